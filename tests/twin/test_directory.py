@@ -1,0 +1,96 @@
+"""The directory format: PEFT reads it, damage is found, nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModel
+
+from tests.twin.test_exactness import batch
+from twin_bench import InputError, TwinModel
+from twin_bench.recipe import Recipe
+from twin_bench.twin.build import build_twin
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt2"])
+def built(request: pytest.FixtureRequest, families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    directory = tmp_path_factory.mktemp(request.param) / "twin"
+    build_twin(Recipe.model_validate(families(request.param).recipe), directory)
+    return directory
+
+
+def test_peft_loads_each_expert_as_it_is(built: Path) -> None:
+    """PEFT's model/ + experts/NAME equals the twin with weight 1 on it, but for the 1-D tensors in their own file."""
+    twin = TwinModel.from_pretrained(built)
+    inputs = batch(3)
+    for index, name in enumerate(twin.expert_names):
+        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(built / "model"), built / "experts" / name).eval()
+        for layer in twin.fusion.layers:
+            layer.vectors = layer.bias_vectors = None
+        weights = torch.eye(len(twin.expert_names))[index]
+        with torch.no_grad(), twin.fusion.fuse(weights):
+            ours = twin.model.base_model(**inputs).last_hidden_state
+            theirs = adapted(**inputs).last_hidden_state
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_layout(built: Path) -> None:
+    assert {p.name for p in built.iterdir()} == {"twin.json", "model", "experts", "router"}
+    for name in json.loads((built / "twin.json").read_text())["experts"]:
+        assert {p.name for p in (built / "experts" / name).iterdir()} == {
+            *("adapter_config.json", "adapter_model.safetensors"),
+            *("vectors.safetensors", "head.safetensors"),
+        }
+        assert str(built) not in (built / "experts" / name / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("file", ["model/model.safetensors", "experts/cola/head.safetensors", "router/config.json"])
+def test_an_edited_file_is_found(built: Path, tmp_path: Path, file: str) -> None:
+    copy = shutil.copytree(built, tmp_path / "twin")
+    data = bytearray((copy / file).read_bytes())
+    data[-1] ^= 1
+    (copy / file).write_bytes(bytes(data))
+    with pytest.raises(InputError, match=f"{file}: edited or damaged"):
+        TwinModel.from_pretrained(copy)
+    (copy / file).unlink()
+    with pytest.raises(InputError, match=f"{file}: missing"):
+        TwinModel.from_pretrained(copy)
+
+
+def test_a_newer_format_or_no_twin_is_refused(built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "twin")
+    manifest = json.loads((copy / "twin.json").read_text())
+    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(InputError, match="upgrade twin-bench"):
+        TwinModel.from_pretrained(copy)
+    (copy / "twin.json").write_text(json.dumps({**manifest, "experts": ["../cola"]}))
+    with pytest.raises(InputError, match="letters, digits"):
+        TwinModel.from_pretrained(copy)
+    (copy / "twin.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        TwinModel.from_pretrained(copy)
+    with pytest.raises(InputError, match="twin-bench build"):
+        TwinModel.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_failed_build_leaves_nothing(families: Any, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({**families("bert").recipe, "experts": {"cola": str(tmp_path / "missing")}})
+    with pytest.raises(InputError):
+        build_twin(recipe, tmp_path / "twin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_is_reproducible_bit_for_bit(families: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        torch.manual_seed(len(name) * 17 + ord(name[0]))
+        build_twin(Recipe.model_validate(families("bert").recipe), tmp_path / name)
+    first, second = (json.loads((tmp_path / name / "twin.json").read_text()) for name in ("one", "two"))
+    assert first == second
+    with pytest.raises(InputError, match="exists already"):
+        build_twin(Recipe.model_validate(families("bert").recipe), tmp_path / "one")

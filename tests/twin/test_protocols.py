@@ -1,0 +1,118 @@
+"""The protocols: `paper` against an independent re-statement of the authors' formulas; `routed` heads."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.twin.test_exactness import batch
+from twin_bench import InputError, TwinModel
+from twin_bench.recipe import Recipe
+from twin_bench.twin.build import build_twin
+
+LEFT_OUT = (re.compile(r".*classifier.*"), re.compile(r".*bias.*"))
+
+
+@pytest.fixture(scope="module")
+def twin_directory(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("protocols") / "twin"
+    build_twin(Recipe.model_validate(families("roberta").recipe), directory)
+    return directory
+
+
+def authors_logits(family: Any, router_logits: torch.Tensor, true_task: str, inputs: dict[str, torch.Tensor]) -> Any:
+    """Re-state the authors' evaluation of one sample, dense weights throughout.
+
+    Task arithmetic over everything but classifiers and biases; SVD to int(density * min(m, n)) of 2-D
+    tensors; the sample's weights from softmax; head and all biases from its true task's fine-tuned model.
+    """
+    merged_names = [n for n, _ in family.base.named_parameters() if not any(p.match(n) for p in LEFT_OUT)]
+    base = dict(family.base.named_parameters())
+    experts = {task: dict(model.named_parameters()) for task, model in family.experts.items()}
+    weights = router_logits.double().softmax(dim=-1)
+    model: Any = copy.deepcopy(family.experts[true_task]).double()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in merged_names:
+            shared = base[name] + 0.29 * sum(expert[name] - base[name] for expert in experts.values())
+            fused = shared.double()
+            for weight, expert in zip(weights, experts.values(), strict=True):
+                exclusive = (expert[name] - shared).double()
+                if exclusive.ndim == 2:
+                    U, S, V = torch.svd(exclusive)
+                    k = int(0.5 * min(exclusive.shape))
+                    exclusive = U[:, :k] @ torch.diag(S[:k]) @ V[:, :k].T
+                fused = fused + weight * exclusive
+            parameters[name].copy_(fused)
+        return model(**inputs).logits[0]
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 5.0])
+def test_paper_protocol_is_the_authors_arithmetic(families: Any, twin_directory: Path, sharpness: float) -> None:
+    family = families("roberta")
+    twin = TwinModel.from_pretrained(twin_directory, protocol="paper")
+    inputs = batch(6)
+    router_logits = sharpness * torch.randn(6, 3, generator=torch.Generator().manual_seed(5))
+    tasks = [list(family.experts)[row % 3] for row in range(6)]
+    found = twin(**inputs, fusion_weights=router_logits.softmax(dim=1), task=tasks).logits
+    for row, task in enumerate(tasks):
+        sample = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        expected = authors_logits(family, router_logits[row], task, sample)
+        torch.testing.assert_close(found[row, : len(expected)].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_paper_biases_are_not_the_fused_ones(families: Any, twin_directory: Path) -> None:
+    """The protocols differ on the same weights: the test above can't pass by running `standard`."""
+    inputs, weights = batch(3), torch.full((3, 3), 1 / 3)
+    paper, standard = (
+        TwinModel.from_pretrained(twin_directory, protocol=p)(**inputs, fusion_weights=weights, task="cola").logits
+        for p in ("paper", "standard")
+    )
+    assert (paper - standard).abs().max() > 1e-3
+
+
+def test_routed_takes_the_head_of_the_largest_weight(families: Any, twin_directory: Path) -> None:
+    standard = TwinModel.from_pretrained(twin_directory)
+    routed = TwinModel.from_pretrained(twin_directory, protocol="routed")
+    inputs = batch(3)
+    weights = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
+    heads = ["cola", "stsb", "mnli"]
+    expected = standard(**inputs, fusion_weights=weights, task=heads).logits
+    torch.testing.assert_close(routed(**inputs, fusion_weights=weights).logits, expected)
+    told_wrong = routed(**inputs, fusion_weights=weights, task="cola").logits
+    torch.testing.assert_close(told_wrong, expected)
+
+
+def test_the_task_decides_no_more_than_the_head(twin_directory: Path, families: Any) -> None:
+    """Under `standard` the fusion weights come from the router alone: task ids leak nowhere else."""
+    twin = TwinModel.from_pretrained(twin_directory)
+    texts = [("the cat sat", None), ("why did the bird", None)]
+    first, second = (twin.classify(texts, [task] * 2) for task in ("cola", "mnli"))
+    assert [p.head for p in first + second] == ["cola"] * 2 + ["mnli"] * 2
+    with torch.no_grad():
+        encoded = twin.encode(texts, max_length=128)
+        weights = twin.route_all(encoded)
+    for given in ("cola", "mnli"):
+        direct = twin.classify(texts, [given] * 2, fusion_weights=weights)
+        for a, b in zip(direct, first if given == "cola" else second, strict=True):
+            torch.testing.assert_close(a.logits, b.logits)
+
+
+def test_protocol_errors(twin_directory: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'routed'"):
+        TwinModel.from_pretrained(twin_directory, protocol="route")  # type: ignore[arg-type]
+    twin = TwinModel.from_pretrained(twin_directory, protocol="paper")
+    with pytest.raises(InputError, match=r"validation\.jsonl"):
+        twin.route(**batch(2))
+    standard = TwinModel.from_pretrained(twin_directory)
+    with pytest.raises(InputError, match="name it with task="):
+        standard(**batch(2))
+    with pytest.raises(InputError, match="did you mean 'cola'"):
+        standard(**batch(2), task="colla")
+    with pytest.raises(InputError, match=r"\(2, 2\), not \(rows, experts\) = \(2, 3\)"):
+        standard(**batch(2), task="cola", fusion_weights=torch.ones(2, 2))

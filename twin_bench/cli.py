@@ -1,0 +1,83 @@
+"""The twin-bench command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twin_bench.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `twin-bench`; return the exit status: 0 done, 2 a usage or input error."""
+    parser = argparse.ArgumentParser(prog="twin-bench", description="Build twins, and find what comes with twin-bench.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="build a twin from a recipe")
+    build.add_argument("recipe", type=Path, help="the recipe, YAML")
+    build.add_argument("directory", type=Path, help="where the twin goes; must not exist yet")
+    build.set_defaults(run=_build)
+    tasks = commands.add_parser("tasks", help="print the folder of lm-eval tasks, for --include_path")
+    tasks.set_defaults(run=_tasks)
+    methods = commands.add_parser("methods", help="list the merge methods")
+    methods.set_defaults(run=_methods)
+    options = parser.parse_args(arguments)
+    return reporting_errors(lambda: options.run(options))
+
+
+def reporting_errors(run: Callable[[], None]) -> int:
+    """Run a command; an InputError becomes one line on stderr and status 2, an interrupt status 130."""
+    try:
+        run()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _build(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from twin_bench.recipe import read_recipe
+    from twin_bench.twin.build import build_twin
+
+    with Progress(console=Console(stderr=True)) as progress:
+        settings = build_twin(read_recipe(options.recipe), options.directory, progress=progress)
+    print(f"{options.directory}: {settings['parameters']['shared']:,} shared parameters, ", end="")
+    print(f"{settings['parameters']['exclusive']:,} exclusive", end="")
+    if settings["router"]:
+        router = settings["router"]
+        print(f"; router on layer {router['layer']}, {router['accuracy']:.3f} accuracy on held-out rows", end="")
+    print()
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from twin_bench.paths import tasks_directory
+
+    print(tasks_directory())
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from twin_bench.methods import methods
+
+    table = Table("name", "title", "track", "needs", "defaults", "paper", box=None)
+    for method in methods().values():
+        defaults = ", ".join(f"{option}={value}" for option, value in method.defaults.items())
+        table.add_row(method.name, method.title, method.track, ", ".join(method.needs), defaults, method.paper)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Twin-Merging: a shared expert, compressed exclusive experts, and a router that fuses them per input.
+
+theta*(x) = theta_s + sum_t w_t(x) v_t; built by `twin_bench.twin.build`, run by `twin_bench.TwinModel`.
+"""
+
+from twin_bench.methods import unmerged_method
+
+unmerged_method(
+    "twin",
+    title="Twin-Merging",
+    paper="arXiv:2406.15479",
+    track="routed",
+    needs=("task ids of training inputs", "seed"),
+    shared={"method": "task_arithmetic", "scaling": 0.3},
+    exclusive={"density": 0.1},
+    router={"layer": -1},
+)

@@ -1,0 +1,160 @@
+"""Recipes: the YAML that says what a twin is made of, checked key by key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from twin_bench.errors import InputError, nearest
+from twin_bench.methods import find_method
+
+
+class Settings(BaseModel):
+    """A block of a YAML file: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+class Shared(BaseModel):
+    """The shared expert: a static merge method and its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = "task_arithmetic"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options that were given."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> Shared:
+        header = find_method(self.method)
+        if header.function is None:
+            raise InputError(f"{self.method} is no static merge; known: task_arithmetic, average, ties, ...")
+        for option in self.options:
+            if option not in header.defaults:
+                raise InputError(f"{self.method} has no option {option!r}{nearest(option, header.defaults)}")
+        return self
+
+
+class ExclusiveSettings(Settings):
+    """How much of each matrix's difference is kept: a fraction of its rank, or a rank."""
+
+    density: float | None = Field(default=None, gt=0, le=1)
+    rank: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> ExclusiveSettings:
+        if (self.density is None) == (self.rank is None):
+            raise InputError("give either density or rank")
+        return self
+
+
+class RouterSettings(Settings):
+    """Where the router's rows come from, what it reads and how it is chosen.
+
+    `data`: {task}/train.jsonl in GLUE's schema, or rows {"text", "task"}. `layer`: the hidden state it reads
+    (0 the embeddings, -1 the last), or auto: the one with the best accuracy on the held-out rows.
+    `held_out`: the fraction of those rows that chooses epoch and layer. `max_rows`: of each task.
+    """
+
+    data: str
+    layer: int | Literal["auto"] = -1
+    top_k: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    max_rows: int = Field(default=5500, ge=2)
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    epochs: int = Field(default=50, ge=1)
+
+
+class Recipe(Settings):
+    """A twin: base model, experts, shared expert, exclusive vectors and router."""
+
+    base_model: str
+    experts: dict[str, str] = Field(min_length=1)
+    shared: Shared = Shared()
+    exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
+    router: RouterSettings | None = None
+    seed: int = 0
+    max_length: int = Field(default=128, ge=2)
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+def read_recipe(file: Path) -> Recipe:
+    """Read and check a recipe; environment variables in it are expanded.
+
+    Relative paths are taken from the recipe's own folder where they exist there, else from the working
+    directory. Raises InputError that names the file and the key.
+    """
+    raw = read_yaml(file)
+    if isinstance(raw.get("experts"), dict):
+        raw["experts"] = {name: locate(path, file) for name, path in raw["experts"].items()}
+    if "base_model" in raw:
+        raw["base_model"] = locate(raw["base_model"], file)
+    if isinstance(raw.get("router"), dict) and "data" in raw["router"]:
+        raw["router"]["data"] = locate(raw["router"]["data"], file)
+    return parse(Recipe, raw, str(file))
+
+
+def parse(kind: type[SettingsType], raw: Any, source: str) -> SettingsType:
+    """Return `raw` checked as `kind`; what is wrong first becomes one line led by `source` and the key."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            fields: Any = kind
+            for part in problem["loc"][:-1]:
+                annotation = fields.model_fields[part].annotation
+                candidates = [annotation, *getattr(annotation, "__args__", ())]
+                fields = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+            message = f"unknown key{nearest(str(problem['loc'][-1]), fields.model_fields)}"
+        elif "input" in problem and not isinstance(problem["input"], dict):
+            message += f" (found {problem['input']!r})"
+        raise InputError(f"{source}: {key}: {message}" if key else f"{source}: {message}") from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Return a YAML file's mapping, environment variables expanded; InputError names file and line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: can't be read ({error})") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: expected a mapping of keys, found {type(raw).__name__}")
+    return {str(key): _expanded(value, file) for key, value in raw.items()}
+
+
+def locate(path: Any, file: Path) -> Any:
+    """Return `path` as it lies beside `file` when it exists there, else as it was given."""
+    beside = file.parent / path if isinstance(path, str) else None
+    return str(beside) if beside is not None and beside.exists() else path
+
+
+def _expanded(value: Any, file: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _expanded(item, file) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item, file) for item in value]
+    if not isinstance(value, str):
+        return value
+    expanded = os.path.expandvars(value)
+    if "$" in expanded:
+        name = expanded[expanded.index("$") :].split("/")[0]
+        raise InputError(f"{file}: {value!r} needs the environment variable {name.strip('${}')}; set it")
+    return expanded

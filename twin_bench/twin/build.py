@@ -1,0 +1,296 @@
+"""From a recipe to a twin directory: shared expert, exclusive vectors, heads, router."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from twin_bench.checkpoint import (
+    Checkpoint,
+    Skeleton,
+    meta_model,
+    open_checkpoint,
+    open_expert,
+    read_config,
+    skeleton,
+)
+from twin_bench.data import TaskInput, read_router_rows, read_rows, split_path, text_pair
+from twin_bench.errors import InputError
+from twin_bench.glue import GLUE
+from twin_bench.hub import model_directory
+from twin_bench.methods import merge_lazily
+from twin_bench.recipe import Recipe, RouterSettings
+from twin_bench.twin.directory import quiet_transformers, require_expert_name, save_twin
+from twin_bench.twin.exclusive import exclusive_vector
+from twin_bench.twin.model import PaperParts, Parts, TwinModel
+from twin_bench.twin.plan import Group, batches
+from twin_bench.twin.router import RouterConfig, Trained, train_router
+
+ORACLE_PARAMETERS = re.compile(r"bias")
+"""Parameters that the paper protocol neither merges nor replaces: the true task's expert supplies them."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened inputs of a merge: configuration, tokenizer and lazily read checkpoints."""
+
+    config: Any
+    tokenizer: Any
+    bones: Skeleton
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+
+
+def open_sources(
+    base_model: str,
+    experts: Mapping[str, str],
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Sources:
+    """Open the base model and its experts; nothing but names and shapes is read yet.
+
+    Raises InputError for a name that is nowhere, experts of another kind, or unsafe expert names.
+    """
+    for name in experts:
+        require_expert_name(name)
+    directory = model_directory(base_model)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    folders = {name: model_directory(path) for name, path in experts.items()}
+    for name, folder in folders.items():
+        _require_classifier(name, folder)
+    bones = skeleton(config, "sequence_classification")
+    base = open_checkpoint(directory, bones, allow_pickle=allow_pickle)
+    opened = {name: open_expert(folder, base, bones, allow_pickle=allow_pickle) for name, folder in folders.items()}
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return Sources(config, tokenizer, bones, base, opened)
+
+
+def load_model(sources: Sources, parameters: Mapping[str, Tensor]) -> Any:
+    """Return a transformers model that holds `parameters` (names of the skeleton's backbone)."""
+    kind = type(meta_model(sources.config, "sequence_classification", num_labels=2))
+    with quiet_transformers():
+        return kind.from_pretrained(
+            None, config=sources.config, state_dict=dict(parameters.items()), dtype=_dtype(parameters)
+        )
+
+
+def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Build a twin and write it to `directory`, which appears whole or not at all.
+
+    Returns what twin.json says of the build (settings, the router's accuracy, parameters stored). Raises
+    InputError for whatever is wrong with the inputs, before anything is written.
+    """
+    progress = progress or Progress(disable=True)
+    if directory.exists():
+        raise InputError(f"{directory}: exists already; give another name, or remove it first")
+    rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
+    sources = open_sources(
+        recipe.base_model,
+        recipe.experts,
+        allow_pickle=recipe.allow_pickle,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **recipe.shared.options)
+    shared = {n: merged[n] for n in progress.track(sources.bones.backbone, description="shared expert")}
+    limits = recipe.exclusive.model_dump()
+    parts = Parts(
+        heads={name: expert.head() for name, expert in sources.experts.items()},
+        exclusive={
+            name: exclusive_vector(expert, shared, seed=recipe.seed, **limits)
+            for name, expert in progress.track(
+                sources.experts.items(), len(sources.experts), description="exclusive vectors"
+            )
+        },
+        paper=PaperParts({n: sources.base[n] for n in sources.bones.backbone if ORACLE_PARAMETERS.search(n)}, None),
+    )
+    chosen: dict[str, Any] = {}
+    if recipe.router:
+        parts, chosen = _with_routers(recipe, recipe.router, sources, shared, parts, rows, progress)
+    stored = sum(
+        tensor.numel()
+        for exclusive in parts.exclusive.values()
+        for tensor in (*(t for f in exclusive.factors.values() for t in f), *exclusive.vectors.values())
+    )
+    settings = {
+        "twin_bench": version("twin-bench"),
+        "base_model": recipe.base_model,
+        "shared": recipe.shared.model_dump(),
+        "exclusive": recipe.exclusive.model_dump(exclude_none=True),
+        "router": chosen,
+        "seed": recipe.seed,
+        "max_length": recipe.max_length,
+        "parameters": {"shared": sum(t.numel() for t in shared.values()), "exclusive": stored},
+    }
+    save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.bones, settings)
+    return settings
+
+
+def _with_routers(
+    recipe: Recipe,
+    settings: RouterSettings,
+    sources: Sources,
+    shared: Mapping[str, Tensor],
+    parts: Parts,
+    rows: Sequence[TaskInput],
+    progress: Progress,
+) -> tuple[Parts, dict[str, Any]]:
+    """Return the parts with their routers, and how these were chosen."""
+    names = tuple(recipe.experts)
+    rows = _sampled(rows, names, settings.max_rows, recipe.seed)
+    depth = sources.config.num_hidden_layers
+    layers = list(range(depth + 1)) if settings.layer == "auto" else [settings.layer]
+    twin = TwinModel(load_model(sources, shared), sources.tokenizer, parts)
+    features = _features(twin, rows, layers, recipe.max_length, progress, "router features")
+    held_out = _held_out(rows, names, settings.held_out, recipe.seed)
+    owner = torch.tensor([names.index(row.task) for row in rows])
+    best: Trained | None = None
+    layer_accuracy: dict[str, float] = {}
+    for layer, hidden in progress.track(list(zip(layers, features, strict=True)), description="router"):
+        config = RouterConfig(names, hidden.shape[1], layer, settings.top_k, settings.temperature)
+        fit, chosen = (hidden[~held_out], owner[~held_out]), (hidden[held_out], owner[held_out])
+        trained = train_router(config, *fit, *chosen, epochs=settings.epochs, seed=recipe.seed)
+        layer_accuracy[str(layer)] = trained.accuracy
+        best = trained if best is None or trained.accuracy > best.accuracy else best
+    assert best is not None
+    parts = dataclasses.replace(parts, router=best.router)
+    summary = {
+        **settings.model_dump(exclude={"data"}),
+        "layer": best.router.config.layer,
+        "selected_on": "held-out training rows",
+        **_summary(best),
+        "layer_accuracy": layer_accuracy,
+    }
+    test_rows = _test_rows(Path(settings.data), names)
+    if test_rows:
+        paper = _paper_router(recipe, settings, sources, shared, parts, rows, test_rows, progress)
+        assert parts.paper is not None
+        parts = dataclasses.replace(parts, paper=PaperParts(parts.paper.biases, paper.router))
+        summary["paper"] = {"layer": -1, "selected_on": "test rows, as the authors do", **_summary(paper)}
+    return parts, summary
+
+
+def _paper_router(
+    recipe: Recipe,
+    settings: RouterSettings,
+    sources: Sources,
+    shared: Mapping[str, Tensor],
+    parts: Parts,
+    rows: Sequence[TaskInput],
+    test_rows: Sequence[TaskInput],
+    progress: Progress,
+) -> Trained:
+    """Train the authors' router: last layer, pretrained biases, its epoch chosen on the test rows."""
+    twin = TwinModel(load_model(sources, shared), sources.tokenizer, parts, protocol="paper")
+    names = tuple(recipe.experts)
+    both = [*rows, *test_rows]
+    hidden = _features(twin, both, [-1], recipe.max_length, progress, "router features (paper)")[0]
+    owner = torch.tensor([names.index(row.task) for row in both])
+    fit, chosen = (hidden[: len(rows)], owner[: len(rows)]), (hidden[len(rows) :], owner[len(rows) :])
+    config = RouterConfig(names, hidden.shape[1])
+    return train_router(config, *fit, *chosen, epochs=settings.epochs, seed=recipe.seed)
+
+
+def _features(
+    twin: TwinModel,
+    rows: Sequence[TaskInput],
+    layers: Sequence[int],
+    max_length: int,
+    progress: Progress,
+    what: str,
+) -> list[Tensor]:
+    """Return the (rows, width) features of each layer, on the CPU."""
+    encoded = twin.encode([(row.text, row.text_pair) for row in rows], max_length=max_length)
+    lengths = [len(row["input_ids"]) for row in encoded]
+    order: list[int] = []
+    chunks: list[list[Tensor]] = [[] for _ in layers]
+    whole = Group(tuple(range(len(rows))), None)
+    for batch in progress.track(batches(whole, lengths, 64), description=what):
+        for kept, hidden in zip(
+            chunks, twin.features(twin.collate([encoded[r] for r in batch.rows]), layers), strict=True
+        ):
+            kept.append(hidden.float().cpu())
+        order += batch.rows
+    restore = torch.argsort(torch.tensor(order))
+    return [torch.cat(kept)[restore] for kept in chunks]
+
+
+def _sampled(rows: Sequence[TaskInput], names: Sequence[str], limit: int, seed: int) -> list[TaskInput]:
+    """Return at most `limit` rows of each task, drawn by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[TaskInput] = []
+    for name in names:
+        own = [row for row in rows if row.task == name]
+        kept += [own[index] for index in torch.randperm(len(own), generator=generator)[:limit].tolist()]
+    return kept
+
+
+def _held_out(rows: Sequence[TaskInput], names: Sequence[str], fraction: float, seed: int) -> Tensor:
+    """Return a mask of the rows that choose the router: a fraction of each task's, at least one.
+
+    Equal texts go to the same side, so that no row chooses what it was trained on.
+    """
+    texts = sorted({(row.text, row.text_pair or "") for row in rows})
+    shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    rank = dict(zip(texts, shuffled, strict=True))
+    mask = torch.zeros(len(rows), dtype=torch.bool)
+    for name in names:
+        own = sorted((rank[row.text, row.text_pair or ""], i) for i, row in enumerate(rows) if row.task == name)
+        if len(own) < 2:
+            raise InputError(f"router: expert {name!r} has {len(own)} rows; it needs two, one of them held out")
+        cut = own[max(1, int(fraction * len(own))) - 1][0]
+        mask[[i for position, i in own if position <= cut]] = True
+    return mask
+
+
+def _test_rows(data: Path, names: Sequence[str]) -> list[TaskInput]:
+    """Return every expert's validation rows, which the authors select their router on; empty if any lacks."""
+    files = {name: split_path(data, name) for name in names if name in GLUE}
+    if len(files) < len(names) or not all(file.is_file() for file in files.values()):
+        return []
+    return [
+        TaskInput(*text_pair(row, GLUE[name]), name)
+        for name, file in files.items()
+        for row in read_rows(file, GLUE[name])[:1000]
+    ]
+
+
+def _summary(trained: Trained) -> dict[str, Any]:
+    return {
+        "epoch": trained.epoch,
+        "accuracy": trained.accuracy,
+        "task_accuracy": trained.task_accuracy,
+        "rows": trained.rows,
+        "selection_rows": trained.selection_rows,
+    }
+
+
+def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
+
+
+def _require_classifier(name: str, folder: Path) -> None:
+    """Raise an InputError unless the expert in `folder` is a sequence classifier."""
+    adapter, full = folder / "adapter_config.json", folder / "config.json"
+    if adapter.is_file():
+        kind = json.loads(adapter.read_text()).get("task_type")
+        classifies = kind in ("SEQ_CLS", None)
+    elif full.is_file():
+        architectures = json.loads(full.read_text()).get("architectures") or []
+        kind = ", ".join(architectures)
+        classifies = any("ForSequenceClassification" in a for a in architectures)
+    else:
+        raise InputError(f"expert {name!r}: {folder} holds no config.json and no adapter_config.json")
+    if not classifies:
+        raise InputError(f"expert {name!r}: {folder} is {kind}, not a sequence classifier; classifiers only for now")

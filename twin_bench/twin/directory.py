@@ -1,0 +1,268 @@
+"""A twin on disk: an ordinary checkpoint, one PEFT adapter an expert, and a router.
+
+my-twin/
+  twin.json            format version, task type, names, settings, a digest of every file
+  model/               the shared expert: a Hugging Face checkpoint with its tokenizer
+  experts/NAME/        adapter_config.json, adapter_model.safetensors: the factors as a PEFT LoRA adapter on
+                       model/ (scale 1); vectors.safetensors: 1-D tensors; head.safetensors: the task's head
+  router/              config.json, router.safetensors
+  router/paper/        biases.safetensors, and the authors' router where test rows were given to select it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from twin_bench.checkpoint import Skeleton, read_config, skeleton
+from twin_bench.errors import InputError
+from twin_bench.twin.exclusive import Exclusive, Factors
+from twin_bench.twin.model import PaperParts, Parts
+from twin_bench.twin.router import Router, RouterConfig
+
+FORMAT_VERSION = 1
+EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+def save_twin(
+    directory: Path, model: Any, tokenizer: Any, parts: Parts, bones: Skeleton, settings: Mapping[str, Any]
+) -> None:
+    """Write a twin; the directory appears whole or not at all.
+
+    Args:
+        directory: must not exist yet.
+        model: the transformers model that holds the shared expert, untouched by `install`.
+        tokenizer: its tokenizer.
+        parts: what makes it a twin.
+        bones: the model's skeleton.
+        settings: what twin.json says of how it was built.
+    """
+    with _written_at_once(directory) as root:
+        model.base_model.save_pretrained(root / "model")
+        tokenizer.save_pretrained(root / "model")
+        for name, exclusive in parts.exclusive.items():
+            folder = root / "experts" / name
+            folder.mkdir(parents=True)
+            _save_adapter(folder, exclusive.factors, bones)
+            _save(exclusive.vectors, folder / "vectors.safetensors")
+            _save(parts.heads[name], folder / "head.safetensors")
+        if parts.router is not None:
+            _save_router(root / "router", parts.router)
+        if parts.paper is not None:
+            (root / "router" / "paper").mkdir(parents=True, exist_ok=True)
+            _save(parts.paper.biases, root / "router" / "paper" / "biases.safetensors")
+            if parts.paper.router is not None:
+                _save_router(root / "router" / "paper", parts.paper.router)
+        files = {file.relative_to(root).as_posix(): _digest(file) for file in sorted(root.rglob("*")) if file.is_file()}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "task_type": bones.task_type,
+            "experts": list(parts.exclusive),
+            **settings,
+            "files": files,
+        }
+        (root / "twin.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def load_twin(
+    directory: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any, Parts]:
+    """Read a twin directory, its digests verified: the shared expert, its tokenizer, and the rest.
+
+    Raises:
+        InputError: no twin there, a newer format, a file that is missing, edited or damaged.
+    """
+    manifest = read_manifest(directory)
+    _verify(directory, manifest["files"])
+    config = read_config(directory / "model", trust_remote_code=trust_remote_code)
+    bones = skeleton(config, manifest["task_type"])
+    with quiet_transformers():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            directory / "model", dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=trust_remote_code)
+    names = manifest["experts"]
+    folders = {name: directory / "experts" / name for name in names}
+    biases = directory / "router" / "paper" / "biases.safetensors"
+    parts = Parts(
+        heads={name: load_file(folder / "head.safetensors") for name, folder in folders.items()},
+        exclusive={
+            name: Exclusive(_load_adapter(folder, bones), load_file(folder / "vectors.safetensors"))
+            for name, folder in folders.items()
+        },
+        router=_load_router(directory / "router"),
+        paper=PaperParts(load_file(biases), _load_router(biases.parent)) if biases.is_file() else None,
+        digests=_part_digests(manifest["files"]),
+    )
+    return model, tokenizer, parts
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return a twin directory's twin.json, checked for format and names."""
+    file = directory / "twin.json"
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except OSError:
+        raise InputError(f"{directory}: no twin there (no twin.json); build one with twin-bench build") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: damaged, not JSON ({error}); build the twin again") from None
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(f"{file}: format {version}, this twin-bench reads up to {FORMAT_VERSION}; upgrade twin-bench")
+    missing = [key for key in ("task_type", "experts", "files") if key not in manifest]
+    if missing:
+        raise InputError(f"{file}: damaged, {missing[0]!r} is missing; build the twin again")
+    for name in manifest["experts"]:
+        require_expert_name(name)
+    return manifest
+
+
+def require_expert_name(name: str) -> None:
+    """Raise an InputError unless `name` is safe as a folder and a module name."""
+    if not EXPERT_NAME.fullmatch(name):
+        raise InputError(f"expert name {name!r}: use letters, digits, - and _ only")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' word that a head is new: twins bring their own."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _written_at_once(directory: Path) -> Iterator[Path]:
+    if directory.exists():
+        raise InputError(f"{directory}: exists already; give another name, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.rename(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def _save_adapter(folder: Path, factors: Mapping[str, Factors], bones: Skeleton) -> None:
+    """Write factors as a PEFT LoRA adapter on the bare backbone: W + lora_B lora_A with scale 1."""
+    from peft import LoraConfig
+
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, (B, A) in factors.items():
+        module = name.removeprefix(bones.prefix).removesuffix(".weight")
+        ranks[module] = A.shape[0]
+        if name in bones.embeddings:
+            tensors[f"base_model.model.{module}.lora_embedding_A"] = B.T
+            tensors[f"base_model.model.{module}.lora_embedding_B"] = A.T
+        else:
+            first, second = (B.T, A.T) if name in bones.transposed else (A, B)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = first
+            tensors[f"base_model.model.{module}.lora_B.weight"] = second
+    rank = max(ranks.values(), default=1)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        fan_in_fan_out=bool(bones.transposed),
+        base_model_name_or_path="../../model",
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["target_modules"] = sorted(ranks)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    _save(tensors, folder / "adapter_model.safetensors")
+
+
+def _load_adapter(folder: Path, bones: Skeleton) -> dict[str, Factors]:
+    stored = load_file(folder / "adapter_model.safetensors")
+    factors: dict[str, Factors] = {}
+    for key in stored:
+        module, marker, side = key.removeprefix("base_model.model.").partition(".lora_")
+        if not marker or "A" not in side:
+            continue
+        name = f"{bones.prefix}{module}.weight"
+        first, second = (
+            stored[key],
+            stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")],
+        )
+        turned = name in bones.embeddings or name in bones.transposed
+        factors[name] = Factors(first.T.contiguous(), second.T.contiguous()) if turned else Factors(second, first)
+    return factors
+
+
+def _save_router(folder: Path, router: Router) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(router.config), indent=2) + "\n")
+    _save(router.state_dict(), folder / "router.safetensors")
+
+
+def _load_router(folder: Path) -> Router | None:
+    if not (folder / "router.safetensors").is_file():
+        return None
+    settings = json.loads((folder / "config.json").read_text())
+    router = Router(RouterConfig(**{**settings, "experts": tuple(settings["experts"])}))
+    router.load_state_dict(load_file(folder / "router.safetensors"))
+    return router.eval()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _verify(directory: Path, files: Mapping[str, str]) -> None:
+    for name, expected in files.items():
+        file = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise InputError(f"{directory / 'twin.json'}: file name {name!r} leaves the directory")
+        if not file.is_file():
+            raise InputError(f"{file}: missing; copy the twin again, or build it again")
+        try:
+            found = _digest(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: can't be read ({error})") from None
+        if found != expected:
+            raise InputError(
+                f"{file}: edited or damaged (its sha256 is not the one in twin.json); build the twin again"
+            )
+
+
+def _part_digests(files: Mapping[str, str]) -> dict[str, str]:
+    """Return one digest each for the shared expert, every expert and the router, from their files'."""
+    grouped: dict[str, list[str]] = {}
+    for name, digest in sorted(files.items()):
+        pieces = Path(name).parts
+        part = "/".join(pieces[:2]) if pieces[0] == "experts" else pieces[0]
+        grouped.setdefault(part, []).append(f"{name}:{digest}")
+    return {part: hashlib.sha256("\n".join(lines).encode()).hexdigest() for part, lines in grouped.items()}

@@ -1,0 +1,301 @@
+"""Fusion: theta*(x) = theta_s + sum_t w_t(x) v_t for every row of a mixed batch, exactly.
+
+`install` replaces the layers of a Hugging Face model that some expert changes with twins of themselves.
+Each runs in one of three ways, set by the model's one `Fusion`:
+
+- shared: theta_s alone, as the router's features need it;
+- fused:  W = W_s + B diag(w) A built once, then the plain layer (`Fusion.fuse`);
+- rows:   y = W_s x + B (w * (A x)), every row with weights of its own (`Fusion.per_row`).
+
+B and A hold all experts' factors side by side: R = sum_t r_t columns, column c belonging to expert `owner[c]`.
+Biases and norms are fused per row as well, and embeddings through the factors' gathered rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twin_bench.errors import InputError
+from twin_bench.twin.exclusive import Exclusive, Factors
+from twin_bench.twin.plan import Costs
+
+
+class Fusion:
+    """How the twin layers of one model run at the moment, and with which weights.
+
+    `bias_weights` are those of biases; they differ from `weights` only under the paper protocol, where
+    biases come whole from the true task's expert.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.experts = experts
+        self.mode: Literal["shared", "fused", "rows"] = "shared"
+        self.weights: Tensor | None = None
+        self.bias_weights: Tensor | None = None
+        self.layers: list[TwinLayer] = []
+        self._fused: tuple[Tensor, Tensor] | None = None
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+
+    @contextmanager
+    def fuse(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
+        """Run with weights (experts,) fused into every layer; rebuilt only when they are not the last ones."""
+        bias_weights = weights if bias_weights is None else bias_weights
+        if self._fused is None or not all(map(torch.equal, self._fused, (weights, bias_weights))):
+            self._fused = None
+            for layer in self.layers:
+                layer.fuse(weights, bias_weights)
+            self._fused = (weights.clone(), bias_weights.clone())
+        with self._running("fused", weights, bias_weights):
+            yield
+
+    @contextmanager
+    def per_row(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
+        """Run each row b of a batch with its own weights[b] of a (batch, experts) tensor."""
+        with self._running("rows", weights, weights if bias_weights is None else bias_weights):
+            yield
+
+    def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Tensor:
+        """Return the rows' weights spread over the factors' columns, (batch, R); once a forward a layout."""
+        if ranks not in self._columns:
+            assert self.weights is not None
+            self._columns[ranks] = self.weights.index_select(1, owner)
+        return self._columns[ranks]
+
+    def costs(self) -> Costs:
+        """Return the planner's costs from the layers' shapes, in multiplications a plain token takes."""
+        matrices = [layer for layer in self.layers if isinstance(layer, TwinLinear)]
+        plain = sum(layer.weight.numel() for layer in matrices) or 1
+        fuse = [0.0] * self.experts
+        for layer in matrices:
+            for expert, rank in enumerate(layer.ranks):
+                fuse[expert] += rank * layer.weight.numel() / plain
+        extra = sum(sum(layer.ranks) * sum(layer.weight.shape) for layer in matrices) / plain
+        return Costs(tuple(fuse), rebuild=REBUILD_TOKENS, low_rank=extra)
+
+    @contextmanager
+    def _running(
+        self, mode: Literal["fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
+    ) -> Iterator[None]:
+        before = self.mode, self.weights, self.bias_weights, self._columns
+        self.mode, self.weights, self.bias_weights, self._columns = mode, weights, bias_weights, {}
+        try:
+            yield
+        finally:
+            self.mode, self.weights, self.bias_weights, self._columns = before
+
+
+REBUILD_TOKENS = 16.0
+"""What writing every fused weight once costs, in tokens of the plain forward: it is bound by memory, not by
+multiplications. Measured on two cores for a 6-layer, 384-wide encoder."""
+
+
+class TwinLayer(nn.Module):
+    """A layer with the exclusive vectors of all experts: what the kinds below have in common.
+
+    `weight` (and `bias`, where there is one) are the shared expert's own parameters. `vectors` and
+    `bias_vectors` are (experts, n); `B` (m, R) and `A` (R, n) the factors, `ranks` each expert's share of R.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    vectors: Tensor | None
+    bias_vectors: Tensor | None
+    fused_weight: Tensor | None
+    fused_bias: Tensor | None
+    B: Tensor
+    A: Tensor
+    owner: Tensor
+
+    def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.register_parameter("weight", layer._parameters["weight"])
+        self.register_parameter("bias", layer._parameters.get("bias"))
+        self.ranks = self._register_factors([e.factors.get(f"{name}.weight") for e in exclusive.values()])
+        self._register_vectors("vectors", self.weight, [e.vectors.get(f"{name}.weight") for e in exclusive.values()])
+        self._register_vectors("bias_vectors", self.bias, [e.vectors.get(f"{name}.bias") for e in exclusive.values()])
+        self.register_buffer("fused_weight", None, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
+        fusion.layers.append(self)
+
+    def _register_factors(self, factors: list[Factors | None]) -> tuple[int, ...]:
+        like = self.weight
+        kept = [f for f in factors if f is not None]
+        ranks = tuple(0 if f is None else f.A.shape[0] for f in factors)
+        if kept:
+            self.register_buffer("B", torch.cat([f.B for f in kept], dim=1).to(like), persistent=False)
+            self.register_buffer("A", torch.cat([f.A for f in kept], dim=0).to(like), persistent=False)
+        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        self.register_buffer("owner", owner.to(like.device), persistent=False)
+        return ranks
+
+    def _register_vectors(self, buffer: str, like: Tensor | None, vectors: list[Tensor | None]) -> None:
+        stacked = None
+        if like is not None and any(vector is not None for vector in vectors):
+            zero = torch.zeros(like.shape)
+            stacked = torch.stack([zero if v is None else v.to(zero) for v in vectors]).to(like)
+        self.register_buffer(buffer, stacked, persistent=False)
+
+    def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
+        """Build the fused weight and bias for weights (experts,), in place from the shared ones."""
+        if sum(self.ranks):
+            scale = weights.to(self.B)[self.owner]
+            used = scale.nonzero().squeeze(1)
+            B, A = (self.B, self.A) if len(used) == len(scale) else (self.B[:, used], self.A[used])
+            if self.fused_weight is None:
+                self.fused_weight = torch.empty_like(self.weight)
+            torch.addmm(self.weight, B * scale[used], A, out=self.fused_weight)
+        elif self.vectors is not None:
+            self.fused_weight = self.weight + weights.to(self.vectors) @ self.vectors
+        else:
+            self.fused_weight = self.weight.detach()
+        if self.bias is not None:
+            self.fused_bias = self.bias.detach()
+            if self.bias_vectors is not None:
+                self.fused_bias = self.bias + bias_weights.to(self.bias_vectors) @ self.bias_vectors
+
+    def row_scale(self, dims: int) -> Tensor:
+        """Return the rows' weights over the factors' columns, (batch, 1, ..., R) with `dims` dimensions."""
+        return _spread(self.fusion.columns(self.owner, self.ranks).to(self.B), dims)
+
+    def row_bias(self, dims: int) -> Tensor | None:
+        """Return each row's bias, (batch, 1, ..., n) with `dims` dimensions, or (n,) where all share it."""
+        if self.bias is None or self.bias_vectors is None:
+            return self.bias
+        weights = self.fusion.bias_weights
+        assert weights is not None
+        return _spread(torch.addmm(self.bias, weights.to(self.bias_vectors), self.bias_vectors), dims)
+
+    def row_vector(self, dims: int) -> Tensor:
+        """Return each row's 1-D weight, (batch, 1, ..., n) with `dims` dimensions, or (n,)."""
+        if self.vectors is None:
+            return self.weight
+        weights = self.fusion.weights
+        assert weights is not None
+        return _spread(torch.addmm(self.weight, weights.to(self.vectors), self.vectors), dims)
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias that all rows share in the shared and fused modes."""
+        if self.fusion.mode == "shared":
+            return self.weight, self.bias
+        assert self.fused_weight is not None
+        return self.fused_weight, self.fused_bias
+
+
+class TwinLinear(TwinLayer):
+    """nn.Linear, weight (out, in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, ..., out) of x (batch, ..., in)."""
+        if self.fusion.mode != "rows":
+            return F.linear(x, *self.current())
+        y = F.linear(x, self.weight)
+        if sum(self.ranks):
+            y = y + F.linear(F.linear(x, self.A) * self.row_scale(x.ndim), self.B)
+        bias = self.row_bias(x.ndim)
+        return y if bias is None else y + bias
+
+
+class TwinConv1D(TwinLinear):
+    """transformers' Conv1D (GPT-2), weight (in, out): y = x W + b with W = B A."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, ..., out) of x (batch, ..., in)."""
+        if self.fusion.mode != "rows":
+            weight, bias = self.current()
+            y = x @ weight
+            return y if bias is None else y + bias
+        y = x @ self.weight
+        if sum(self.ranks):
+            y = y + (x @ self.B * self.row_scale(x.ndim)) @ self.A
+        bias = self.row_bias(x.ndim)
+        return y if bias is None else y + bias
+
+
+class TwinEmbedding(TwinLayer):
+    """nn.Embedding, weight (vocabulary, width).
+
+    Only the rows that occur are fused, in every mode: a token costs R x width, a fused copy of the table
+    would cost the vocabulary.
+    """
+
+    def __init__(self, layer: nn.Embedding, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        self.padding_idx = layer.padding_idx
+
+    def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
+        """Keep the scale of the factors' columns; rows of the table are fused as they are read."""
+        self.fused_weight = weights.to(self.B)[self.owner]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return (batch, length, width) of token ids (batch, length)."""
+        embedded = F.embedding(ids, self.weight)
+        if self.fusion.mode == "shared":
+            return embedded
+        scale = self.row_scale(ids.ndim + 1) if self.fusion.mode == "rows" else self.current()[0]
+        return embedded + (F.embedding(ids, self.B) * scale) @ self.A
+
+
+class TwinLayerNorm(TwinLayer):
+    """nn.LayerNorm over the last dimension."""
+
+    def __init__(self, layer: nn.LayerNorm, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        self.normalized_shape, self.eps = layer.normalized_shape, layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (batch, ..., n), normalised and scaled by each row's own weight and bias."""
+        if self.fusion.mode != "rows":
+            return F.layer_norm(x, self.normalized_shape, *self.current(), self.eps)
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.row_vector(x.ndim)
+        bias = self.row_bias(x.ndim)
+        return y if bias is None else y + bias
+
+
+TWINS: dict[type[nn.Module], type[TwinLayer]] = {
+    nn.Linear: TwinLinear,
+    Conv1D: TwinConv1D,
+    nn.Embedding: TwinEmbedding,
+    nn.LayerNorm: TwinLayerNorm,
+}
+
+
+def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
+    """Replace every layer of `model` that an expert changes with its twin; return what drives them.
+
+    Args:
+        model: a Hugging Face model that holds the shared expert; changed in place.
+        exclusive: expert to exclusive vector, under `model`'s parameter names.
+
+    Raises:
+        InputError: a parameter that the model lacks, or in a layer that can't be fused per row.
+    """
+    fusion = Fusion(len(exclusive))
+    changed = {name for e in exclusive.values() for name in (*e.factors, *e.vectors)}
+    by_layer: dict[str, list[str]] = {}
+    for name in sorted(changed):
+        by_layer.setdefault(name.rpartition(".")[0], []).append(name)
+    modules = dict(model.named_modules())
+    for path, names in by_layer.items():
+        layer = modules.get(path)
+        if layer is None or any(name.rpartition(".")[2] not in layer._parameters for name in names):
+            raise InputError(f"the model has no parameter {names[0]}, which an expert changes")
+        twin = next((twin for kind, twin in TWINS.items() if type(layer) is kind), None)
+        if twin is None:
+            raise InputError(
+                f"{names[0]} belongs to a {type(layer).__name__}: twins fuse {', '.join(k.__name__ for k in TWINS)}"
+            )
+        model.set_submodule(path, twin(layer, fusion, path, exclusive))
+    return fusion
+
+
+def _spread(rows: Tensor, dims: int) -> Tensor:
+    """Return (batch, n) as (batch, 1, ..., n) with `dims` dimensions."""
+    return rows.view(rows.shape[0], *[1] * (dims - 2), rows.shape[1])

@@ -1,0 +1,80 @@
+"""Task heads: each task keeps its own, and a row of a mixed batch runs through the one named for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twin_bench.checkpoint import meta_model, skeleton
+from twin_bench.errors import InputError
+
+
+class TaskHead(nn.Module):
+    """One task's head: the modules outside the base model, under their own names."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], num_labels: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(modules)
+        self.num_labels = num_labels
+        self.rows: Tensor | None = None
+
+
+class HeadSwitch(nn.Module):
+    """Stands where a model has its head, and runs each row through its own task's."""
+
+    def __init__(self, name: str, heads: Mapping[str, TaskHead]) -> None:
+        super().__init__()
+        self.name = name
+        self._heads = dict(heads)  # owned by the TwinModel; a plain dict, so they are not registered twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, ..., widest head) of x (batch, ..., width), -inf where a row's head has no label."""
+        outputs = {
+            task: head.parts[self.name](x if len(head.rows) == len(x) else x[head.rows])
+            for task, head in self._heads.items()
+            if head.rows is not None
+        }
+        if len(outputs) == 1:
+            return next(iter(outputs.values()))
+        widest = max(output.shape[-1] for output in outputs.values())
+        first = next(iter(outputs.values()))
+        joined = first.new_full((len(x), *first.shape[1:-1], widest), -torch.inf)
+        for task, output in outputs.items():
+            joined[self._heads[task].rows, ..., : output.shape[-1]] = output
+        return joined
+
+
+@contextmanager
+def heads_in_use(heads: Any, tasks: Sequence[str]) -> Iterator[None]:
+    """Run row i of the batches inside through the head of tasks[i]."""
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        rows.setdefault(task, []).append(row)
+    for task, indices in rows.items():
+        heads[task].rows = torch.tensor(indices)
+    try:
+        yield
+    finally:
+        for task in rows:
+            heads[task].rows = None
+
+
+def install_heads(model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """Put a HeadSwitch where `model` has its head; return the tasks' heads as a ModuleDict."""
+    bones = skeleton(model.config, "sequence_classification")
+    built: dict[str, TaskHead] = {}
+    names = sorted({name.partition(".")[0] for name in bones.head})
+    for task, tensors in heads.items():
+        if tensors.keys() != bones.head or bones.head_output is None:
+            raise InputError(f"expert {task!r}: its head holds {sorted(tensors)}, not {sorted(bones.head)}")
+        labels = tensors[bones.head_output].shape[0]
+        blank = meta_model(model.config, "sequence_classification", num_labels=labels)
+        blank.load_state_dict({k: v.to(model.dtype) for k, v in tensors.items()}, strict=False, assign=True)
+        built[task] = TaskHead({name: getattr(blank, name) for name in names}, labels)
+    for name in names:
+        setattr(model, name, HeadSwitch(name, built))
+    return nn.ModuleDict(built)

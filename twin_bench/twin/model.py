@@ -1,0 +1,332 @@
+"""TwinModel: a Hugging Face model, its experts' exclusive vectors, a router, and a head for each task."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from twin_bench.errors import InputError, nearest
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.features import hidden_states, pool
+from twin_bench.twin.fusion import Fusion, install
+from twin_bench.twin.heads import heads_in_use, install_heads
+from twin_bench.twin.plan import Costs, Group, batches, plan
+from twin_bench.twin.router import Router
+
+Protocol = Literal["standard", "paper", "routed"]
+PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
+Text = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class PaperParts:
+    """What only the authors' protocol needs.
+
+    The pretrained biases, with which their router's features are taken, and, where test rows were given to
+    select it, that router.
+    """
+
+    biases: Mapping[str, Tensor]
+    router: Router | None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A twin without its shared expert: what TwinModel adds to a Hugging Face model.
+
+    A static merge is a twin with heads and no exclusive vectors.
+    """
+
+    heads: Mapping[str, Mapping[str, Tensor]]
+    exclusive: Mapping[str, Exclusive] = field(default_factory=dict)
+    router: Router | None = None
+    paper: PaperParts | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+class Prediction(NamedTuple):
+    """A classifier's answer for one input: the head that gave it and its logits, (labels,) float32 on the CPU."""
+
+    head: str
+    logits: Tensor
+
+
+class TwinModel(nn.Module):
+    """theta_s + sum_t w_t(x) v_t for every row of a batch, exactly.
+
+    Protocols: `standard` takes the head from the row's task; `routed` from the largest fusion weight;
+    `paper` takes head *and all biases* from the true task's expert, as the authors' evaluation does.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, parts: Parts, *, protocol: Protocol = "standard") -> None:
+        """Make a twin of `model`, a transformers model that holds the shared expert (changed in place)."""
+        super().__init__()
+        if protocol not in PROTOCOLS:
+            raise InputError(f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
+        self.protocol: Protocol = protocol
+        self.tokenizer = tokenizer
+        self.expert_names = tuple(parts.exclusive)
+        self.digests = dict(parts.digests)
+        self.fusion: Fusion = install(model, parts.exclusive)
+        self.model = model
+        self.heads = install_heads(model, parts.heads)
+        self.num_labels = {task: head.num_labels for task, head in self.heads.items()}
+        self.router = parts.router
+        self._paper_biases: dict[str, Tensor] = {}
+        if protocol == "paper":
+            self._use_paper_protocol(parts.paper)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        protocol: Protocol = "standard",
+        trust_remote_code: bool = False,
+    ) -> TwinModel:
+        """Load a twin directory, its digests verified.
+
+        Args:
+            directory: written by `twin-bench build`.
+            device: where it runs; the CPU by default.
+            dtype: a torch dtype or its name; by default that of the shared expert.
+            protocol: standard, paper or routed.
+            trust_remote_code: let transformers run code that comes with the shared expert.
+
+        Raises:
+            InputError: no twin there, a newer format, a damaged or edited file, a protocol it can't serve.
+        """
+        from twin_bench.twin.directory import load_twin
+
+        model, tokenizer, parts = load_twin(Path(directory), dtype=dtype, trust_remote_code=trust_remote_code)
+        return cls(model, tokenizer, parts, protocol=protocol).to(device or "cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the shared expert's parameters are."""
+        device: torch.device = self.model.device
+        return device
+
+    @torch.no_grad()
+    def route(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the router's fusion weights, (batch, experts) in float32, rows summing to 1.
+
+        A row's weights depend on its own tokens alone: padding does not count.
+        """
+        if self.router is None:
+            raise InputError(
+                "this twin has no router for this protocol; give fusion_weights, or build it with router: data"
+                + (" that holds each task's validation.jsonl" if self.protocol == "paper" else "")
+            )
+        inputs = _inputs(input_ids, attention_mask, token_type_ids)
+        features = self.features(inputs, [self.router.config.layer])[0]
+        return self.router.weights(features)
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """Return what a router on each of `layers` reads: (batch, width) means over the tokens of a batch."""
+        states = hidden_states(self.model, inputs, layers, overrides=self._paper_biases)
+        return [pool(state, inputs.get("attention_mask")) for state in states]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        fusion_weights: Tensor | None = None,
+        task: str | Sequence[str] | None = None,
+    ) -> SequenceClassifierOutput:
+        """Run a batch, each row with its own weights.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: likewise, 0 on padding.
+            token_type_ids: likewise, where the model has them.
+            fusion_weights: (batch, experts); None asks the router.
+            task: the task of all rows, or of each: whose head (and under `paper` whose biases) it takes.
+                Under `routed` it may be left out: the head is that of the largest weight.
+
+        Returns:
+            An output whose `logits` are (batch, labels). Rows whose head has fewer labels than the widest
+            in the batch are filled with -inf.
+        """
+        size = len(input_ids)
+        weights = self.route(input_ids, attention_mask, token_type_ids) if fusion_weights is None else fusion_weights
+        weights = self._checked(weights, size)
+        heads = self._heads_of(weights, [task] * size if task is None or isinstance(task, str) else list(task))
+        keys = self._fusion_keys(weights, heads)
+        inputs = _inputs(input_ids, attention_mask, token_type_ids)
+        groups = plan(keys, [input_ids.shape[1]] * size, self._costs)
+        widest = max(self.num_labels[head] for head in heads)
+        logits = torch.full((size, widest), -torch.inf, device=self.device, dtype=self.model.dtype)
+        for group in groups:
+            rows = torch.tensor(group.rows, device=input_ids.device)
+            out = self._run({k: v[rows] for k, v in inputs.items()}, group, keys, [heads[r] for r in group.rows])
+            logits[rows, : out.shape[1]] = out
+        return SequenceClassifierOutput(logits=logits)
+
+    @torch.no_grad()
+    def classify(
+        self,
+        texts: Sequence[Text],
+        tasks: Sequence[str],
+        *,
+        batch_size: int = 32,
+        max_length: int = 128,
+        fusion_weights: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """Answer a list of requests as a whole: route, plan, fuse once a group, run, restore the order.
+
+        Args:
+            texts: (text, text_pair or None) of each request.
+            tasks: the task of each.
+            batch_size: rows a forward.
+            max_length: tokens a row; longer ones are truncated.
+            fusion_weights: (requests, experts), in place of the router's.
+            progress: called with the number of requests done since the last call.
+
+        Each distinct (text, text_pair, task) is run once, each distinct text routed once.
+        """
+        _require_known(tasks, self.heads, "the twin has no expert of task")
+        encoded = self.encode(texts, max_length=max_length)
+        if fusion_weights is not None:
+            weights = self._checked(fusion_weights, len(texts))
+        else:
+            weights = self.route_all(encoded, batch_size=batch_size)
+        heads = self._heads_of(weights, list(tasks))
+        keys = self._fusion_keys(weights, heads)
+        lengths = [len(row["input_ids"]) for row in encoded]
+        answers: list[Prediction | None] = [None] * len(texts)
+        first: dict[tuple[Any, ...], int] = {}
+        copies = [
+            first.setdefault((text, head, tuple(key)), row)
+            for row, (text, head, key) in enumerate(zip(texts, heads, keys.tolist(), strict=True))
+        ]
+        distinct = sorted(set(copies))
+        for group in plan(keys[distinct], [lengths[row] for row in distinct], self._costs):
+            whole = Group(tuple(distinct[row] for row in group.rows), group.weights)
+            for batch in batches(whole, lengths, batch_size):
+                inputs = self.collate([encoded[row] for row in batch.rows])
+                names = [heads[row] for row in batch.rows]
+                logits = self._run(inputs, batch, keys, names).float().cpu()
+                for row, name, row_logits in zip(batch.rows, names, logits, strict=True):
+                    answers[row] = Prediction(name, row_logits[: self.num_labels[name]])
+                if progress:
+                    progress(len(batch.rows))
+        if progress and len(copies) > len(distinct):
+            progress(len(copies) - len(distinct))
+        return [answer for answer in (answers[row] for row in copies) if answer is not None]
+
+    def encode(self, texts: Sequence[Text], *, max_length: int) -> list[dict[str, list[int]]]:
+        """Tokenise (text, text_pair or None) rows, truncated to `max_length`, without padding."""
+        return [self.tokenizer(a, b, truncation=True, max_length=max_length) for a, b in texts]
+
+    @torch.no_grad()
+    def route_all(self, encoded: Sequence[Mapping[str, list[int]]], *, batch_size: int = 32) -> Tensor:
+        """Return the fusion weights (rows, experts) of encoded rows, each distinct row routed once."""
+        weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
+        if not self.expert_names:
+            return weights
+        distinct: dict[tuple[int, ...], list[int]] = {}
+        for index, row in enumerate(encoded):
+            distinct.setdefault((*row["input_ids"], *row.get("token_type_ids", ())), []).append(index)
+        groups = list(distinct.values())
+        for chunk in batches(
+            Group(tuple(range(len(groups))), None),
+            [len(encoded[g[0]]["input_ids"]) for g in groups],
+            batch_size,
+        ):
+            routed = self.route(**self.collate([encoded[groups[g][0]] for g in chunk.rows]))
+            for g, row_weights in zip(chunk.rows, routed, strict=True):
+                weights[groups[g]] = row_weights
+        return weights
+
+    def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
+        """Return the logits of one batch of a plan, whose rows index `keys`."""
+        if group.weights is not None:
+            fused = self.fusion.fuse(*self._split(group.weights))
+        else:
+            fused = self.fusion.per_row(*self._split(keys[list(group.rows)]))
+        with fused, heads_in_use(self.heads, heads):
+            logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def _fusion_keys(self, weights: Tensor, heads: Sequence[str]) -> Tensor:
+        """Return what decides a row's fused model: its weights and, under `paper`, its biases' weights as well."""
+        if self.protocol != "paper" or not self.expert_names:
+            return weights
+        _require_known(heads, self.expert_names, "the twin has no expert of task")
+        owner = torch.tensor([self.expert_names.index(head) for head in heads], device=weights.device)
+        return torch.cat([weights, nn.functional.one_hot(owner, len(self.expert_names)).to(weights)], dim=1)
+
+    def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        experts = len(self.expert_names)
+        return keys[..., :experts], keys[..., -experts:] if experts else keys
+
+    @functools.cached_property
+    def _costs(self) -> Costs:
+        costs = self.fusion.costs()
+        if self.protocol != "paper":
+            return costs
+        return Costs((*costs.fuse, *[0.0] * len(costs.fuse)), costs.rebuild, costs.low_rank)
+
+    def _heads_of(self, weights: Tensor, tasks: Sequence[str | None]) -> list[str]:
+        if self.protocol == "routed":
+            if not self.expert_names:
+                raise InputError("protocol routed takes the head from a router, and a static merge has none")
+            return [self.expert_names[index] for index in weights.argmax(dim=1).tolist()]
+        if len(tasks) != len(weights):
+            raise InputError(f"{len(tasks)} tasks for {len(weights)} rows; give one task, or one a row")
+        named = [task for task in tasks if task is not None]
+        if len(named) < len(tasks):
+            raise InputError(f"protocol {self.protocol} takes the head from the task: name it with task=")
+        _require_known(named, self.heads, "the twin has no expert of task")
+        return named
+
+    def _checked(self, weights: Tensor, rows: int) -> Tensor:
+        expected = (rows, len(self.expert_names))
+        if tuple(weights.shape) != expected:
+            raise InputError(f"fusion_weights is {tuple(weights.shape)}, not (rows, experts) = {expected}")
+        return weights.to(self.device, torch.promote_types(weights.dtype, torch.float32))
+
+    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """Pad encoded rows to their longest and move them to the device: what a forward takes."""
+        padded = self.tokenizer.pad([dict(row) for row in rows], return_tensors="pt")
+        return {key: value.to(self.device) for key, value in padded.items()}
+
+    def _use_paper_protocol(self, paper: PaperParts | None) -> None:
+        if paper is None:
+            if self.expert_names:
+                raise InputError("this twin was built without what the paper protocol needs; build it again")
+            return
+        self._paper_biases = {
+            name.removeprefix(f"{self.model.base_model_prefix}."): tensor for name, tensor in paper.biases.items()
+        }
+        self.router = paper.router
+
+
+def _inputs(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> dict[str, Tensor]:
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def _require_known(tasks: Sequence[str], known: Any, message: str) -> None:
+    for task in tasks:
+        if task not in known:
+            raise InputError(f"{message} {task!r}{nearest(task, known)}")

@@ -1,0 +1,79 @@
+"""The planner: which rows of a request list share one fusion, and which take the low-rank path.
+
+Two ways to run a row with weights w, both exact:
+
+- fused weights: W_s + sum_t w_t v_t is built once for all rows with the same w, which then cost what the
+  plain model costs;
+- low-rank path: nothing is built, each row's own w scales the factors' products, at an extra cost a token.
+
+A group of rows is worth its fusion when its tokens would pay more for the low-rank path than the fusion costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs in tokens of the plain model's forward.
+
+    `fuse[k]`: adding expert k's factors to all weights once; `rebuild`: writing the fused weights at all;
+    `low_rank`: what the low-rank path adds to each token.
+    """
+
+    fuse: tuple[float, ...]
+    rebuild: float
+    low_rank: float
+
+
+class Group(NamedTuple):
+    """Rows to run together: with fused `weights` (K,), or, where that is None, each row on the low-rank path."""
+
+    rows: tuple[int, ...]
+    weights: Tensor | None
+
+
+def plan(weights: Tensor, tokens: Sequence[int], costs: Costs) -> list[Group]:
+    """Group the rows of a request list.
+
+    Args:
+        weights: (N, K) fusion weights; rows are grouped when they are equal.
+        tokens: N token counts, padding included.
+        costs: see `Costs`; K entries in `fuse`.
+
+    Returns:
+        Groups that hold each row once. Fused groups come first, in the order of their weights, so that the
+        plan depends on the set of rows and not on their order; the low-rank group, if any, is last.
+    """
+    if not len(tokens):
+        return []
+    if not weights.shape[1]:
+        return [Group(tuple(range(len(tokens))), weights[0])]
+    unique, member = torch.unique(weights, dim=0, return_inverse=True)
+    lengths = torch.as_tensor(tokens, dtype=torch.float64)
+    group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member.cpu(), lengths)
+    fusion = (unique != 0).to(torch.float64).cpu() @ torch.tensor(costs.fuse, dtype=torch.float64) + costs.rebuild
+    worth_fusing = fusion <= group_tokens * costs.low_rank
+    order = torch.argsort(member.cpu(), stable=True)
+    bounds = torch.bincount(member.cpu(), minlength=len(unique)).cumsum(0).tolist()
+    groups: list[Group] = []
+    leftover: list[int] = []
+    for index, (start, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
+        rows = order[start:end].tolist()
+        if worth_fusing[index]:
+            groups.append(Group(tuple(rows), unique[index]))
+        else:
+            leftover += rows
+    return groups + ([Group(tuple(sorted(leftover)), None)] if leftover else [])
+
+
+def batches(group: Group, tokens: Sequence[int], batch_size: int) -> list[Group]:
+    """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least."""
+    rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
+    return [Group(tuple(rows[i : i + batch_size]), group.weights) for i in range(0, len(rows), batch_size)]

@@ -1,0 +1,147 @@
+"""The router: w(x) = softmax(MLP(h(x))), trained on the task ids of training inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twin_bench.errors import InputError
+
+BATCH = 1024
+LEARNING_RATE = 5e-4
+DROPOUT = 0.5
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """What a router is: its features and how its logits become weights.
+
+    `layer` is the hidden state it reads (0 the embeddings, k the k-th block's output, -1 the last);
+    `top_k` keeps only the largest weights, renormalised (0: all); `temperature` divides the logits.
+    """
+
+    experts: tuple[str, ...]
+    width: int
+    layer: int = -1
+    top_k: int = 0
+    temperature: float = 1.0
+
+
+class Router(nn.Module):
+    """The paper's MLP: d -> 2d -> 2d -> T with BatchNorm, LeakyReLU and dropout, and a softmax."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        if config.temperature <= 0:
+            raise InputError(f"router: temperature must be above 0, not {config.temperature}")
+        if not 0 <= config.top_k <= len(config.experts):
+            raise InputError(f"router: top_k must be 0 (all) to {len(config.experts)}, not {config.top_k}")
+        self.config = config
+        wide = 2 * config.width
+        self.mlp = nn.Sequential(
+            *(nn.Linear(config.width, wide), nn.BatchNorm1d(wide), nn.LeakyReLU(), nn.Dropout(DROPOUT)),
+            *(nn.Linear(wide, wide), nn.BatchNorm1d(wide), nn.LeakyReLU(), nn.Dropout(DROPOUT)),
+            nn.Linear(wide, len(config.experts)),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (N, T) of features (N, width)."""
+        logits: Tensor = self.mlp(features)
+        return logits
+
+    @torch.no_grad()
+    def weights(self, features: Tensor) -> Tensor:
+        """Return fusion weights (N, T) in float32, rows summing to 1, of features (N, width)."""
+        return fusion_weights(self(features.to(next(self.parameters()))), self.config)
+
+
+def fusion_weights(logits: Tensor, config: RouterConfig) -> Tensor:
+    """Return softmax(logits / temperature), (N, T), all but the `top_k` largest set to 0."""
+    weights = torch.softmax(logits.float() / config.temperature, dim=-1)
+    if config.top_k:
+        kept = torch.zeros_like(weights).scatter_(1, weights.topk(config.top_k).indices, 1.0)
+        weights = weights * kept
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained router and how it was chosen: `accuracy` on the selection rows, in all and a task."""
+
+    router: Router
+    epoch: int
+    accuracy: float
+    task_accuracy: dict[str, float]
+    rows: int
+    selection_rows: int
+
+
+def train_router(
+    config: RouterConfig,
+    features: Tensor,
+    tasks: Tensor,
+    selection_features: Tensor,
+    selection_tasks: Tensor,
+    *,
+    epochs: int = 50,
+    seed: int = 0,
+) -> Trained:
+    """Train the MLP on task ids and keep the epoch with the best accuracy on the selection rows.
+
+    Args:
+        config: the router to be.
+        features: (N, width) of training rows.
+        tasks: (N,) expert indices.
+        selection_features: (M, width) of the rows that choose the epoch: a held-out part of train, or,
+            under the authors' own protocol, the test rows.
+        selection_tasks: (M,) expert indices.
+        epochs: passes over the rows.
+        seed: of initialisation, order and dropout; the global generator is left as it was.
+
+    Ties between epochs go to the lower selection loss. Raises InputError with fewer than 2 rows.
+    """
+    if len(features) < 2:
+        raise InputError(f"router: {len(features)} training rows are too few to train on")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = Router(config)
+        optimizer = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
+        best: tuple[float, float] | None = None
+        chosen, state = 0, router.state_dict()
+        for epoch in range(1, epochs + 1):
+            router.train()
+            for rows in _batches(torch.randperm(len(features))):
+                loss = F.cross_entropy(router(features[rows]), tasks[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            router.eval()
+            with torch.no_grad():
+                logits = router(selection_features)
+                accuracy = (logits.argmax(dim=1) == selection_tasks).float().mean().item()
+                quality = (accuracy, -F.cross_entropy(logits, selection_tasks).item())
+            if best is None or quality > best:
+                best, chosen = quality, epoch
+                state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+        router.load_state_dict(state)
+    router.requires_grad_(False)
+    predicted = router(selection_features).argmax(dim=1)
+    by_task = {
+        task: (predicted[selection_tasks == index] == index).float().mean().item()
+        for index, task in enumerate(config.experts)
+    }
+    assert best is not None
+    return Trained(router, chosen, best[0], by_task, len(features), len(selection_features))
+
+
+def _batches(order: Tensor) -> Sequence[Tensor]:
+    """Cut an order of rows into batches; a last batch of one row joins its neighbour (BatchNorm needs two)."""
+    chunks = list(order.split(BATCH))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    return chunks
