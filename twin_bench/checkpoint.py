@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from twin_bench.errors import InputError
 from twin_bench.finite import require_finite
 
 TaskType = Literal["sequence_classification", "causal_lm"]
+_WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
+"""What PEFT puts into a parameter's name."""
 AUTO_MODEL: dict[TaskType, Any] = {
     "sequence_classification": AutoModelForSequenceClassification,
     "causal_lm": AutoModelForCausalLM,
@@ -175,7 +178,9 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
     replaced: dict[str, Callable[[], Tensor]] = {}
     head: dict[str, Callable[[], Tensor]] = {}
     for key, read in stored.items():
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if ".original_module." in key:  # the base's copy of a saved module
+            continue
+        name = _WRAPPERS.sub(".", key.removeprefix("base_model.model."))
         module, marker, side = name.partition(".lora_")
         parameter = _known_name(f"{module}.weight" if marker else name, skeleton)
         if parameter is None:

@@ -52,6 +52,21 @@ def check_row(row: Row, task: GlueTask, where: str) -> Row:
     return row
 
 
+def hub_rows(task: GlueTask, split: str) -> list[Row]:
+    """Read a task's rows from the hub's nyu-mll/glue; InputError with the way round where it can't be reached."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("nyu-mll/glue", task.name, split=task.hub_split(split))
+    except (OSError, ValueError) as error:  # offline, unreachable, no such split
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{task.name}: the hub's nyu-mll/glue cannot be read ({reason}); "
+            "set TWIN_BENCH_DATA to a directory of TASK/SPLIT.jsonl"
+        ) from error
+    return [check_row(row, task, f"nyu-mll/glue {task.name}, row {number}") for number, row in enumerate(rows)]
+
+
 def text_pair(row: Row, task: GlueTask, where: str = "row") -> tuple[str, str | None]:
     """Return a row's text and its second text (None for single sentences); `where` begins the InputError."""
     texts = [_text(row, field, where) for field in task.fields]

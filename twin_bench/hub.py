@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .errors import InputError
+from twin_bench.errors import InputError
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _WANTED = (
@@ -61,8 +62,8 @@ def model_directory(name: str) -> Path:
         InputError: The name is neither, its weights are not safetensors, a package's weights differ
             from their digest, or the download fails.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # leaves an unknown user's ~ alone, where Path.expanduser raises
+    if name and path.is_dir():
         return path
     segments = name.split("/")
     if not all(_SEGMENT.fullmatch(segment) and ".." not in segment for segment in segments):

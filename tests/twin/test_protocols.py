@@ -96,7 +96,7 @@ def test_the_task_decides_no_more_than_the_head(twin_directory: Path, families: 
     assert [p.head for p in first + second] == ["cola"] * 2 + ["mnli"] * 2
     with torch.no_grad():
         encoded = twin.encode(texts, max_length=128)
-        weights = twin.route_all(encoded)
+        weights = twin.route_all(encoded, [])
     for given in ("cola", "mnli"):
         direct = twin.classify(texts, [given] * 2, fusion_weights=weights)
         for a, b in zip(direct, first if given == "cola" else second, strict=True):

@@ -22,6 +22,8 @@ from twin_bench.twin.router import Router
 
 Protocol = Literal["standard", "paper", "routed"]
 PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
+Routing = Literal["router", "task", "none"]
+ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 Text = tuple[str, str | None]
 
 
@@ -63,14 +65,30 @@ class TwinModel(nn.Module):
 
     Protocols: `standard` takes the head from the row's task; `routed` from the largest fusion weight;
     `paper` takes head *and all biases* from the true task's expert, as the authors' evaluation does.
+
+    Routing says where weights come from that are not given: the `router`; the true `task` (its exclusive
+    vector alone, the ceiling of any router; a score under it was told the task); or `none`, theta_s alone.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, parts: Parts, *, protocol: Protocol = "standard") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Parts,
+        *,
+        protocol: Protocol = "standard",
+        routing: Routing = "router",
+    ) -> None:
         """Make a twin of `model`, a transformers model that holds the shared expert (changed in place)."""
         super().__init__()
         if protocol not in PROTOCOLS:
             raise InputError(f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
+        if routing not in ROUTINGS:
+            raise InputError(f"unknown routing {routing!r}{nearest(routing, ROUTINGS)}")
+        if protocol == "routed" and routing != "router":
+            raise InputError(f"protocol routed takes the head from the router, and routing is {routing}")
         self.protocol: Protocol = protocol
+        self.routing: Routing = routing
         self.tokenizer = tokenizer
         self.expert_names = tuple(parts.exclusive)
         self.digests = dict(parts.digests)
@@ -93,6 +111,7 @@ class TwinModel(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         protocol: Protocol = "standard",
+        routing: Routing = "router",
         trust_remote_code: bool = False,
     ) -> TwinModel:
         """Load a twin directory, its digests verified.
@@ -102,6 +121,7 @@ class TwinModel(nn.Module):
             device: where it runs; the CPU by default.
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
+            routing: router, task or none.
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
@@ -110,7 +130,7 @@ class TwinModel(nn.Module):
         from twin_bench.twin.directory import load_twin
 
         model, tokenizer, parts = load_twin(Path(directory), dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(model, tokenizer, parts, protocol=protocol).to(device or "cpu")
+        return cls(model, tokenizer, parts, protocol=protocol, routing=routing).to(device or "cpu")
 
     @property
     def device(self) -> torch.device:
@@ -166,9 +186,14 @@ class TwinModel(nn.Module):
             in the batch are filled with -inf.
         """
         size = len(input_ids)
-        weights = self.route(input_ids, attention_mask, token_type_ids) if fusion_weights is None else fusion_weights
-        weights = self._checked(weights, size)
-        heads = self._heads_of(weights, [task] * size if task is None or isinstance(task, str) else list(task))
+        tasks = [task] * size if task is None or isinstance(task, str) else list(task)
+        if fusion_weights is not None:
+            weights = self._checked(fusion_weights, size)
+        elif self.routing == "router" and self.expert_names:
+            weights = self.route(input_ids, attention_mask, token_type_ids)
+        else:
+            weights = self.route_all([{}] * size, [str(name) for name in tasks])
+        heads = self._heads_of(weights, tasks)
         keys = self._fusion_keys(weights, heads)
         inputs = _inputs(input_ids, attention_mask, token_type_ids)
         groups = plan(keys, [input_ids.shape[1]] * size, self._costs)
@@ -208,7 +233,7 @@ class TwinModel(nn.Module):
         if fusion_weights is not None:
             weights = self._checked(fusion_weights, len(texts))
         else:
-            weights = self.route_all(encoded, batch_size=batch_size)
+            weights = self.route_all(encoded, tasks, batch_size=batch_size)
         heads = self._heads_of(weights, list(tasks))
         keys = self._fusion_keys(weights, heads)
         lengths = [len(row["input_ids"]) for row in encoded]
@@ -238,10 +263,17 @@ class TwinModel(nn.Module):
         return [self.tokenizer(a, b, truncation=True, max_length=max_length) for a, b in texts]
 
     @torch.no_grad()
-    def route_all(self, encoded: Sequence[Mapping[str, list[int]]], *, batch_size: int = 32) -> Tensor:
-        """Return the fusion weights (rows, experts) of encoded rows, each distinct row routed once."""
+    def route_all(
+        self, encoded: Sequence[Mapping[str, list[int]]], tasks: Sequence[str], *, batch_size: int = 32
+    ) -> Tensor:
+        """Return the fusion weights (rows, experts) of encoded rows, each distinct row routed once.
+
+        `tasks` are looked at only where `routing` is `task`.
+        """
+        if self.routing == "task":
+            return self._one_hot(tasks)
         weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
-        if not self.expert_names:
+        if self.routing == "none" or not self.expert_names:
             return weights
         distinct: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(encoded):
@@ -271,9 +303,13 @@ class TwinModel(nn.Module):
         """Return what decides a row's fused model: its weights and, under `paper`, its biases' weights as well."""
         if self.protocol != "paper" or not self.expert_names:
             return weights
-        _require_known(heads, self.expert_names, "the twin has no expert of task")
-        owner = torch.tensor([self.expert_names.index(head) for head in heads], device=weights.device)
-        return torch.cat([weights, nn.functional.one_hot(owner, len(self.expert_names)).to(weights)], dim=1)
+        return torch.cat([weights, self._one_hot(heads).to(weights)], dim=1)
+
+    def _one_hot(self, tasks: Sequence[str]) -> Tensor:
+        """Return weight 1 on each row's own expert, (rows, experts)."""
+        _require_known(tasks, self.expert_names, "the twin has no expert of task")
+        owner = torch.tensor([self.expert_names.index(task) for task in tasks], device=self.device)
+        return nn.functional.one_hot(owner, len(self.expert_names)).float()
 
     def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         experts = len(self.expert_names)

@@ -1,0 +1,86 @@
+"""Cells: one method's score on one task, written to disk the moment it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score with all it takes to read it.
+
+    `score` and `stderr` are in points (0 to 100, correlations down to -100) over `n` rows; `seconds` is the
+    evaluation's wall time, `build_seconds` the merge's or build's, `parameters` what the method stores.
+    `key` is a digest of everything that decides the score.
+    """
+
+    suite: str
+    protocol: str
+    method: str
+    track: str
+    task: str
+    metric: str
+    score: float
+    stderr: float
+    n: int
+    seed: int
+    seconds: float
+    build_seconds: float
+    parameters: int
+    settings: Mapping[str, Any]
+    notes: Mapping[str, Any]
+    key: str
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_files(path: Path) -> str:
+    """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
+    lines = []
+    for file in files:
+        with file.open("rb") as stream:
+            lines.append(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}")
+    return digest(lines)
+
+
+class Cells:
+    """The finished cells of one leaderboard directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def read(self, protocol: str, method: str, task: str, key: str) -> Cell | None:
+        """Return a finished cell, or None where there is none or what decides its score has changed."""
+        try:
+            stored = json.loads(self._file(protocol, method, task).read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+        return Cell(**stored) if stored.get("key") == key else None
+
+    def write(self, cell: Cell) -> None:
+        """Write a cell atomically: it is there whole or not at all."""
+        write_atomically(self._file(cell.protocol, cell.method, cell.task), json.dumps(asdict(cell), indent=2) + "\n")
+
+    def _file(self, protocol: str, method: str, task: str) -> Path:
+        return self.directory / protocol / method / f"{task}.json"
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write `text` to a temporary name beside `file`, then rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, file)

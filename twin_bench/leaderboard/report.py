@@ -1,0 +1,169 @@
+"""From cells to a leaderboard: normalised scores, and the table as JSON, CSV, Markdown, HTML and in the terminal."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from twin_bench.leaderboard.cells import Cell, write_atomically
+
+COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
+PACKAGES = ("twin-bench", "torch", "transformers", "lm-eval", "peft")
+
+
+def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return one row a cell with its normalised score.
+
+    normalized = 100 * score / the expert's score on that task, under the same protocol (the paper's
+    equation 4); negative values stay; None where the expert's score is not above 0.
+    """
+    experts = {(cell.protocol, cell.task): cell.score for cell in cells if cell.method == "experts"}
+    rows = []
+    for cell in cells:
+        reference = experts.get((cell.protocol, cell.task))
+        normalized = 100 * cell.score / reference if reference is not None and reference > 0 else None
+        fields = asdict(cell)
+        first = {column: normalized if column == "normalized" else fields.pop(column) for column in COLUMNS}
+        rows.append({**first, **fields})
+    return rows
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return one line a protocol and method: mean normalised score, its standard error, scores a task, costs.
+
+    The mean is over the tasks that every method of the protocol has a normalised score for. Its standard
+    error takes tasks as independent and the experts' scores as exact: it is what the rows drawn for this
+    method contribute, not the error of a difference between two methods on the same rows.
+    """
+    lines = []
+    for (protocol, method), own in _grouped(rows).items():
+        normalized = [row["normalized"] for row in own]
+        whole = all(value is not None for value in normalized)
+        ratios = [row["stderr"] * row["normalized"] / row["score"] for row in own if row["normalized"] and row["score"]]
+        speed = sum(row["n"] for row in own) / sum(row["seconds"] for row in own)
+        lines.append(
+            {
+                "protocol": protocol,
+                "method": method,
+                "track": own[0]["track"],
+                "normalized": sum(normalized) / len(normalized) if whole else math.nan,
+                "stderr": math.sqrt(sum(r * r for r in ratios)) / len(own) if whole else math.nan,
+                **{row["task"]: row["score"] for row in own},
+                "parameters": own[0]["parameters"],
+                "build_seconds": own[0]["build_seconds"],
+                "rows_per_second": speed,
+            }
+        )
+    frame = pd.DataFrame(lines)
+    plain = frame[frame["method"] == "pretrained"].set_index("protocol")["rows_per_second"]
+    # Only `standard` runs the pretrained model on all rows everywhere; another protocol falls back to it.
+    reference = frame["protocol"].map(plain).fillna(plain.get("standard", math.nan))
+    frame["speed"] = frame["rows_per_second"] / reference
+    return frame.drop(columns="rows_per_second")
+
+
+def write_leaderboard(cells: Sequence[Cell], out: Path) -> pd.DataFrame:
+    """Write leaderboard.json, .csv, .md and index.html to `out`, each atomically; return the summary."""
+    rows = leaderboard_rows(cells)
+    table = summary(rows)
+    write_atomically(out / "leaderboard.json", json.dumps(rows, indent=1) + "\n")
+    write_atomically(out / "leaderboard.csv", pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False))
+    write_atomically(out / "leaderboard.md", markdown(rows, table))
+    write_atomically(out / "index.html", page(rows, table))
+    return table
+
+
+def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
+    """Return the leaderboard as Markdown, a section a protocol, with what its figures mean."""
+    sections = [f"# {rows[0]['suite']}\n"]
+    for protocol, part in table.groupby("protocol", sort=False):
+        shown = _shown(rows, part, str(protocol))
+        lines = ["| " + " | ".join(shown.columns) + " |", "|" + " --- |" * len(shown.columns)]
+        lines += ["| " + " | ".join(map(str, line)) + " |" for line in shown.itertuples(index=False)]
+        sections.append(f"## Protocol: {protocol}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join([*sections, legend(rows)])
+
+
+def legend(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what a reader must know of the figures: rows, metrics, seed, versions, routers."""
+    counts: dict[str, set[int]] = {}
+    for row in rows:
+        counts.setdefault(f"{row['task']} ({row['metric']})", set()).add(row["n"])
+    scored = ", ".join(f"{task} {'/'.join(map(str, sorted(n)))}" for task, n in counts.items())
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    lines = [
+        "Scores are in points, ± one standard error. Normalized is the mean over tasks of 100 x score / the "
+        "expert's score on that task, same protocol; its error takes tasks as independent and the experts as exact. "
+        "Speed is rows a second against the pretrained model's, routing counted, everything in one run.",
+        f"Rows scored: {scored}. Seed {rows[0]['seed']}. Versions: {versions}.",
+    ]
+    for (protocol, method), own in _grouped(rows).items():
+        router = own[0]["notes"].get("router")
+        if router:
+            accuracy = ", ".join(f"{task} {value:.2f}" for task, value in router["task_accuracy"].items())
+            lines.append(
+                f"{method} ({protocol}): router on layer {router['layer']}, chosen on {router['selected_on']} "
+                f"({router['selection_rows']}), task-id accuracy there {router['accuracy']:.3f}: {accuracy}."
+            )
+    return "\n\n".join(lines) + "\n"
+
+
+def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
+    """Return the leaderboard as one self-contained HTML page."""
+    body = [f"<h1>{html.escape(rows[0]['suite'])}</h1>"]
+    for protocol, part in table.groupby("protocol", sort=False):
+        body.append(f"<h2>Protocol: {protocol}</h2>")
+        body.append(_shown(rows, part, str(protocol)).to_html(index=False, border=0))
+    body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in legend(rows).split("\n\n")]
+    style = (
+        "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:right}td:first-child{text-align:left}"
+    )
+    title = html.escape(rows[0]["suite"])
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def print_leaderboard(rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console) -> None:
+    """Print the leaderboard to a terminal."""
+    for protocol, part in table.groupby("protocol", sort=False):
+        shown = _shown(rows, part, str(protocol))
+        printed = Table(title=f"{rows[0]['suite']}, protocol {protocol}", box=None, pad_edge=False)
+        for column in shown.columns:
+            printed.add_column(column, justify="left" if column in ("method", "track") else "right")
+        for line in shown.itertuples(index=False):
+            printed.add_row(*map(str, line))
+        console.print(printed)
+    console.print(legend(rows), highlight=False)
+
+
+def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """Return a protocol's table as text."""
+    errors = {(row["method"], row["task"]): row["stderr"] for row in rows if row["protocol"] == protocol}
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["protocol"] == protocol))
+    shown = pd.DataFrame({"method": part["method"], "track": part["track"]})
+    pairs = zip(part["normalized"], part["stderr"], strict=True)
+    shown["normalized"] = ["n/a" if math.isnan(mean) else f"{mean:.2f} ±{error:.2f}" for mean, error in pairs]
+    for task in tasks:
+        scored = zip(part["method"], part[task], strict=True)
+        shown[task] = [f"{score:.2f} ±{errors[method, task]:.2f}" for method, score in scored]
+    shown["parameters"] = [f"{count / 1e6:.1f} M" for count in part["parameters"]]
+    shown["build"] = [f"{seconds:.0f} s" for seconds in part["build_seconds"]]
+    shown["speed"] = ["n/a" if math.isnan(speed) else f"{speed:.2f}x" for speed in part["speed"]]
+    return shown
+
+
+def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["protocol"], row["method"]), []).append(row)
+    return groups

@@ -1,0 +1,184 @@
+"""Run a suite: every method on every task through the lm-eval adapter, one finished cell at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from twin_bench import demo
+from twin_bench.data import hub_rows, split_path
+from twin_bench.errors import InputError
+from twin_bench.glue import GLUE
+from twin_bench.hub import model_directory
+from twin_bench.leaderboard.cells import Cell, Cells, digest, digest_files, write_atomically
+from twin_bench.leaderboard.serve import Served, serve
+from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
+from twin_bench.twin.build import open_sources
+from twin_bench.twin.model import Protocol
+
+PAPER_ROWS = {"routed": 1000}
+PAPER_ROWS_STATIC = 1001
+"""The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
+
+
+def run_suite(
+    suite: Suite,
+    out: Path,
+    *,
+    only: Sequence[str] | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> list[Cell]:
+    """Return a suite's cells, running those that `out`/cells does not hold yet.
+
+    Args:
+        suite: what to run.
+        out: where cells, generated rows and built twins go.
+        only: labels or method names; the bounds run in any case.
+        limit: the first so many rows of each task.
+        progress: where the bars go.
+
+    Raises:
+        InputError: an unknown method, wrong rows or experts: before anything is run where it can be known.
+    """
+    progress = progress or Progress(disable=True)
+    entries = suite.entries(None if only is None else list(only))
+    if suite.experts == EMBEDDED:
+        suite = suite.model_copy(update={"experts": str(demo.experts_directory())})
+    data = _rows_directory(suite, out)
+    sources = open_sources(suite.base_model, suite.expert_paths)
+    inputs = _input_digests(suite, data)
+    cells = Cells(out / "cells")
+    finished: list[Cell] = []
+    work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
+    bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
+    for protocol, entry in work:
+        keys = {task: _key(suite, entry, protocol, task, inputs, limit) for task in suite.tasks}
+        done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
+        progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
+        if not all(done.values()):
+            for served in serve(entry, protocol, suite, data, sources, out / "twins", progress):
+                for task in served.tasks:
+                    if done[task] is None:
+                        done[task] = _evaluate(served, entry, protocol, suite, task, data, keys[task], limit)
+                        cells.write(done[task])  # type: ignore[arg-type]
+                        progress.advance(bar)
+        finished += [cell for cell in done.values() if cell is not None]
+    return finished
+
+
+def _evaluate(
+    served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, data: Path, key: str, limit: int | None
+) -> Cell:
+    """Return one cell: the task through lm-eval and the adapter, as the command line runs it."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from twin_bench.paths import tasks_directory
+    from twin_bench_lm_eval.classifier import ClassifierTwin
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = ClassifierTwin(twin=served.twin, max_length=suite.max_length)
+    manager = TaskManager(
+        include_path=str(tasks_directory()),
+        include_defaults=False,
+        metadata={"data": str(data), "split": suite.split},
+    )
+    started = time.perf_counter()
+    results: dict[str, Any] = simple_evaluate(
+        model=lm,
+        tasks=[f"twin_{task}"],
+        task_manager=manager,
+        limit=_row_limit(entry, protocol, limit),
+        bootstrap_iters=0,
+        log_samples=False,
+        random_seed=suite.seed,
+        numpy_random_seed=suite.seed,
+        torch_random_seed=suite.seed,
+    )
+    metric = GLUE[task].metric
+    scores = results["results"][f"twin_{task}"]
+    return Cell(
+        suite=suite.name,
+        protocol=protocol,
+        method=entry.label,
+        track=entry.track,
+        task=task,
+        metric=metric,
+        score=100 * scores[f"{metric},none"],
+        stderr=100 * scores[f"{metric}_stderr,none"],
+        n=results["n-samples"][f"twin_{task}"]["effective"],
+        seed=suite.seed,
+        seconds=time.perf_counter() - started,
+        build_seconds=served.build_seconds,
+        parameters=served.parameters,
+        settings=entry.settings(),
+        notes=served.notes,
+        key=key,
+    )
+
+
+def _row_limit(entry: Entry, protocol: Protocol, limit: int | None) -> int | None:
+    if protocol != "paper":
+        return limit
+    rows = PAPER_ROWS.get(entry.track, PAPER_ROWS_STATIC)
+    return rows if limit is None else min(rows, limit)
+
+
+def _rows_directory(suite: Suite, out: Path) -> Path:
+    """Return the directory of {task}/{split}.jsonl, generated or fetched where the suite says so."""
+    if suite.data == EMBEDDED:
+        directory = out / "data"
+        demo.write_data(directory, seed=suite.seed)
+        return directory
+    if suite.data == HUB:
+        directory = out / "data"
+        for task in suite.tasks:
+            for split in ("train", suite.split):
+                file = split_path(directory, task, split)
+                if not file.is_file():
+                    rows = hub_rows(GLUE[task], split)
+                    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+        return directory
+    directory = Path(suite.data)
+    for task in suite.tasks:
+        file = split_path(directory, task, suite.split)
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; suite {suite.name} scores {{data}}/{{task}}/{suite.split}.jsonl")
+    return directory
+
+
+def _input_digests(suite: Suite, data: Path) -> dict[str, Any]:
+    """Return digests of what scores depend on besides settings: weights and rows."""
+    files = [split_path(data, task, split) for task in suite.tasks for split in ("train", suite.split)]
+    return {
+        "base_model": digest_files(model_directory(suite.base_model)),
+        "experts": {task: digest_files(model_directory(path)) for task, path in suite.expert_paths.items()},
+        "rows": {f"{file.parent.name}/{file.stem}": digest_files(file) for file in files if file.is_file()},
+    }
+
+
+def _key(suite: Suite, entry: Entry, protocol: Protocol, task: str, inputs: dict[str, Any], limit: int | None) -> str:
+    """Return the digest of everything that decides a cell's score."""
+    rows = inputs["rows"] if entry.track == "routed" else inputs["rows"][f"{task}/{suite.split}"]
+    return digest(
+        {
+            "twin_bench": version("twin-bench"),
+            "method": entry.method.name,
+            "settings": entry.settings(),
+            "protocol": protocol,
+            "task": task,
+            "inputs": {**inputs, "rows": rows},
+            "split": suite.split,
+            "seed": suite.seed,
+            "max_length": suite.max_length,
+            "limit": limit,
+        }
+    )

@@ -1,0 +1,116 @@
+"""From a leaderboard entry to the models that answer for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor
+
+from twin_bench.leaderboard.cells import digest
+from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
+from twin_bench.methods import merge_lazily
+from twin_bench.recipe import Recipe
+from twin_bench.twin.build import ORACLE_PARAMETERS, Sources, build_twin, load_model
+from twin_bench.twin.directory import read_manifest
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, the tasks it answers, and what it took.
+
+    `parameters` are those stored, heads apart; `notes` go into each cell (how a router was chosen, say).
+    """
+
+    twin: TwinModel
+    tasks: tuple[str, ...]
+    build_seconds: float
+    parameters: int
+    notes: Mapping[str, Any]
+
+
+def serve(
+    entry: Entry, protocol: Protocol, suite: Suite, data: Path, sources: Sources, workspace: Path, progress: Progress
+) -> Iterator[Served]:
+    """Yield the models of one entry: one for a merge or a twin, one a task for the experts."""
+    if isinstance(entry.options, TwinOptions):
+        yield _twin(entry.options, protocol, suite, data, workspace, progress)
+    elif entry.method.function is None:
+        for task, expert in sources.experts.items():
+            yield _static(expert, (task,), protocol, sources, time.perf_counter(), len(sources.experts))
+    else:
+        started = time.perf_counter()
+        base: Mapping[str, Tensor] = sources.base
+        if protocol == "paper":  # biases are not merged; the true task's expert supplies them
+            base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
+        merged = {**sources.base, **merge_lazily(entry.method.name, base, sources.experts, **entry.options)}
+        yield _static(merged, suite.tasks, protocol, sources, started)
+
+
+def _static(
+    parameters: Mapping[str, Tensor],
+    tasks: Any,
+    protocol: Protocol,
+    sources: Sources,
+    started: float,
+    copies: int = 1,
+) -> Served:
+    """Serve one set of parameters under the heads (and, under `paper`, the biases) of the experts of `tasks`."""
+    parameters = dict(parameters.items())
+    exclusive: dict[str, Exclusive] = {}
+    if protocol == "paper":
+        biases = [name for name in parameters if ORACLE_PARAMETERS.search(name)]
+        exclusive = {
+            task: Exclusive({}, {n: sources.experts[task][n].float() - parameters[n].float() for n in biases})
+            for task in tasks
+        }
+    parts = Parts(
+        heads={task: sources.experts[task].head() for task in tasks}, exclusive=exclusive, paper=PaperParts({}, None)
+    )
+    twin = TwinModel(load_model(sources, parameters), sources.tokenizer, parts, protocol=protocol, routing="none")
+    count = copies * sum(tensor.numel() for tensor in parameters.values())
+    return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
+
+
+def _twin(
+    options: TwinOptions, protocol: Protocol, suite: Suite, data: Path, workspace: Path, progress: Progress
+) -> Served:
+    recipe = twin_recipe(options, suite, data)
+    directory = workspace / digest(recipe.model_dump(mode="json"))[:16]
+    started = time.perf_counter()
+    if not directory.is_dir():
+        build_twin(recipe, directory, progress=progress)
+    manifest = read_manifest(directory)
+    routing = "task" if options.weights == "task" else "router"
+    twin = TwinModel.from_pretrained(directory, protocol=protocol, routing=routing)  # type: ignore[arg-type]
+    router = manifest["router"]
+    notes = {} if options.weights == "task" else router.get("paper", {}) if protocol == "paper" else router
+    return Served(
+        twin,
+        tuple(suite.tasks),
+        time.perf_counter() - started,
+        sum(manifest["parameters"].values()),
+        {"router": {key: value for key, value in notes.items() if key != "paper"}},
+    )
+
+
+def twin_recipe(options: TwinOptions, suite: Suite, data: Path) -> Recipe:
+    """Return the recipe that builds a twin entry of a suite."""
+    router = {"data": str(data), **options.router}
+    return Recipe.model_validate(
+        {
+            "base_model": suite.base_model,
+            "experts": suite.expert_paths,
+            "shared": options.shared.model_dump(),
+            "exclusive": options.exclusive.model_dump(),
+            "router": router,
+            "seed": suite.seed,
+            "max_length": suite.max_length,
+        }
+    )

@@ -1,0 +1,169 @@
+"""Suites: the YAML that says which methods run on which tasks, experts and rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from twin_bench.errors import InputError, nearest
+from twin_bench.glue import GLUE
+from twin_bench.methods import Method, Track, find_method, methods
+from twin_bench.paths import leaderboards_directory
+from twin_bench.recipe import ExclusiveSettings, RouterSettings, Settings, Shared, locate, parse, read_yaml
+from twin_bench.twin.model import PROTOCOLS, Protocol
+
+BOUNDS = ("pretrained", "experts")
+MethodItem = str | dict[str, dict[str, Any] | None]
+EMBEDDED = "embedded"
+"""In a suite: the demo's own experts and rows."""
+HUB = "hub"
+"""In a suite: rows of the hub's nyu-mll/glue."""
+
+
+class TwinOptions(Settings):
+    """A twin entry's options: what a recipe says, and whose weights fuse it.
+
+    `weights: task` gives every row the exclusive vector of its true task: no router, the ceiling of any
+    router, and on the track "task-id given".
+    """
+
+    shared: Shared = Shared()
+    exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
+    router: dict[str, Any] = Field(default_factory=dict)
+    weights: Literal["router", "task"] = "router"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the leaderboard: a label, a method and its options (TwinOptions for a twin)."""
+
+    label: str
+    method: Method
+    options: dict[str, Any] | TwinOptions
+
+    @property
+    def track(self) -> Track:
+        """The method's track; a twin that is told the task is on its own."""
+        told = isinstance(self.options, TwinOptions) and self.options.weights == "task"
+        return "task-id given" if told else self.method.track
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options, defaults included, as plain data."""
+        if isinstance(self.options, TwinOptions):
+            return self.options.model_dump(mode="json")
+        return {**self.method.defaults, **self.options}
+
+
+class Suite(Settings):
+    """A leaderboard: base model, experts, rows, tasks, methods, protocols and seed.
+
+    `experts`: task to path or hub id; or one folder with an expert a task in it; or `embedded`. `data`: a
+    directory of {task}/{split}.jsonl; or `hub`; or `embedded`. `split` is scored; routers see train alone.
+    `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it.
+    """
+
+    name: str
+    base_model: str
+    experts: dict[str, str] | str
+    data: str
+    tasks: list[str] = Field(default=list(GLUE), min_length=1)
+    methods: list[MethodItem] = Field(default_factory=lambda: list[MethodItem](methods()))
+    protocol: list[Protocol] = Field(default=["standard"], min_length=1)
+    seed: int = 0
+    split: str = "validation"
+    max_length: int = Field(default=128, ge=2)
+
+    @field_validator("protocol", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: list[str]) -> list[str]:
+        for task in tasks:
+            if task not in GLUE:
+                raise InputError(f"unknown task {task!r}{nearest(task, GLUE)}")
+        return tasks
+
+    @property
+    def expert_paths(self) -> dict[str, str]:
+        """Each task's expert."""
+        if isinstance(self.experts, str):
+            return {task: f"{self.experts}/{task}" for task in self.tasks}
+        missing = [task for task in self.tasks if task not in self.experts]
+        if missing:
+            raise InputError(f"suite {self.name}: no expert for task {missing[0]!r}; add it to experts")
+        return {task: self.experts[task] for task in self.tasks}
+
+    def entries(self, only: list[str] | None = None) -> list[Entry]:
+        """Return the rows to run: the bounds, then the suite's methods in their order, or those in `only`.
+
+        A name in `only` that the suite does not list is a method with its defaults.
+        """
+        listed = {entry.label: entry for entry in map(_entry, self.methods)}
+        if only is not None:
+            known = {**dict.fromkeys(methods()), **dict.fromkeys(listed)}
+            for name in only:
+                if name not in known:
+                    raise InputError(f"unknown method {name!r}{nearest(name, known)}")
+            listed = {name: listed.get(name) or _entry(name) for name in only}
+        bounds = [listed.pop(name) if name in listed else _entry(name) for name in BOUNDS]
+        return [*bounds, *listed.values()]
+
+
+def read_suite(name_or_file: str) -> Suite:
+    """Read a suite: a file, or the name of one in leaderboards/."""
+    file = Path(name_or_file)
+    shipped = {path.stem: path for path in leaderboards_directory().glob("*.yaml")}
+    if not file.is_file():
+        if name_or_file not in shipped:
+            raise InputError(f"no suite {name_or_file!r}: no such file{nearest(name_or_file, shipped)}")
+        file = shipped[name_or_file]
+    raw = read_yaml(file)
+    for key in ("base_model", "data"):
+        raw[key] = locate(raw.get(key), file)
+    experts = raw.get("experts")
+    raw["experts"] = (
+        {task: locate(path, file) for task, path in experts.items()}
+        if isinstance(experts, dict)
+        else locate(experts, file)
+    )
+    suite = parse(Suite, raw, str(file))
+    try:
+        suite.entries()
+    except InputError as error:
+        raise InputError(f"{file}: methods: {error}") from None
+    return suite
+
+
+def supports(entry: Entry, protocol: Protocol) -> bool:
+    """Return whether a method has a meaning under a protocol: only a router can name a head (`routed`)."""
+    assert protocol in PROTOCOLS
+    return protocol != "routed" or entry.track == "routed"
+
+
+def _entry(item: MethodItem) -> Entry:
+    if isinstance(item, str):
+        item = {item: {}}
+    if len(item) != 1:
+        raise InputError(f"one label an item, found {', '.join(item)}")
+    ((label, given),) = item.items()
+    options = dict(given or {})
+    method = find_method(str(options.pop("method", label)))
+    if method.name == "twin":
+        try:
+            twin = TwinOptions.model_validate(options)
+            RouterSettings.model_validate({"data": "", **twin.router})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise InputError(f"{label}: {key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        return Entry(label, method, twin)
+    for option in options:
+        if option not in method.defaults:
+            raise InputError(f"{label}: {method.name} has no option {option!r}{nearest(option, method.defaults)}")
+    return Entry(label, method, options)
