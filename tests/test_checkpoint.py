@@ -144,7 +144,7 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(InputError, match=r"cut/model\.safetensors: not a readable safetensors file"):
         open_expert(tmp_path / "cut", checkpoint, bones)
-    with pytest.raises(InputError, match="no model.safetensors there"):
+    with pytest.raises(InputError, match=r"no model\.safetensors there"):
         open_expert(tmp_path, checkpoint, bones)
 
 
@@ -176,7 +176,7 @@ def test_adapters_that_are_no_lora_delta_are_refused(tmp_path: Path) -> None:
     checkpoint, bones = opened(tmp_path / "base", "bert")
     dora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], use_dora=True)
     peft.get_peft_model(base, dora).save_pretrained(tmp_path / "dora")
-    with pytest.raises(InputError, match="use_dora adapter is not a plain LoRA delta.*merge_and_unload"):
+    with pytest.raises(InputError, match=r"use_dora adapter is not a plain LoRA delta.*merge_and_unload"):
         open_expert(tmp_path / "dora", checkpoint, bones)
     wider = transformers.BertConfig(hidden_size=48, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40)
     other = transformers.AutoModelForSequenceClassification.from_config(wider)
@@ -190,7 +190,7 @@ def test_experts_that_are_no_classifiers_are_refused(tmp_path: Path, families: A
     family = families("bert")
     causal = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     causal.save_pretrained(tmp_path / "causal")
-    with pytest.raises(InputError, match="'x': .*GPT2LMHeadModel, not a sequence classifier"):
+    with pytest.raises(InputError, match=r"'x': .*GPT2LMHeadModel, not a sequence classifier"):
         open_sources(family.recipe["base_model"], {"x": str(tmp_path / "causal")})
     with pytest.raises(InputError, match="letters, digits"):
         open_sources(family.recipe["base_model"], {"../x": str(tmp_path / "causal")})

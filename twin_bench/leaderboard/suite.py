@@ -13,7 +13,7 @@ from twin_bench.glue import GLUE
 from twin_bench.methods import Method, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
 from twin_bench.recipe import ExclusiveSettings, RouterSettings, Settings, Shared, locate, parse, read_yaml
-from twin_bench.twin.model import PROTOCOLS, Protocol
+from twin_bench.twin.model import Protocol
 
 BOUNDS = ("pretrained", "experts")
 MethodItem = str | dict[str, dict[str, Any] | None]
@@ -141,9 +141,12 @@ def read_suite(name_or_file: str) -> Suite:
 
 
 def supports(entry: Entry, protocol: Protocol) -> bool:
-    """Return whether a method has a meaning under a protocol: only a router can name a head (`routed`)."""
-    assert protocol in PROTOCOLS
-    return protocol != "routed" or entry.track == "routed"
+    """Return whether a method has a meaning under a protocol.
+
+    Only a router can name a head (`routed`). The bounds stand beside every protocol: there they take the
+    head from the task, as under `standard`.
+    """
+    return protocol != "routed" or entry.track in ("routed", "bound")
 
 
 def _entry(item: MethodItem) -> Entry:

@@ -25,6 +25,7 @@ PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
 Routing = Literal["router", "task", "none"]
 ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 Text = tuple[str, str | None]
+Encoded = Mapping[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ class TwinModel(nn.Module):
         fusion_weights: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """Answer a list of requests as a whole: route, plan, fuse once a group, run, restore the order.
+        """Answer a list of requests: `encode` the texts to `max_length` tokens, then `answer` them.
 
         Args:
             texts: (text, text_pair or None) of each request.
@@ -225,47 +226,59 @@ class TwinModel(nn.Module):
             max_length: tokens a row; longer ones are truncated.
             fusion_weights: (requests, experts), in place of the router's.
             progress: called with the number of requests done since the last call.
+        """
+        encoded = self.encode(texts, max_length=max_length)
+        return self.answer(encoded, tasks, batch_size=batch_size, fusion_weights=fusion_weights, progress=progress)
 
-        Each distinct (text, text_pair, task) is run once, each distinct text routed once.
+    @torch.no_grad()
+    def answer(
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str],
+        *,
+        batch_size: int = 32,
+        fusion_weights: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """Answer encoded requests as a whole: route, plan, fuse once a group, run, restore the order.
+
+        Each distinct input is routed once, and run once for each task that asks about it. Arguments as for
+        `classify`.
         """
         _require_known(tasks, self.heads, "the twin has no expert of task")
-        encoded = self.encode(texts, max_length=max_length)
         if fusion_weights is not None:
-            weights = self._checked(fusion_weights, len(texts))
+            weights = self._checked(fusion_weights, len(encoded))
         else:
             weights = self.route_all(encoded, tasks, batch_size=batch_size)
         heads = self._heads_of(weights, list(tasks))
         keys = self._fusion_keys(weights, heads)
         lengths = [len(row["input_ids"]) for row in encoded]
-        answers: list[Prediction | None] = [None] * len(texts)
+        answers: dict[int, Prediction] = {}
         first: dict[tuple[Any, ...], int] = {}
         copies = [
-            first.setdefault((text, head, tuple(key)), row)
-            for row, (text, head, key) in enumerate(zip(texts, heads, keys.tolist(), strict=True))
+            first.setdefault((_identity(inputs), head, tuple(key)), row)
+            for row, (inputs, head, key) in enumerate(zip(encoded, heads, keys.tolist(), strict=True))
         ]
         distinct = sorted(set(copies))
         for group in plan(keys[distinct], [lengths[row] for row in distinct], self._costs):
             whole = Group(tuple(distinct[row] for row in group.rows), group.weights)
             for batch in batches(whole, lengths, batch_size):
-                inputs = self.collate([encoded[row] for row in batch.rows])
                 names = [heads[row] for row in batch.rows]
-                logits = self._run(inputs, batch, keys, names).float().cpu()
-                for row, name, row_logits in zip(batch.rows, names, logits, strict=True):
+                logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
+                for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
                     answers[row] = Prediction(name, row_logits[: self.num_labels[name]])
                 if progress:
                     progress(len(batch.rows))
         if progress and len(copies) > len(distinct):
             progress(len(copies) - len(distinct))
-        return [answer for answer in (answers[row] for row in copies) if answer is not None]
+        return [answers[row] for row in copies]
 
-    def encode(self, texts: Sequence[Text], *, max_length: int) -> list[dict[str, list[int]]]:
+    def encode(self, texts: Sequence[Text], *, max_length: int) -> list[Encoded]:
         """Tokenise (text, text_pair or None) rows, truncated to `max_length`, without padding."""
         return [self.tokenizer(a, b, truncation=True, max_length=max_length) for a, b in texts]
 
     @torch.no_grad()
-    def route_all(
-        self, encoded: Sequence[Mapping[str, list[int]]], tasks: Sequence[str], *, batch_size: int = 32
-    ) -> Tensor:
+    def route_all(self, encoded: Sequence[Encoded], tasks: Sequence[str], *, batch_size: int = 32) -> Tensor:
         """Return the fusion weights (rows, experts) of encoded rows, each distinct row routed once.
 
         `tasks` are looked at only where `routing` is `task`.
@@ -277,7 +290,7 @@ class TwinModel(nn.Module):
             return weights
         distinct: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(encoded):
-            distinct.setdefault((*row["input_ids"], *row.get("token_type_ids", ())), []).append(index)
+            distinct.setdefault(_identity(row), []).append(index)
         groups = list(distinct.values())
         for chunk in batches(
             Group(tuple(range(len(groups))), None),
@@ -341,7 +354,7 @@ class TwinModel(nn.Module):
             raise InputError(f"fusion_weights is {tuple(weights.shape)}, not (rows, experts) = {expected}")
         return weights.to(self.device, torch.promote_types(weights.dtype, torch.float32))
 
-    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Pad encoded rows to their longest and move them to the device: what a forward takes."""
         padded = self.tokenizer.pad([dict(row) for row in rows], return_tensors="pt")
         return {key: value.to(self.device) for key, value in padded.items()}
@@ -360,6 +373,11 @@ class TwinModel(nn.Module):
 def _inputs(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> dict[str, Tensor]:
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
     return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def _identity(encoded: Encoded) -> tuple[int, ...]:
+    """Return what two encoded inputs have in common if and only if they are the same input."""
+    return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
 
 
 def _require_known(tasks: Sequence[str], known: Any, message: str) -> None:
