@@ -52,12 +52,12 @@ def _build(options: argparse.Namespace) -> None:
 
     with Progress(console=Console(stderr=True)) as progress:
         settings = build_twin(read_recipe(options.recipe), options.directory, progress=progress)
-    print(f"{options.directory}: {settings['parameters']['shared']:,} shared parameters, ", end="")
-    print(f"{settings['parameters']['exclusive']:,} exclusive", end="")
-    if settings["router"]:
-        router = settings["router"]
-        print(f"; router on layer {router['layer']}, {router['accuracy']:.3f} accuracy on held-out rows", end="")
-    print()
+    parameters, router = settings["parameters"], settings["router"]
+    print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")
+    if router:
+        print(
+            f"router on layer {router['layer']}: {router['accuracy']:.3f} accuracy on {router['selection_rows']} held-out rows"
+        )
 
 
 def _tasks(options: argparse.Namespace) -> None:
@@ -72,10 +72,11 @@ def _methods(options: argparse.Namespace) -> None:
 
     from twin_bench.methods import methods
 
-    table = Table("name", "title", "track", "needs", "defaults", "paper", box=None)
+    table = Table("name", "track", "needs", "defaults", "paper", box=None)
+    table.columns[0].no_wrap = True
     for method in methods().values():
         defaults = ", ".join(f"{option}={value}" for option, value in method.defaults.items())
-        table.add_row(method.name, method.title, method.track, ", ".join(method.needs), defaults, method.paper)
+        table.add_row(method.name, method.track, ", ".join(method.needs), defaults, method.paper)
     Console().print(table)
 
 

@@ -132,14 +132,15 @@ def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
 
 
 def print_leaderboard(rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console) -> None:
-    """Print the leaderboard to a terminal."""
+    """Print the leaderboard to a terminal: scores without their errors, which the files have."""
     for protocol, part in table.groupby("protocol", sort=False):
-        shown = _shown(rows, part, str(protocol))
+        shown = _shown(rows, part, str(protocol)).drop(columns=["track", "parameters", "build"])
         printed = Table(title=f"{rows[0]['suite']}, protocol {protocol}", box=None, pad_edge=False)
         for column in shown.columns:
-            printed.add_column(column, justify="left" if column in ("method", "track") else "right")
+            printed.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for line in shown.itertuples(index=False):
-            printed.add_row(*map(str, line))
+            method, normalized, *scores = map(str, line)
+            printed.add_row(method, normalized, *(score.partition(" ±")[0] for score in scores))
         console.print(printed)
     console.print(legend(rows), highlight=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import time
@@ -92,17 +94,18 @@ def _evaluate(
         metadata={"data": str(data), "split": suite.split},
     )
     started = time.perf_counter()
-    results: dict[str, Any] = simple_evaluate(
-        model=lm,
-        tasks=[f"twin_{task}"],
-        task_manager=manager,
-        limit=_row_limit(entry, protocol, limit),
-        bootstrap_iters=0,
-        log_samples=False,
-        random_seed=suite.seed,
-        numpy_random_seed=suite.seed,
-        torch_random_seed=suite.seed,
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # lm-eval's bars, a dozen a cell; errors still raise
+        results: dict[str, Any] = simple_evaluate(
+            model=lm,
+            tasks=[f"twin_{task}"],
+            task_manager=manager,
+            limit=_row_limit(entry, protocol, limit),
+            bootstrap_iters=0,
+            log_samples=False,
+            random_seed=suite.seed,
+            numpy_random_seed=suite.seed,
+            torch_random_seed=suite.seed,
+        )
     metric = GLUE[task].metric
     scores = results["results"][f"twin_{task}"]
     return Cell(

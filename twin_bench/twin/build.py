@@ -95,6 +95,8 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
     progress = progress or Progress(disable=True)
     if directory.exists():
         raise InputError(f"{directory}: exists already; give another name, or remove it first")
+    for name in recipe.experts:
+        require_expert_name(name)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
     sources = open_sources(
         recipe.base_model,

@@ -1,0 +1,127 @@
+"""The router: its features, training, selection and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.twin.test_exactness import batch
+from twin_bench import InputError, TwinModel
+from twin_bench.data import TaskInput
+from twin_bench.recipe import Recipe
+from twin_bench.twin.build import _held_out, build_twin
+from twin_bench.twin.router import Router, RouterConfig, fusion_weights, train_router
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt2"])
+def twin(request: pytest.FixtureRequest, families: Any, tmp_path_factory: pytest.TempPathFactory) -> TwinModel:
+    directory = tmp_path_factory.mktemp("router") / "twin"
+    build_twin(Recipe.model_validate(families(request.param).recipe), directory)
+    return TwinModel.from_pretrained(directory)
+
+
+def test_features_are_the_mean_of_transformers_own_hidden_states(twin: TwinModel) -> None:
+    inputs = batch(5)
+    with torch.no_grad():
+        states = twin.model.base_model(**inputs, output_hidden_states=True).hidden_states
+    layers = [0, 1, 2, -1]
+    for layer, features in zip(layers, twin.features(inputs, layers), strict=True):
+        for row in range(5):
+            length = int(inputs["attention_mask"][row].sum())
+            expected = states[layer][row, :length].mean(dim=0)
+            torch.testing.assert_close(features[row], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_early_layer_runs_no_later_block(twin: TwinModel) -> None:
+    ran = []
+    blocks = next(m for m in twin.model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    hooks = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(blocks)]
+    twin.features(batch(2), [1])
+    assert ran == [0]
+    twin.features(batch(2), [0])
+    assert ran == [0]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_padding_changes_no_weight(twin: TwinModel) -> None:
+    encoded = twin.encode([("the cat", None), ("a dog did sit on the big red cat", "why")], max_length=64)
+    together = twin.route_all(encoded, [], batch_size=2)
+    for row, one in enumerate(encoded):
+        torch.testing.assert_close(twin.route_all([one], [])[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_a_softmax_with_temperature_and_top_k() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 3.5]])
+    config = RouterConfig(("a", "b", "c"), 4, temperature=0.5)
+    torch.testing.assert_close(fusion_weights(logits, config), (2 * logits).exp() / (2 * logits).exp().sum(1, True))
+    one = fusion_weights(logits, RouterConfig(("a", "b", "c"), 4, top_k=1))
+    assert one.tolist() == [[1, 0, 0], [0, 0, 1]]
+    two = fusion_weights(logits, RouterConfig(("a", "b", "c"), 4, top_k=2))
+    torch.testing.assert_close(two[0], torch.tensor([torch.e / (1 + torch.e), 1 / (1 + torch.e), 0.0]))
+    for wrong in ({"top_k": 4}, {"top_k": -1}, {"temperature": 0.0}):
+        with pytest.raises(InputError, match="router: "):
+            Router(RouterConfig(("a", "b", "c"), 4, **wrong))  # type: ignore[arg-type]
+
+
+def clusters(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tasks = torch.randint(3, (rows,), generator=generator)
+    return torch.randn(rows, 8, generator=generator) + 3 * torch.eye(3, 8)[tasks], tasks
+
+
+def test_training_learns_is_seeded_and_leaves_the_global_generator() -> None:
+    config = RouterConfig(("a", "b", "c"), 8)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    one = train_router(config, *clusters(600, 0), *clusters(300, 1), epochs=15, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.accuracy > 0.85
+    predicted = one.router.weights(clusters(300, 1)[0]).argmax(dim=1)
+    assert one.accuracy == pytest.approx((predicted == clusters(300, 1)[1]).float().mean().item())
+    torch.manual_seed(12)
+    again = train_router(config, *clusters(600, 0), *clusters(300, 1), epochs=15, seed=4)
+    other = train_router(config, *clusters(600, 0), *clusters(300, 1), epochs=15, seed=5)
+    features = clusters(50, 2)[0]
+    assert torch.equal(one.router(features), again.router(features))
+    assert not torch.equal(one.router(features), other.router(features))
+
+
+def test_the_selection_rows_choose_the_epoch() -> None:
+    """With labels on which training must get worse, the first epochs win; with true ones, later ones do."""
+    config = RouterConfig(("a", "b", "c"), 8)
+    features, tasks = clusters(300, 1)
+    true = train_router(config, *clusters(600, 0), features, tasks, epochs=12)
+    wrong = train_router(config, *clusters(600, 0), features, (tasks + 1) % 3, epochs=12)
+    assert wrong.epoch < true.epoch
+    assert wrong.accuracy < 0.6 < true.accuracy
+
+
+def test_one_row_left_over_does_not_break_batch_norm() -> None:
+    trained = train_router(RouterConfig(("a", "b", "c"), 8), *clusters(1025, 0), *clusters(30, 1), epochs=1)
+    assert trained.epoch == 1
+
+
+def test_held_out_rows_are_a_fraction_of_each_task_and_never_a_training_text() -> None:
+    rows = [TaskInput(f"text {index % 70}", None, task) for task in ("a", "b") for index in range(100)]
+    mask = _held_out(rows, ("a", "b"), 0.2, seed=0)
+    for task in ("a", "b"):
+        own = [bool(held) for row, held in zip(rows, mask, strict=True) if row.task == task]
+        assert 15 <= sum(own) <= 35
+    kept = {row.text for row, held in zip(rows, mask, strict=True) if not held}
+    assert not kept & {row.text for row, held in zip(rows, mask, strict=True) if held}
+    assert not torch.equal(mask, _held_out(rows, ("a", "b"), 0.2, seed=1))
+
+
+def test_routers_round_trip(twin: TwinModel, families: Any, tmp_path: Path) -> None:
+    family = families("bert")
+    settings = {**family.recipe["router"], "top_k": 2, "temperature": 0.7, "layer": 1}
+    build_twin(Recipe.model_validate({**family.recipe, "router": settings}), tmp_path / "twin")
+    loaded = TwinModel.from_pretrained(tmp_path / "twin")
+    assert loaded.router is not None
+    assert (loaded.router.config.layer, loaded.router.config.top_k, loaded.router.config.temperature) == (1, 2, 0.7)
+    weights = loaded.route(**batch(6))
+    assert ((weights > 0).sum(dim=1) == 2).all()
