@@ -55,9 +55,8 @@ def _build(options: argparse.Namespace) -> None:
     parameters, router = settings["parameters"], settings["router"]
     print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")
     if router:
-        print(
-            f"router on layer {router['layer']}: {router['accuracy']:.3f} accuracy on {router['selection_rows']} held-out rows"
-        )
+        held_out = f"{router['accuracy']:.3f} accuracy on {router['selection_rows']} held-out rows"
+        print(f"router on layer {router['layer']}: {held_out}")
 
 
 def _tasks(options: argparse.Namespace) -> None:

@@ -63,7 +63,9 @@ class RouterSettings(Settings):
 
     `data`: {task}/train.jsonl in GLUE's schema, or rows {"text", "task"}. `layer`: the hidden state it reads
     (0 the embeddings, -1 the last), or auto: the one with the best accuracy on the held-out rows.
-    `held_out`: the fraction of those rows that chooses epoch and layer. `max_rows`: of each task.
+    `held_out`: the fraction of those rows that chooses epoch and layer. `max_rows`: of each task. `paper`:
+    train the authors' router as well, for the paper protocol, where `data` holds each task's validation rows
+    to select it on.
     """
 
     data: str
@@ -73,6 +75,7 @@ class RouterSettings(Settings):
     max_rows: int = Field(default=5500, ge=2)
     held_out: float = Field(default=0.1, gt=0, lt=1)
     epochs: int = Field(default=50, ge=1)
+    paper: bool = True
 
 
 class Recipe(Settings):

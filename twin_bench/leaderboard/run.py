@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -61,7 +62,9 @@ def run_suite(
     finished: list[Cell] = []
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
-    for protocol, entry in work:
+    for listed, entry in work:
+        # The bounds have no router to name a head: beside `routed` they stand as they are under `standard`.
+        protocol: Protocol = "standard" if entry.track == "bound" and listed == "routed" else listed
         keys = {task: _key(suite, entry, protocol, task, inputs, limit) for task in suite.tasks}
         done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
         progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
@@ -72,7 +75,7 @@ def run_suite(
                         done[task] = _evaluate(served, entry, protocol, suite, task, data, keys[task], limit)
                         cells.write(done[task])  # type: ignore[arg-type]
                         progress.advance(bar)
-        finished += [cell for cell in done.values() if cell is not None]
+        finished += [dataclasses.replace(cell, protocol=listed) for cell in done.values() if cell is not None]
     return finished
 
 

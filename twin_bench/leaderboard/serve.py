@@ -39,8 +39,6 @@ def serve(
     entry: Entry, protocol: Protocol, suite: Suite, data: Path, sources: Sources, workspace: Path, progress: Progress
 ) -> Iterator[Served]:
     """Yield the models of one entry: one for a merge or a twin, one a task for the experts."""
-    if entry.track == "bound" and protocol == "routed":
-        protocol = "standard"
     if isinstance(entry.options, TwinOptions):
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
     elif entry.method.function is None:

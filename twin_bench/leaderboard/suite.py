@@ -13,7 +13,7 @@ from twin_bench.glue import GLUE
 from twin_bench.methods import Method, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
 from twin_bench.recipe import ExclusiveSettings, RouterSettings, Settings, Shared, locate, parse, read_yaml
-from twin_bench.twin.model import Protocol
+from twin_bench.twin.model import PROTOCOLS, Protocol
 
 BOUNDS = ("pretrained", "experts")
 MethodItem = str | dict[str, dict[str, Any] | None]
@@ -38,11 +38,15 @@ class TwinOptions(Settings):
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the leaderboard: a label, a method and its options (TwinOptions for a twin)."""
+    """One row of the leaderboard: a label, a method and its options (TwinOptions for a twin).
+
+    `protocols`, where given, are those of the suite's that it runs under.
+    """
 
     label: str
     method: Method
     options: dict[str, Any] | TwinOptions
+    protocols: tuple[Protocol, ...] | None = None
 
     @property
     def track(self) -> Track:
@@ -62,7 +66,8 @@ class Suite(Settings):
 
     `experts`: task to path or hub id; or one folder with an expert a task in it; or `embedded`. `data`: a
     directory of {task}/{split}.jsonl; or `hub`; or `embedded`. `split` is scored; routers see train alone.
-    `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it.
+    `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it;
+    `protocol` among the options restricts an entry to some of the suite's.
     """
 
     name: str
@@ -141,11 +146,12 @@ def read_suite(name_or_file: str) -> Suite:
 
 
 def supports(entry: Entry, protocol: Protocol) -> bool:
-    """Return whether a method has a meaning under a protocol.
+    """Return whether an entry runs under a protocol: only a router can name a head (`routed`).
 
-    Only a router can name a head (`routed`). The bounds stand beside every protocol: there they take the
-    head from the task, as under `standard`.
+    The bounds stand beside every protocol.
     """
+    if entry.protocols is not None and protocol not in entry.protocols:
+        return False
     return protocol != "routed" or entry.track in ("routed", "bound")
 
 
@@ -157,6 +163,12 @@ def _entry(item: MethodItem) -> Entry:
     ((label, given),) = item.items()
     options = dict(given or {})
     method = find_method(str(options.pop("method", label)))
+    protocols = options.pop("protocol", None)
+    if protocols is not None:
+        protocols = tuple([protocols] if isinstance(protocols, str) else protocols)
+        for protocol in protocols:
+            if protocol not in PROTOCOLS:
+                raise InputError(f"{label}: unknown protocol {protocol!r}{nearest(str(protocol), PROTOCOLS)}")
     if method.name == "twin":
         try:
             twin = TwinOptions.model_validate(options)
@@ -165,8 +177,8 @@ def _entry(item: MethodItem) -> Entry:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
             raise InputError(f"{label}: {key}: {problem['msg'].removeprefix('Value error, ')}") from None
-        return Entry(label, method, twin)
+        return Entry(label, method, twin, protocols)
     for option in options:
         if option not in method.defaults:
             raise InputError(f"{label}: {method.name} has no option {option!r}{nearest(option, method.defaults)}")
-    return Entry(label, method, options)
+    return Entry(label, method, options, protocols)

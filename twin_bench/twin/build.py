@@ -174,7 +174,7 @@ def _with_routers(
         **_summary(best),
         "layer_accuracy": layer_accuracy,
     }
-    test_rows = _test_rows(Path(settings.data), names)
+    test_rows = _test_rows(Path(settings.data), names) if settings.paper else []
     if test_rows:
         paper = _paper_router(recipe, settings, sources, shared, parts, rows, test_rows, progress)
         assert parts.paper is not None
