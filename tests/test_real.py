@@ -63,7 +63,7 @@ def test_routed_weights_fuse_exactly_in_a_mixed_batch(
 ) -> None:
     """Against one dense model a row: theta_s and the factors as saved, multiplied out and summed here."""
     twin = TwinModel.from_pretrained(twin_directory)
-    texts = [(text, task) for task in TASKS for text in rows_of(real_data, task, 8)]
+    texts = [(text, task) for task in TASKS for text in rows_of(real_data, task, 5)]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1)).tolist()
     texts = [texts[index] for index in order]
     tasks = [task for _, task in texts]

@@ -91,7 +91,7 @@ def save(model: Any, directory: Path) -> None:
     """Write the adapter's two files, the config with its lists in a fixed order."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, save_embedding_layers=False)  # "auto" would ask the hub
         config = json.loads((Path(unfinished) / "adapter_config.json").read_text(encoding="utf-8"))
         config["target_modules"] = sorted(config["target_modules"])
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
