@@ -55,7 +55,7 @@ def test_what_the_wheel_holds(wheel):
     assert {"twin_bench/tasks/glue/twin_glue.py", "twin_bench/tasks/glue/_twin_glue.yaml"} <= set(names)
     assert {f"twin_bench/tasks/glue/twin_{task}.yaml" for task in TASKS} <= set(names)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"twin_bench", "twin_bench_lm_eval", "twin_bench_helm", "twin_bench_lm_eval.pth"}
+    assert tops == {"twin_bench", "twin_bench_lm_eval", "twin_bench_lm_eval.pth"}
     assert not [name for name in names if name.endswith(".pyc")]
 
 

@@ -1,0 +1,49 @@
+"""The benchmark runs every case on the same rows and says what it ran on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.leaderboard.test_leaderboard import write_rows
+from twin_bench.bench import main
+from twin_bench.recipe import Recipe
+from twin_bench.twin.build import build_twin
+
+
+@pytest.fixture(scope="module")
+def twin(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bench") / "twin"
+    build_twin(Recipe.model_validate(families("bert").recipe), directory)
+    return directory
+
+
+def test_all_cases_are_measured_against_the_plain_model(twin: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data")
+    arguments = ["--twin", str(twin), "--data", str(data), "--rows", "24", "--rounds", "2", "--merged-rows", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "bench.json")]) == 0
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["settings"] | {"mean_tokens": 0} == {
+        "experts": 3,
+        "rows": 24,
+        "mean_tokens": 0,
+        "batch_size": 32,
+        "rounds": 2,
+        "dtype": "torch.float32",
+    }
+    assert set(result["cases"]) == {"plain", "one_hot", "diffuse", "routed", "per_sample_merge"}
+    assert set(result["unsupported"]) == {"peft_mixed"}  # these experts changed their position embeddings
+    assert result["cases"]["plain"]["against_plain"] == 1.0
+    for case in result["cases"].values():
+        assert len(case["runs"]) == 2
+        assert min(case["runs"]) > 0
+
+
+def test_errors(twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--twin", str(tmp_path), "--data", str(tmp_path)]) == 2
+    assert "twin-bench build" in capsys.readouterr().err
+    assert main(["--twin", str(twin), "--data", str(tmp_path)]) == 2
+    assert "cola/validation.jsonl: no such file" in capsys.readouterr().err
