@@ -63,7 +63,8 @@ def bench(
     Cases: `plain` (the shared expert as transformers runs it), `one_hot` and `diffuse` (exact fusion with
     weights given, so routing is not counted: the true task's expert, and draws from a flat Dirichlet),
     `routed` (the router's own weights, routing counted), `peft_mixed` (PEFT's mixed batch, which can give a
-    row one adapter only, and none at all where experts changed position embeddings) and `per_sample_merge` (all weights merged for each row, as the authors' code does).
+    row one adapter only, and none where experts changed position embeddings) and `per_sample_merge` (all
+    weights merged for each row, as the authors' code does).
     """
     twin = TwinModel.from_pretrained(twin_directory, device=device)
     encoded, tasks = _stream(twin, data, split, rows)

@@ -39,9 +39,8 @@ class Shared(BaseModel):
         header = find_method(self.method)
         if header.function is None:
             raise InputError(f"{self.method} is no static merge; known: task_arithmetic, average, ties, ...")
-        for option in self.options:
-            if option not in header.defaults:
-                raise InputError(f"{self.method} has no option {option!r}{nearest(option, header.defaults)}")
+        for option, value in self.options.items():
+            header.check(option, value)
         return self
 
 

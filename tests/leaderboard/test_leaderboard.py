@@ -227,7 +227,11 @@ def test_normalisation_keeps_negative_values_and_admits_a_worthless_expert(board
     assert rows["average", "cola"] == -10.0
     assert rows["average", "stsb"] is None
     assert rows["ties", "cola"] == 80.0
-    assert summary(leaderboard_rows(cells))["normalized"].isna().all()
+    table = summary(leaderboard_rows(cells)).set_index("method")
+    assert table.loc["average", "normalized"] == pytest.approx((-10 + 100) / 2)  # stsb's expert is left out
+    errors = {cell.task: cell.stderr for cell in cells if cell.method == "average"}
+    expected = ((errors["cola"] / 50) ** 2 + (errors["mnli"] / 40) ** 2) ** 0.5 * 100 / 2
+    assert table.loc["average", "stderr"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +241,10 @@ def test_normalisation_keeps_negative_values_and_admits_a_worthless_expert(board
         ({"methods": [{"ties": {"dense": 1}}]}, "ties has no option 'dense'; did you mean 'density'"),
         ({"methods": [{"twin": {"exclusive": {"density": 2}}}]}, "twin: exclusive.density"),
         ({"methods": [{"twin": {"router": {"layr": 1}}}]}, "twin: layr"),
+        ({"methods": [{"../x": {"method": "ties"}}]}, "label '../x'"),
+        ({"methods": ["ties", {"ties": {"density": 0.3}}]}, "two methods are labelled 'ties'"),
+        ({"methods": [{"experts": {"method": "ties"}}]}, "label 'experts' is a bound's"),
+        ({"methods": [{"ties": {"density": "half"}}]}, "ties: density must be a number, not 'half'"),
         ({"tasks": ["colla"]}, "unknown task 'colla'; did you mean 'cola'"),
         ({"experts": {"cola": "x"}}, "no expert for task 'stsb'"),
         ({"protocl": "standard"}, "unknown key; did you mean 'protocol'"),

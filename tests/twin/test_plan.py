@@ -56,3 +56,5 @@ def test_batches_are_cut_longest_first_and_hold_every_row_once() -> None:
     cut = batches(group, [5, 9, 1, 9, 7], 2)
     assert [batch.rows for batch in cut] == [(1, 3), (4, 0), (2,)]
     assert all(batch.weights is group.weights for batch in cut)
+    mixed = batches(Group(tuple(range(20)), None), [30] * 9 + [23] * 3 + [22] * 8, 16)
+    assert [len(batch.rows) for batch in mixed] == [12, 8]

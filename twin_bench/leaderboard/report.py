@@ -41,23 +41,24 @@ def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Return one line a protocol and method: mean normalised score, its standard error, scores a task, costs.
 
-    The mean is over the tasks that every method of the protocol has a normalised score for. Its standard
-    error takes tasks as independent and the experts' scores as exact: it is what the rows drawn for this
-    method contribute, not the error of a difference between two methods on the same rows.
+    The mean is over the tasks with a normalised score, which are the same for every method of a protocol:
+    those whose expert scores above 0. Its standard error takes tasks as independent and the experts' scores
+    as exact: it is what the rows drawn for this method contribute, not the error of a difference between two
+    methods on the same rows.
     """
+    experts = {(row["protocol"], row["task"]): row["score"] for row in rows if row["method"] == "experts"}
     lines = []
     for (protocol, method), own in _grouped(rows).items():
-        normalized = [row["normalized"] for row in own]
-        whole = all(value is not None for value in normalized)
-        ratios = [row["stderr"] * row["normalized"] / row["score"] for row in own if row["normalized"] and row["score"]]
+        usable = [row for row in own if row["normalized"] is not None]
+        ratios = [100 * row["stderr"] / experts[protocol, row["task"]] for row in usable]
         speed = sum(row["n"] for row in own) / sum(row["seconds"] for row in own)
         lines.append(
             {
                 "protocol": protocol,
                 "method": method,
                 "track": own[0]["track"],
-                "normalized": sum(normalized) / len(normalized) if whole else math.nan,
-                "stderr": math.sqrt(sum(r * r for r in ratios)) / len(own) if whole else math.nan,
+                "normalized": sum(row["normalized"] for row in usable) / len(usable) if usable else math.nan,
+                "stderr": math.sqrt(sum(r * r for r in ratios)) / len(usable) if usable else math.nan,
                 **{row["task"]: row["score"] for row in own},
                 "parameters": own[0]["parameters"],
                 "build_seconds": own[0]["build_seconds"],
@@ -105,6 +106,9 @@ def legend(rows: Sequence[dict[str, Any]]) -> str:
         "Speed is rows a second against the pretrained model's, routing counted, everything in one run.",
         f"Rows scored: {scored}. Seed {rows[0]['seed']}. Versions: {versions}.",
     ]
+    left_out = sorted({f"{row['task']} ({row['protocol']})" for row in rows if row["normalized"] is None})
+    if left_out:
+        lines.append(f"Not in the normalized mean, the expert's own score not being above 0: {', '.join(left_out)}.")
     for (protocol, method), own in _grouped(rows).items():
         router = own[0]["notes"].get("router")
         if router:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import Progress
 
 from twin_bench import demo
-from twin_bench.data import hub_rows, split_path
+from twin_bench.data import hub_rows, read_router_rows, split_path
 from twin_bench.errors import InputError
 from twin_bench.glue import GLUE
 from twin_bench.hub import model_directory
@@ -58,10 +58,13 @@ def run_suite(
     data = _rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
     inputs = _input_digests(suite, data)
+    if any(entry.track == "routed" for entry in entries):
+        read_router_rows(data, suite.tasks)
     cells = Cells(out / "cells")
     finished: list[Cell] = []
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
+    twins = out / "twins" / digest([version("twin-bench"), inputs])[:16]  # other inputs, other twins
     for listed, entry in work:
         # The bounds have no router to name a head: beside `routed` they stand as they are under `standard`.
         protocol: Protocol = "standard" if entry.track == "bound" and listed == "routed" else listed
@@ -69,7 +72,7 @@ def run_suite(
         done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
         progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
         if not all(done.values()):
-            for served in serve(entry, protocol, suite, data, sources, out / "twins", progress):
+            for served in serve(entry, protocol, suite, data, sources, twins, progress):
                 for task in served.tasks:
                     if done[task] is None:
                         done[task] = _evaluate(served, entry, protocol, suite, task, data, keys[task], limit)
@@ -125,7 +128,7 @@ def _evaluate(
         seconds=time.perf_counter() - started,
         build_seconds=served.build_seconds,
         parameters=served.parameters,
-        settings=entry.settings(),
+        settings=entry.settings(suite.seed),
         notes=served.notes,
         key=key,
     )
@@ -141,11 +144,11 @@ def _row_limit(entry: Entry, protocol: Protocol, limit: int | None) -> int | Non
 def _rows_directory(suite: Suite, out: Path) -> Path:
     """Return the directory of {task}/{split}.jsonl, generated or fetched where the suite says so."""
     if suite.data == EMBEDDED:
-        directory = out / "data"
+        directory = out / "data" / EMBEDDED
         demo.write_data(directory)  # of the seed that the shipped experts were trained on
         return directory
     if suite.data == HUB:
-        directory = out / "data"
+        directory = out / "data" / HUB
         for task in suite.tasks:
             for split in ("train", suite.split):
                 file = split_path(directory, task, split)
@@ -178,7 +181,7 @@ def _key(suite: Suite, entry: Entry, protocol: Protocol, task: str, inputs: dict
         {
             "twin_bench": version("twin-bench"),
             "method": entry.method.name,
-            "settings": entry.settings(),
+            "settings": entry.settings(suite.seed),
             "protocol": protocol,
             "task": task,
             "inputs": {**inputs, "rows": rows},

@@ -36,9 +36,18 @@ class Served:
 
 
 def serve(
-    entry: Entry, protocol: Protocol, suite: Suite, data: Path, sources: Sources, workspace: Path, progress: Progress
+    entry: Entry,
+    protocol: Protocol,
+    suite: Suite,
+    data: Path,
+    sources: Sources,
+    workspace: Path,
+    progress: Progress,
 ) -> Iterator[Served]:
-    """Yield the models of one entry: one for a merge or a twin, one a task for the experts."""
+    """Yield the models of one entry: one for a merge or a twin, one a task for the experts.
+
+    A built twin is kept in `workspace`, a folder that stands for the inputs it was built from.
+    """
     if isinstance(entry.options, TwinOptions):
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
     elif entry.method.function is None:
@@ -49,7 +58,10 @@ def serve(
         base: Mapping[str, Tensor] = sources.base
         if protocol == "paper":  # biases are not merged; the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
-        merged = {**sources.base, **merge_lazily(entry.method.name, base, sources.experts, **entry.options)}
+        merged = {
+            **sources.base,
+            **merge_lazily(entry.method.name, base, sources.experts, **entry.settings(suite.seed)),
+        }
         yield _static(merged, suite.tasks, protocol, sources, started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from twin_bench.recipe import ExclusiveSettings, RouterSettings, Settings, Share
 from twin_bench.twin.model import PROTOCOLS, Protocol
 
 BOUNDS = ("pretrained", "experts")
+LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 MethodItem = str | dict[str, dict[str, Any] | None]
 EMBEDDED = "embedded"
 """In a suite: the demo's own experts and rows."""
@@ -54,11 +56,11 @@ class Entry:
         told = isinstance(self.options, TwinOptions) and self.options.weights == "task"
         return "task-id given" if told else self.method.track
 
-    def settings(self) -> dict[str, Any]:
-        """Return the options, defaults included, as plain data."""
+    def settings(self, seed: int) -> dict[str, Any]:
+        """Return the options as plain data, defaults included, and the suite's seed where one draws."""
         if isinstance(self.options, TwinOptions):
             return self.options.model_dump(mode="json")
-        return {**self.method.defaults, **self.options}
+        return {**self.method.seeded(seed), **self.options}
 
 
 class Suite(Settings):
@@ -109,7 +111,11 @@ class Suite(Settings):
 
         A name in `only` that the suite does not list is a method with its defaults.
         """
-        listed = {entry.label: entry for entry in map(_entry, self.methods)}
+        listed: dict[str, Entry] = {}
+        for entry in map(_entry, self.methods):
+            if entry.label in listed:
+                raise InputError(f"two methods are labelled {entry.label!r}; give one a label of its own")
+            listed[entry.label] = entry
         if only is not None:
             known = {**dict.fromkeys(methods()), **dict.fromkeys(listed)}
             for name in only:
@@ -161,8 +167,12 @@ def _entry(item: MethodItem) -> Entry:
     if len(item) != 1:
         raise InputError(f"one label an item, found {', '.join(item)}")
     ((label, given),) = item.items()
+    if not LABEL.fullmatch(label):
+        raise InputError(f"label {label!r}: letters, digits, '-', '_', '.' and '+' only")
     options = dict(given or {})
     method = find_method(str(options.pop("method", label)))
+    if label in BOUNDS and method.name != label:
+        raise InputError(f"label {label!r} is a bound's; give {method.name} another")
     protocols = options.pop("protocol", None)
     if protocols is not None:
         protocols = tuple([protocols] if isinstance(protocols, str) else protocols)
@@ -179,6 +189,5 @@ def _entry(item: MethodItem) -> Entry:
             raise InputError(f"{label}: {key}: {problem['msg'].removeprefix('Value error, ')}") from None
         return Entry(label, method, twin, protocols)
     for option in options:
-        if option not in method.defaults:
-            raise InputError(f"{label}: {method.name} has no option {option!r}{nearest(option, method.defaults)}")
+        method.check(option, options[option])
     return Entry(label, method, options, protocols)

@@ -39,6 +39,19 @@ class Method:
     defaults: Mapping[str, Any]
     function: MergeFunction | None
 
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """Return the defaults, `seed` among them where the method draws."""
+        return {**self.defaults, **({"seed": seed} if "seed" in self.defaults else {})}
+
+    def check(self, option: str, value: Any) -> None:
+        """Raise an InputError unless the method has this option and `value` is of its default's kind."""
+        if option not in self.defaults:
+            raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
+        if isinstance(self.defaults[option], int | float) and (
+            isinstance(value, bool) or not isinstance(value, int | float)
+        ):
+            raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
+
 
 _registry: dict[str, Method] = {}
 
@@ -88,9 +101,8 @@ def merge_lazily(
     header = find_method(method)
     if header.function is None:
         raise InputError(f"{method} is no single set of parameters: serve it as a twin (twin-bench build)")
-    for option in params:
-        if option not in header.defaults:
-            raise InputError(f"{method} has no option {option!r}{nearest(option, header.defaults)}")
+    for option, value in params.items():
+        header.check(option, value)
     return header.function(TaskVectors(base, experts), **params)
 
 

@@ -29,7 +29,7 @@ from twin_bench.data import TaskInput, read_router_rows, read_rows, split_path, 
 from twin_bench.errors import InputError
 from twin_bench.glue import GLUE
 from twin_bench.hub import model_directory
-from twin_bench.methods import merge_lazily
+from twin_bench.methods import find_method, merge_lazily
 from twin_bench.recipe import Recipe, RouterSettings
 from twin_bench.twin.directory import quiet_transformers, require_expert_name, save_twin
 from twin_bench.twin.exclusive import exclusive_vector
@@ -70,10 +70,23 @@ def open_sources(
     folders = {name: model_directory(path) for name, path in experts.items()}
     for name, folder in folders.items():
         _require_classifier(name, folder)
+        if not (folder / "adapter_config.json").is_file():
+            _require_same_architecture(name, read_config(folder, trust_remote_code=trust_remote_code), config)
     bones = skeleton(config, "sequence_classification")
     base = open_checkpoint(directory, bones, allow_pickle=allow_pickle)
     opened = {name: open_expert(folder, base, bones, allow_pickle=allow_pickle) for name, folder in folders.items()}
+    for name, expert in opened.items():
+        missing = bones.head - expert.head().keys()
+        if missing:
+            raise InputError(
+                f"expert {name!r}: {folders[name]} has no head tensor {min(missing)}; a full checkpoint has one, an "
+                "adapter with modules_to_save"
+            )
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:  # GPT-2 comes without one
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
     return Sources(config, tokenizer, bones, base, opened)
 
 
@@ -104,7 +117,8 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )
-    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **recipe.shared.options)
+    options = {**find_method(recipe.shared.method).seeded(recipe.seed), **recipe.shared.options}
+    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
     shared = {n: merged[n] for n in progress.track(sources.bones.backbone, description="shared expert")}
     limits = recipe.exclusive.model_dump()
     parts = Parts(
@@ -280,6 +294,14 @@ def _summary(trained: Trained) -> dict[str, Any]:
 
 def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
+
+
+def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
+    """Raise an InputError where an expert computes something else than the base with its weights."""
+    for key in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"):
+        theirs, ours = getattr(expert, key, None), getattr(base, key, None)
+        if theirs != ours:
+            raise InputError(f"expert {name!r}: {key} is {theirs}, the base model's is {ours}; they can't be merged")
 
 
 def _require_classifier(name: str, folder: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -137,6 +137,8 @@ def require_expert_name(name: str) -> None:
     """Raise an InputError unless `name` is safe as a folder and a module name."""
     if not EXPERT_NAME.fullmatch(name):
         raise InputError(f"expert name {name!r}: use letters, digits, - and _ only")
+    if hasattr(nn.ModuleDict, name):
+        raise InputError(f"expert name {name!r} is torch's own for something else; rename the expert")
 
 
 @contextmanager
@@ -242,6 +244,10 @@ def _digest(file: Path) -> str:
 
 
 def _verify(directory: Path, files: Mapping[str, str]) -> None:
+    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    unlisted = there - files.keys() - {"twin.json"}
+    if unlisted:
+        raise InputError(f"{directory / min(unlisted)}: not listed in twin.json; remove it, or build the twin again")
     for name, expected in files.items():
         file = directory / name
         if ".." in Path(name).parts or Path(name).is_absolute():

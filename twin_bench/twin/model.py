@@ -159,7 +159,8 @@ class TwinModel(nn.Module):
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
         """Return what a router on each of `layers` reads: (batch, width) means over the tokens of a batch."""
-        states = hidden_states(self.model, inputs, layers, overrides=self._paper_biases)
+        biases = {name: bias.to(self.device, self.model.dtype) for name, bias in self._paper_biases.items()}
+        states = hidden_states(self.model, inputs, layers, overrides=biases)
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
     @torch.no_grad()

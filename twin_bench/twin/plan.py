@@ -74,6 +74,19 @@ def plan(weights: Tensor, tokens: Sequence[int], costs: Costs) -> list[Group]:
 
 
 def batches(group: Group, tokens: Sequence[int], batch_size: int) -> list[Group]:
-    """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least."""
-    rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
-    return [Group(tuple(rows[i : i + batch_size]), group.weights) for i in range(0, len(rows), batch_size)]
+    """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least.
+
+    A batch of EFFICIENT_ROWS ends where the next row would be padded by more than a third of its length:
+    a small group spans all lengths, and a batch cut by rows alone would be mostly padding.
+    """
+    cut: list[list[int]] = []
+    for row in sorted(group.rows, key=lambda row: (-tokens[row], row)):
+        full = not cut or len(cut[-1]) == batch_size
+        if full or (len(cut[-1]) >= EFFICIENT_ROWS and tokens[cut[-1][0]] > 4 / 3 * tokens[row]):
+            cut.append([])
+        cut[-1].append(row)
+    return [Group(tuple(rows), group.weights) for rows in cut]
+
+
+EFFICIENT_ROWS = 8
+"""Rows from which on a batch of a few dozen tokens each runs at full speed."""
