@@ -34,7 +34,10 @@ def _run(options: argparse.Namespace) -> None:
     with Progress(console=Console(stderr=True)) as progress:
         cells = run_suite(suite, options.out, only=only, limit=options.limit, progress=progress)
     table = write_leaderboard(cells, options.out)
-    print_leaderboard(leaderboard_rows(cells), table, Console())
+    console = Console()
+    if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
+        console.width = 110
+    print_leaderboard(leaderboard_rows(cells), table, console)
     print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html")
 
 
