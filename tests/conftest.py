@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +19,7 @@ TEXT = "the a cat dog bird sat ran saw on under big small red blue quick lazy wh
 
 WORDS = TEXT.split(" ")
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+CAUSAL_VOCABULARY = 300  # the bytes, the special tokens and some merges
 
 
 def tiny_tokenizer() -> Any:
@@ -107,14 +108,7 @@ def make_family(root: Path, kind: str, labels: dict[str, int] | None = None) -> 
     tiny_tokenizer().save_pretrained(root / "base")
     for task, expert in experts.items():
         expert.save_pretrained(root / task)
-    generator = torch.Generator().manual_seed(0)
-    with (root / "router.jsonl").open("w") as rows:
-        for task_index, task in enumerate(labels):
-            for _ in range(24):
-                share = WORDS[7 * task_index : 7 * task_index + 9]
-                picked = torch.randint(len(share), (6,), generator=generator)
-                text = " ".join(share[index] for index in picked)
-                rows.write(f'{{"text": "{text}", "task": "{task}"}}\n')
+    write_router_rows(root / "router.jsonl", list(labels))
     recipe = {
         "base_model": str(root / "base"),
         "experts": {task: str(root / task) for task in labels},
@@ -125,6 +119,92 @@ def make_family(root: Path, kind: str, labels: dict[str, int] | None = None) -> 
     return Family(root, kind, base, experts, labels, recipe)
 
 
+def write_router_rows(file: Path, tasks: list[str]) -> None:
+    """Write 24 texts a task, each task's of words of its own, some of them shared with the next."""
+    generator = torch.Generator().manual_seed(0)
+    with file.open("w") as rows:
+        for task_index, task in enumerate(tasks):
+            for _ in range(24):
+                share = WORDS[7 * task_index : 7 * task_index + 9]
+                picked = torch.randint(len(share), (6,), generator=generator)
+                text = " ".join(share[index] for index in picked)
+                rows.write(f'{{"text": "{text}", "task": "{task}"}}\n')
+
+
+def tiny_causal_config(kind: str) -> Any:
+    """Return the config of a two-layer language model: llama, qwen2, gemma or gpt2; grouped queries but for gpt2."""
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "vocab_size": CAUSAL_VOCABULARY}
+    if kind == "gpt2":
+        return transformers.GPT2Config(n_positions=64, n_embd=24, n_layer=2, n_head=2, **tokens)
+    shape = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    if kind == "gemma":
+        return transformers.GemmaConfig(head_dim=6, **shape, **tokens)
+    classes = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+    return classes[kind](tie_word_embeddings=kind == "llama", **shape, **tokens)
+
+
+def tiny_causal(kind: str, seed: int = 0, like: Any = None, noise: float = 0.1) -> Any:
+    """Return a random language model, or one that is `like` plus noise in every parameter, biases and norms too."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_causal_config(kind)).eval()
+    if like is not None:
+        model.load_state_dict(like.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return model
+
+
+def make_causal_family(root: Path, kind: str) -> Family:
+    """Save a tiny language model, three experts, and router rows; return them with a recipe."""
+    base = tiny_causal(kind)
+    experts = {
+        task: tiny_causal(kind, seed, like=base) for seed, task in enumerate(("mmlu", "bbq", "cnn_dailymail"), 1)
+    }
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(root / name)
+        tiny_causal_tokenizer().save_pretrained(root / name)
+    write_router_rows(root / "router.jsonl", list(experts))
+    recipe = {
+        "base_model": str(root / "base"),
+        "experts": {task: str(root / task) for task in experts},
+        "shared": {"method": "task_arithmetic", "scaling": 0.29},
+        "exclusive": {"density": 0.5},
+        "router": {"data": str(root / "router.jsonl"), "epochs": 5},
+    }
+    return Family(root, kind, base, experts, {}, recipe)
+
+
+def tiny_causal_tokenizer() -> Any:
+    """Return a byte-level BPE tokenizer, as GPT-2's, Qwen's and SmolLM's are, that adds nothing to a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CAUSAL_VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from kind to its family, each made once."""
@@ -133,6 +213,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def family(kind: str) -> Family:
         if kind not in made:
             made[kind] = make_family(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return family
+
+
+@pytest.fixture(scope="session")
+def causal_families(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from kind to its family of language models, each made once."""
+    made: dict[str, Family] = {}
+
+    def family(kind: str) -> Family:
+        if kind not in made:
+            made[kind] = make_causal_family(tmp_path_factory.mktemp(f"causal-{kind}"), kind)
         return made[kind]
 
     return family

@@ -186,11 +186,17 @@ def test_adapters_that_are_no_lora_delta_are_refused(tmp_path: Path) -> None:
         dict(open_expert(tmp_path / "wide", checkpoint, bones).items())
 
 
-def test_experts_that_are_no_classifiers_are_refused(tmp_path: Path, families: Any) -> None:
+def test_experts_of_other_kinds_are_refused(tmp_path: Path, families: Any) -> None:
     family = families("bert")
     causal = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
     causal.save_pretrained(tmp_path / "causal")
-    with pytest.raises(InputError, match=r"'x': .*GPT2LMHeadModel, not a sequence classifier"):
+    with pytest.raises(InputError, match=r"'x': model_type is gpt2, the base model's is bert"):
         open_sources(family.recipe["base_model"], {"x": str(tmp_path / "causal")})
+    both = {"cola": family.recipe["experts"]["cola"], "x": str(tmp_path / "causal")}
+    with pytest.raises(InputError, match="'x' is a causal_lm model and 'cola' a sequence_classification one"):
+        open_sources(family.recipe["base_model"], both)
+    family.base.base_model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(InputError, match=r"'x': .*BertModel; twins are made of"):
+        open_sources(family.recipe["base_model"], {"x": str(tmp_path / "headless")})
     with pytest.raises(InputError, match="letters, digits"):
         open_sources(family.recipe["base_model"], {"../x": str(tmp_path / "causal")})

@@ -68,10 +68,14 @@ def test_bad_recipes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml"]
 
 
-def test_router_layers_out_of_range(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_out_of_range(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     router = yaml.safe_load(recipe_file.read_text())["router"]
     assert main(["build", str(changed(recipe_file, router={**router, "layer": 3})), str(tmp_path / "twin")]) == 2
-    assert "layer must be -1 to 2" in capsys.readouterr().err
+    assert "router.layer 3: the base model has 2 blocks" in capsys.readouterr().err
+    assert main(["build", str(changed(recipe_file, router={**router, "top_k": 4})), str(tmp_path / "twin")]) == 2
+    assert "router.top_k 4: there are 3 experts" in capsys.readouterr().err
+    assert main(["build", str(changed(recipe_file, max_length=71)), str(tmp_path / "twin")]) == 2
+    assert "the base model has a window of 70" in capsys.readouterr().err
 
 
 def test_paths_beside_the_recipe_and_variables(families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,9 @@ from torch import Tensor
 from twin_bench.data import read_rows, split_path, text_pair
 from twin_bench.errors import InputError
 from twin_bench.glue import GLUE
+from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.directory import load_twin
-from twin_bench.twin.model import Encoded, TwinModel
+from twin_bench.twin.model import Encoded
 from twin_bench.twin.plan import Group, batches
 
 
@@ -66,7 +67,7 @@ def bench(
     row one adapter only, and none where experts changed position embeddings) and `per_sample_merge` (all
     weights merged for each row, as the authors' code does).
     """
-    twin = TwinModel.from_pretrained(twin_directory, device=device)
+    twin = TwinClassifier.from_pretrained(twin_directory, device=device)
     encoded, tasks = _stream(twin, data, split, rows)
     lengths = [len(row["input_ids"]) for row in encoded]
     plain_batches = [list(b.rows) for b in batches(Group(tuple(range(len(encoded))), None), lengths, batch_size)]
@@ -76,7 +77,7 @@ def bench(
     generator = torch.Generator().manual_seed(0)
     exponentials = -torch.rand(one_hot.shape, generator=generator).log()
     diffuse = exponentials / exponentials.sum(dim=1, keepdim=True)
-    plain = load_twin(twin_directory)[0].to(device).eval()
+    plain = load_twin(twin_directory).model.to(device).eval()
 
     @torch.no_grad()
     def run_plain() -> None:
@@ -138,7 +139,7 @@ def bench(
     }
 
 
-def _stream(twin: TwinModel, data: Path, split: str, rows: int) -> tuple[list[Encoded], list[str]]:
+def _stream(twin: TwinClassifier, data: Path, split: str, rows: int) -> tuple[list[Encoded], list[str]]:
     """Return `rows` encoded rows drawn evenly from the twin's tasks, shuffled, and their tasks."""
     known = [task for task in twin.expert_names if task in GLUE]
     if not known:
@@ -154,7 +155,11 @@ def _stream(twin: TwinModel, data: Path, split: str, rows: int) -> tuple[list[En
 
 
 def _peft_mixed(
-    directory: Path, twin: TwinModel, encoded: Sequence[Encoded], tasks: Sequence[str], cut: Sequence[Sequence[int]]
+    directory: Path,
+    twin: TwinClassifier,
+    encoded: Sequence[Encoded],
+    tasks: Sequence[str],
+    cut: Sequence[Sequence[int]],
 ) -> Callable[[], None]:
     """Return a run of PEFT's mixed batch: each row through its own task's adapter, no fusion of several."""
     from peft import PeftModel
@@ -177,7 +182,7 @@ def _peft_mixed(
 
 
 def _per_sample_merge(
-    plain: Any, twin: TwinModel, encoded: Sequence[Encoded], weights: Tensor, rows: int
+    plain: Any, twin: TwinClassifier, encoded: Sequence[Encoded], weights: Tensor, rows: int
 ) -> Callable[[], None]:
     """Return a run as the authors' code has it: batch 1, a dense sum of all experts' vectors for every sample."""
     merged = copy.deepcopy(plain)

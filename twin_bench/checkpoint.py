@@ -62,6 +62,17 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{directory}: no readable config.json ({_first_line(error)})") from None
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`; InputError that names it where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: can't be read as JSON ({_first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def skeleton(config: Any, task_type: TaskType) -> Skeleton:
     """Return the parameters that a model of `config` has, from its class built on the meta device."""
     model = meta_model(config, task_type, num_labels=2)
@@ -90,6 +101,15 @@ def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
             return AUTO_MODEL[task_type].from_config(config)
     except ValueError as error:
         raise InputError(f"model type {config.model_type!r} has no {task_type} class: {_first_line(error)}") from None
+
+
+def context_window(config: Any) -> int:
+    """Return how many tokens an input of a model can have."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    positions = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions begin after the padding's
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -165,6 +185,7 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
     from peft import LoraConfig, PeftConfig
     from peft.utils.other import get_pattern_key
 
+    read_json(directory / "adapter_config.json")
     config = PeftConfig.from_pretrained(str(directory))
     unsupported = [key for key in ("use_dora", "lora_bias") if getattr(config, key, False)]
     if not isinstance(config, LoraConfig) or unsupported:
@@ -228,7 +249,9 @@ def _stored_tensors(
     single = directory / f"{stem}.safetensors"
     pickle = directory / f"{pickle_stem}.bin"
     if index.is_file():
-        shards = json.loads(index.read_text())["weight_map"]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index}: no weight_map in it; copy the checkpoint again")
         for shard in set(shards.values()):
             if Path(shard).name != shard:
                 raise InputError(f"{index}: shard name {shard!r} leaves the directory")

@@ -8,10 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from twin_bench.checkpoint import TaskType
 from twin_bench.errors import InputError, nearest
+from twin_bench.generative import GENERATIVE, GenerativeTask, shuffled
 from twin_bench.glue import GLUE, GlueTask
 
 Row = dict[str, Any]
+Task = GlueTask | GenerativeTask
+TASKS: dict[str, Task] = {**GLUE, **GENERATIVE}
+"""All that a suite can score."""
+
+
+def task_type_of(name: str) -> TaskType:
+    """Return the kind of model that answers a task."""
+    return "sequence_classification" if name in GLUE else "causal_lm"
 
 
 class TaskInput(NamedTuple):
@@ -29,18 +39,22 @@ def split_path(data: Path, task: str, split: str = "validation") -> Path:
     return data / task / f"{split}.jsonl"
 
 
-def read_rows(path: Path, task: GlueTask) -> list[Row]:
+def read_rows(path: Path, task: Task) -> list[Row]:
     """Read the labelled rows of one task.
 
-    The file holds JSON lines in Hugging Face's GLUE schema; blank lines are passed over, other fields kept.
-    Raises InputError, naming file and line, for a missing, empty or malformed file, a missing or non-text
-    field, or a label that is not one of the task's.
+    The file holds JSON lines in the schema that the task's data set has on the hub (GLUE's, or see
+    `twin_bench.generative`); blank lines are passed over, other fields kept. Raises InputError, naming file and
+    line, for a missing, empty or malformed file, a missing or non-text field, or a label that is not one of the
+    task's.
     """
     return [check_row(row, task, where) for where, row in _read_json_lines(path)]
 
 
-def check_row(row: Row, task: GlueTask, where: str) -> Row:
+def check_row(row: Row, task: Task, where: str) -> Row:
     """Return `row` if it holds the task's texts and one of its labels; else InputError, led by `where`."""
+    if isinstance(task, GenerativeTask):
+        task.check(row, where)
+        return row
     text_pair(row, task, where)
     label = row.get("label")
     if task.is_regression:
@@ -52,19 +66,44 @@ def check_row(row: Row, task: GlueTask, where: str) -> Row:
     return row
 
 
-def hub_rows(task: GlueTask, split: str) -> list[Row]:
-    """Read a task's rows from the hub's nyu-mll/glue; InputError with the way round where it can't be reached."""
+def hub_rows(task: Task, split: str) -> list[Row]:
+    """Read a task's rows from the hub; InputError with the way round where it can't be reached.
+
+    GLUE comes from nyu-mll/glue. A generative task's `train` is the split of its examples; where its data set
+    has none, a tenth of the rows, drawn by a seed, is `train` and the rest `validation`.
+    """
     import datasets
 
+    if isinstance(task, GenerativeTask):
+        source, configuration, scored, solved = task.hub
+        hub_split = scored if split == "validation" else (solved or scored)
+    else:
+        source, configuration, hub_split = "nyu-mll/glue", task.name, task.hub_split(split)
     try:
-        rows = datasets.load_dataset("nyu-mll/glue", task.name, split=task.hub_split(split))
+        rows = list(datasets.load_dataset(source, configuration, split=hub_split))
     except (OSError, ValueError) as error:  # offline, unreachable, no such split
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"{task.name}: the hub's nyu-mll/glue cannot be read ({reason}); "
+            f"{task.name}: the hub's {source} cannot be read ({reason}); "
             "set TWIN_BENCH_DATA to a directory of TASK/SPLIT.jsonl"
         ) from error
-    return [check_row(row, task, f"nyu-mll/glue {task.name}, row {number}") for number, row in enumerate(rows)]
+    if isinstance(task, GenerativeTask) and task.hub[3] is None:
+        rows = [dict(row) for row in shuffled(rows)]
+        aside = len(rows) // 10
+        rows = rows[:aside] if split == "train" else rows[aside:]
+    return [check_row(row, task, f"{source} {configuration}, row {number}") for number, row in enumerate(rows)]
+
+
+def task_rows(task: Task, split: str, directory: Path | None) -> list[Row]:
+    """Read a task's rows from `directory`/TASK/SPLIT.jsonl, or from the hub where no directory is named."""
+    return read_rows(split_path(directory, task.name, split), task) if directory else hub_rows(task, split)
+
+
+def solved_examples(task: GenerativeTask, directory: Path | None) -> list[Row]:
+    """Return the rows that solved examples are drawn from, in their order: dev.jsonl, else train, shuffled."""
+    if directory and split_path(directory, task.name, "dev").is_file():
+        return read_rows(split_path(directory, task.name, "dev"), task)
+    return [dict(row) for row in shuffled(task_rows(task, "train", directory))]
 
 
 def text_pair(row: Row, task: GlueTask, where: str = "row") -> tuple[str, str | None]:
@@ -81,24 +120,25 @@ def joined(text: str, text_pair: str | None) -> str:
 def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]:
     """Read the training inputs of a router.
 
-    `path` is a directory of {task}/train.jsonl in the GLUE schema, of which those named in `expert_names` are
-    read; or a file, or a directory of .jsonl files, with rows {"text": ..., "task": ...} and an optional
-    "text_pair". Labels are not read. Raises InputError for an expert without rows, a row of an unknown task,
+    `path` is a directory of {task}/train.jsonl in the tasks' own schemas, of which those named in `expert_names`
+    are read, a generative task's as prompts: every other one with its solved examples before it, as it is scored,
+    the rest without. Or it is a file, or a directory of .jsonl files, with rows {"text": ..., "task": ...} and an
+    optional "text_pair". Labels are not read. Raises InputError for an expert without rows, a row of an unknown task,
     and whatever is malformed.
     """
-    train_files = {name: split_path(path, name, "train") for name in expert_names if name in GLUE}
+    train_files = {name: split_path(path, name, "train") for name in expert_names if name in TASKS}
     if any(file.is_file() for file in train_files.values()):
         rows = [
-            TaskInput(*text_pair(row, GLUE[name], where), name)
+            row
             for name, file in train_files.items()
             if file.is_file()
-            for where, row in _read_json_lines(file)
+            for row in _training_inputs(TASKS[name], path, file)
         ]
     else:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
             raise InputError(
-                f"{path}: no router rows; put {{task}}/train.jsonl in Hugging Face's GLUE schema there, "
+                f"{path}: no router rows; put {{task}}/train.jsonl in the data set's own schema there, "
                 'or .jsonl files of {"text": ..., "task": ...} rows'
             )
         rows = [_router_row(row, expert_names, where) for file in files for where, row in _read_json_lines(file)]
@@ -106,6 +146,17 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
     if missing:
         raise InputError(f"{path}: no router rows for {', '.join(missing)}; every expert needs some")
     return rows
+
+
+def _training_inputs(task: Task, directory: Path, file: Path) -> Iterator[TaskInput]:
+    if isinstance(task, GenerativeTask):
+        solved = solved_examples(task, directory)
+        for index, row in enumerate(read_rows(file, task)):
+            examples = task.examples(row, solved) if index % 2 else []
+            yield TaskInput(task.prompt(row, examples), None, task.name)
+    else:
+        for where, row in _read_json_lines(file):
+            yield TaskInput(*text_pair(row, task, where), task.name)
 
 
 def _router_row(row: Row, expert_names: Sequence[str], where: str) -> TaskInput:

@@ -1,4 +1,6 @@
-"""The GLUE metrics and their standard errors, in points: 0 to 100, and down to -100 for the correlations.
+"""The tasks' metrics and their standard errors.
+
+GLUE's `score` and `standard_error` are in points: 0 to 100, and down to -100 for the correlations.
 
 A class is any integer. An answer that is none of the task's labels (the routed protocol can choose a head
 that lacks them) is a class of its own that never equals a reference.
@@ -58,6 +60,25 @@ def standard_error(
         samples, counts = np.unique(samples, axis=1, return_counts=True)
         weights = rng.multinomial(rows, counts / rows, size=resamples)
     return float(100 * np.std(statistic(samples, weights.astype(np.float64)), ddof=1))
+
+
+def rouge_2(reference: str, prediction: str) -> float:
+    """Return the F1 of shared bigrams, 0 to 1, words stemmed: ROUGE-2 as HELM takes it (Lin 2004; rouge-score)."""
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rouge2"], use_stemmer=True)
+    return float(scorer.score(reference, prediction)["rouge2"].fmeasure)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of rows' own scores."""
+    return float(np.mean(np.asarray(values, dtype=np.float64)))
+
+
+def mean_standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of `mean` over draws of the rows: s / sqrt(n); one row alone gives 0."""
+    sample = np.asarray(values, dtype=np.float64)
+    return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
 # A statistic takes samples (2, n), references over predictions, and weights (draws, n), how often each row

@@ -60,7 +60,7 @@ class ExclusiveSettings(Settings):
 class RouterSettings(Settings):
     """Where the router's rows come from, what it reads and how it is chosen.
 
-    `data`: {task}/train.jsonl in GLUE's schema, or rows {"text", "task"}. `layer`: the hidden state it reads
+    `data`: {task}/train.jsonl in the task's own schema, or rows {"text", "task"}. `layer`: the hidden state it reads
     (0 the embeddings, -1 the last), or auto: the one with the best accuracy on the held-out rows.
     `held_out`: the fraction of those rows that chooses epoch and layer. `max_rows`: of each task. `paper`:
     train the authors' router as well, for the paper protocol, where `data` holds each task's validation rows
@@ -78,7 +78,11 @@ class RouterSettings(Settings):
 
 
 class Recipe(Settings):
-    """A twin: base model, experts, shared expert, exclusive vectors and router."""
+    """A twin: base model, experts, shared expert, exclusive vectors and router.
+
+    `max_length`: tokens an input is truncated to; by default 128 for classifiers, as in the paper, and the
+    model's window for language models.
+    """
 
     base_model: str
     experts: dict[str, str] = Field(min_length=1)
@@ -86,7 +90,7 @@ class Recipe(Settings):
     exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
     router: RouterSettings | None = None
     seed: int = 0
-    max_length: int = Field(default=128, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     allow_pickle: bool = False
     trust_remote_code: bool = False
 

@@ -13,8 +13,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from twin_bench.data import TaskInput, joined
 from twin_bench.errors import InputError, nearest
-from twin_bench.twin.model import Prediction, TwinModel
-from twin_bench_lm_eval.model import TwinMerged
+from twin_bench.twin.classifier import Prediction, TwinClassifier
+from twin_bench_lm_eval.model import TwinMerged, usable
 
 
 class Request(Protocol):
@@ -37,12 +37,12 @@ class ClassifierTwin(TwinMerged):
         self,
         pretrained: str | Path | None = None,
         *,
-        twin: TwinModel | None = None,
+        twin: TwinClassifier | None = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
-        max_length: int = 128,
+        max_length: int | None = None,
         protocol: str | None = None,
         fusion: str = "exact",
         data: str | Path | None = None,
@@ -59,7 +59,7 @@ class ClassifierTwin(TwinMerged):
             dtype: a torch dtype or its name; by default (or `auto`) the shared expert's.
             batch_size: inputs a forward; `auto` is 32.
             max_batch_size: lm-eval's, not used.
-            max_length: tokens of an input, longer ones are truncated.
+            max_length: tokens of an input, longer ones are truncated; by default what the twin was built with.
             protocol: standard (the default), paper or routed: see the README.
             fusion: exact, the only mode.
             data: not used here but by the tasks, as is `split`: where their rows are.
@@ -77,13 +77,12 @@ class ClassifierTwin(TwinMerged):
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         self.batch_size = 32 if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
-        self.max_length = _positive("max_length", max_length)
         if twin is None:
             if pretrained is None:
                 raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
-            twin = TwinModel.from_pretrained(
+            twin = TwinClassifier.from_pretrained(
                 str(pretrained),
-                device=_usable(device),
+                device=usable(device),
                 dtype=None if dtype == "auto" else dtype,
                 protocol=protocol or "standard",  # type: ignore[arg-type]
                 trust_remote_code=trust_remote_code,
@@ -91,6 +90,7 @@ class ClassifierTwin(TwinMerged):
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin
+        self.max_length = twin.max_length if max_length is None else _positive("max_length", max_length)
         self.tokenizer = twin.tokenizer
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
@@ -187,11 +187,6 @@ class ClassifierTwin(TwinMerged):
 
     def _is_regression(self, task: str) -> bool:
         return bool(self.twin.num_labels[task] == 1)
-
-
-def _usable(device: str | None) -> str | None:
-    # lm-eval's command line asks for cuda:0 where no --device is given, GPU or not.
-    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
 
 
 def _positive(name: str, value: Any) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.model import LM
 
 from twin_bench.errors import InputError
 from twin_bench.twin.directory import read_manifest
+from twin_bench.twin.model import TwinModel
 from twin_bench_lm_eval.errors import one_line_errors
 
 one_line_errors()
@@ -45,6 +47,24 @@ def _serving_class(pretrained: str | Path | None) -> type[TwinMerged]:
         from twin_bench_lm_eval.classifier import ClassifierTwin
 
         return ClassifierTwin
-    if task_type == "causal_lm":
-        raise InputError(f"{pretrained}: a causal_lm twin; this version of twin_merged serves classifier twins only")
-    raise InputError(f"{pretrained}/twin.json: task_type {task_type!r}; expected sequence_classification or causal_lm")
+    from twin_bench_lm_eval.causal import CausalTwin
+
+    return CausalTwin
+
+
+def serving(twin: TwinModel, *, task: str, batch_size: int, max_length: int | None) -> TwinMerged:
+    """Return the lm-eval model of a twin that is loaded already, for the requests of one task."""
+    from twin_bench.twin.causal import TwinCausalLM
+    from twin_bench.twin.classifier import TwinClassifier
+    from twin_bench_lm_eval.causal import CausalTwin
+    from twin_bench_lm_eval.classifier import ClassifierTwin
+
+    if isinstance(twin, TwinClassifier):
+        return ClassifierTwin(twin=twin, batch_size=batch_size, max_length=max_length)
+    assert isinstance(twin, TwinCausalLM)
+    return CausalTwin(twin=twin, task=task, batch_size=batch_size, max_length=max_length)
+
+
+def usable(device: str | None) -> str | None:
+    """Return the device to use: the CPU for a CUDA device that is not there, which lm-eval asks for unasked."""
+    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device

@@ -16,9 +16,8 @@ from typing import Any
 from rich.progress import Progress
 
 from twin_bench import demo
-from twin_bench.data import hub_rows, read_router_rows, split_path
+from twin_bench.data import TASKS, hub_rows, read_router_rows, split_path
 from twin_bench.errors import InputError
-from twin_bench.glue import GLUE
 from twin_bench.hub import model_directory
 from twin_bench.leaderboard.cells import Cell, Cells, digest, digest_files, write_atomically
 from twin_bench.leaderboard.serve import Served, serve
@@ -57,6 +56,8 @@ def run_suite(
         suite = suite.model_copy(update={"experts": str(demo.experts_directory())})
     data = _rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
+    if sources.bones.task_type != suite.task_type:
+        raise InputError(f"suite {suite.name}: {suite.tasks[0]} needs {suite.task_type} experts, these are not")
     inputs = _input_digests(suite, data)
     if any(entry.track == "routed" for entry in entries):
         read_router_rows(data, suite.tasks)
@@ -90,10 +91,10 @@ def _evaluate(
     from lm_eval.tasks import TaskManager
 
     from twin_bench.paths import tasks_directory
-    from twin_bench_lm_eval.classifier import ClassifierTwin
+    from twin_bench_lm_eval.model import serving
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = ClassifierTwin(twin=served.twin, max_length=suite.max_length)
+    lm = serving(served.twin, task=task, batch_size=suite.batch_size, max_length=suite.max_length)
     manager = TaskManager(
         include_path=str(tasks_directory()),
         include_defaults=False,
@@ -105,14 +106,14 @@ def _evaluate(
             model=lm,
             tasks=[f"twin_{task}"],
             task_manager=manager,
-            limit=_row_limit(entry, protocol, limit),
+            limit=_row_limit(entry, protocol, suite, limit),
             bootstrap_iters=0,
             log_samples=False,
             random_seed=suite.seed,
             numpy_random_seed=suite.seed,
             torch_random_seed=suite.seed,
         )
-    metric = GLUE[task].metric
+    metric = TASKS[task].metric
     scores = results["results"][f"twin_{task}"]
     return Cell(
         suite=suite.name,
@@ -129,13 +130,14 @@ def _evaluate(
         build_seconds=served.build_seconds,
         parameters=served.parameters,
         settings=entry.settings(suite.seed),
-        notes=served.notes,
+        notes={**served.notes, **({"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {})},
         key=key,
     )
 
 
-def _row_limit(entry: Entry, protocol: Protocol, limit: int | None) -> int | None:
-    if protocol != "paper":
+def _row_limit(entry: Entry, protocol: Protocol, suite: Suite, limit: int | None) -> int | None:
+    limit = suite.rows if limit is None else limit
+    if protocol != "paper" or suite.task_type != "sequence_classification":
         return limit
     rows = PAPER_ROWS.get(entry.track, PAPER_ROWS_STATIC)
     return rows if limit is None else min(rows, limit)
@@ -153,7 +155,7 @@ def _rows_directory(suite: Suite, out: Path) -> Path:
             for split in ("train", suite.split):
                 file = split_path(directory, task, split)
                 if not file.is_file():
-                    rows = hub_rows(GLUE[task], split)
+                    rows = hub_rows(TASKS[task], split)
                     write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
         return directory
     directory = Path(suite.data)
@@ -166,7 +168,7 @@ def _rows_directory(suite: Suite, out: Path) -> Path:
 
 def _input_digests(suite: Suite, data: Path) -> dict[str, Any]:
     """Return digests of what scores depend on besides settings: weights and rows."""
-    files = [split_path(data, task, split) for task in suite.tasks for split in ("train", suite.split)]
+    files = [split_path(data, task, split) for task in suite.tasks for split in ("train", "dev", suite.split)]
     return {
         "base_model": digest_files(model_directory(suite.base_model)),
         "experts": {task: digest_files(model_directory(path)) for task, path in suite.expert_paths.items()},
@@ -176,7 +178,9 @@ def _input_digests(suite: Suite, data: Path) -> dict[str, Any]:
 
 def _key(suite: Suite, entry: Entry, protocol: Protocol, task: str, inputs: dict[str, Any], limit: int | None) -> str:
     """Return the digest of everything that decides a cell's score."""
-    rows = inputs["rows"] if entry.track == "routed" else inputs["rows"][f"{task}/{suite.split}"]
+    # A twin's router was trained on all tasks' rows; a prompt holds its own task's examples.
+    own = {name: rows for name, rows in inputs["rows"].items() if name.startswith(f"{task}/")}
+    rows = inputs["rows"] if entry.track == "routed" else own
     return digest(
         {
             "twin_bench": version("twin-bench"),
@@ -188,6 +192,7 @@ def _key(suite: Suite, entry: Entry, protocol: Protocol, task: str, inputs: dict
             "split": suite.split,
             "seed": suite.seed,
             "max_length": suite.max_length,
-            "limit": limit,
+            "dtype": suite.dtype,
+            "limit": suite.rows if limit is None else limit,
         }
     )

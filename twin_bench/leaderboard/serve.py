@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from twin_bench.leaderboard.cells import digest
+from twin_bench.checkpoint import read_json
+from twin_bench.leaderboard.cells import digest, write_atomically
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
 from twin_bench.methods import merge_lazily
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import ORACLE_PARAMETERS, Sources, build_twin, load_model
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel
+from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_class
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def serve(
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
-            yield _static(expert, (task,), protocol, sources, time.perf_counter(), len(sources.experts))
+            yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
     else:
         started = time.perf_counter()
         base: Mapping[str, Tensor] = sources.base
@@ -62,13 +65,14 @@ def serve(
             **sources.base,
             **merge_lazily(entry.method.name, base, sources.experts, **entry.settings(suite.seed)),
         }
-        yield _static(merged, suite.tasks, protocol, sources, started)
+        yield _static(merged, suite.tasks, protocol, suite, sources, started)
 
 
 def _static(
     parameters: Mapping[str, Tensor],
     tasks: Any,
     protocol: Protocol,
+    suite: Suite,
     sources: Sources,
     started: float,
     copies: int = 1,
@@ -76,16 +80,22 @@ def _static(
     """Serve one set of parameters under the heads (and, under `paper`, the biases) of the experts of `tasks`."""
     parameters = dict(parameters.items())
     exclusive: dict[str, Exclusive] = {}
-    if protocol == "paper":
+    if protocol == "paper" and sources.bones.head:
         biases = [name for name in parameters if ORACLE_PARAMETERS.search(name)]
         exclusive = {
             task: Exclusive({}, {n: sources.experts[task][n].float() - parameters[n].float() for n in biases})
             for task in tasks
         }
     parts = Parts(
-        heads={task: sources.experts[task].head() for task in tasks}, exclusive=exclusive, paper=PaperParts({}, None)
+        heads={task: sources.experts[task].head() for task in tasks if sources.bones.head},
+        exclusive=exclusive,
+        paper=PaperParts({}, None),
     )
-    twin = TwinModel(load_model(sources, parameters), sources.tokenizer, parts, protocol=protocol, routing="none")
+    model = load_model(sources, parameters)
+    if suite.dtype:
+        model.to(getattr(torch, suite.dtype))
+    kind = twin_class(sources.bones.task_type)
+    twin = kind(model, sources.tokenizer, parts, protocol=protocol, routing="none")
     count = copies * sum(tensor.numel() for tensor in parameters.values())
     return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
 
@@ -95,18 +105,25 @@ def _twin(
 ) -> Served:
     recipe = twin_recipe(options, suite, data)
     directory = workspace / digest(recipe.model_dump(mode="json"))[:16]
-    started = time.perf_counter()
+    took = directory.with_suffix(".json")  # beside the twin, whose own files depend on its inputs alone
     if not directory.is_dir():
+        started = time.perf_counter()
         build_twin(recipe, directory, progress=progress)
+        write_atomically(took, json.dumps({"build_seconds": time.perf_counter() - started}) + "\n")
     manifest = read_manifest(directory)
     routing = "task" if options.weights == "task" else "router"
-    twin = TwinModel.from_pretrained(directory, protocol=protocol, routing=routing)  # type: ignore[arg-type]
+    twin = TwinModel.from_pretrained(
+        directory,
+        protocol=protocol,
+        routing=routing,  # type: ignore[arg-type]
+        dtype=suite.dtype,
+    )
     router = manifest["router"]
     notes = {} if options.weights == "task" else router.get("paper", {}) if protocol == "paper" else router
     return Served(
         twin,
         tuple(suite.tasks),
-        time.perf_counter() - started,
+        float(read_json(took)["build_seconds"]),
         sum(manifest["parameters"].values()),
         {"router": {key: value for key, value in notes.items() if key != "paper"}},
     )

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from twin_bench.checkpoint import TaskType
+from twin_bench.data import TASKS, task_type_of
 from twin_bench.errors import InputError, nearest
 from twin_bench.glue import GLUE
 from twin_bench.methods import Method, Track, find_method, methods
@@ -22,7 +24,7 @@ MethodItem = str | dict[str, dict[str, Any] | None]
 EMBEDDED = "embedded"
 """In a suite: the demo's own experts and rows."""
 HUB = "hub"
-"""In a suite: rows of the hub's nyu-mll/glue."""
+"""In a suite: rows of the tasks' data sets on the hub."""
 
 
 class TwinOptions(Settings):
@@ -69,7 +71,9 @@ class Suite(Settings):
     `experts`: task to path or hub id; or one folder with an expert a task in it; or `embedded`. `data`: a
     directory of {task}/{split}.jsonl; or `hub`; or `embedded`. `split` is scored; routers see train alone.
     `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it;
-    `protocol` among the options restricts an entry to some of the suite's.
+    `protocol` among the options restricts an entry to some of the suite's. `rows` is how many of a task's rows
+    are scored where --limit says nothing (all of them by default), `dtype` what the models run in (by default the
+    base model's), `batch_size` inputs a forward.
     """
 
     name: str
@@ -81,7 +85,10 @@ class Suite(Settings):
     protocol: list[Protocol] = Field(default=["standard"], min_length=1)
     seed: int = 0
     split: str = "validation"
-    max_length: int = Field(default=128, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
+    rows: int | None = Field(default=None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    batch_size: int = Field(default=32, ge=1)
 
     @field_validator("protocol", mode="before")
     @classmethod
@@ -92,9 +99,18 @@ class Suite(Settings):
     @classmethod
     def _known(cls, tasks: list[str]) -> list[str]:
         for task in tasks:
-            if task not in GLUE:
-                raise InputError(f"unknown task {task!r}{nearest(task, GLUE)}")
+            if task not in TASKS:
+                raise InputError(f"unknown task {task!r}{nearest(task, TASKS)}")
+            if task_type_of(task) != task_type_of(tasks[0]):
+                raise InputError(
+                    f"{tasks[0]} needs a classifier or {task} does, and the other a language model; split it"
+                )
         return tasks
+
+    @property
+    def task_type(self) -> TaskType:
+        """What kind of models the suite compares."""
+        return task_type_of(self.tasks[0])
 
     @property
     def expert_paths(self) -> dict[str, str]:

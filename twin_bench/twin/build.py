@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from twin_bench.checkpoint import (
     Checkpoint,
     Skeleton,
+    TaskType,
+    context_window,
     meta_model,
     open_checkpoint,
     open_expert,
     read_config,
+    read_json,
     skeleton,
 )
 from twin_bench.data import TaskInput, read_router_rows, read_rows, split_path, text_pair
@@ -33,12 +36,15 @@ from twin_bench.methods import find_method, merge_lazily
 from twin_bench.recipe import Recipe, RouterSettings
 from twin_bench.twin.directory import quiet_transformers, require_expert_name, save_twin
 from twin_bench.twin.exclusive import exclusive_vector
-from twin_bench.twin.model import PaperParts, Parts, TwinModel
+from twin_bench.twin.model import PaperParts, Parts, TwinModel, twin_class
 from twin_bench.twin.plan import Group, batches
 from twin_bench.twin.router import RouterConfig, Trained, train_router
 
 ORACLE_PARAMETERS = re.compile(r"bias")
 """Parameters that the paper protocol neither merges nor replaces: the true task's expert supplies them."""
+
+FEATURE_TOKENS = 8192
+"""Tokens of a batch whose features are taken: bounds what the hidden states of long prompts need."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Sources:
     bones: Skeleton
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
+    generation: GenerationConfig | None = None
 
 
 def open_sources(
@@ -68,11 +75,13 @@ def open_sources(
     directory = model_directory(base_model)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     folders = {name: model_directory(path) for name, path in experts.items()}
+    task_type = _common_task_type(folders, config)
     for name, folder in folders.items():
-        _require_classifier(name, folder)
         if not (folder / "adapter_config.json").is_file():
-            _require_same_architecture(name, read_config(folder, trust_remote_code=trust_remote_code), config)
-    bones = skeleton(config, "sequence_classification")
+            expert_config = read_config(folder, trust_remote_code=trust_remote_code)
+            _require_same_architecture(name, expert_config, config)
+            _require_same_labels(name, expert_config)
+    bones = skeleton(config, task_type)
     base = open_checkpoint(directory, bones, allow_pickle=allow_pickle)
     opened = {name: open_expert(folder, base, bones, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
@@ -83,20 +92,26 @@ def open_sources(
                 "adapter with modules_to_save"
             )
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:  # GPT-2 comes without one
+    if tokenizer.pad_token is None:  # GPT-2 and Llama come without one
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    return Sources(config, tokenizer, bones, base, opened)
+    generation = (
+        GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").is_file() else None
+    )
+    return Sources(config, tokenizer, bones, base, opened, generation)
 
 
 def load_model(sources: Sources, parameters: Mapping[str, Tensor]) -> Any:
     """Return a transformers model that holds `parameters` (names of the skeleton's backbone)."""
-    kind = type(meta_model(sources.config, "sequence_classification", num_labels=2))
+    kind = type(meta_model(sources.config, sources.bones.task_type, num_labels=2))
     with quiet_transformers():
-        return kind.from_pretrained(
+        model = kind.from_pretrained(
             None, config=sources.config, state_dict=dict(parameters.items()), dtype=_dtype(parameters)
         )
+    if sources.generation is not None:
+        model.generation_config = sources.generation
+    return model
 
 
 def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -106,8 +121,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
     InputError for whatever is wrong with the inputs, before anything is written.
     """
     progress = progress or Progress(disable=True)
-    if directory.exists():
-        raise InputError(f"{directory}: exists already; give another name, or remove it first")
+    _require_writable(directory)
     for name in recipe.experts:
         require_expert_name(name)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
@@ -117,6 +131,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )
+    _check_limits(recipe, sources)
     options = {**find_method(recipe.shared.method).seeded(recipe.seed), **recipe.shared.options}
     merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
     shared = {n: merged[n] for n in progress.track(sources.bones.backbone, description="shared expert")}
@@ -129,7 +144,8 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
                 sources.experts.items(), len(sources.experts), description="exclusive vectors"
             )
         },
-        paper=PaperParts({n: sources.base[n] for n in sources.bones.backbone if ORACLE_PARAMETERS.search(n)}, None),
+        paper=_paper_parts(sources),
+        max_length=recipe.max_length,
     )
     chosen: dict[str, Any] = {}
     if recipe.router:
@@ -146,7 +162,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
         "exclusive": recipe.exclusive.model_dump(exclude_none=True),
         "router": chosen,
         "seed": recipe.seed,
-        "max_length": recipe.max_length,
+        "max_length": recipe.max_length,  # None: the kind's own default
         "parameters": {"shared": sum(t.numel() for t in shared.values()), "exclusive": stored},
     }
     save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.bones, settings)
@@ -167,8 +183,8 @@ def _with_routers(
     rows = _sampled(rows, names, settings.max_rows, recipe.seed)
     depth = sources.config.num_hidden_layers
     layers = list(range(depth + 1)) if settings.layer == "auto" else [settings.layer]
-    twin = TwinModel(load_model(sources, shared), sources.tokenizer, parts)
-    features = _features(twin, rows, layers, recipe.max_length, progress, "router features")
+    twin = twin_class(sources.bones.task_type)(load_model(sources, shared), sources.tokenizer, parts)
+    features = _features(twin, rows, layers, progress, "router features")
     held_out = _held_out(rows, names, settings.held_out, recipe.seed)
     owner = torch.tensor([names.index(row.task) for row in rows])
     best: Trained | None = None
@@ -188,7 +204,7 @@ def _with_routers(
         **_summary(best),
         "layer_accuracy": layer_accuracy,
     }
-    test_rows = _test_rows(Path(settings.data), names) if settings.paper else []
+    test_rows = _test_rows(Path(settings.data), names) if settings.paper and parts.paper else []
     if test_rows:
         paper = _paper_router(recipe, settings, sources, shared, parts, rows, test_rows, progress)
         assert parts.paper is not None
@@ -208,10 +224,11 @@ def _paper_router(
     progress: Progress,
 ) -> Trained:
     """Train the authors' router: last layer, pretrained biases, its epoch chosen on the test rows."""
-    twin = TwinModel(load_model(sources, shared), sources.tokenizer, parts, protocol="paper")
+    kind = twin_class(sources.bones.task_type)
+    twin = kind(load_model(sources, shared), sources.tokenizer, parts, protocol="paper")
     names = tuple(recipe.experts)
     both = [*rows, *test_rows]
-    hidden = _features(twin, both, [-1], recipe.max_length, progress, "router features (paper)")[0]
+    hidden = _features(twin, both, [-1], progress, "router features (paper)")[0]
     owner = torch.tensor([names.index(row.task) for row in both])
     fit, chosen = (hidden[: len(rows)], owner[: len(rows)]), (hidden[len(rows) :], owner[len(rows) :])
     config = RouterConfig(names, hidden.shape[1])
@@ -222,17 +239,21 @@ def _features(
     twin: TwinModel,
     rows: Sequence[TaskInput],
     layers: Sequence[int],
-    max_length: int,
     progress: Progress,
     what: str,
 ) -> list[Tensor]:
     """Return the (rows, width) features of each layer, on the CPU."""
-    encoded = twin.encode([(row.text, row.text_pair) for row in rows], max_length=max_length)
+    encoded = twin.encode([(row.text, row.text_pair) for row in rows])
     lengths = [len(row["input_ids"]) for row in encoded]
+    if not all(lengths):
+        raise InputError(
+            f"router: the tokenizer makes no token of a row of {rows[lengths.index(0)].task}; mend the row"
+        )
     order: list[int] = []
     chunks: list[list[Tensor]] = [[] for _ in layers]
     whole = Group(tuple(range(len(rows))), None)
-    for batch in progress.track(batches(whole, lengths, 64), description=what):
+    rows_a_batch = max(1, min(64, FEATURE_TOKENS // max(lengths)))
+    for batch in progress.track(batches(whole, lengths, rows_a_batch), description=what):
         for kept, hidden in zip(
             chunks, twin.features(twin.collate([encoded[r] for r in batch.rows]), layers), strict=True
         ):
@@ -296,25 +317,95 @@ def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
 
 
+def _paper_parts(sources: Sources) -> PaperParts | None:
+    """Return what the paper protocol needs of a classifier: the pretrained biases."""
+    if sources.bones.task_type != "sequence_classification":
+        return None
+    return PaperParts({n: sources.base[n] for n in sources.bones.backbone if ORACLE_PARAMETERS.search(n)}, None)
+
+
+def _require_writable(directory: Path) -> None:
+    """Raise an InputError unless a twin can be written to `directory`: before hours are spent on it."""
+    if directory.exists():
+        raise InputError(f"{directory}: exists already; give another name, or remove it first")
+    parent = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{directory}: {parent} can't be written to; give another place")
+
+
+def _check_limits(recipe: Recipe, sources: Sources) -> None:
+    """Raise an InputError for settings that this base model, or this number of experts, can't have."""
+    config, router = sources.config, recipe.router
+    window = context_window(config)
+    if recipe.max_length and recipe.max_length > window:
+        raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")
+    if router is None:
+        return
+    depth = config.num_hidden_layers
+    if router.layer != "auto" and not -1 <= router.layer <= depth:
+        raise InputError(f"router.layer {router.layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
+    if router.top_k > len(recipe.experts):
+        raise InputError(f"router.top_k {router.top_k}: there are {len(recipe.experts)} experts; 0 keeps all")
+
+
 def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
     """Raise an InputError where an expert computes something else than the base with its weights."""
-    for key in ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"):
+    for key in COMPUTES:
         theirs, ours = getattr(expert, key, None), getattr(base, key, None)
         if theirs != ours:
-            raise InputError(f"expert {name!r}: {key} is {theirs}, the base model's is {ours}; they can't be merged")
+            hint = "; resize its vocabulary to the base model's" if key == "vocab_size" else ""
+            raise InputError(
+                f"expert {name!r}: {key} is {theirs}, the base model's is {ours}; they can't be merged{hint}"
+            )
 
 
-def _require_classifier(name: str, folder: Path) -> None:
-    """Raise an InputError unless the expert in `folder` is a sequence classifier."""
+COMPUTES = (
+    *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "vocab_size"),
+    *("layer_norm_eps", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+)
+"""What of a config decides a model's results and can differ under equal shapes; the vocabulary, for a clear word."""
+
+
+def _require_same_labels(name: str, expert: Any) -> None:
+    """Raise an InputError where an expert of a GLUE task names its labels in another order than GLUE."""
+    ours = list(GLUE[name].label_names) if name in GLUE else []
+    theirs = [str(expert.id2label[index]).lower() for index in sorted(expert.id2label or {})]
+    if sorted(ours) == sorted(theirs) and ours != theirs:
+        raise InputError(
+            f"expert {name!r}: its labels are {', '.join(theirs)}, in GLUE's order {', '.join(ours)}; reorder its "
+            "head's rows and id2label"
+        )
+
+
+def _common_task_type(folders: Mapping[str, Path], config: Any) -> TaskType:
+    """Return what all experts are; InputError unless they are of one kind."""
+    kinds = {name: _task_type(name, folder, config) for name, folder in folders.items()}
+    first = next(iter(kinds))
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            raise InputError(
+                f"expert {name!r} is a {kind} model and {first!r} a {kinds[first]} one; a twin has one kind"
+            )
+    return kinds[first]
+
+
+def _task_type(name: str, folder: Path, base: Any) -> TaskType:
+    """Return what the expert in `folder` is, from its adapter's config or its architecture."""
     adapter, full = folder / "adapter_config.json", folder / "config.json"
     if adapter.is_file():
-        kind = json.loads(adapter.read_text()).get("task_type")
-        classifies = kind in ("SEQ_CLS", None)
+        said = read_json(adapter).get("task_type")
+        architectures = getattr(base, "architectures", None) or []
+        if said is None:  # PEFT leaves it open: then what the base is
+            said = "CAUSAL_LM" if any("CausalLM" in a or "LMHead" in a for a in architectures) else "SEQ_CLS"
+        known: dict[str, TaskType] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
     elif full.is_file():
-        architectures = json.loads(full.read_text()).get("architectures") or []
-        kind = ", ".join(architectures)
+        architectures = read_json(full).get("architectures") or []
+        said = ", ".join(architectures) or "of no architecture"
         classifies = any("ForSequenceClassification" in a for a in architectures)
+        generates = any("ForCausalLM" in a or a.endswith("LMHeadModel") for a in architectures)
+        known = {said: "sequence_classification"} if classifies else {said: "causal_lm"} if generates else {}
     else:
         raise InputError(f"expert {name!r}: {folder} holds no config.json and no adapter_config.json")
-    if not classifies:
-        raise InputError(f"expert {name!r}: {folder} is {kind}, not a sequence classifier; classifiers only for now")
+    if said not in known:
+        raise InputError(f"expert {name!r}: {folder} is {said}; twins are made of sequence classifiers or causal LMs")
+    return known[said]

@@ -2,9 +2,9 @@
 
 my-twin/
   twin.json            format version, task type, names, settings, a digest of every file
-  model/               the shared expert: a Hugging Face checkpoint with its tokenizer
+  model/               the shared expert: a Hugging Face checkpoint with its tokenizer (a classifier's without head)
   experts/NAME/        adapter_config.json, adapter_model.safetensors: the factors as a PEFT LoRA adapter on
-                       model/ (scale 1); vectors.safetensors: 1-D tensors; head.safetensors: the task's head
+                       model/ (scale 1); vectors.safetensors: 1-D tensors; head.safetensors: a classifier's head
   router/              config.json, router.safetensors
   router/paper/        biases.safetensors, and the authors' router where test rows were given to select it
 """
@@ -21,16 +21,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers import logging as transformers_logging
 
-from twin_bench.checkpoint import Skeleton, read_config, skeleton
+from twin_bench.checkpoint import AUTO_MODEL, Skeleton, TaskType, read_config, skeleton
 from twin_bench.errors import InputError
 from twin_bench.twin.exclusive import Exclusive, Factors
 from twin_bench.twin.model import PaperParts, Parts
@@ -54,14 +54,15 @@ def save_twin(
         settings: what twin.json says of how it was built.
     """
     with _written_at_once(directory) as root:
-        model.base_model.save_pretrained(root / "model")
+        (model.base_model if bones.head else model).save_pretrained(root / "model")
         tokenizer.save_pretrained(root / "model")
         for name, exclusive in parts.exclusive.items():
             folder = root / "experts" / name
             folder.mkdir(parents=True)
             _save_adapter(folder, exclusive.factors, bones)
             _save(exclusive.vectors, folder / "vectors.safetensors")
-            _save(parts.heads[name], folder / "head.safetensors")
+            if bones.head:
+                _save(parts.heads[name], folder / "head.safetensors")
         if parts.router is not None:
             _save_router(root / "router", parts.router)
         if parts.paper is not None:
@@ -80,37 +81,54 @@ def save_twin(
         (root / "twin.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def load_twin(
-    directory: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
-) -> tuple[Any, Any, Parts]:
-    """Read a twin directory, its digests verified: the shared expert, its tokenizer, and the rest.
+class Loaded(NamedTuple):
+    """A twin directory's contents: the transformers model that holds the shared expert, and the rest."""
+
+    task_type: TaskType
+    model: Any
+    tokenizer: Any
+    parts: Parts
+
+
+def load_twin(directory: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Loaded:
+    """Read a twin directory, its digests verified.
+
+    Raises:
+        InputError: no twin there, a newer format, a file that is missing, edited or damaged, an unknown dtype.
+    """
+    parts = load_parts(directory, trust_remote_code=trust_remote_code)
+    task_type: TaskType = read_manifest(directory)["task_type"]
+    with quiet_transformers():
+        model = AUTO_MODEL[task_type].from_pretrained(
+            directory / "model", dtype=_known_dtype(dtype) or "auto", trust_remote_code=trust_remote_code
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=trust_remote_code)
+    return Loaded(task_type, model, tokenizer, parts)
+
+
+def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
+    """Read what a twin directory holds beside the shared expert, all digests verified.
 
     Raises:
         InputError: no twin there, a newer format, a file that is missing, edited or damaged.
     """
     manifest = read_manifest(directory)
-    _verify(directory, manifest["files"])
+    _verify(directory, manifest)
     config = read_config(directory / "model", trust_remote_code=trust_remote_code)
     bones = skeleton(config, manifest["task_type"])
-    with quiet_transformers():
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory / "model", dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
-    tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=trust_remote_code)
-    names = manifest["experts"]
-    folders = {name: directory / "experts" / name for name in names}
+    folders = {name: directory / "experts" / name for name in manifest["experts"]}
     biases = directory / "router" / "paper" / "biases.safetensors"
-    parts = Parts(
-        heads={name: load_file(folder / "head.safetensors") for name, folder in folders.items()},
+    return Parts(
+        heads={name: load_file(folder / "head.safetensors") for name, folder in folders.items() if bones.head},
         exclusive={
             name: Exclusive(_load_adapter(folder, bones), load_file(folder / "vectors.safetensors"))
             for name, folder in folders.items()
         },
         router=_load_router(directory / "router"),
         paper=PaperParts(load_file(biases), _load_router(biases.parent)) if biases.is_file() else None,
+        max_length=manifest.get("max_length"),
         digests=_part_digests(manifest["files"]),
     )
-    return model, tokenizer, parts
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -128,6 +146,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     missing = [key for key in ("task_type", "experts", "files") if key not in manifest]
     if missing:
         raise InputError(f"{file}: damaged, {missing[0]!r} is missing; build the twin again")
+    if manifest["task_type"] not in AUTO_MODEL:
+        raise InputError(f"{file}: task_type {manifest['task_type']!r}; known: {', '.join(AUTO_MODEL)}")
     for name in manifest["experts"]:
         require_expert_name(name)
     return manifest
@@ -173,13 +193,13 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _save_adapter(folder: Path, factors: Mapping[str, Factors], bones: Skeleton) -> None:
-    """Write factors as a PEFT LoRA adapter on the bare backbone: W + lora_B lora_A with scale 1."""
+    """Write factors as a PEFT LoRA adapter on model/: W + lora_B lora_A with scale 1."""
     from peft import LoraConfig
 
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for name, (B, A) in factors.items():
-        module = name.removeprefix(bones.prefix).removesuffix(".weight")
+        module = name.removeprefix(_saved_prefix(bones)).removesuffix(".weight")
         ranks[module] = A.shape[0]
         if name in bones.embeddings:
             tensors[f"base_model.model.{module}.lora_embedding_A"] = B.T
@@ -197,6 +217,7 @@ def _save_adapter(folder: Path, factors: Mapping[str, Factors], bones: Skeleton)
         alpha_pattern=ranks,
         fan_in_fan_out=bool(bones.transposed),
         base_model_name_or_path="../../model",
+        task_type=None if bones.head else "CAUSAL_LM",
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
@@ -213,7 +234,7 @@ def _load_adapter(folder: Path, bones: Skeleton) -> dict[str, Factors]:
         module, marker, side = key.removeprefix("base_model.model.").partition(".lora_")
         if not marker or "A" not in side:
             continue
-        name = f"{bones.prefix}{module}.weight"
+        name = f"{_saved_prefix(bones)}{module}.weight"
         first, second = (
             stored[key],
             stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")],
@@ -221,6 +242,11 @@ def _load_adapter(folder: Path, bones: Skeleton) -> dict[str, Factors]:
         turned = name in bones.embeddings or name in bones.transposed
         factors[name] = Factors(first.T.contiguous(), second.T.contiguous()) if turned else Factors(second, first)
     return factors
+
+
+def _saved_prefix(bones: Skeleton) -> str:
+    """Return what parameters of model/ lack in their names: a classifier is saved without head, as its backbone."""
+    return bones.prefix if bones.head else ""
 
 
 def _save_router(folder: Path, router: Router) -> None:
@@ -243,7 +269,25 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _verify(directory: Path, files: Mapping[str, str]) -> None:
+def _known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype named, None for `auto`; InputError for a name that is none."""
+    if dtype in (None, "auto") or isinstance(dtype, torch.dtype):
+        return None if isinstance(dtype, str) else dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r}: known: float32, bfloat16, float16, auto")
+    return found
+
+
+def _verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise an InputError unless the files are those that twin.json lists, and are whole."""
+    files: Mapping[str, str] = manifest["files"]
+    needed = ["adapter_config.json", "adapter_model.safetensors", "vectors.safetensors"]
+    if manifest["task_type"] == "sequence_classification":
+        needed.append("head.safetensors")
+    for name in (f"experts/{expert}/{file}" for expert in manifest["experts"] for file in needed):
+        if name not in files:
+            raise InputError(f"{directory / 'twin.json'}: damaged, {name} is not listed; build the twin again")
     there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     unlisted = there - files.keys() - {"twin.json"}
     if unlisted:

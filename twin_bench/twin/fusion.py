@@ -8,7 +8,8 @@ Each runs in one of three ways, set by the model's one `Fusion`:
 - rows:   y = W_s x + B (w * (A x)), every row with weights of its own (`Fusion.per_row`).
 
 B and A hold all experts' factors side by side: R = sum_t r_t columns, column c belonging to expert `owner[c]`.
-Biases and norms are fused per row as well, and embeddings through the factors' gathered rows.
+Biases and norms are fused per row as well, and embeddings through the factors' gathered rows; an output layer
+that is tied to the embeddings is fused as they are.
 """
 
 from __future__ import annotations
@@ -223,24 +224,27 @@ class TwinEmbedding(TwinLayer):
     """nn.Embedding, weight (vocabulary, width).
 
     Only the rows that occur are fused, in every mode: a token costs R x width, a fused copy of the table
-    would cost the vocabulary.
+    would cost the vocabulary. Gemma's kind scales what it returns.
     """
+
+    embed_scale: Tensor | None
 
     def __init__(self, layer: nn.Embedding, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
         self.padding_idx = layer.padding_idx
+        self.register_buffer("embed_scale", getattr(layer, "embed_scale", None), persistent=False)
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Keep the scale of the factors' columns; rows of the table are fused as they are read."""
-        self.fused_weight = weights.to(self.B)[self.owner]
+        self.fused_weight = weights.to(self.A)[self.owner]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return (batch, length, width) of token ids (batch, length)."""
         embedded = F.embedding(ids, self.weight)
-        if self.fusion.mode == "shared":
-            return embedded
-        scale = self.row_scale(ids.ndim + 1) if self.fusion.mode == "rows" else self.current()[0]
-        return embedded + (F.embedding(ids, self.B) * scale) @ self.A
+        if self.fusion.mode != "shared" and len(self.owner):
+            scale = self.row_scale(ids.ndim + 1) if self.fusion.mode == "rows" else self.current()[0]
+            embedded = embedded + (F.embedding(ids, self.B) * scale) @ self.A
+        return embedded if self.embed_scale is None else embedded * self.embed_scale.to(embedded)
 
 
 class TwinLayerNorm(TwinLayer):
@@ -257,6 +261,47 @@ class TwinLayerNorm(TwinLayer):
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.row_vector(x.ndim)
         bias = self.row_bias(x.ndim)
         return y if bias is None else y + bias
+
+
+class TwinRMSNorm(TwinLayer):
+    """Any norm with one weight (n,) that is multiplied in elementwise: Llama's, Qwen's, Gemma's, ...
+
+    The layer itself runs, with the weight that holds at the moment in place of its own; broadcast, a row's
+    weight serves its row.
+    """
+
+    def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        del layer._parameters["weight"]
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (batch, ..., n), normalised and scaled by each row's own weight."""
+        self.layer.weight = self.current()[0].detach() if self.fusion.mode != "rows" else self.row_vector(x.ndim)
+        normed: Tensor = self.layer(x)
+        return normed
+
+
+class TiedLinear(nn.Module):
+    """An output layer whose weight is the embedding table: it is fused as the table is, from the same factors."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Module, table: TwinEmbedding) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer._parameters["weight"])
+        self.register_parameter("bias", layer._parameters["bias"])
+        self._table = (table,)  # owned by the model; in a tuple, so it is not registered twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, ..., vocabulary) of x (batch, ..., width)."""
+        (table,) = self._table
+        y = F.linear(x, self.weight, self.bias)
+        if table.fusion.mode == "shared" or not len(table.owner):
+            return y
+        scale = table.row_scale(x.ndim) if table.fusion.mode == "rows" else table.current()[0]
+        return y + F.linear(F.linear(x, table.A) * scale, table.B)
 
 
 TWINS: dict[type[nn.Module], type[TwinLayer]] = {
@@ -283,17 +328,33 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
     for name in sorted(changed):
         by_layer.setdefault(name.rpartition(".")[0], []).append(name)
     modules = dict(model.named_modules())
+    tied = {id(layer.weight): path for path, layer in modules.items() if type(layer) is nn.Linear}
     for path, names in by_layer.items():
         layer = modules.get(path)
         if layer is None or any(name.rpartition(".")[2] not in layer._parameters for name in names):
             raise InputError(f"the model has no parameter {names[0]}, which an expert changes")
-        twin = next((twin for kind, twin in TWINS.items() if type(layer) is kind), None)
-        if twin is None:
-            raise InputError(
-                f"{names[0]} belongs to a {type(layer).__name__}: twins fuse {', '.join(k.__name__ for k in TWINS)}"
-            )
-        model.set_submodule(path, twin(layer, fusion, path, exclusive))
+        kind = _twin_of(layer)
+        if kind is None:
+            known = ", ".join(known.__name__ for known in TWINS)
+            raise InputError(f"{names[0]} belongs to a {type(layer).__name__}: twins fuse {known} and RMS norms")
+        table = layer._parameters["weight"]
+        twin = kind(layer, fusion, path, exclusive)
+        model.set_submodule(path, twin)
+        if isinstance(twin, TwinEmbedding) and id(table) in tied:
+            output = tied[id(table)]
+            model.set_submodule(output, TiedLinear(modules[output], twin))
     return fusion
+
+
+def _twin_of(layer: nn.Module) -> type[TwinLayer] | None:
+    """Return the twin of a layer's kind, None where there is none."""
+    if type(layer) in TWINS:
+        return TWINS[type(layer)]
+    if isinstance(layer, nn.Embedding) and type(layer).__name__.endswith("ScaledWordEmbedding"):
+        return TwinEmbedding
+    parameters = layer._parameters.items()
+    one_vector = [(name, weight.ndim) for name, weight in parameters if weight is not None]
+    return TwinRMSNorm if one_vector == [("weight", 1)] and type(layer).__name__.endswith("RMSNorm") else None
 
 
 def _spread(rows: Tensor, dims: int) -> Tensor:

@@ -1,22 +1,22 @@
-"""TwinModel: a Hugging Face model, its experts' exclusive vectors, a router, and a head for each task."""
+"""TwinModel: a Hugging Face model, its experts' exclusive vectors and a router. What all kinds of twins share."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
+from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion, install
-from twin_bench.twin.heads import heads_in_use, install_heads
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.router import Router
 
@@ -44,32 +44,30 @@ class PaperParts:
 class Parts:
     """A twin without its shared expert: what TwinModel adds to a Hugging Face model.
 
-    A static merge is a twin with heads and no exclusive vectors.
+    A static merge is a twin with heads and no exclusive vectors; a language model's has no heads either.
+    `max_length`: tokens that an input is truncated to where nothing else is said (None: the kind's own default).
     """
 
-    heads: Mapping[str, Mapping[str, Tensor]]
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     exclusive: Mapping[str, Exclusive] = field(default_factory=dict)
     router: Router | None = None
     paper: PaperParts | None = None
+    max_length: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
-
-
-class Prediction(NamedTuple):
-    """A classifier's answer for one input: the head that gave it and its logits, (labels,) float32 on the CPU."""
-
-    head: str
-    logits: Tensor
 
 
 class TwinModel(nn.Module):
     """theta_s + sum_t w_t(x) v_t for every row of a batch, exactly.
 
-    Protocols: `standard` takes the head from the row's task; `routed` from the largest fusion weight;
-    `paper` takes head *and all biases* from the true task's expert, as the authors' evaluation does.
+    `from_pretrained` returns the kind that a directory holds, a TwinClassifier or a TwinCausalLM; what a
+    protocol means to it stands there.
 
     Routing says where weights come from that are not given: the `router`; the true `task` (its exclusive
     vector alone, the ceiling of any router; a score under it was told the task); or `none`, theta_s alone.
     """
+
+    task_type: ClassVar[TaskType]
+    max_length: int
 
     def __init__(
         self,
@@ -95,14 +93,8 @@ class TwinModel(nn.Module):
         self.digests = dict(parts.digests)
         self.fusion: Fusion = install(model, parts.exclusive)
         self.model = model
-        self.heads = install_heads(model, parts.heads)
-        self.num_labels = {task: head.num_labels for task, head in self.heads.items()}
         self.router = parts.router
-        self._paper_biases: dict[str, Tensor] = {}
-        if protocol == "paper":
-            self._use_paper_protocol(parts.paper)
-        self.requires_grad_(False)
-        self.eval()
+        self.router_overrides: Mapping[str, Tensor] = {}  # what the backbone's parameters are when it is read
 
     @classmethod
     def from_pretrained(
@@ -114,7 +106,7 @@ class TwinModel(nn.Module):
         protocol: Protocol = "standard",
         routing: Routing = "router",
         trust_remote_code: bool = False,
-    ) -> TwinModel:
+    ) -> Self:
         """Load a twin directory, its digests verified.
 
         Args:
@@ -126,12 +118,17 @@ class TwinModel(nn.Module):
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
-            InputError: no twin there, a newer format, a damaged or edited file, a protocol it can't serve.
+            InputError: no twin there, a newer format, a damaged or edited file, a protocol it can't serve, a
+                twin of another kind than the class it is asked of.
         """
         from twin_bench.twin.directory import load_twin
 
-        model, tokenizer, parts = load_twin(Path(directory), dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(model, tokenizer, parts, protocol=protocol, routing=routing).to(device or "cpu")
+        loaded = load_twin(Path(directory), dtype=dtype, trust_remote_code=trust_remote_code)
+        kind = twin_class(loaded.task_type)
+        if not issubclass(kind, cls):
+            raise InputError(f"{directory}: a {loaded.task_type} twin, which {cls.__name__} does not serve")
+        twin = kind(loaded.model, loaded.tokenizer, loaded.parts, protocol=protocol, routing=routing)
+        return twin.to(usable_device(device))
 
     @property
     def device(self) -> torch.device:
@@ -140,159 +137,60 @@ class TwinModel(nn.Module):
         return device
 
     @torch.no_grad()
-    def route(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Return the router's fusion weights, (batch, experts) in float32, rows summing to 1.
 
-        A row's weights depend on its own tokens alone: padding does not count.
+        A row's weights depend on its own tokens alone: padding does not count. `inputs` are what else the
+        model takes (token_type_ids).
         """
         if self.router is None:
             raise InputError(
                 "this twin has no router for this protocol; give fusion_weights, or build it with router: data"
                 + (" that holds each task's validation.jsonl" if self.protocol == "paper" else "")
             )
-        inputs = _inputs(input_ids, attention_mask, token_type_ids)
-        features = self.features(inputs, [self.router.config.layer])[0]
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        features = self.features(present(given), [self.router.config.layer])[0]
         return self.router.weights(features)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
         """Return what a router on each of `layers` reads: (batch, width) means over the tokens of a batch."""
-        biases = {name: bias.to(self.device, self.model.dtype) for name, bias in self._paper_biases.items()}
-        states = hidden_states(self.model, inputs, layers, overrides=biases)
+        overrides = {name: tensor.to(self.device, self.model.dtype) for name, tensor in self.router_overrides.items()}
+        states = hidden_states(self.model, inputs, layers, overrides=overrides)
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
-    @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        *,
-        fusion_weights: Tensor | None = None,
-        task: str | Sequence[str] | None = None,
-    ) -> SequenceClassifierOutput:
-        """Run a batch, each row with its own weights.
-
-        Args:
-            input_ids: (batch, length).
-            attention_mask: likewise, 0 on padding.
-            token_type_ids: likewise, where the model has them.
-            fusion_weights: (batch, experts); None asks the router.
-            task: the task of all rows, or of each: whose head (and under `paper` whose biases) it takes.
-                Under `routed` it may be left out: the head is that of the largest weight.
-
-        Returns:
-            An output whose `logits` are (batch, labels). Rows whose head has fewer labels than the widest
-            in the batch are filled with -inf.
-        """
-        size = len(input_ids)
-        tasks = [task] * size if task is None or isinstance(task, str) else list(task)
-        if fusion_weights is not None:
-            weights = self._checked(fusion_weights, size)
-        elif self.routing == "router" and self.expert_names:
-            weights = self.route(input_ids, attention_mask, token_type_ids)
-        else:
-            weights = self.route_all([{}] * size, [str(name) for name in tasks])
-        heads = self._heads_of(weights, tasks)
-        keys = self._fusion_keys(weights, heads)
-        inputs = _inputs(input_ids, attention_mask, token_type_ids)
-        groups = plan(keys, [input_ids.shape[1]] * size, self._costs)
-        widest = max(self.num_labels[head] for head in heads)
-        logits = torch.full((size, widest), -torch.inf, device=self.device, dtype=self.model.dtype)
-        for group in groups:
-            rows = torch.tensor(group.rows, device=input_ids.device)
-            out = self._run({k: v[rows] for k, v in inputs.items()}, group, keys, [heads[r] for r in group.rows])
-            logits[rows, : out.shape[1]] = out
-        return SequenceClassifierOutput(logits=logits)
-
-    @torch.no_grad()
-    def classify(
-        self,
-        texts: Sequence[Text],
-        tasks: Sequence[str],
-        *,
-        batch_size: int = 32,
-        max_length: int = 128,
-        fusion_weights: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Prediction]:
-        """Answer a list of requests: `encode` the texts to `max_length` tokens, then `answer` them.
-
-        Args:
-            texts: (text, text_pair or None) of each request.
-            tasks: the task of each.
-            batch_size: rows a forward.
-            max_length: tokens a row; longer ones are truncated.
-            fusion_weights: (requests, experts), in place of the router's.
-            progress: called with the number of requests done since the last call.
-        """
-        encoded = self.encode(texts, max_length=max_length)
-        return self.answer(encoded, tasks, batch_size=batch_size, fusion_weights=fusion_weights, progress=progress)
-
-    @torch.no_grad()
-    def answer(
-        self,
-        encoded: Sequence[Encoded],
-        tasks: Sequence[str],
-        *,
-        batch_size: int = 32,
-        fusion_weights: Tensor | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Prediction]:
-        """Answer encoded requests as a whole: route, plan, fuse once a group, run, restore the order.
-
-        Each distinct input is routed once, and run once for each task that asks about it. Arguments as for
-        `classify`.
-        """
-        _require_known(tasks, self.heads, "the twin has no expert of task")
-        if fusion_weights is not None:
-            weights = self._checked(fusion_weights, len(encoded))
-        else:
-            weights = self.route_all(encoded, tasks, batch_size=batch_size)
-        heads = self._heads_of(weights, list(tasks))
-        keys = self._fusion_keys(weights, heads)
-        lengths = [len(row["input_ids"]) for row in encoded]
-        answers: dict[int, Prediction] = {}
-        first: dict[tuple[Any, ...], int] = {}
-        copies = [
-            first.setdefault((_identity(inputs), head, tuple(key)), row)
-            for row, (inputs, head, key) in enumerate(zip(encoded, heads, keys.tolist(), strict=True))
-        ]
-        distinct = sorted(set(copies))
-        for group in plan(keys[distinct], [lengths[row] for row in distinct], self._costs):
-            whole = Group(tuple(distinct[row] for row in group.rows), group.weights)
-            for batch in batches(whole, lengths, batch_size):
-                names = [heads[row] for row in batch.rows]
-                logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
-                for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
-                    answers[row] = Prediction(name, row_logits[: self.num_labels[name]])
-                if progress:
-                    progress(len(batch.rows))
-        if progress and len(copies) > len(distinct):
-            progress(len(copies) - len(distinct))
-        return [answers[row] for row in copies]
-
-    def encode(self, texts: Sequence[Text], *, max_length: int) -> list[Encoded]:
+    def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
         """Tokenise (text, text_pair or None) rows, truncated to `max_length`, without padding."""
-        return [self.tokenizer(a, b, truncation=True, max_length=max_length) for a, b in texts]
+        limit = max_length or self.max_length
+        if limit > context_window(self.model.config):
+            raise InputError(f"max_length {limit}: the model's window is {context_window(self.model.config)}")
+        return [self.tokenizer(a, b, truncation=True, max_length=limit) for a, b in texts]
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Pad encoded rows on the right to their longest and move them to the device: what a forward takes."""
+        padded = self.tokenizer.pad([dict(row) for row in rows], padding_side="right", return_tensors="pt")
+        return {key: value.to(self.device) for key, value in padded.items()}
 
     @torch.no_grad()
-    def route_all(self, encoded: Sequence[Encoded], tasks: Sequence[str], *, batch_size: int = 32) -> Tensor:
+    def route_all(
+        self, encoded: Sequence[Encoded], tasks: Sequence[str] | None = None, *, batch_size: int = 32
+    ) -> Tensor:
         """Return the fusion weights (rows, experts) of encoded rows, each distinct row routed once.
 
-        `tasks` are looked at only where `routing` is `task`.
+        `tasks` are needed where `routing` is `task`, and not looked at elsewhere.
         """
         if self.routing == "task":
+            if tasks is None:
+                raise InputError("routing=task needs the rows' tasks")
             return self._one_hot(tasks)
         weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         if self.routing == "none" or not self.expert_names:
             return weights
         distinct: dict[tuple[int, ...], list[int]] = {}
         for index, row in enumerate(encoded):
-            distinct.setdefault(_identity(row), []).append(index)
-        groups = list(distinct.values())
+            distinct.setdefault(identity(row), []).append(index)
+        # Sorted, so that not even the last bit of a weight depends on the order of the rows.
+        groups = [distinct[tokens] for tokens in sorted(distinct)]
         for chunk in batches(
             Group(tuple(range(len(groups))), None),
             [len(encoded[g[0]]["input_ids"]) for g in groups],
@@ -303,85 +201,78 @@ class TwinModel(nn.Module):
                 weights[groups[g]] = row_weights
         return weights
 
-    def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
-        """Return the logits of one batch of a plan, whose rows index `keys`."""
+    def planned(self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int]) -> Iterator[Group]:
+        """Yield the batches that some rows of a request list run in: group by group, longest first.
+
+        Args:
+            keys: (N, K): rows with equal ones can share a fusion.
+            tokens: the N rows' token counts.
+            batch_size: rows a batch.
+            rows: those to run.
+        """
+        for group in plan(keys[list(rows)], [tokens[row] for row in rows], self.costs):
+            yield from batches(Group(tuple(rows[row] for row in group.rows), group.weights), tokens, batch_size)
+
+    def fused(self, group: Group, keys: Tensor) -> AbstractContextManager[None]:
+        """Run the model inside as `group` of a plan over `keys` asks: with its weights, or each row's own."""
         if group.weights is not None:
-            fused = self.fusion.fuse(*self._split(group.weights))
-        else:
-            fused = self.fusion.per_row(*self._split(keys[list(group.rows)]))
-        with fused, heads_in_use(self.heads, heads):
-            logits: Tensor = self.model(**inputs).logits
-        return logits
-
-    def _fusion_keys(self, weights: Tensor, heads: Sequence[str]) -> Tensor:
-        """Return what decides a row's fused model: its weights and, under `paper`, its biases' weights as well."""
-        if self.protocol != "paper" or not self.expert_names:
-            return weights
-        return torch.cat([weights, self._one_hot(heads).to(weights)], dim=1)
-
-    def _one_hot(self, tasks: Sequence[str]) -> Tensor:
-        """Return weight 1 on each row's own expert, (rows, experts)."""
-        _require_known(tasks, self.expert_names, "the twin has no expert of task")
-        owner = torch.tensor([self.expert_names.index(task) for task in tasks], device=self.device)
-        return nn.functional.one_hot(owner, len(self.expert_names)).float()
-
-    def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        experts = len(self.expert_names)
-        return keys[..., :experts], keys[..., -experts:] if experts else keys
+            return self.fusion.fuse(*self._split(group.weights))
+        return self.fusion.per_row(*self._split(keys[list(group.rows)]))
 
     @functools.cached_property
-    def _costs(self) -> Costs:
-        costs = self.fusion.costs()
-        if self.protocol != "paper":
-            return costs
-        return Costs((*costs.fuse, *[0.0] * len(costs.fuse)), costs.rebuild, costs.low_rank)
+    def costs(self) -> Costs:
+        """What the planner weighs."""
+        return self.fusion.costs()
 
-    def _heads_of(self, weights: Tensor, tasks: Sequence[str | None]) -> list[str]:
-        if self.protocol == "routed":
-            if not self.expert_names:
-                raise InputError("protocol routed takes the head from a router, and a static merge has none")
-            return [self.expert_names[index] for index in weights.argmax(dim=1).tolist()]
-        if len(tasks) != len(weights):
-            raise InputError(f"{len(tasks)} tasks for {len(weights)} rows; give one task, or one a row")
-        named = [task for task in tasks if task is not None]
-        if len(named) < len(tasks):
-            raise InputError(f"protocol {self.protocol} takes the head from the task: name it with task=")
-        _require_known(named, self.heads, "the twin has no expert of task")
-        return named
-
-    def _checked(self, weights: Tensor, rows: int) -> Tensor:
+    def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
+        """Return given fusion weights on the device; InputError unless they are (rows, experts)."""
         expected = (rows, len(self.expert_names))
         if tuple(weights.shape) != expected:
             raise InputError(f"fusion_weights is {tuple(weights.shape)}, not (rows, experts) = {expected}")
         return weights.to(self.device, torch.promote_types(weights.dtype, torch.float32))
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Pad encoded rows to their longest and move them to the device: what a forward takes."""
-        padded = self.tokenizer.pad([dict(row) for row in rows], return_tensors="pt")
-        return {key: value.to(self.device) for key, value in padded.items()}
+    def _one_hot(self, tasks: Sequence[str]) -> Tensor:
+        """Return weight 1 on each row's own expert, (rows, experts)."""
+        require_known(tasks, self.expert_names, "the twin has no expert of task")
+        owner = torch.tensor([self.expert_names.index(task) for task in tasks], device=self.device)
+        return nn.functional.one_hot(owner, len(self.expert_names)).float()
 
-    def _use_paper_protocol(self, paper: PaperParts | None) -> None:
-        if paper is None:
-            if self.expert_names:
-                raise InputError("this twin was built without what the paper protocol needs; build it again")
-            return
-        self._paper_biases = {
-            name.removeprefix(f"{self.model.base_model_prefix}."): tensor for name, tensor in paper.biases.items()
-        }
-        self.router = paper.router
+    def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a row's weights and its biases' weights from what decides its fused model."""
+        experts = len(self.expert_names)
+        return keys[..., :experts], keys[..., -experts:] if experts else keys
 
 
-def _inputs(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> dict[str, Tensor]:
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-    return {name: tensor for name, tensor in given.items() if tensor is not None}
+def twin_class(task_type: TaskType) -> type[TwinModel]:
+    """Return the kind of twin that serves models of `task_type`."""
+    from twin_bench.twin.causal import TwinCausalLM
+    from twin_bench.twin.classifier import TwinClassifier
+
+    return TwinClassifier if task_type == "sequence_classification" else TwinCausalLM
 
 
-def _identity(encoded: Encoded) -> tuple[int, ...]:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return the device named, the CPU for None; InputError for one that this machine does not have."""
+    try:
+        chosen = torch.device(device or "cpu")
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r}: {str(error).partition(chr(10))[0]}") from None
+    return chosen
+
+
+def present(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return those inputs that are given."""
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+
+def identity(encoded: Encoded) -> tuple[int, ...]:
     """Return what two encoded inputs have in common if and only if they are the same input."""
     return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
 
 
-def _require_known(tasks: Sequence[str], known: Any, message: str) -> None:
+def require_known(tasks: Sequence[str], known: Any, message: str) -> None:
+    """Raise an InputError that begins with `message` for a task that is not known."""
     for task in tasks:
         if task not in known:
             raise InputError(f"{message} {task!r}{nearest(task, known)}")

@@ -39,13 +39,16 @@ class Group(NamedTuple):
     weights: Tensor | None
 
 
-def plan(weights: Tensor, tokens: Sequence[int], costs: Costs) -> list[Group]:
+def plan(weights: Tensor, tokens: Sequence[int], costs: Costs, *, steps: int = 0, batch_size: int = 1) -> list[Group]:
     """Group the rows of a request list.
 
     Args:
         weights: (N, K) fusion weights; rows are grouped when they are equal.
         tokens: N token counts, padding included.
         costs: see `Costs`; K entries in `fuse`.
+        steps: tokens to be generated for each row, in batches of
+        batch_size: rows. A step's cost hardly depends on how many rows it has, so a group that does not fill
+            its last batch wastes some.
 
     Returns:
         Groups that hold each row once. Fused groups come first, in the order of their weights, so that the
@@ -59,17 +62,19 @@ def plan(weights: Tensor, tokens: Sequence[int], costs: Costs) -> list[Group]:
     lengths = torch.as_tensor(tokens, dtype=torch.float64)
     group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member.cpu(), lengths)
     fusion = (unique != 0).to(torch.float64).cpu() @ torch.tensor(costs.fuse, dtype=torch.float64) + costs.rebuild
-    worth_fusing = fusion <= group_tokens * costs.low_rank
+    rows = torch.bincount(member.cpu(), minlength=len(unique)).to(torch.float64)
+    wasted = (torch.ceil(rows / batch_size) - rows / batch_size) * steps * STEP_TOKENS
+    worth_fusing = fusion + wasted <= (group_tokens + rows * steps) * costs.low_rank
     order = torch.argsort(member.cpu(), stable=True)
-    bounds = torch.bincount(member.cpu(), minlength=len(unique)).cumsum(0).tolist()
+    bounds = rows.cumsum(0).long().tolist()
     groups: list[Group] = []
     leftover: list[int] = []
     for index, (start, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
-        rows = order[start:end].tolist()
+        own = order[start:end].tolist()
         if worth_fusing[index]:
-            groups.append(Group(tuple(rows), unique[index]))
+            groups.append(Group(tuple(own), unique[index]))
         else:
-            leftover += rows
+            leftover += own
     return groups + ([Group(tuple(sorted(leftover)), None)] if leftover else [])
 
 
@@ -87,6 +92,9 @@ def batches(group: Group, tokens: Sequence[int], batch_size: int) -> list[Group]
         cut[-1].append(row)
     return [Group(tuple(rows), group.weights) for rows in cut]
 
+
+STEP_TOKENS = 16
+"""What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
 
 EFFICIENT_ROWS = 8
 """Rows from which on a batch of a few dozen tokens each runs at full speed."""

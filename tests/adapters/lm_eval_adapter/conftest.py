@@ -12,7 +12,7 @@ from twin_bench.data import joined
 from twin_bench.glue import GLUE
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
-from twin_bench.twin.model import Prediction
+from twin_bench.twin.classifier import Prediction
 from twin_bench_lm_eval.classifier import ClassifierTwin
 
 
@@ -20,6 +20,7 @@ class FakeTwin:
     """Answers each input with logits from a digest of it; under `routed`, of a head from it likewise."""
 
     tokenizer = None
+    max_length = 128
 
     def __init__(self, tasks=tuple(GLUE), protocol="standard"):
         self.expert_names = tuple(tasks)

@@ -1,0 +1,63 @@
+"""What the generative tasks' YAML files name: their prompts, and their scores with standard errors.
+
+Each score has its standard error as a metric of its own (see tasks/glue/twin_glue.py for why), and a multiple
+choice task the level of chance as well: the mean of one over the number of options.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twin_bench.data import solved_examples, task_rows
+from twin_bench.generative import GENERATIVE, shuffled
+from twin_bench.metrics import mean, rouge_2
+from twin_bench.metrics import mean_standard_error as mean_stderr
+from twin_bench_lm_eval.errors import one_line_errors
+
+__all__ = ["dataset", "mean", "mean_stderr", "process_results"]
+
+one_line_errors()
+
+
+def dataset(
+    generative_task: str, data: str | None = None, split: str | None = None, shots: int | None = None, **_: Any
+) -> dict[str, Any]:
+    """Return a task's documents as {"rows": Dataset} with columns prompt, answer, options, task and idx.
+
+    `data`, `split` and `shots` come from the model's arguments or from --metadata: a directory of
+    TASK/SPLIT.jsonl (else TWIN_BENCH_DATA, else the hub), the split (validation) and the number of solved
+    examples (the task's own: five, none for a summary). The rows come in an order drawn from a seed, so that
+    --limit N takes a fair sample.
+    """
+    from datasets import Dataset
+
+    task = GENERATIVE[generative_task]
+    named = data or os.environ.get("TWIN_BENCH_DATA")
+    directory = Path(named) if named else None
+    rows = shuffled(enumerate(task_rows(task, split or "validation", directory)))
+    solved = solved_examples(task, directory) if (task.shots if shots is None else shots) else []
+    documents = []
+    for position, row in rows:
+        item = task.item(row)
+        documents.append(
+            {
+                "prompt": task.prompt(row, task.examples(row, solved, shots)),
+                "answer": item.answer,
+                "options": item.options,
+                "task": task.name,
+                "idx": position,
+            }
+        )
+    return {"rows": Dataset.from_list(documents)}
+
+
+def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Return a row's scores, each under the metric's name and under the name of its standard error."""
+    metric = GENERATIVE[doc["task"]].metric
+    text = results[0].strip()
+    value = rouge_2(doc["answer"], text) if metric == "rouge_2" else float(text == doc["answer"])
+    scores = {metric: value, f"{metric}_stderr": value}
+    return scores if not doc["options"] else {**scores, "chance": 1 / doc["options"]}

@@ -1,0 +1,270 @@
+"""TwinCausalLM: a language model's twin. It scores and generates text, every row with weights of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+from twin_bench.checkpoint import TaskType, context_window
+from twin_bench.errors import InputError
+from twin_bench.twin.model import Encoded, Parts, Protocol, Routing, Text, TwinModel, present
+from twin_bench.twin.plan import Group, plan
+
+
+class Scored(NamedTuple):
+    """A continuation's score: its tokens' log-probabilities, (tokens,) on the CPU.
+
+    float32, or float64 where the model is. `greedy` says whether each token is the most probable one.
+    """
+
+    log_probs: Tensor
+    greedy: bool
+
+
+class TwinCausalLM(TwinModel):
+    """A twin of causal language models.
+
+    Fusion weights come from the *context* alone: never from the text that is scored, never from padding.
+    There is no head to choose, so `routed` is `standard`.
+    """
+
+    task_type: ClassVar[TaskType] = "causal_lm"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Parts,
+        *,
+        protocol: Protocol = "standard",
+        routing: Routing = "router",
+    ) -> None:
+        super().__init__(model, tokenizer, parts, protocol=protocol, routing=routing)
+        self.max_length = parts.max_length or context_window(model.config)
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """Return what a router on each of `layers` reads: (batch, width) means over the tokens of a batch."""
+        positions = _positions(inputs["input_ids"], inputs.get("attention_mask"))
+        return super().features({**inputs, "position_ids": positions}, layers)
+
+    def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
+        """Tokenise texts without padding; of one that is too long the last `max_length` tokens stay."""
+        limit = max_length or self.max_length
+        ids = [self.tokenizer(text if pair is None else f"{text}\n{pair}")["input_ids"] for text, pair in texts]
+        return [tokens(row[-limit:]) for row in ids]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        fusion_weights: Tensor | None = None,
+        task: str | Sequence[str] | None = None,
+    ) -> CausalLMOutput:
+        """Run a batch, each row with its own weights.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: likewise, 0 on padding, on either side.
+            fusion_weights: (batch, experts); None asks the router about the rows as they are: to score a
+                continuation, give the weights of its context.
+            task: of all rows, or of each; looked at where `routing` is `task` alone.
+
+        Returns:
+            An output whose `logits` are (batch, length, vocabulary).
+        """
+        self._check(input_ids, attention_mask)
+        weights = self._weights_of(input_ids, attention_mask, fusion_weights, task)
+        positions = _positions(input_ids, attention_mask)
+        inputs = present({"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions})
+        logits: Tensor | None = None
+        for group in plan(weights, [input_ids.shape[1]] * len(input_ids), self.costs):
+            rows = torch.tensor(group.rows, device=input_ids.device)
+            with self.fused(group, weights):
+                out = self.model(**{name: tensor[rows] for name, tensor in inputs.items()}, use_cache=False).logits
+            if logits is None:
+                logits = out.new_empty(len(input_ids), *out.shape[1:])
+            logits[rows] = out
+        return CausalLMOutput(logits=logits)
+
+    @torch.no_grad()
+    def log_likelihoods(
+        self,
+        requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        routed_on: Sequence[Sequence[int]] | None = None,
+        tasks: Sequence[str] | None = None,
+        fusion_weights: Tensor | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Scored]:
+        """Return log p(continuation | context) of a list of requests, token by token.
+
+        The list is answered as a whole: equal contexts are routed once, requests that share their input run
+        once, rows are grouped by weights and fused once a group. Neither order nor batch size decides anything.
+
+        Args:
+            requests: (context, continuation) token ids, none empty.
+            routed_on: what the router reads of each; by default its context.
+            tasks: of each; needed where `routing` is `task`.
+            fusion_weights: (requests, experts), in place of the router's.
+            batch_size: rows a forward.
+            max_length: tokens of an input; of a longer one the last are kept.
+            progress: called with the number of requests done since the last call.
+        """
+        window = max_length or self.max_length
+        for context, continuation in requests:
+            self._check_tokens(context)
+            self._check_tokens(continuation, "continuation")
+            if len(continuation) > window:
+                raise InputError(f"a continuation of {len(continuation)} tokens; the model's window is {window}")
+        contexts = [context for context, _ in requests] if routed_on is None else routed_on
+        weights = self._weights_of_rows([ids[-window:] for ids in contexts], tasks, fusion_weights, batch_size)
+        inputs = [(*context, *continuation)[-window - 1 : -1] for context, continuation in requests]
+        askers: dict[tuple[Any, ...], list[int]] = {}
+        for row, key in enumerate(weights.tolist()):
+            askers.setdefault((inputs[row], tuple(key)), []).append(row)
+        sharing = {rows[0]: rows for _, rows in sorted(askers.items())}
+        asked = [len(continuation) for _, continuation in requests]
+        scores: dict[int, Scored] = {}
+        lengths = [len(ids) for ids in inputs]
+        for batch in self.planned(weights, lengths, batch_size, list(sharing)):
+            spans = [(lengths[row], max(asked[r] for r in sharing[row])) for row in batch.rows]
+            kept = sorted({position for end, span in spans for position in range(end - span, end)})
+            logits = self._logits([tokens(inputs[row]) for row in batch.rows], kept, batch, weights)
+            place = {position: index for index, position in enumerate(kept)}
+            for row, row_logits in zip(batch.rows, logits, strict=True):
+                for asker in sharing[row]:
+                    at = [place[position] for position in range(lengths[row] - asked[asker], lengths[row])]
+                    scores[asker] = _score(row_logits[at], requests[asker][1])
+                if progress:
+                    progress(len(sharing[row]))
+        return [scores[row] for row in range(len(requests))]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        fusion_weights: Tensor | None = None,
+        task: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continue a batch of prompts with a KV cache, each row with its own weights.
+
+        Args:
+            input_ids: (batch, length), padded on the left.
+            attention_mask: likewise, 0 on padding.
+            fusion_weights: (batch, experts); None asks the router about the prompts.
+            task: of all rows, or of each; looked at where `routing` is `task` alone.
+            **options: those of transformers' `generate` (max_new_tokens, do_sample, num_beams, ...).
+
+        Returns:
+            Prompts and continuations as transformers returns them: (batch, length + new tokens).
+        """
+        self._check(input_ids, attention_mask)
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise InputError("prompts to generate from are padded on the left")
+        weights = self._weights_of(input_ids, attention_mask, fusion_weights, task)
+        options.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        with self.fusing(weights):
+            generated: Tensor = self.model.generate(
+                input_ids=input_ids, **present({"attention_mask": attention_mask}), **options
+            )
+        return generated
+
+    def fusing(self, weights: Tensor) -> AbstractContextManager[None]:
+        """Run the model inside with each row's weights (batch, experts): fused where all rows have the same."""
+        same = bool((weights == weights[:1]).all())
+        return self.fused(Group(tuple(range(len(weights))), weights[0] if same else None), weights)
+
+    def classify(self, *_: Any, **__: Any) -> Any:
+        """Refuse: there is no head to classify with."""
+        raise InputError("a causal_lm twin does not classify; build a twin of sequence classifiers for that")
+
+    def _logits(self, rows: Sequence[Encoded], kept: Sequence[int], group: Group, weights: Tensor) -> Tensor:
+        """Return the logits of one batch of a plan at the positions `kept`, (batch, kept, vocabulary)."""
+        inputs = self.collate(rows)
+        positions = torch.tensor(kept, device=self.device)
+        with self.fused(group, weights):
+            if self._selects_logits:
+                logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=positions).logits
+                return logits
+            return self.model(**inputs, use_cache=False).logits[:, positions]
+
+    @functools.cached_property
+    def _selects_logits(self) -> bool:
+        """Whether the model can leave out the logits that nobody asks for, which are most of its memory."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def _weights_of(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        fusion_weights: Tensor | None,
+        task: str | Sequence[str] | None,
+    ) -> Tensor:
+        """Return the fusion weights of a batch: those given, else as `routing` says."""
+        rows = len(input_ids)
+        if fusion_weights is not None:
+            return self.checked_weights(fusion_weights, rows)
+        if self.routing == "router" and self.expert_names:
+            return self.route(input_ids, attention_mask)
+        return self.route_all([{}] * rows, [task] * rows if isinstance(task, str) else task)
+
+    def _weights_of_rows(
+        self, ids: Sequence[Sequence[int]], tasks: Sequence[str] | None, given: Tensor | None, batch_size: int
+    ) -> Tensor:
+        if given is not None:
+            return self.checked_weights(given, len(ids))
+        return self.route_all([tokens(row) for row in ids], tasks, batch_size=batch_size)
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        if input_ids.shape[1] > context_window(self.model.config):
+            raise InputError(
+                f"an input of {input_ids.shape[1]} tokens; the model's window is {context_window(self.model.config)}"
+            )
+        if not input_ids.shape[1] or (attention_mask is not None and not attention_mask.any(dim=1).all()):
+            raise InputError("an empty context: give it one token at least (the tokenizer's bos or eos)")
+        for row in (input_ids.min(), input_ids.max()) if input_ids.numel() else ():
+            self._check_tokens([int(row)])
+
+    def _check_tokens(self, ids: Sequence[int], what: str = "context") -> None:
+        if not len(ids):
+            raise InputError(f"an empty {what}: give it one token at least (a context: the tokenizer's bos or eos)")
+        vocabulary = self.model.config.vocab_size
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise InputError(f"token {wrong} in a {what}: the model's vocabulary has {vocabulary} tokens")
+
+
+def tokens(ids: Sequence[int]) -> Encoded:
+    """Return token ids as an encoded row without padding."""
+    return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+
+
+def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return each token's position in its own row, (batch, length): padding on the left does not count."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _score(logits: Tensor, continuation: Sequence[int]) -> Scored:
+    """Return the score of a continuation under the logits (tokens, vocabulary) that predict it."""
+    asked = torch.tensor(list(continuation), device=logits.device)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, asked[:, None])[:, 0]
+    return Scored(log_probs.cpu(), bool((logits.argmax(dim=-1) == asked).all()))

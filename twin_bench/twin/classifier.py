@@ -1,0 +1,222 @@
+"""TwinClassifier: a sequence classifier's twin, with a head for each task."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from twin_bench.checkpoint import TaskType, context_window
+from twin_bench.errors import InputError
+from twin_bench.twin.heads import heads_in_use, install_heads
+from twin_bench.twin.model import (
+    Encoded,
+    PaperParts,
+    Parts,
+    Protocol,
+    Routing,
+    Text,
+    TwinModel,
+    identity,
+    present,
+    require_known,
+)
+from twin_bench.twin.plan import Costs, Group, plan
+
+MAX_LENGTH = 128
+"""Tokens of an input where nothing else is said: the paper's."""
+
+
+class Prediction(NamedTuple):
+    """A classifier's answer for one input: the head that gave it and its logits, (labels,) float32 on the CPU."""
+
+    head: str
+    logits: Tensor
+
+
+class TwinClassifier(TwinModel):
+    """A twin of sequence classifiers.
+
+    Under `standard` the head is that of the row's task, under `routed` that of the largest fusion weight, and
+    under `paper` head *and all biases* come from the true task's expert, as in the authors' evaluation.
+    """
+
+    task_type: ClassVar[TaskType] = "sequence_classification"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        parts: Parts,
+        *,
+        protocol: Protocol = "standard",
+        routing: Routing = "router",
+    ) -> None:
+        super().__init__(model, tokenizer, parts, protocol=protocol, routing=routing)
+        self.heads = install_heads(model, parts.heads)
+        self.num_labels = {task: head.num_labels for task, head in self.heads.items()}
+        self.max_length = parts.max_length or min(MAX_LENGTH, context_window(model.config))
+        if protocol == "paper":
+            self._use_paper_protocol(parts.paper)
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        fusion_weights: Tensor | None = None,
+        task: str | Sequence[str] | None = None,
+    ) -> SequenceClassifierOutput:
+        """Run a batch, each row with its own weights.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: likewise, 0 on padding.
+            token_type_ids: likewise, where the model has them.
+            fusion_weights: (batch, experts); None asks the router.
+            task: the task of all rows, or of each: whose head (and under `paper` whose biases) it takes.
+                Under `routed` it may be left out: the head is that of the largest weight.
+
+        Returns:
+            An output whose `logits` are (batch, labels). Rows whose head has fewer labels than the widest
+            in the batch are filled with -inf.
+        """
+        size = len(input_ids)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs = present(given)
+        tasks = [task] * size if task is None or isinstance(task, str) else list(task)
+        if fusion_weights is not None:
+            weights = self.checked_weights(fusion_weights, size)
+        elif self.routing == "router" and self.expert_names:
+            weights = self.route(**inputs)
+        else:
+            weights = self.route_all([{}] * size, [str(name) for name in tasks])
+        heads = self._heads_of(weights, tasks)
+        keys = self._fusion_keys(weights, heads)
+        groups = plan(keys, [input_ids.shape[1]] * size, self.costs)
+        widest = max(self.num_labels[head] for head in heads)
+        logits = torch.full((size, widest), -torch.inf, device=self.device, dtype=self.model.dtype)
+        for group in groups:
+            rows = torch.tensor(group.rows, device=input_ids.device)
+            out = self._run({k: v[rows] for k, v in inputs.items()}, group, keys, [heads[r] for r in group.rows])
+            logits[rows, : out.shape[1]] = out
+        return SequenceClassifierOutput(logits=logits)
+
+    @torch.no_grad()
+    def classify(
+        self,
+        texts: Sequence[Text],
+        tasks: Sequence[str],
+        *,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        fusion_weights: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """Answer a list of requests: `encode` the texts to `max_length` tokens, then `answer` them.
+
+        Args:
+            texts: (text, text_pair or None) of each request.
+            tasks: the task of each.
+            batch_size: rows a forward.
+            max_length: tokens a row, longer ones are truncated; by default what the twin was built with.
+            fusion_weights: (requests, experts), in place of the router's.
+            progress: called with the number of requests done since the last call.
+        """
+        encoded = self.encode(texts, max_length=max_length)
+        return self.answer(encoded, tasks, batch_size=batch_size, fusion_weights=fusion_weights, progress=progress)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str],
+        *,
+        batch_size: int = 32,
+        fusion_weights: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """Answer encoded requests as a whole: route, plan, fuse once a group, run, restore the order.
+
+        Each distinct input is routed once, and run once for each task that asks about it. Arguments as for
+        `classify`.
+        """
+        require_known(tasks, self.heads, "the twin has no expert of task")
+        if fusion_weights is not None:
+            weights = self.checked_weights(fusion_weights, len(encoded))
+        else:
+            weights = self.route_all(encoded, tasks, batch_size=batch_size)
+        heads = self._heads_of(weights, list(tasks))
+        keys = self._fusion_keys(weights, heads)
+        lengths = [len(row["input_ids"]) for row in encoded]
+        answers: dict[int, Prediction] = {}
+        first: dict[tuple[Any, ...], int] = {}
+        copies = [
+            first.setdefault((identity(inputs), head, tuple(key)), row)
+            for row, (inputs, head, key) in enumerate(zip(encoded, heads, keys.tolist(), strict=True))
+        ]
+        distinct = sorted(set(copies))
+        for batch in self.planned(keys, lengths, batch_size, distinct):
+            names = [heads[row] for row in batch.rows]
+            logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
+            for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
+                answers[row] = Prediction(name, row_logits[: self.num_labels[name]])
+            if progress:
+                progress(len(batch.rows))
+        if progress and len(copies) > len(distinct):
+            progress(len(copies) - len(distinct))
+        return [answers[row] for row in copies]
+
+    def generate(self, *_: Any, **__: Any) -> Tensor:
+        """Refuse: there is no language model here."""
+        raise InputError("a classifier twin does not generate text; build a twin of causal language models for that")
+
+    def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
+        """Return the logits of one batch of a plan, whose rows index `keys`."""
+        with self.fused(group, keys), heads_in_use(self.heads, heads):
+            logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def _fusion_keys(self, weights: Tensor, heads: Sequence[str]) -> Tensor:
+        """Return what decides a row's fused model: its weights and, under `paper`, its biases' weights as well."""
+        if self.protocol != "paper" or not self.expert_names:
+            return weights
+        return torch.cat([weights, self._one_hot(heads).to(weights)], dim=1)
+
+    @functools.cached_property
+    def costs(self) -> Costs:
+        """What the planner weighs; under `paper` a row's biases come besides its weights, at no cost."""
+        costs = self.fusion.costs()
+        if self.protocol != "paper":
+            return costs
+        return Costs((*costs.fuse, *[0.0] * len(costs.fuse)), costs.rebuild, costs.low_rank)
+
+    def _heads_of(self, weights: Tensor, tasks: Sequence[str | None]) -> list[str]:
+        if self.protocol == "routed":
+            if not self.expert_names:
+                raise InputError("protocol routed takes the head from a router, and a static merge has none")
+            return [self.expert_names[index] for index in weights.argmax(dim=1).tolist()]
+        if len(tasks) != len(weights):
+            raise InputError(f"{len(tasks)} tasks for {len(weights)} rows; give one task, or one a row")
+        named = [task for task in tasks if task is not None]
+        if len(named) < len(tasks):
+            raise InputError(f"protocol {self.protocol} takes the head from the task: name it with task=")
+        require_known(named, self.heads, "the twin has no expert of task")
+        return named
+
+    def _use_paper_protocol(self, paper: PaperParts | None) -> None:
+        if paper is None:
+            if self.expert_names:
+                raise InputError("this twin was built without what the paper protocol needs; build it again")
+            return
+        prefix = f"{self.model.base_model_prefix}."
+        self.router_overrides = {name.removeprefix(prefix): bias for name, bias in paper.biases.items()}
+        self.router = paper.router
