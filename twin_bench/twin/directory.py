@@ -53,7 +53,7 @@ def save_twin(
         bones: the model's skeleton.
         settings: what twin.json says of how it was built.
     """
-    with _written_at_once(directory) as root:
+    with written_at_once(directory) as root:
         (model.base_model if bones.head else model).save_pretrained(root / "model")
         tokenizer.save_pretrained(root / "model")
         for name, exclusive in parts.exclusive.items():
@@ -175,7 +175,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _written_at_once(directory: Path) -> Iterator[Path]:
+def written_at_once(directory: Path) -> Iterator[Path]:
+    """Give a folder to write to, which becomes `directory` at the end, or nothing does."""
     if directory.exists():
         raise InputError(f"{directory}: exists already; give another name, or remove it first")
     directory.parent.mkdir(parents=True, exist_ok=True)
