@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from twin_bench.errors import InputError, nearest
 from twin_bench.methods import find_method
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 class Settings(BaseModel):
     """A block of a YAML file: unknown keys are errors."""
@@ -81,7 +83,8 @@ class Recipe(Settings):
     """A twin: base model, experts, shared expert, exclusive vectors and router.
 
     `max_length`: tokens an input is truncated to; by default 128 for classifiers, as in the paper, and the
-    model's window for language models.
+    model's window for language models. `dtype`: what the router's features are taken in, which is best what the
+    twin will run in; by default the base model's.
     """
 
     base_model: str
@@ -91,6 +94,7 @@ class Recipe(Settings):
     router: RouterSettings | None = None
     seed: int = 0
     max_length: int | None = Field(default=None, ge=2)
+    dtype: Dtype | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -91,11 +90,10 @@ def _static(
         exclusive=exclusive,
         paper=PaperParts({}, None),
     )
-    model = load_model(sources, parameters)
-    if suite.dtype:
-        model.to(getattr(torch, suite.dtype))
     kind = twin_class(sources.bones.task_type)
-    twin = kind(model, sources.tokenizer, parts, protocol=protocol, routing="none")
+    twin = kind(
+        load_model(sources, parameters, suite.dtype), sources.tokenizer, parts, protocol=protocol, routing="none"
+    )
     count = copies * sum(tensor.numel() for tensor in parameters.values())
     return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
 
@@ -141,5 +139,6 @@ def twin_recipe(options: TwinOptions, suite: Suite, data: Path) -> Recipe:
             "router": router,
             "seed": suite.seed,
             "max_length": suite.max_length,
+            "dtype": suite.dtype,
         }
     )

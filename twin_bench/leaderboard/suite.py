@@ -15,7 +15,7 @@ from twin_bench.errors import InputError, nearest
 from twin_bench.glue import GLUE
 from twin_bench.methods import Method, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
-from twin_bench.recipe import ExclusiveSettings, RouterSettings, Settings, Shared, locate, parse, read_yaml
+from twin_bench.recipe import Dtype, ExclusiveSettings, RouterSettings, Settings, Shared, locate, parse, read_yaml
 from twin_bench.twin.model import PROTOCOLS, Protocol
 
 BOUNDS = ("pretrained", "experts")
@@ -87,7 +87,7 @@ class Suite(Settings):
     split: str = "validation"
     max_length: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     batch_size: int = Field(default=32, ge=1)
 
     @field_validator("protocol", mode="before")

@@ -102,8 +102,8 @@ def open_sources(
     return Sources(config, tokenizer, bones, base, opened, generation)
 
 
-def load_model(sources: Sources, parameters: Mapping[str, Tensor]) -> Any:
-    """Return a transformers model that holds `parameters` (names of the skeleton's backbone)."""
+def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:
+    """Return a transformers model that holds `parameters` (names of the skeleton's backbone), in `dtype` or theirs."""
     kind = type(meta_model(sources.config, sources.bones.task_type, num_labels=2))
     with quiet_transformers():
         model = kind.from_pretrained(
@@ -111,7 +111,7 @@ def load_model(sources: Sources, parameters: Mapping[str, Tensor]) -> Any:
         )
     if sources.generation is not None:
         model.generation_config = sources.generation
-    return model
+    return model.to(getattr(torch, dtype)) if dtype else model
 
 
 def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _with_routers(
     rows = _sampled(rows, names, settings.max_rows, recipe.seed)
     depth = sources.config.num_hidden_layers
     layers = list(range(depth + 1)) if settings.layer == "auto" else [settings.layer]
-    twin = twin_class(sources.bones.task_type)(load_model(sources, shared), sources.tokenizer, parts)
+    twin = twin_class(sources.bones.task_type)(load_model(sources, shared, recipe.dtype), sources.tokenizer, parts)
     features = _features(twin, rows, layers, progress, "router features")
     held_out = _held_out(rows, names, settings.held_out, recipe.seed)
     owner = torch.tensor([names.index(row.task) for row in rows])
@@ -225,7 +225,7 @@ def _paper_router(
 ) -> Trained:
     """Train the authors' router: last layer, pretrained biases, its epoch chosen on the test rows."""
     kind = twin_class(sources.bones.task_type)
-    twin = kind(load_model(sources, shared), sources.tokenizer, parts, protocol="paper")
+    twin = kind(load_model(sources, shared, recipe.dtype), sources.tokenizer, parts, protocol="paper")
     names = tuple(recipe.experts)
     both = [*rows, *test_rows]
     hidden = _features(twin, both, [-1], progress, "router features (paper)")[0]
