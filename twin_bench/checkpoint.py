@@ -12,10 +12,10 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,11 +112,20 @@ def context_window(config: Any) -> int:
     return positions
 
 
+class LowRank(NamedTuple):
+    """A LoRA adapter of one matrix: scale * B A, A (r, n) and B (m, r) read when asked for."""
+
+    A: Callable[[], Tensor]
+    B: Callable[[], Tensor]
+    scale: float
+
+
 class Checkpoint(Mapping[str, Tensor]):
     """The backbone parameters of one model under a skeleton's names, read when asked for.
 
     `head` holds the task head's tensors, read likewise. Reading a tensor that holds NaN or inf is an
-    InputError that names it.
+    InputError that names it. Of an adapter `low_rank` are the factors of what it changes by a product, and
+    `replaced` what it replaces whole.
     """
 
     def __init__(
@@ -124,10 +133,14 @@ class Checkpoint(Mapping[str, Tensor]):
         source: str,
         backbone: Mapping[str, Callable[[], Tensor]],
         head: Mapping[str, Callable[[], Tensor]],
+        low_rank: Mapping[str, LowRank] | None = None,
+        replaced: Iterable[str] = (),
     ) -> None:
         self.source = source
         self._backbone = backbone
         self._head = head
+        self.low_rank = dict(low_rank or {})
+        self.replaced = frozenset(replaced)
 
     def __getitem__(self, name: str) -> Tensor:
         return require_finite(self._backbone[name](), name, self.source)
@@ -213,28 +226,34 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
         else:
             replaced[parameter] = _with_shape(read, skeleton.backbone[parameter], parameter, directory)
 
-    def adapted(parameter: str, factors: dict[str, Callable[[], Tensor]]) -> Tensor:
-        weight, a, b = base[parameter], factors["A"](), factors["B"]()
-        rank = a.shape[0]
-        module = parameter.removesuffix(".weight")
+    def scale_of(parameter: str, rank: int) -> float:
         alphas = config.alpha_pattern or {}
+        module = parameter.removesuffix(".weight")
         alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
-        scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+    def adapted(parameter: str, lora: LowRank) -> Tensor:
+        weight, a, b = base[parameter], lora.A(), lora.B()
         exact = torch.promote_types(weight.dtype, torch.float32)
         delta = b.to(exact) @ a.to(exact)
         delta = delta.T if parameter in skeleton.transposed | skeleton.embeddings else delta
         if delta.shape != weight.shape:
             raise InputError(_shape_message(directory, parameter, delta.shape, weight.shape))
-        return weight.to(exact) + scale * delta
+        return weight.to(exact) + lora.scale * delta
 
     for parameter, factors in low_rank.items():
         if parameter in skeleton.head:
             raise InputError(f"{directory}: LoRA on the head ({parameter}); save the head whole (modules_to_save)")
         if factors.keys() != {"A", "B"}:
             raise InputError(f"{directory}: {parameter} needs one lora_A and one lora_B, found {sorted(factors)}")
-    changed = {name: functools.partial(adapted, name, factors) for name, factors in low_rank.items()}
+    adapters = {
+        name: LowRank(factors["A"], factors["B"], scale_of(name, factors["A"]().shape[0]))
+        for name, factors in low_rank.items()
+    }
+    changed = {name: functools.partial(adapted, name, lora) for name, lora in adapters.items()}
     unchanged = {name: functools.partial(base.__getitem__, name) for name in skeleton.backbone}
-    return Checkpoint(str(directory), {**unchanged, **replaced, **changed}, dict(sorted(head.items())))
+    backbone: dict[str, Callable[[], Tensor]] = {**unchanged, **replaced, **changed}
+    return Checkpoint(str(directory), backbone, dict(sorted(head.items())), adapters, replaced)
 
 
 def _weights_of(model: nn.Module, kind: type[nn.Module]) -> frozenset[str]:

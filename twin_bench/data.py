@@ -148,6 +148,16 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
     return rows
 
 
+def scored_inputs(task: Task, directory: Path, file: Path, limit: int) -> list[TaskInput]:
+    """Return the first `limit` rows of a split as they are scored, a generative task's in their drawn order."""
+    rows = read_rows(file, task)
+    if isinstance(task, GenerativeTask):
+        solved = solved_examples(task, directory) if task.shots else []
+        drawn = shuffled(rows)[:limit]
+        return [TaskInput(task.prompt(row, task.examples(row, solved)), None, task.name) for row in drawn]
+    return [TaskInput(*text_pair(row, task), task.name) for row in rows[:limit]]
+
+
 def _training_inputs(task: Task, directory: Path, file: Path) -> Iterator[TaskInput]:
     if isinstance(task, GenerativeTask):
         solved = solved_examples(task, directory)

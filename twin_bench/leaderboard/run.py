@@ -67,8 +67,7 @@ def run_suite(
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
     twins = out / "twins" / digest([version("twin-bench"), inputs])[:16]  # other inputs, other twins
     for listed, entry in work:
-        # The bounds have no router to name a head: beside `routed` they stand as they are under `standard`.
-        protocol: Protocol = "standard" if entry.track == "bound" and listed == "routed" else listed
+        protocol: Protocol = "standard" if _same_as_standard(entry, suite, listed) else listed
         keys = {task: _key(suite, entry, protocol, task, inputs, limit) for task in suite.tasks}
         done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
         progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
@@ -133,6 +132,17 @@ def _evaluate(
         notes={**served.notes, **({"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {})},
         key=key,
     )
+
+
+def _same_as_standard(entry: Entry, suite: Suite, protocol: Protocol) -> bool:
+    """Return whether an entry has nothing that `protocol` changes.
+
+    The bounds have no router to name a head, and no factors of a language model's to add; a language model has no
+    head.
+    """
+    if protocol == "routed":
+        return entry.track == "bound" or suite.task_type == "causal_lm"
+    return protocol == "paper" and entry.track == "bound" and suite.task_type == "causal_lm"
 
 
 def _row_limit(entry: Entry, protocol: Protocol, suite: Suite, limit: int | None) -> int | None:

@@ -21,6 +21,7 @@ from twin_bench.twin.build import ORACLE_PARAMETERS, Sources, build_twin, load_m
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_class
+from twin_bench.twin.separate import merge_separately
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,17 @@ def serve(
             yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
     else:
         started = time.perf_counter()
+        settings = entry.settings(suite.seed)
         base: Mapping[str, Tensor] = sources.base
+        if protocol == "paper" and not sources.bones.head:
+            separate = merge_separately(entry.method.name, sources.base, sources.experts, **settings)
+            yield _static(separate, suite.tasks, protocol, suite, sources, started)
+            return
         if protocol == "paper":  # biases are not merged; the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
         merged = {
             **sources.base,
-            **merge_lazily(entry.method.name, base, sources.experts, **entry.settings(suite.seed)),
+            **merge_lazily(entry.method.name, base, sources.experts, **settings),
         }
         yield _static(merged, suite.tasks, protocol, suite, sources, started)
 
@@ -88,7 +94,7 @@ def _static(
     parts = Parts(
         heads={task: sources.experts[task].head() for task in tasks if sources.bones.head},
         exclusive=exclusive,
-        paper=PaperParts({}, None),
+        paper=PaperParts(),
     )
     kind = twin_class(sources.bones.task_type)
     twin = kind(

@@ -28,7 +28,7 @@ from twin_bench.checkpoint import (
     read_json,
     skeleton,
 )
-from twin_bench.data import TaskInput, read_router_rows, read_rows, split_path, text_pair
+from twin_bench.data import TASKS, TaskInput, read_router_rows, scored_inputs, split_path
 from twin_bench.errors import InputError
 from twin_bench.glue import GLUE
 from twin_bench.hub import model_directory
@@ -39,6 +39,7 @@ from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.model import PaperParts, Parts, TwinModel, twin_class
 from twin_bench.twin.plan import Group, batches
 from twin_bench.twin.router import RouterConfig, Trained, train_router
+from twin_bench.twin.separate import SeparateParts, lora_stacks
 
 ORACLE_PARAMETERS = re.compile(r"bias")
 """Parameters that the paper protocol neither merges nor replaces: the true task's expert supplies them."""
@@ -144,7 +145,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
                 sources.experts.items(), len(sources.experts), description="exclusive vectors"
             )
         },
-        paper=_paper_parts(sources),
+        paper=_paper_parts(recipe, sources),
         max_length=recipe.max_length,
     )
     chosen: dict[str, Any] = {}
@@ -204,11 +205,11 @@ def _with_routers(
         **_summary(best),
         "layer_accuracy": layer_accuracy,
     }
-    test_rows = _test_rows(Path(settings.data), names) if settings.paper and parts.paper else []
+    test_rows = _test_rows(Path(settings.data), names, settings.max_rows) if settings.paper and parts.paper else []
     if test_rows:
         paper = _paper_router(recipe, settings, sources, shared, parts, rows, test_rows, progress)
         assert parts.paper is not None
-        parts = dataclasses.replace(parts, paper=PaperParts(parts.paper.biases, paper.router))
+        parts = dataclasses.replace(parts, paper=dataclasses.replace(parts.paper, router=paper.router))
         summary["paper"] = {"layer": -1, "selected_on": "test rows, as the authors do", **_summary(paper)}
     return parts, summary
 
@@ -291,16 +292,12 @@ def _held_out(rows: Sequence[TaskInput], names: Sequence[str], fraction: float, 
     return mask
 
 
-def _test_rows(data: Path, names: Sequence[str]) -> list[TaskInput]:
+def _test_rows(data: Path, names: Sequence[str], limit: int) -> list[TaskInput]:
     """Return every expert's validation rows, which the authors select their router on; empty if any lacks."""
-    files = {name: split_path(data, name) for name in names if name in GLUE}
+    files = {name: split_path(data, name) for name in names if name in TASKS}
     if len(files) < len(names) or not all(file.is_file() for file in files.values()):
         return []
-    return [
-        TaskInput(*text_pair(row, GLUE[name]), name)
-        for name, file in files.items()
-        for row in read_rows(file, GLUE[name])[:1000]
-    ]
+    return [row for name, file in files.items() for row in scored_inputs(TASKS[name], data, file, min(limit, 1000))]
 
 
 def _summary(trained: Trained) -> dict[str, Any]:
@@ -317,11 +314,19 @@ def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
 
 
-def _paper_parts(sources: Sources) -> PaperParts | None:
-    """Return what the paper protocol needs of a classifier: the pretrained biases."""
-    if sources.bones.task_type != "sequence_classification":
+def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
+    """Return what the paper protocol needs; None where it can't be had of these experts."""
+    if sources.bones.head:
+        return PaperParts({n: sources.base[n] for n in sources.bones.backbone if ORACLE_PARAMETERS.search(n)})
+    if recipe.shared.method != "task_arithmetic" or not all(expert.low_rank for expert in sources.experts.values()):
         return None
-    return PaperParts({n: sources.base[n] for n in sources.bones.backbone if ORACLE_PARAMETERS.search(n)}, None)
+    try:
+        stacks = lora_stacks(sources.experts)
+    except InputError:  # adapters of several ranks: a twin all the same, under the other protocols
+        return None
+    scaling = {**find_method("task_arithmetic").defaults, **recipe.shared.options}["scaling"]
+    limits = recipe.exclusive
+    return PaperParts(separate=SeparateParts(stacks, scaling, limits.density, limits.rank))
 
 
 def _require_writable(directory: Path) -> None:

@@ -14,8 +14,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError
+from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.model import Encoded, Parts, Protocol, Routing, Text, TwinModel, present
 from twin_bench.twin.plan import Group, plan
+from twin_bench.twin.separate import install_separate
 
 
 class Scored(NamedTuple):
@@ -32,7 +34,8 @@ class TwinCausalLM(TwinModel):
     """A twin of causal language models.
 
     Fusion weights come from the *context* alone: never from the text that is scored, never from padding.
-    There is no head to choose, so `routed` is `standard`.
+    There is no head to choose, so `routed` is `standard`. Under `paper` the experts' LoRA factors A and B are merged,
+    truncated and fused separately (see `twin_bench.twin.separate`), and the router is the one chosen on test rows.
     """
 
     task_type: ClassVar[TaskType] = "causal_lm"
@@ -48,8 +51,20 @@ class TwinCausalLM(TwinModel):
     ) -> None:
         super().__init__(model, tokenizer, parts, protocol=protocol, routing=routing)
         self.max_length = parts.max_length or context_window(model.config)
+        if protocol == "paper" and parts.paper is not None:
+            self.router = parts.paper.router
         self.requires_grad_(False)
         self.eval()
+
+    def _install(self, model: Any, parts: Parts) -> Fusion:
+        if self.protocol != "paper" or not parts.exclusive:
+            return super()._install(model, parts)
+        if parts.paper is None or parts.paper.separate is None:
+            raise InputError(
+                "protocol paper adds the factors of LoRA adapters: build the twin from adapters of one rank on the "
+                "same matrices, with shared: task_arithmetic"
+            )
+        return install_separate(model, parts.paper.separate)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:

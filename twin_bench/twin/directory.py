@@ -6,7 +6,8 @@ my-twin/
   experts/NAME/        adapter_config.json, adapter_model.safetensors: the factors as a PEFT LoRA adapter on
                        model/ (scale 1); vectors.safetensors: 1-D tensors; head.safetensors: a classifier's head
   router/              config.json, router.safetensors
-  router/paper/        biases.safetensors, and the authors' router where test rows were given to select it
+  router/paper/        for the protocol paper: biases.safetensors of classifiers, lora.safetensors of language models
+                       (the experts' own factors), and the authors' router where test rows were given to select it
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from transformers import logging as transformers_logging
 
 from twin_bench.checkpoint import AUTO_MODEL, Skeleton, TaskType, read_config, skeleton
 from twin_bench.errors import InputError
+from twin_bench.methods import methods
 from twin_bench.twin.exclusive import Exclusive, Factors
 from twin_bench.twin.model import PaperParts, Parts
 from twin_bench.twin.router import Router, RouterConfig
+from twin_bench.twin.separate import LoraStack, SeparateParts
 
 FORMAT_VERSION = 1
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -67,7 +70,10 @@ def save_twin(
             _save_router(root / "router", parts.router)
         if parts.paper is not None:
             (root / "router" / "paper").mkdir(parents=True, exist_ok=True)
-            _save(parts.paper.biases, root / "router" / "paper" / "biases.safetensors")
+            if parts.paper.separate is None:
+                _save(parts.paper.biases, root / "router" / "paper" / "biases.safetensors")
+            else:
+                _save_adapters(parts.paper.separate.adapters, root / "router" / "paper" / "lora.safetensors")
             if parts.paper.router is not None:
                 _save_router(root / "router" / "paper", parts.paper.router)
         files = {file.relative_to(root).as_posix(): _digest(file) for file in sorted(root.rglob("*")) if file.is_file()}
@@ -117,7 +123,6 @@ def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
     config = read_config(directory / "model", trust_remote_code=trust_remote_code)
     bones = skeleton(config, manifest["task_type"])
     folders = {name: directory / "experts" / name for name in manifest["experts"]}
-    biases = directory / "router" / "paper" / "biases.safetensors"
     return Parts(
         heads={name: load_file(folder / "head.safetensors") for name, folder in folders.items() if bones.head},
         exclusive={
@@ -125,7 +130,7 @@ def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
             for name, folder in folders.items()
         },
         router=_load_router(directory / "router"),
-        paper=PaperParts(load_file(biases), _load_router(biases.parent)) if biases.is_file() else None,
+        paper=_load_paper(directory / "router" / "paper", manifest),
         max_length=manifest.get("max_length"),
         digests=_part_digests(manifest["files"]),
     )
@@ -263,6 +268,29 @@ def _load_router(folder: Path) -> Router | None:
     router = Router(RouterConfig(**{**settings, "experts": tuple(settings["experts"])}))
     router.load_state_dict(load_file(folder / "router.safetensors"))
     return router.eval()
+
+
+def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
+    router = _load_router(folder)
+    if (folder / "lora.safetensors").is_file():
+        limits = manifest["exclusive"]
+        scaling = manifest["shared"].get("scaling", methods()["task_arithmetic"].defaults["scaling"])
+        adapters = _load_adapters(folder / "lora.safetensors")
+        separate = SeparateParts(adapters, scaling, limits.get("density"), limits.get("rank"))
+        return PaperParts(router=router, separate=separate)
+    biases = folder / "biases.safetensors"
+    return PaperParts(load_file(biases), router) if biases.is_file() else None
+
+
+def _save_adapters(adapters: Mapping[str, LoraStack], file: Path) -> None:
+    tensors = {f"{name}.{side}": getattr(stack, side) for name, stack in adapters.items() for side in ("A", "B")}
+    _save({**tensors, **{f"{name}.scale": torch.tensor(stack.scale) for name, stack in adapters.items()}}, file)
+
+
+def _load_adapters(file: Path) -> dict[str, LoraStack]:
+    stored = load_file(file)
+    names = [key.removesuffix(".scale") for key in stored if key.endswith(".scale")]
+    return {n: LoraStack(stored[f"{n}.A"], stored[f"{n}.B"], float(stored[f"{n}.scale"])) for n in names}
 
 
 def _digest(file: Path) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class Fusion:
         self.mode: Literal["shared", "fused", "rows"] = "shared"
         self.weights: Tensor | None = None
         self.bias_weights: Tensor | None = None
-        self.layers: list[TwinLayer] = []
+        self.layers: list[FusedLayer] = []
         self._fused: tuple[Tensor, Tensor] | None = None
         self._columns: dict[tuple[int, ...], Tensor] = {}
 
@@ -71,7 +71,7 @@ class Fusion:
 
     def costs(self) -> Costs:
         """Return the planner's costs from the layers' shapes, in multiplications a plain token takes."""
-        matrices = [layer for layer in self.layers if isinstance(layer, TwinLinear)]
+        matrices = [layer for layer in self.layers if layer.is_matrix]
         plain = sum(layer.weight.numel() for layer in matrices) or 1
         fuse = [0.0] * self.experts
         for layer in matrices:
@@ -97,6 +97,17 @@ REBUILD_TOKENS = 16.0
 multiplications. Measured on two cores for a 6-layer, 384-wide encoder."""
 
 
+class FusedLayer(Protocol):
+    """What Fusion asks of a layer: to fuse itself, and its share of the costs."""
+
+    weight: Tensor
+    ranks: tuple[int, ...]
+    is_matrix: bool
+
+    def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
+        """Build what the layer runs with in the fused mode, for weights (experts,)."""
+
+
 class TwinLayer(nn.Module):
     """A layer with the exclusive vectors of all experts: what the kinds below have in common.
 
@@ -113,6 +124,7 @@ class TwinLayer(nn.Module):
     B: Tensor
     A: Tensor
     owner: Tensor
+    is_matrix = False
 
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__()
@@ -192,6 +204,8 @@ class TwinLayer(nn.Module):
 
 class TwinLinear(TwinLayer):
     """nn.Linear, weight (out, in)."""
+
+    is_matrix = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., out) of x (batch, ..., in)."""

@@ -19,6 +19,7 @@ from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion, install
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.router import Router
+from twin_bench.twin.separate import SeparateParts
 
 Protocol = Literal["standard", "paper", "routed"]
 PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
@@ -32,12 +33,14 @@ Encoded = Mapping[str, list[int]]
 class PaperParts:
     """What only the authors' protocol needs.
 
-    The pretrained biases, with which their router's features are taken, and, where test rows were given to
-    select it, that router.
+    Of classifiers the pretrained biases, with which their router's features are taken; of language models whose
+    experts are adapters these, to be merged as the authors do; and, where test rows were given to select it,
+    their router.
     """
 
-    biases: Mapping[str, Tensor]
-    router: Router | None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    router: Router | None = None
+    separate: SeparateParts | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,13 @@ class TwinModel(nn.Module):
         self.tokenizer = tokenizer
         self.expert_names = tuple(parts.exclusive)
         self.digests = dict(parts.digests)
-        self.fusion: Fusion = install(model, parts.exclusive)
+        self.fusion = self._install(model, parts)
         self.model = model
         self.router = parts.router
         self.router_overrides: Mapping[str, Tensor] = {}  # what the backbone's parameters are when it is read
+
+    def _install(self, model: Any, parts: Parts) -> Fusion:
+        return install(model, parts.exclusive)
 
     @classmethod
     def from_pretrained(
