@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,35 @@ def write_router_rows(file: Path, tasks: list[str]) -> None:
                 picked = torch.randint(len(share), (6,), generator=generator)
                 text = " ".join(share[index] for index in picked)
                 rows.write(f'{{"text": "{text}", "task": "{task}"}}\n')
+
+
+def write_generative_rows(root: Path) -> Path:
+    """Write the four generative tasks' rows, in their data sets' schemas: 12 to train and 7 to score of each."""
+    draw = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(draw.choices(WORDS, k=count))
+
+    for task in ("mmlu", "truthfulqa", "bbq", "cnn_dailymail"):
+        (root / task).mkdir(parents=True)
+        for split, size in (("train", 12), ("validation", 7)):
+            lines = []
+            for _ in range(size):
+                options = [text(2) + str(index) for index in range(4)]
+                row: dict[str, Any] = {"question": text(4)}
+                if task == "mmlu":
+                    row |= {"choices": options, "answer": draw.randrange(4)}
+                    row |= {"subject": draw.choice(["world_religions", "anatomy"])}
+                elif task == "truthfulqa":
+                    row |= {"mc1_targets": {"choices": options[:3], "labels": [1, 0, 0]}}
+                elif task == "bbq":
+                    row |= {"context": text(5), "label": draw.randrange(3)}
+                    row |= {f"ans{index}": options[index] for index in range(3)}
+                else:
+                    row = {"article": text(30), "highlights": text(6)}
+                lines.append(json.dumps(row) + "\n")
+            (root / task / f"{split}.jsonl").write_text("".join(lines))
+    return root
 
 
 def tiny_causal_config(kind: str) -> Any:

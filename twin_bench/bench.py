@@ -151,7 +151,7 @@ def _stream(twin: TwinClassifier, data: Path, split: str, rows: int) -> tuple[li
     ]
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(0)).tolist()
     picked = [drawn[index] for index in order[:rows]]
-    return twin.encode([text for text, _ in picked], max_length=128), [task for _, task in picked]
+    return twin.encode([text for text, _ in picked]), [task for _, task in picked]
 
 
 def _peft_mixed(

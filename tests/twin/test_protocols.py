@@ -95,7 +95,7 @@ def test_the_task_decides_no_more_than_the_head(twin_directory: Path, families: 
     first, second = (twin.classify(texts, [task] * 2) for task in ("cola", "mnli"))
     assert [p.head for p in first + second] == ["cola"] * 2 + ["mnli"] * 2
     with torch.no_grad():
-        encoded = twin.encode(texts, max_length=128)
+        encoded = twin.encode(texts)
         weights = twin.route_all(encoded, [])
     for given in ("cola", "mnli"):
         direct = twin.classify(texts, [given] * 2, fusion_weights=weights)

@@ -106,6 +106,10 @@ def legend(rows: Sequence[dict[str, Any]]) -> str:
         "Speed is rows a second against the pretrained model's, routing counted, everything in one run.",
         f"Rows scored: {scored}. Seed {rows[0]['seed']}. Versions: {versions}.",
     ]
+    chances = {row["task"]: row["notes"]["chance"] for row in rows if "chance" in row["notes"]}
+    if chances:
+        levels = ", ".join(f"{task} {level:.2f}" for task, level in chances.items())
+        lines.append(f"Chance (one over the number of options, mean of the rows scored): {levels}.")
     left_out = sorted({f"{row['task']} ({row['protocol']})" for row in rows if row["normalized"] is None})
     if left_out:
         lines.append(f"Not in the normalized mean, the expert's own score not being above 0: {', '.join(left_out)}.")
@@ -162,6 +166,9 @@ def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) ->
     shown["parameters"] = [f"{count / 1e6:.1f} M" for count in part["parameters"]]
     shown["build"] = [f"{seconds:.0f} s" for seconds in part["build_seconds"]]
     shown["speed"] = ["n/a" if math.isnan(speed) else f"{speed:.2f}x" for speed in part["speed"]]
+    chances = {row["task"]: f"{row['notes']['chance']:.2f}" for row in rows if "chance" in row["notes"]}
+    if chances:  # a line of its own under the scores: what an answer drawn blindly gets
+        shown = pd.concat([shown, pd.DataFrame([{"method": "chance", **chances}])], ignore_index=True).fillna("")
     return shown
 
 

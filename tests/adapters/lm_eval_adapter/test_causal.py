@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.conftest import WORDS
+from tests.conftest import WORDS, write_generative_rows
 from tests.twin.test_causal import dense
 from twin_bench import InputError, TwinModel
 from twin_bench.generative import GENERATIVE
@@ -204,37 +204,7 @@ def test_a_chat_template_is_applied(three):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Write a directory of the four tasks' rows, in their data sets' schemas."""
-    root, rng = tmp_path_factory.mktemp("generative"), random.Random(0)
-    for task in GENERATIVE:
-        (root / task).mkdir()
-        for split, size in (("train", 12), ("validation", 7)):
-            rows = []
-            for _ in range(size):
-                options = [text(rng, 2) + str(index) for index in range(4)]
-                rows.append(
-                    {
-                        "mmlu": {
-                            "question": text(rng, 4),
-                            "choices": options,
-                            "answer": rng.randrange(4),
-                            "subject": rng.choice(["world_religions", "anatomy"]),
-                        },
-                        "truthfulqa": {
-                            "question": text(rng, 4),
-                            "mc1_targets": {"choices": options[:3], "labels": [1, 0, 0]},
-                        },
-                        "bbq": {
-                            "context": text(rng, 5),
-                            "question": text(rng, 3),
-                            **{f"ans{index}": options[index] for index in range(3)},
-                            "label": rng.randrange(3),
-                        },
-                        "cnn_dailymail": {"article": text(rng, 30), "highlights": text(rng, 6)},
-                    }[task]
-                )
-            (root / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+    return write_generative_rows(tmp_path_factory.mktemp("generative"))
 
 
 def evaluate(model, data, tasks, **options):

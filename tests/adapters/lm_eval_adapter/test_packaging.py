@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TASKS = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
+TASKS = {
+    "generative": ["bbq", "cnn_dailymail", "mmlu", "truthfulqa"],
+    "glue": ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"],
+}
 pytestmark = pytest.mark.slow
 
 
@@ -53,7 +56,8 @@ def python(installed):
 def test_what_the_wheel_holds(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"twin_bench/tasks/glue/twin_glue.py", "twin_bench/tasks/glue/_twin_glue.yaml"} <= set(names)
-    assert {f"twin_bench/tasks/glue/twin_{task}.yaml" for task in TASKS} <= set(names)
+    shipped = {f"twin_bench/tasks/{folder}/twin_{task}.yaml" for folder, tasks in TASKS.items() for task in tasks}
+    assert shipped <= set(names)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"twin_bench", "twin_bench_lm_eval", "twin_bench_lm_eval.pth"}
     assert not [name for name in names if name.endswith(".pyc")]
@@ -92,5 +96,5 @@ def test_an_installed_wheel_has_its_tasks_and_its_entry_point(python, installed)
     )
     directory, tasks, entry_point = shown.splitlines()
     assert Path(directory).is_relative_to(installed)
-    assert tasks.split() == [f"twin_{task}" for task in TASKS]
+    assert tasks.split() == sorted(f"twin_{task}" for group in TASKS.values() for task in group)
     assert entry_point == "TwinMerged"

@@ -1,0 +1,142 @@
+"""The leaderboard of language models: its rows, what a protocol changes, and suites that can't be run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import Family, tiny_causal_tokenizer, write_generative_rows
+from twin_bench.leaderboard.__main__ import main
+from twin_bench.paths import tasks_directory
+
+TASKS = ("mmlu", "bbq", "cnn_dailymail")
+
+
+@pytest.fixture(scope="module")
+def family(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Return the tiny Llamas with a window that holds a summary's 128 tokens (rotary positions need no parameters).
+
+    The letters' rows of the (tied) embeddings are large, so that letters are what they answer and scores differ.
+    """
+    letters = [tiny_causal_tokenizer().convert_tokens_to_ids(letter) for letter in "ABC"]
+    narrow, root = causal_families("llama"), tmp_path_factory.mktemp("wide")
+    for name in ("base", *narrow.experts):
+        shutil.copytree(narrow.root / name, root / name)
+        config = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+        tensors = load_file(root / name / "model.safetensors")
+        tensors["model.embed_tokens.weight"][letters] *= 20
+        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
+    recipe = {"base_model": str(root / "base"), "experts": {task: str(root / task) for task in narrow.experts}}
+    return dataclasses.replace(narrow, root=root, recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def suite(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        "name": "tiny-generative",
+        "base_model": family.recipe["base_model"],
+        "experts": family.recipe["experts"],
+        "data": str(write_generative_rows(tmp_path_factory.mktemp("rows") / "data")),
+        "tasks": list(TASKS),
+        "protocol": ["standard", "routed"],
+        "rows": 6,
+        "batch_size": 3,
+        "methods": [
+            {"task_arithmetic": {"protocol": "standard"}},
+            {"twin": {"router": {"epochs": 3}}},
+            {"told": {"method": "twin", "exclusive": {"density": 1.0}, "weights": "task", "protocol": "standard"}},
+        ],
+    }
+
+
+def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), *arguments])
+
+
+@pytest.fixture(scope="module")
+def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("board")
+    assert run(suite, folder) == 0
+    rows = json.loads((folder / "out" / "leaderboard.json").read_text())
+    return folder / "out", {(row["protocol"], row["method"], row["task"]): row for row in rows}
+
+
+def test_every_cell_is_there_and_says_what_it_is(board: Any) -> None:
+    out, rows = board
+    expected = {("standard", method, task) for method in ("task_arithmetic", "told") for task in TASKS}
+    for protocol in ("standard", "routed"):
+        expected |= {(protocol, method, task) for method in ("pretrained", "experts", "twin") for task in TASKS}
+    assert rows.keys() == expected
+    for (_, _, task), row in rows.items():
+        assert row["n"] == 6
+        assert row["metric"] == ("rouge_2" if task == "cnn_dailymail" else "exact_match")
+        chance = {"mmlu": 25.0, "bbq": pytest.approx(100 / 3)}.get(task)
+        assert row["notes"].get("chance") == chance
+    table = (out / "leaderboard.md").read_text()
+    assert "| chance |" in table
+    assert "Chance (one over the number of options, mean of the rows scored): mmlu 25.00, bbq 33.33" in table
+
+
+def test_a_language_model_has_no_head_so_routed_is_standard(board: Any) -> None:
+    _, rows = board
+    for method in ("pretrained", "experts", "twin"):
+        for task in TASKS:
+            assert rows["routed", method, task]["score"] == rows["standard", method, task]["score"]
+
+
+def test_an_expert_scores_what_lm_evals_own_model_scores(board: Any, family: Family, suite: dict[str, Any]) -> None:
+    """And so does the twin that is told the task, at full rank."""
+    _, rows = board
+    assert {rows["standard", "experts", task]["score"] for task in TASKS} != {0.0}
+    manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata={"data": suite["data"]})
+    for task in TASKS:
+        hf = HFLM(family.recipe["experts"][task], device="cpu", batch_size=3)
+        results = lm_eval.simple_evaluate(
+            hf, tasks=[f"twin_{task}"], task_manager=manager, limit=6, bootstrap_iters=0, log_samples=False
+        )["results"][f"twin_{task}"]
+        metric = rows["standard", "experts", task]["metric"]
+        for method in ("experts", "told"):
+            assert rows["standard", method, task]["score"] == pytest.approx(100 * results[f"{metric},none"])
+            assert rows["standard", method, task]["stderr"] == pytest.approx(100 * results[f"{metric}_stderr,none"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tasks": ["mmlu", "cola"]}, "mmlu needs a classifier or cola does"),
+        ({"tasks": ["mmul"]}, "did you mean 'mmlu'"),
+        ({"dtype": "bfloat"}, "dtype"),
+        ({"protocol": "paper", "methods": ["task_arithmetic"]}, "protocol paper adds A and B of LoRA adapters"),
+    ],
+)
+def test_suites_that_cannot_be_run(
+    suite: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], says: str
+) -> None:
+    assert run({**suite, **changes}, tmp_path, "--limit", "1") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_experts_of_another_kind_than_the_tasks(
+    families: Any, suite: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = families("bert").recipe
+    changed = {
+        **suite,
+        "tasks": ["mmlu"],
+        "base_model": bert["base_model"],
+        "experts": {"mmlu": bert["experts"]["cola"]},
+    }
+    assert run(changed, tmp_path) == 2
+    assert "mmlu needs causal_lm experts, these are not" in capsys.readouterr().err
