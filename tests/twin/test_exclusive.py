@@ -1,0 +1,52 @@
+"""Truncated SVDs against numpy's, whichever way they are taken."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from twin_bench.twin import exclusive
+from twin_bench.twin.exclusive import truncated_svd
+
+
+def best(matrix: Tensor, rank: int) -> np.ndarray:
+    U, S, Vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+@pytest.mark.parametrize("true_rank", [0, 1, 5, 40])
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_it_is_the_best_approximation(shape: tuple[int, int], true_rank: int, rank: int) -> None:
+    torch.manual_seed(true_rank)
+    matrix = torch.randn(shape[0], true_rank) @ torch.randn(true_rank, shape[1])
+    B, A = truncated_svd(matrix, rank)
+    assert A.shape[0] == min(rank, true_rank)
+    expected = best(matrix, rank)
+    assert np.linalg.norm((B @ A).numpy() - expected) <= 1e-5 * max(1.0, np.linalg.norm(expected))
+
+
+def test_a_lora_experts_difference_needs_no_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of full weights in float32: their rounding lies on the difference, which has a rank of 8 otherwise."""
+    torch.manual_seed(0)
+    base = 0.05 * torch.randn(300, 200)
+    expert = base + 0.002 * torch.randn(300, 8) @ torch.randn(8, 200)
+    monkeypatch.setattr(exclusive, "FULL_SVD_OPERATIONS", -1)
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *_, **__: pytest.fail("not recognised"))
+    for rank, kept in ((4, 4), (8, 8), (20, 8)):
+        B, A = truncated_svd(expert - base, rank)
+        assert A.shape[0] == kept
+        expected = best(expert - base, rank)
+        assert np.linalg.norm((B @ A).numpy() - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+def test_large_matrices_are_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exclusive, "FULL_SVD_OPERATIONS", -1)
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 120)).Q for size in (300, 200))
+    matrix = U * torch.arange(1, 121).float().rsqrt() @ V.T
+    B, A = truncated_svd(matrix, 10)
+    error = torch.linalg.norm(matrix - B @ A)
+    assert error <= 1.01 * np.linalg.norm(matrix.numpy() - best(matrix, 10))
