@@ -1,8 +1,12 @@
 """A language model's twin in lm-eval: against lm-eval's own HFLM on merged checkpoints, and dense models a request."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import lm_eval
 import pytest
@@ -20,6 +24,8 @@ from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
 from twin_bench_lm_eval.causal import CausalTwin
 from twin_bench_lm_eval.model import TwinMerged
+
+from .interpreter import ADAPTERS, ROOT
 
 GREEDY = {"until": ["dog"], "max_gen_toks": 12, "do_sample": False}
 
@@ -264,3 +270,31 @@ def test_malformed_rows_are_named(data, tmp_path, task, change, says):
     (tmp_path / task / "validation.jsonl").write_text(json.dumps(row | change))
     with pytest.raises(InputError, match=re.escape(says)):
         evaluate("dummy", tmp_path, [f"twin_{task}"])
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(three, data, tmp_path):
+    """`accelerate launch`: each process answers its share of the documents; what comes together is the same."""
+    script = Path(__file__).with_name("parallel.py")
+    # accelerate's own launcher wants MPI for CPUs; torchrun starts processes as it does for GPUs.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    written = {}
+    for processes, start in ((1, []), (2, launch)):
+        out = tmp_path / f"{processes}.json"
+        done = subprocess.run(
+            [sys.executable, *start, str(script), str(three), str(data), str(out)],
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "ACCELERATE_USE_CPU": "1",
+                "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ADAPTERS))),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        written[processes] = json.loads(out.read_text())
+        assert written[processes]["processes"] == processes
+    assert written[1]["answers"] == written[2]["answers"]
+    assert {len(rows) for rows in written[1]["answers"].values()} == {7}
