@@ -18,7 +18,7 @@ model._max_length = 2048
 if hasattr(model, "accelerator"):
     model._rank, model._world_size = model.accelerator.process_index, model.accelerator.num_processes
 manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata={"data": data, "shots": 1})
-tasks = ["twin_mmlu", "twin_bbq"]
+tasks = ["twin_mmlu", "twin_cnn_dailymail"]
 results = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
 if model.rank == 0:
     answers = {task: {str(s["doc_id"]): s["resps"] for s in samples} for task, samples in results["samples"].items()}
