@@ -21,6 +21,9 @@ manager = TaskManager(include_path=str(tasks_directory()), include_defaults=Fals
 tasks = ["twin_mmlu", "twin_cnn_dailymail"]
 results = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
 if model.rank == 0:
-    answers = {task: {str(s["doc_id"]): s["resps"] for s in samples} for task, samples in results["samples"].items()}
+    # A rank with a document less repeats its last request, and lm-eval logs the repeated answers too.
+    answers = {
+        task: {str(s["doc_id"]): s["resps"][0][0] for s in samples} for task, samples in results["samples"].items()
+    }
     with open(out, "w") as file:
         json.dump({"processes": model.world_size, "answers": answers}, file, sort_keys=True)
