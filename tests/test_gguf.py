@@ -21,7 +21,10 @@ def test_what_is_no_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "a.gguf").write_bytes(b"PK")
     assert main(["convert", str(tmp_path / "a.gguf"), str(tmp_path / "out")]) == 2
     assert "not a GGUF file" in capsys.readouterr().err
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(InputError, match="can't be read"):
+        convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists already"):
         convert(tmp_path / "a.gguf", tmp_path / "out")

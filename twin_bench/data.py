@@ -75,6 +75,10 @@ def hub_rows(task: Task, split: str) -> list[Row]:
     import datasets
 
     if isinstance(task, GenerativeTask):
+        if split not in ("train", "validation"):
+            raise InputError(
+                f"{task.name}: split {split!r}; of the hub's rows validation is scored, and train has examples"
+            )
         source, configuration, scored, solved = task.hub
         hub_split = scored if split == "validation" else (solved or scored)
     else:

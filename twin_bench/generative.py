@@ -34,9 +34,8 @@ class GenerativeTask:
     """One task: its rows' form and its metric.
 
     `fields` are those a row must have; `item` makes an Item of it. `shots` solved examples stand before the
-    question, of the same `group` (MMLU: the subject) where that is named. An answer is at most `max_tokens`
-    long and ends at one of `until`. `hub` is (data set, configuration, split to score, split of examples) on
-    the hub; where that has no examples' split, a tenth of the rows is set aside for it.
+    question, of the same `group` (MMLU: the subject) where that is named. `hub` is (data set, configuration, split to
+    score, split of examples) on the hub; where that has no examples' split, a tenth of the rows is set aside for it.
     """
 
     name: str
@@ -47,8 +46,6 @@ class GenerativeTask:
     hub: tuple[str, str, str, str | None]
     shots: int = 5
     group: str | None = None
-    max_tokens: int = 1
-    until: tuple[str, ...] = ("\n",)
 
     def prompt(self, row: Row, examples: Sequence[Row]) -> str:
         """Return what the model is asked: instructions, solved examples, the row's question."""
@@ -74,6 +71,7 @@ class GenerativeTask:
                 raise InputError(f"{where}: no field {field!r}{nearest(field, row)}")
         try:
             item = self.item(row)
+            self.instructions(row)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: not a row of {self.name} ({type(error).__name__}: {error})") from None
         if not item.answer.strip() or item.options == 1:
@@ -163,8 +161,6 @@ GENERATIVE: dict[str, GenerativeTask] = {
             instructions=lambda row: "",
             hub=("abisee/cnn_dailymail", "3.0.0", "test", "validation"),
             shots=0,
-            max_tokens=128,
-            until=("###",),
         ),
     )
 }

@@ -35,6 +35,11 @@ def convert(gguf: Path, directory: Path) -> None:
             config = AutoConfig.from_pretrained(**source)
         except ImportError as error:
             raise InputError(f"{gguf}: {str(error).strip().splitlines()[0]} (pip install gguf)") from None
+        except Exception as error:  # a damaged file, or an architecture that transformers can't read from GGUF
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise InputError(
+                f"{gguf}: can't be read ({reason}); give a whole GGUF file of a causal language model"
+            ) from None
         weights = quantised.state_dict()
         table: Any = quantised.get_input_embeddings().weight
         # transformers refuses to save what it read as quantised: so a model of the same config, and its weights.

@@ -149,7 +149,11 @@ def _converted(gguf: Path, sha256: str) -> Path:
     cache_root = os.environ.get("TWIN_BENCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "twin-bench")
     directory = Path(cache_root) / f"{gguf.stem}-{sha256[:12]}"
     if not directory.is_dir():
-        convert(gguf, directory)
+        try:
+            convert(gguf, directory)
+        except (InputError, OSError):
+            if not directory.is_dir():  # unless another process was faster
+                raise
     return directory
 
 

@@ -15,15 +15,20 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
+from twin_bench.checkpoint import context_window, read_config
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.directory import load_parts
+from twin_bench.twin.directory import known_dtype, load_parts
 from twin_bench.twin.model import PROTOCOLS, Protocol
 from twin_bench.twin.plan import plan
-from twin_bench_lm_eval.model import TwinMerged, usable
+from twin_bench_lm_eval.model import TwinMerged, positive, usable
 
-REFUSED = ("peft", "delta", "parallelize", "tp_plan", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder")
-"""HFLM's arguments for other checkpoints, or for one model on several devices: a twin's layers are on one."""
+REFUSED = (
+    *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder", "tokenizer"),
+    *("parallelize", "tp_plan", "softmax_dtype", "mixed_precision_dtype"),
+)
+"""HFLM's arguments for other checkpoints, for one model on several devices (a twin's layers are on one), or for
+precisions beside `dtype`: log-softmax is taken in float32 in any case."""
 CPU_BATCH = 16
 """What batch_size=auto is on a CPU, where there is no memory limit to find."""
 
@@ -83,19 +88,33 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         if protocol not in PROTOCOLS:
             raise InputError(f"twin_merged: protocol={protocol}{nearest(protocol, PROTOCOLS)}")
+        if not str(batch_size).startswith("auto"):
+            positive("batch_size", batch_size)
         self._task, self._protocol = task, protocol
         self._routed: dict[tuple[int, ...], Tensor] = {}
+        self._detected: int | None = None
         if twin is None:
             if pretrained is None:
                 raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
             self._directory = Path(str(pretrained))
             self._parts = load_parts(self._directory, trust_remote_code=bool(options.get("trust_remote_code")))
+            options["dtype"] = known_dtype(options.get("dtype")) or "auto"
+            options["max_length"] = self._window(options.get("max_length") or self._parts.max_length)
             given = {"device": usable(device) or "cpu", "batch_size": batch_size}
             super().__init__(pretrained=str(self._directory / "model"), **given, **options)
         else:
             self.twin = twin
             super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **options)
         self.twin.tokenizer = self.tokenizer
+
+    def _window(self, max_length: Any) -> int | None:
+        """Return the tokens of an input asked for, None for the model's window; InputError for more than that."""
+        if max_length is None:
+            return None
+        window = context_window(read_config(self._directory / "model"))
+        if positive("max_length", max_length) > window:
+            raise InputError(f"twin_merged: max_length={max_length}; the model's window is {window}")
+        return int(max_length)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
         super()._create_model(pretrained, **options)
@@ -153,20 +172,31 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         mask: Tensor = options["attention_mask"]
         prompts = [tuple(ids[kept.bool()].tolist()) for ids, kept in zip(context, mask, strict=True)]
         weights = torch.stack([self._routed[ids] for ids in prompts])
-        with self.twin.fusing(weights):
+        with self.twin.generating(weights, context.shape[1], max_length - context.shape[1], options):
             generated: Tensor = super()._model_generate(context, max_length, stop, **options)
         return generated
 
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode each string as it would be alone: HFLM adds special tokens by what the batch's first begins with."""
+        encode = super().tok_batch_encode
+        rows = [encode([string], padding_side, left_truncate_len, truncation)[0][0].tolist() for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
+
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        found: int = CPU_BATCH if self.device.type == "cpu" else super()._detect_batch_size(requests, pos)
-        return found
+        """Return the largest batch that fits, found once: every process must look for it equally often."""
+        if self._detected is None:
+            self._detected = CPU_BATCH if self.device.type == "cpu" else super()._detect_batch_size()
+        return self._detected
 
     def _rows_a_batch(self) -> int:
-        if self.batch_size != "auto":
-            return int(self.batch_size)
-        if not hasattr(self, "_detected"):
-            self._detected = self._detect_batch_size()
-        return self._detected
+        return self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
 
     def _tasks(self, rows: int) -> list[str] | None:
         return None if self._task is None else [self._task] * rows

@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from twin_bench.data import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.model import TwinMerged, usable
+from twin_bench_lm_eval.model import TwinMerged, positive, usable
 
 
 class Request(Protocol):
@@ -76,7 +76,7 @@ class ClassifierTwin(TwinMerged):
             raise InputError(f"twin_merged: unknown argument {name!r}{nearest(name, known)}")
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
-        self.batch_size = 32 if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
+        self.batch_size = 32 if str(batch_size).startswith("auto") else positive("batch_size", batch_size)
         if twin is None:
             if pretrained is None:
                 raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
@@ -90,7 +90,7 @@ class ClassifierTwin(TwinMerged):
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin
-        self.max_length = twin.max_length if max_length is None else _positive("max_length", max_length)
+        self.max_length = twin.max_length if max_length is None else positive("max_length", max_length)
         self.tokenizer = twin.tokenizer
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
@@ -187,9 +187,3 @@ class ClassifierTwin(TwinMerged):
 
     def _is_regression(self, task: str) -> bool:
         return bool(self.twin.num_labels[task] == 1)
-
-
-def _positive(name: str, value: Any) -> int:
-    if not str(value).isdecimal() or int(value) == 0:
-        raise InputError(f"twin_merged: {name}={value}; expected a positive whole number")
-    return int(value)

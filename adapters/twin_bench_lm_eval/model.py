@@ -68,3 +68,10 @@ def serving(twin: TwinModel, *, task: str, batch_size: int, max_length: int | No
 def usable(device: str | None) -> str | None:
     """Return the device to use: the CPU for a CUDA device that is not there, which lm-eval asks for unasked."""
     return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+
+
+def positive(name: str, value: Any) -> int:
+    """Return a positive whole number given as an argument; InputError that names it for anything else."""
+    if not str(value).isdecimal() or int(value) == 0:
+        raise InputError(f"twin_merged: {name}={value}; expected a positive whole number")
+    return int(value)

@@ -178,7 +178,11 @@ def _rows_directory(suite: Suite, out: Path) -> Path:
 
 def _input_digests(suite: Suite, data: Path) -> dict[str, Any]:
     """Return digests of what scores depend on besides settings: weights and rows."""
-    files = [split_path(data, task, split) for task in suite.tasks for split in ("train", "dev", suite.split)]
+    files = [
+        split_path(data, task, split)
+        for task in suite.tasks
+        for split in sorted({"train", "dev", "validation", suite.split})
+    ]
     return {
         "base_model": digest_files(model_directory(suite.base_model)),
         "experts": {task: digest_files(model_directory(path)) for task, path in suite.expert_paths.items()},

@@ -82,6 +82,8 @@ def open_sources(
             expert_config = read_config(folder, trust_remote_code=trust_remote_code)
             _require_same_architecture(name, expert_config, config)
             _require_same_labels(name, expert_config)
+        else:
+            _require_same_base(name, folder, base_model)
     bones = skeleton(config, task_type)
     base = open_checkpoint(directory, bones, allow_pickle=allow_pickle)
     opened = {name: open_expert(folder, base, bones, allow_pickle=allow_pickle) for name, folder in folders.items()}
@@ -159,7 +161,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
     settings = {
         "twin_bench": version("twin-bench"),
         "base_model": recipe.base_model,
-        "shared": recipe.shared.model_dump(),
+        "shared": {"method": recipe.shared.method, **options},
         "exclusive": recipe.exclusive.model_dump(exclude_none=True),
         "router": chosen,
         "seed": recipe.seed,
@@ -320,6 +322,9 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
         return PaperParts({n: sources.base[n] for n in sources.bones.backbone if ORACLE_PARAMETERS.search(n)})
     if recipe.shared.method != "task_arithmetic" or not all(expert.low_rank for expert in sources.experts.values()):
         return None
+    adapted = {name for expert in sources.experts.values() for name in expert.low_rank}
+    if adapted & (sources.bones.transposed | sources.bones.embeddings):
+        return None
     try:
         stacks = lora_stacks(sources.experts)
     except InputError:  # adapters of several ranks: a twin all the same, under the other protocols
@@ -369,6 +374,17 @@ COMPUTES = (
     *("layer_norm_eps", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
 )
 """What of a config decides a model's results and can differ under equal shapes; the vocabulary, for a clear word."""
+
+
+def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
+    """Raise an InputError where an adapter names another model on the hub as its base; a path says nothing."""
+    said = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() for model in (said, base_model))
+    if on_hub and said.split("/")[1].lower() != base_model.split("/")[1].lower():
+        raise InputError(
+            f"expert {name!r}: an adapter on {said}, the base model is {base_model}; if they are the same, say so in "
+            f"{adapter / 'adapter_config.json'} (base_model_name_or_path)"
+        )
 
 
 def _require_same_labels(name: str, expert: Any) -> None:

@@ -195,16 +195,30 @@ class TwinCausalLM(TwinModel):
             raise InputError("prompts to generate from are padded on the left")
         weights = self._weights_of(input_ids, attention_mask, fusion_weights, task)
         options.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        with self.fusing(weights):
+        steps = int(options.get("max_new_tokens") or 20)
+        with self.generating(weights, input_ids.shape[1], steps, options):
             generated: Tensor = self.model.generate(
                 input_ids=input_ids, **present({"attention_mask": attention_mask}), **options
             )
         return generated
 
-    def fusing(self, weights: Tensor) -> AbstractContextManager[None]:
-        """Run the model inside with each row's weights (batch, experts): fused where all rows have the same."""
-        same = bool((weights == weights[:1]).all())
-        return self.fused(Group(tuple(range(len(weights))), weights[0] if same else None), weights)
+    def generating(
+        self, weights: Tensor, length: int, steps: int, options: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Run transformers' `generate` inside with each prompt's weights (batch, experts).
+
+        Args:
+            weights: fused where all rows have the same and it is worth it, else a row's own.
+            length: of the prompts.
+            steps: tokens to be generated.
+            options: those of `generate`: with beams or several sequences a prompt has as many rows.
+        """
+        groups = plan(weights, [length] * len(weights), self.costs, steps=steps, batch_size=len(weights))
+        if len(groups) == 1 and groups[0].weights is not None:
+            return self.fused(groups[0], weights)
+        copies = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
+        rows = weights.repeat_interleave(copies, dim=0)
+        return self.fused(Group(tuple(range(len(rows))), None), rows)
 
     def classify(self, *_: Any, **__: Any) -> Any:
         """Refuse: there is no head to classify with."""

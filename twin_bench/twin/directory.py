@@ -33,7 +33,6 @@ from transformers import logging as transformers_logging
 
 from twin_bench.checkpoint import AUTO_MODEL, Skeleton, TaskType, read_config, skeleton
 from twin_bench.errors import InputError
-from twin_bench.methods import methods
 from twin_bench.twin.exclusive import Exclusive, Factors
 from twin_bench.twin.model import PaperParts, Parts
 from twin_bench.twin.router import Router, RouterConfig
@@ -106,7 +105,7 @@ def load_twin(directory: Path, *, dtype: torch.dtype | str | None = None, trust_
     task_type: TaskType = read_manifest(directory)["task_type"]
     with quiet_transformers():
         model = AUTO_MODEL[task_type].from_pretrained(
-            directory / "model", dtype=_known_dtype(dtype) or "auto", trust_remote_code=trust_remote_code
+            directory / "model", dtype=known_dtype(dtype) or "auto", trust_remote_code=trust_remote_code
         )
     tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=trust_remote_code)
     return Loaded(task_type, model, tokenizer, parts)
@@ -274,9 +273,8 @@ def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
     router = _load_router(folder)
     if (folder / "lora.safetensors").is_file():
         limits = manifest["exclusive"]
-        scaling = manifest["shared"].get("scaling", methods()["task_arithmetic"].defaults["scaling"])
         adapters = _load_adapters(folder / "lora.safetensors")
-        separate = SeparateParts(adapters, scaling, limits.get("density"), limits.get("rank"))
+        separate = SeparateParts(adapters, manifest["shared"]["scaling"], limits.get("density"), limits.get("rank"))
         return PaperParts(router=router, separate=separate)
     biases = folder / "biases.safetensors"
     return PaperParts(load_file(biases), router) if biases.is_file() else None
@@ -298,7 +296,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype named, None for `auto`; InputError for a name that is none."""
     if dtype in (None, "auto") or isinstance(dtype, torch.dtype):
         return None if isinstance(dtype, str) else dtype

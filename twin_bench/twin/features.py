@@ -43,7 +43,11 @@ def hidden_states(
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return h(x) (batch, width): the mean of hidden states over the tokens that are no padding."""
+    """Return h(x) (batch, width): the mean of hidden states over the tokens that are no padding.
+
+    In float32 at least: a sum over a long text overflows half precision.
+    """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if attention_mask is None:
         return hidden.mean(dim=1)
     mask = attention_mask.to(hidden)[..., None]

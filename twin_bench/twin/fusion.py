@@ -246,7 +246,8 @@ class TwinEmbedding(TwinLayer):
     def __init__(self, layer: nn.Embedding, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
         self.padding_idx = layer.padding_idx
-        self.register_buffer("embed_scale", getattr(layer, "embed_scale", None), persistent=False)
+        scale = getattr(layer, "embed_scale", None)
+        self.register_buffer("embed_scale", None if scale is None else torch.as_tensor(scale), persistent=False)
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Keep the scale of the factors' columns; rows of the table are fused as they are read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,10 @@ class Router(nn.Module):
         """Return logits (N, T) of features (N, width)."""
         logits: Tensor = self.mlp(features)
         return logits
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Move with the twin, but keep the dtype: a twin in half precision routes in float32."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
     def weights(self, features: Tensor) -> Tensor:

@@ -157,6 +157,33 @@ def test_other_answers_change_no_weight(three, monkeypatch):
     assert torch.equal(seen[0][0], seen[0][1])
 
 
+def test_a_batch_size_is_looked_for_once(three, monkeypatch):
+    """Processes that answer different groups would wait for each other for ever."""
+    model, found = served(three, batch_size="auto"), []
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, *_: found.append(1) or 2)
+    monkeypatch.setattr("twin_bench_lm_eval.causal.CPU_BATCH", None)
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    assert [model._rows_a_batch(), model._detect_batch_size(), model._rows_a_batch()] == [2, 2, 2]
+    assert found == [1]
+
+
+def test_a_prompt_is_encoded_as_it_would_be_alone(three):
+    model = served(three, batch_size=2, add_bos_token=True)
+    together, mask = model.tok_batch_encode(["[CLS]the cat", "a dog sat on"])
+    for row, string in enumerate(["[CLS]the cat", "a dog sat on"]):
+        alone = model.tok_batch_encode([string])[0][0]
+        assert torch.equal(together[row][mask[row].bool()], alone)
+    prompts = ["[CLS]the cat", "a dog sat on", "[CLS]a bird", "is it"]
+    assert model.generate_until(generated(prompts))[1] == model.generate_until(generated(prompts[1:2]))[0]
+
+
+def test_beams_have_their_prompts_weights(three):
+    model = served(three, batch_size=2)
+    prompts = ["the cat", "a dog sat on"]
+    together = model.generate_until(generated(prompts, num_beams=3))
+    assert together == [model.generate_until(generated([prompt], num_beams=3))[0] for prompt in prompts]
+
+
 def test_sampling_is_seeded(three):
     model = served(three, batch_size=4)
     drawn = []
@@ -180,6 +207,10 @@ def test_the_model_says_what_it_is(three):
         ({"batchsize": 3}, "unknown argument 'batchsize'; did you mean 'batch_size'"),
         ({"peft": "adapter"}, "peft is HFLM's, and a twin can't take it"),
         ({"parallelize": True}, "parallelize is HFLM's"),
+        ({"softmax_dtype": "float32"}, "softmax_dtype is HFLM's"),
+        ({"dtype": "bf16"}, "dtype 'bf16': known"),
+        ({"batch_size": "x"}, "batch_size=x; expected a positive whole number"),
+        ({"max_length": 65}, "max_length=65; the model's window is 64"),
     ],
 )
 def test_arguments_are_checked(three, arguments, says):
@@ -258,7 +289,8 @@ def test_prompts_are_those_of_the_papers_protocol(data):
     ("task", "change", "says"),
     [
         ("mmlu", {"answer": 9}, "validation.jsonl, line 1: not a row of mmlu"),
-        ("mmlu", {"subject": None, "question": 3}, "not a row of mmlu"),
+        ("mmlu", {"subject": None}, "not a row of mmlu"),
+        ("mmlu", {"question": 3}, "not a row of mmlu"),
         ("bbq", {"label": "ans1"}, "not a row of bbq"),
         ("truthfulqa", {"mc1_targets": {"choices": ["a", "b"], "labels": [0, 0]}}, "not a row of truthfulqa"),
         ("cnn_dailymail", {"highlights": " "}, "no answer"),
