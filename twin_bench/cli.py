@@ -27,6 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("gguf", type=Path, help="the GGUF file")
     convert.add_argument("directory", type=Path, help="where the checkpoint goes; must not exist yet")
     convert.set_defaults(run=_convert)
+    helm = commands.add_parser("helm-config", help="tell HELM of a twin")
+    helm.add_argument("twin", type=Path, help="the twin directory")
+    helm.add_argument("--name", required=True, help="its name: it is model=twin_merged/NAME in run entries")
+    helm.add_argument("--local-path", type=Path, default=Path("prod_env"), help="helm-run's (default: prod_env)")
+    helm.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    helm.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the twin's own)")
+    helm.add_argument("--protocol", default="standard", choices=("standard", "paper", "routed"))
+    helm.add_argument("--batch-size", type=int, default=8, help="requests a forward (default: 8)")
+    helm.add_argument("--chat-template", action="store_true", help="ask each prompt as a user's turn")
+    helm.set_defaults(run=_helm_config)
     options = parser.parse_args(arguments)
     return reporting_errors(lambda: options.run(options))
 
@@ -71,6 +81,22 @@ def _convert(options: argparse.Namespace) -> None:
 
     convert(options.gguf, options.directory)
     print(f"{options.directory}: an ordinary checkpoint, float32")
+
+
+def _helm_config(options: argparse.Namespace) -> None:
+    from twin_bench.helm_config import write_helm_config
+
+    files = write_helm_config(
+        options.twin,
+        options.name,
+        options.local_path,
+        device=options.device,
+        dtype=options.dtype,
+        protocol=options.protocol,
+        batch_size=options.batch_size,
+        apply_chat_template=options.chat_template,
+    )
+    print(f"twin_merged/{options.name} is in {', '.join(map(str, files))}")
 
 
 def _tasks(options: argparse.Namespace) -> None:

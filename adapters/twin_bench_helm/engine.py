@@ -1,0 +1,240 @@
+"""The engine: one twin a process, which answers what HELM's threads ask together.
+
+A request's answer depends on the request alone: not on its batch (each row has its own fusion weights), not on
+the number of threads, and a sampled one on the request's own seed and not on what was drawn before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from twin_bench.errors import InputError
+from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.model import PROTOCOLS, Protocol, TwinModel
+from twin_bench.twin.plan import batches, plan
+
+GATHER_SECONDS = 0.01
+"""How long the engine waits for another request before it answers those it has."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: prompt tokens and how to continue them.
+
+    `max_tokens` 0 asks for the log-probabilities of the prompt's own tokens.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    completions: int
+    stop: tuple[str, ...]
+    seed: str
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What requests must have in common to be generated together."""
+        return (self.max_tokens, self.temperature, self.top_p, self.completions, self.stop)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated tokens (or the prompt's) and their log-probabilities under the model's own distribution."""
+
+    tokens: list[int]
+    log_probs: list[float]
+
+
+class Engine:
+    """Answers lists of requests with one twin, and single requests of many threads in lists."""
+
+    def __init__(self, twin: TwinCausalLM, batch_size: int) -> None:
+        self.twin, self.batch_size = twin, batch_size
+        self._waiting: queue.SimpleQueue[tuple[Ask, Future[list[Completion]]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._serve, name="twin-bench engine", daemon=True).start()
+
+    def ask(self, request: Ask) -> list[Completion]:
+        """Return the completions of one request; what other threads ask at the same time shares its batches."""
+        future: Future[list[Completion]] = Future()
+        self._waiting.put((request, future))
+        return future.result()
+
+    def answer(self, requests: Sequence[Ask]) -> list[list[Completion]]:
+        """Return the completions of each request: routed together, grouped by weights, fused once a group.
+
+        Raises InputError for a request that can't be answered.
+        """
+        with self._lock:
+            answers: dict[int, list[Completion]] = {}
+            kinds: dict[tuple[Any, ...], list[int]] = {}
+            for row, request in enumerate(requests):
+                kinds.setdefault(request.kind, []).append(row)
+            for rows in kinds.values():
+                asked = [requests[row] for row in rows]
+                found = self._generated(asked) if asked[0].max_tokens else self._scored(asked)
+                answers.update(zip(rows, found, strict=True))
+            return [answers[row] for row in range(len(requests))]
+
+    def _serve(self) -> None:
+        while True:
+            waiting = [self._waiting.get()]
+            while len(waiting) < self.batch_size:
+                try:
+                    waiting.append(self._waiting.get(timeout=GATHER_SECONDS))
+                except queue.Empty:
+                    break
+            try:
+                answers = self.answer([request for request, _ in waiting])
+            except Exception:  # one of them can't be answered: then each is asked for itself
+                for request, future in waiting:
+                    self._settle(request, future)
+                continue
+            for (_, future), answer in zip(waiting, answers, strict=True):
+                future.set_result(answer)
+
+    def _settle(self, request: Ask, future: Future[list[Completion]]) -> None:
+        try:
+            future.set_result(self.answer([request])[0])
+        except Exception as error:
+            future.set_exception(error)
+
+    def _scored(self, requests: Sequence[Ask]) -> list[list[Completion]]:
+        """Return the prompts' own log-probabilities, the first token's as 0 (HELM's convention).
+
+        HELM does not say where in such a prompt the context ends: it is routed on as a whole.
+        """
+        prompts = [request.prompt for request in requests]
+        pairs = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
+        routed_on = [prompt for prompt in prompts if len(prompt) > 1]
+        scores = iter(
+            self.twin.log_likelihoods(pairs, routed_on=routed_on, batch_size=self.batch_size) if pairs else []
+        )
+        return [
+            [Completion(list(prompt), [0.0, *(next(scores).log_probs.tolist() if len(prompt) > 1 else [])])]
+            for prompt in prompts
+        ]
+
+    def _generated(self, requests: Sequence[Ask]) -> list[list[Completion]]:
+        first = requests[0]
+        window = self.twin.max_length
+        for request in requests:
+            if not request.prompt:
+                raise InputError("an empty prompt: nothing to continue or to route on")
+            if len(request.prompt) + first.max_tokens > window:
+                raise InputError(
+                    f"a prompt of {len(request.prompt)} tokens and {first.max_tokens} to generate; the model's window "
+                    f"is {window}"
+                )
+        weights = self.twin.route_all([tokens(r.prompt) for r in requests], batch_size=self.batch_size)
+        lengths = [len(request.prompt) for request in requests]
+        groups = plan(weights, lengths, self.twin.costs, steps=first.max_tokens, batch_size=self.batch_size)
+        answers: dict[int, list[Completion]] = {}
+        for group in groups:
+            for batch in batches(group, lengths, self.batch_size):
+                rows = list(batch.rows)
+                answers.update(zip(rows, self._batch([requests[row] for row in rows], weights[rows]), strict=True))
+        return [answers[row] for row in range(len(requests))]
+
+    @torch.no_grad()
+    def _batch(self, requests: Sequence[Ask], weights: Tensor) -> list[list[Completion]]:
+        """Generate one batch. Every completion is a row of its own, which draws from its own seed."""
+        first, tokenizer = requests[0], self.twin.tokenizer
+        rows = [(request, number) for request in requests for number in range(request.completions)]
+        padded = tokenizer.pad(
+            [dict(tokens(request.prompt)) for request, _ in rows], padding_side="left", return_tensors="pt"
+        ).to(self.twin.device)
+        out: Any = self.twin.generate(
+            padded["input_ids"],
+            padded["attention_mask"],
+            fusion_weights=weights.repeat_interleave(first.completions, dim=0),
+            max_new_tokens=first.max_tokens,
+            do_sample=False,
+            logits_processor=_sampler(first, [f"{request.seed}/{number}" for request, number in rows]),
+            **({"stop_strings": list(first.stop), "tokenizer": tokenizer} if first.stop else {}),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        new = out.sequences[:, padded["input_ids"].shape[1] :]
+        ends = _end_tokens(self.twin.model.generation_config, tokenizer)
+        found: list[Completion] = []
+        for row, ids in enumerate(new.tolist()):
+            length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            kept = ids[:length]
+            log_probs = [
+                float(torch.log_softmax(out.logits[place][row].float(), dim=-1)[token])
+                for place, token in enumerate(kept)
+            ]
+            found.append(Completion(kept, log_probs))
+        each = iter(found)
+        return [[next(each) for _ in range(request.completions)] for request in requests]
+
+
+def _sampler(kind: Ask, seeds: Sequence[str]) -> LogitsProcessorList:
+    """Return what makes the largest logit a draw from the tempered distribution; nothing at temperature 0."""
+    if not kind.temperature:
+        return LogitsProcessorList()
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(kind.temperature)]
+    if kind.top_p < 1:
+        processors.append(TopPLogitsWarper(kind.top_p))
+    return LogitsProcessorList([*processors, _Gumbel(seeds)])
+
+
+class _Gumbel(LogitsProcessor):  # type: ignore[misc]
+    """Adds Gumbel noise from a generator a row: the argmax is then a draw from the softmax (Gumbel-max)."""
+
+    def __init__(self, seeds: Sequence[str]) -> None:
+        self._generators = [
+            torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
+            for seed in seeds
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (rows, vocabulary) with noise."""
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._generators])
+        noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+        return scores.double() + noise.to(scores.device)
+
+
+def _end_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
+    configured = generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
+
+
+_ENGINES: dict[tuple[Any, ...], Engine] = {}
+_LOADING = threading.Lock()
+
+
+def engine(directory: str, *, device: str | None, dtype: str | None, protocol: Protocol, batch_size: int) -> Engine:
+    """Return the process' one engine for a twin and its settings, loaded by whichever thread comes first.
+
+    Raises InputError for what is wrong with the twin.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    key = (directory, device, dtype, protocol, batch_size)
+    with _LOADING:
+        if key not in _ENGINES:
+            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            twin = TwinModel.from_pretrained(directory, device=chosen, dtype=dtype, protocol=protocol)
+            if not isinstance(twin, TwinCausalLM):
+                raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")
+            _ENGINES[key] = Engine(twin, batch_size)
+        return _ENGINES[key]

@@ -1,0 +1,30 @@
+"""What HELM loads through its entry-point group: this project's run spec. Free of torch.
+
+Models, tokenizers and deployments come from the files that `twin-bench helm-config` writes.
+"""
+
+from __future__ import annotations
+
+from helm.benchmark.adaptation.common_adapter_specs import get_summarization_adapter_spec
+from helm.benchmark.metrics.common_metric_specs import get_basic_metric_specs
+from helm.benchmark.run_spec import RunSpec, run_spec_function
+from helm.benchmark.scenarios.scenario import ScenarioSpec
+
+
+@run_spec_function("twin_cnndm")  # type: ignore[untyped-decorator]
+def cnndm(temperature: float = 0.3) -> RunSpec:
+    """Return the paper's CNN/DailyMail: HELM's summarization_cnndm, scored by ROUGE alone.
+
+    HELM's own also wants BERTScore and summ-eval, which do not install beside today's torch.
+    """
+    scenario = ScenarioSpec(
+        class_name="helm.benchmark.scenarios.summarization_scenario.SummarizationScenario",
+        args={"dataset_name": "cnn-dm", "sampling_min_length": 50, "sampling_max_length": 150, "doc_max_length": 512},
+    )
+    return RunSpec(
+        name=f"twin_cnndm:temperature={temperature}",
+        scenario_spec=scenario,
+        adapter_spec=get_summarization_adapter_spec(num_sents=3, max_tokens=128, temperature=temperature),
+        metric_specs=get_basic_metric_specs(["rouge_1", "rouge_2", "rouge_l"]),
+        groups=["summarization_cnndm"],
+    )
