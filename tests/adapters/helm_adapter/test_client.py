@@ -144,8 +144,8 @@ def test_threads_lists_and_single_requests_agree(three: Path, changes: dict[str,
 
 def test_random_draws_again(three: Path) -> None:
     ours = client(three)
-    first, same, other = (asks(6, temperature=1.5, random=seed) for seed in ("1", "1", "2"))
-    drawn = [[told(ours.make_request(request)) for request in requests] for requests in (first, same, other)]
+    first, again, other = (asks(6, temperature=1.5, random=seed) for seed in ("1", "1", "2"))
+    drawn = [[told(ours.make_request(request)) for request in requests] for requests in (first, again, other)]
     assert same(drawn[0], drawn[1])
     assert not same(drawn[0], drawn[2])
 

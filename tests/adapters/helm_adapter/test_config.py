@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
+from helm.benchmark.presentation.run_entry import read_run_entries
+from helm.common.object_spec import parse_object_spec
 
 from tests.adapters.lm_eval_adapter.interpreter import ADAPTERS, ROOT
 from tests.conftest import WORDS
 from twin_bench.cli import main
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
+from twin_bench_helm.plugin import cnndm
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,16 @@ def helm(command: str, *arguments: str, directory: Path) -> None:
     assert done.returncode == 0, (done.stderr + done.stdout)[-3000:]
 
 
+@pytest.mark.parametrize(("name", "caps"), [("paper", {399, 99}), ("small", set())])
+def test_run_entries_are_the_papers_four(name: str, caps: set[int]) -> None:
+    entries = read_run_entries([str(ROOT / "tasks" / "helm" / f"{name}.conf")]).entries
+    specs = [parse_object_spec(entry.description) for entry in entries]
+    assert len({spec.args["subject"] for spec in specs if spec.class_name == "mmlu"}) == 57
+    assert [spec.class_name for spec in specs[57:]] == ["truthful_qa", "bbq", "twin_cnndm"]
+    assert {spec.args.get("max_eval_instances") for spec in specs} - {None} == caps
+    assert cnndm().name == "twin_cnndm:temperature=0.3"
+
+
 @pytest.mark.slow
 def test_helm_run_fills_helms_tables(causal_families: Any, tmp_path: Path) -> None:
     """Threads, one thread and the batch runner give the same statistics; the table shows them under the name."""
@@ -130,7 +143,8 @@ def test_helm_run_fills_helms_tables(causal_families: Any, tmp_path: Path) -> No
     for name, value in found["one"][0].items():
         for suite in ("threads", "whole"):
             assert found[suite][0][name] == pytest.approx(value, abs=1e-5)
-    helm("helm-summarize", "--suite", "one", directory=tmp_path)
+    schema = ("--schema-path", str(ROOT / "tasks" / "helm" / "schema_twin.yaml"))
+    helm("helm-summarize", "--suite", "one", *schema, directory=tmp_path)
     tables = json.loads((tmp_path / "benchmark_output/runs/one/groups/mmlu.json").read_text())
     table = next(table for table in tables if "anatomy" in table["title"])
     score = next(v for k, v in found["one"][0].items() if '"exact_match"' in k and '"test"' in k and "perturb" not in k)
