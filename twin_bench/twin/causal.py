@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.model import Encoded, Parts, Protocol, Routing, Text, TwinModel, present
+from twin_bench.twin.model import Encoded, Parts, Text, TwinModel, present
 from twin_bench.twin.plan import Group, plan
 from twin_bench.twin.separate import install_separate
 
@@ -40,21 +40,10 @@ class TwinCausalLM(TwinModel):
 
     task_type: ClassVar[TaskType] = "causal_lm"
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        parts: Parts,
-        *,
-        protocol: Protocol = "standard",
-        routing: Routing = "router",
-    ) -> None:
-        super().__init__(model, tokenizer, parts, protocol=protocol, routing=routing)
-        self.max_length = parts.max_length or context_window(model.config)
-        if protocol == "paper" and parts.paper is not None:
+    def _complete(self, parts: Parts) -> None:
+        self.max_length = parts.max_length or context_window(self.model.config)
+        if self.protocol == "paper" and parts.paper is not None:
             self.router = parts.paper.router
-        self.requires_grad_(False)
-        self.eval()
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         if self.protocol != "paper" or not parts.exclusive:

@@ -17,8 +17,6 @@ from twin_bench.twin.model import (
     Encoded,
     PaperParts,
     Parts,
-    Protocol,
-    Routing,
     Text,
     TwinModel,
     identity,
@@ -47,23 +45,12 @@ class TwinClassifier(TwinModel):
 
     task_type: ClassVar[TaskType] = "sequence_classification"
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        parts: Parts,
-        *,
-        protocol: Protocol = "standard",
-        routing: Routing = "router",
-    ) -> None:
-        super().__init__(model, tokenizer, parts, protocol=protocol, routing=routing)
-        self.heads = install_heads(model, parts.heads)
+    def _complete(self, parts: Parts) -> None:
+        self.heads = install_heads(self.model, parts.heads)
         self.num_labels = {task: head.num_labels for task, head in self.heads.items()}
-        self.max_length = parts.max_length or min(MAX_LENGTH, context_window(model.config))
-        if protocol == "paper":
+        self.max_length = parts.max_length or min(MAX_LENGTH, context_window(self.model.config))
+        if self.protocol == "paper":
             self._use_paper_protocol(parts.paper)
-        self.requires_grad_(False)
-        self.eval()
 
     @torch.no_grad()
     def forward(

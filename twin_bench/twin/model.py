@@ -98,6 +98,13 @@ class TwinModel(nn.Module):
         self.model = model
         self.router = parts.router
         self.router_overrides: Mapping[str, Tensor] = {}  # what the backbone's parameters are when it is read
+        self._complete(parts)
+        self.requires_grad_(False)
+        self.eval()
+
+    def _complete(self, parts: Parts) -> None:
+        """Add what a kind of twin has besides: `max_length` at least."""
+        raise NotImplementedError
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         return install(model, parts.exclusive)
