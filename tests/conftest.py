@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -260,6 +263,25 @@ def causal_families(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[kind]
 
     return family
+
+
+@pytest.fixture(scope="session")
+def wide_llama(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Return the tiny Llamas with a window that holds a summary's 128 tokens (rotary positions need no parameters).
+
+    The letters' rows of the (tied) embeddings are large, so that letters are what they answer and scores differ.
+    """
+    letters = [tiny_causal_tokenizer().convert_tokens_to_ids(letter) for letter in "ABC"]
+    narrow, root = causal_families("llama"), tmp_path_factory.mktemp("wide")
+    for name in ("base", *narrow.experts):
+        shutil.copytree(narrow.root / name, root / name)
+        config = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+        tensors = load_file(root / name / "model.safetensors")
+        tensors["model.embed_tokens.weight"][letters] *= 20
+        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
+    recipe = {"base_model": str(root / "base"), "experts": {task: str(root / task) for task in narrow.experts}}
+    return dataclasses.replace(narrow, root=root, recipe=recipe)
 
 
 @pytest.fixture(scope="session")

@@ -67,11 +67,15 @@ class Engine:
     def __init__(self, twin: TwinCausalLM, batch_size: int) -> None:
         self.twin, self.batch_size = twin, batch_size
         self._waiting: queue.SimpleQueue[tuple[Ask, Future[list[Completion]]]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        threading.Thread(target=self._serve, name="twin-bench engine", daemon=True).start()
+        self._lock, self._starting = threading.Lock(), threading.Lock()
+        self._server: threading.Thread | None = None
 
     def ask(self, request: Ask) -> list[Completion]:
         """Return the completions of one request; what other threads ask at the same time shares its batches."""
+        with self._starting:
+            if self._server is None:
+                self._server = threading.Thread(target=self._serve, name="twin-bench engine", daemon=True)
+                self._server.start()
         future: Future[list[Completion]] = Future()
         self._waiting.put((request, future))
         return future.result()
@@ -218,8 +222,19 @@ def _end_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
     return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
-_ENGINES: dict[tuple[Any, ...], Engine] = {}
+_ENGINES: dict[tuple[str, str | None, str | None, str, int], Engine] = {}
 _LOADING = threading.Lock()
+
+
+def hold(name: str, twin: TwinCausalLM, batch_size: int) -> None:
+    """Have `engine` return, for `name` in place of a directory, an engine of a twin that is in memory already.
+
+    It takes the place of the one held before: a leaderboard's twins come one after the other.
+    """
+    with _LOADING:
+        for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
+            del _ENGINES[key]
+        _ENGINES[(name, None, None, "standard", batch_size)] = Engine(twin, batch_size)
 
 
 def engine(directory: str, *, device: str | None, dtype: str | None, protocol: Protocol, batch_size: int) -> Engine:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,8 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from safetensors.torch import load_file, save_file
 
-from tests.conftest import Family, tiny_causal_tokenizer, write_generative_rows
+from tests.conftest import Family, write_generative_rows
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.paths import tasks_directory
 
@@ -23,30 +20,11 @@ TASKS = ("mmlu", "bbq", "cnn_dailymail")
 
 
 @pytest.fixture(scope="module")
-def family(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Return the tiny Llamas with a window that holds a summary's 128 tokens (rotary positions need no parameters).
-
-    The letters' rows of the (tied) embeddings are large, so that letters are what they answer and scores differ.
-    """
-    letters = [tiny_causal_tokenizer().convert_tokens_to_ids(letter) for letter in "ABC"]
-    narrow, root = causal_families("llama"), tmp_path_factory.mktemp("wide")
-    for name in ("base", *narrow.experts):
-        shutil.copytree(narrow.root / name, root / name)
-        config = json.loads((root / name / "config.json").read_text())
-        (root / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
-        tensors = load_file(root / name / "model.safetensors")
-        tensors["model.embed_tokens.weight"][letters] *= 20
-        save_file(tensors, root / name / "model.safetensors", metadata={"format": "pt"})
-    recipe = {"base_model": str(root / "base"), "experts": {task: str(root / task) for task in narrow.experts}}
-    return dataclasses.replace(narrow, root=root, recipe=recipe)
-
-
-@pytest.fixture(scope="module")
-def suite(family: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def suite(wide_llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "name": "tiny-generative",
-        "base_model": family.recipe["base_model"],
-        "experts": family.recipe["experts"],
+        "base_model": wide_llama.recipe["base_model"],
+        "experts": wide_llama.recipe["experts"],
         "data": str(write_generative_rows(tmp_path_factory.mktemp("rows") / "data")),
         "tasks": list(TASKS),
         "protocol": ["standard", "routed"],
@@ -96,13 +74,13 @@ def test_a_language_model_has_no_head_so_routed_is_standard(board: Any) -> None:
             assert rows["routed", method, task]["score"] == rows["standard", method, task]["score"]
 
 
-def test_an_expert_scores_what_lm_evals_own_model_scores(board: Any, family: Family, suite: dict[str, Any]) -> None:
+def test_an_expert_scores_what_lm_evals_own_model_scores(board: Any, wide_llama: Family, suite: dict[str, Any]) -> None:
     """And so does the twin that is told the task, at full rank."""
     _, rows = board
     assert {rows["standard", "experts", task]["score"] for task in TASKS} != {0.0}
     manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata={"data": suite["data"]})
     for task in TASKS:
-        hf = HFLM(family.recipe["experts"][task], device="cpu", batch_size=3)
+        hf = HFLM(wide_llama.recipe["experts"][task], device="cpu", batch_size=3)
         results = lm_eval.simple_evaluate(
             hf, tasks=[f"twin_{task}"], task_manager=manager, limit=6, bootstrap_iters=0, log_samples=False
         )["results"][f"twin_{task}"]

@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", default="demo", help="a suite file, or a name in leaderboards/ (default: demo)")
     parser.add_argument("--methods", help="labels or method names, comma-separated; the bounds run in any case")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results go (default: results)")
+    parser.add_argument(
+        "--harness", default="lm-eval", choices=("lm-eval", "helm"), help="who scores (default: lm-eval)"
+    )
     parser.add_argument("--limit", type=_positive, help="score the first N rows of each task")
     options = parser.parse_args(arguments)
     return reporting_errors(lambda: _run(options))
@@ -32,7 +35,9 @@ def _run(options: argparse.Namespace) -> None:
     suite = read_suite(options.suite)
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with Progress(console=Console(stderr=True)) as progress:
-        cells = run_suite(suite, options.out, only=only, limit=options.limit, progress=progress)
+        cells = run_suite(
+            suite, options.out, only=only, limit=options.limit, harness=options.harness, progress=progress
+        )
     table = write_leaderboard(cells, options.out)
     console = Console()
     if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures

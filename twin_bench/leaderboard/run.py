@@ -1,4 +1,4 @@
-"""Run a suite: every method on every task through the lm-eval adapter, one finished cell at a time."""
+"""Run a suite: every method on every task through a harness adapter, one finished cell at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from rich.progress import Progress
 
@@ -22,9 +22,12 @@ from twin_bench.hub import model_directory
 from twin_bench.leaderboard.cells import Cell, Cells, digest, digest_files, write_atomically
 from twin_bench.leaderboard.serve import Served, serve
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
+from twin_bench.metrics import mean, mean_standard_error
 from twin_bench.twin.build import open_sources
+from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.model import Protocol
 
+Harness = Literal["lm-eval", "helm"]
 PAPER_ROWS = {"routed": 1000}
 PAPER_ROWS_STATIC = 1001
 """The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
@@ -36,6 +39,7 @@ def run_suite(
     *,
     only: Sequence[str] | None = None,
     limit: int | None = None,
+    harness: Harness = "lm-eval",
     progress: Progress | None = None,
 ) -> list[Cell]:
     """Return a suite's cells, running those that `out`/cells does not hold yet.
@@ -44,7 +48,8 @@ def run_suite(
         suite: what to run.
         out: where cells, generated rows and built twins go.
         only: labels or method names; the bounds run in any case.
-        limit: the first so many rows of each task.
+        limit: the first so many rows of each task; HELM draws as many.
+        harness: lm-eval, or helm, which scores language models on its own scenarios' rows.
         progress: where the bars go.
 
     Raises:
@@ -54,6 +59,8 @@ def run_suite(
     entries = suite.entries(None if only is None else list(only))
     if suite.experts == EMBEDDED:
         suite = suite.model_copy(update={"experts": str(demo.experts_directory())})
+    if harness == "helm" and suite.task_type != "causal_lm":
+        raise InputError(f"suite {suite.name}: --harness helm asks for text, and these are classifiers")
     data = _rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
     if sources.bones.task_type != suite.task_type:
@@ -61,31 +68,48 @@ def run_suite(
     inputs = _input_digests(suite, data)
     if any(entry.track == "routed" for entry in entries):
         read_router_rows(data, suite.tasks)
-    cells = Cells(out / "cells")
+    if harness == "helm":
+        inputs["rows"] |= _helm_digests(suite, data, out)
+    cells = Cells(out / ("cells" if harness == "lm-eval" else "cells-helm"))
     finished: list[Cell] = []
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
     twins = out / "twins" / digest([version("twin-bench"), inputs])[:16]  # other inputs, other twins
     for listed, entry in work:
         protocol: Protocol = "standard" if _same_as_standard(entry, suite, listed) else listed
-        keys = {task: _key(suite, entry, protocol, task, inputs, limit) for task in suite.tasks}
+        keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
         done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
         progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
         if not all(done.values()):
             for served in serve(entry, protocol, suite, data, sources, twins, progress):
                 for task in served.tasks:
                     if done[task] is None:
-                        done[task] = _evaluate(served, entry, protocol, suite, task, data, keys[task], limit)
+                        evaluated = (
+                            _through_lm_eval(served, entry, protocol, suite, task, data, limit)
+                            if harness == "lm-eval"
+                            else _through_helm(served, entry, protocol, suite, task, out, limit)
+                        )
+                        done[task] = _cell(evaluated, served, entry, protocol, suite, task, keys[task])
                         cells.write(done[task])  # type: ignore[arg-type]
                         progress.advance(bar)
         finished += [dataclasses.replace(cell, protocol=listed) for cell in done.values() if cell is not None]
     return finished
 
 
-def _evaluate(
-    served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, data: Path, key: str, limit: int | None
-) -> Cell:
-    """Return one cell: the task through lm-eval and the adapter, as the command line runs it."""
+class Evaluated(NamedTuple):
+    """A task's score and its standard error (0 to 1) over `n` rows, the seconds it took, and what else is known."""
+
+    score: float
+    stderr: float
+    n: int
+    seconds: float
+    notes: dict[str, Any]
+
+
+def _through_lm_eval(
+    served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, data: Path, limit: int | None
+) -> Evaluated:
+    """Score a task through lm-eval and the adapter, as the command line runs it."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -114,22 +138,61 @@ def _evaluate(
         )
     metric = TASKS[task].metric
     scores = results["results"][f"twin_{task}"]
+    return Evaluated(
+        score=scores[f"{metric},none"],
+        stderr=scores[f"{metric}_stderr,none"],
+        n=results["n-samples"][f"twin_{task}"]["effective"],
+        seconds=time.perf_counter() - started,
+        notes={"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {},
+    )
+
+
+def _through_helm(
+    served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, out: Path, limit: int | None
+) -> Evaluated:
+    """Score a task through HELM's own run specs and statistics: its rows, prompts and sampling."""
+    from twin_bench_helm.evaluate import evaluate
+
+    assert isinstance(served.twin, TwinCausalLM)
+    started = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        scored = evaluate(
+            served.twin,
+            f"{protocol}-{entry.label}",
+            task,
+            TASKS[task].metric,
+            workspace=out / "helm",
+            rows=suite.rows if limit is None else limit,
+            batch_size=suite.batch_size,
+        )
+    return Evaluated(
+        score=mean(scored.values),
+        stderr=mean_standard_error(scored.values),
+        n=len(scored.values),
+        seconds=time.perf_counter() - started,
+        notes={"harness": f"crfm-helm {version('crfm-helm')}"},
+    )
+
+
+def _cell(
+    evaluated: Evaluated, served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, key: str
+) -> Cell:
     return Cell(
         suite=suite.name,
         protocol=protocol,
         method=entry.label,
         track=entry.track,
         task=task,
-        metric=metric,
-        score=100 * scores[f"{metric},none"],
-        stderr=100 * scores[f"{metric}_stderr,none"],
-        n=results["n-samples"][f"twin_{task}"]["effective"],
+        metric=TASKS[task].metric,
+        score=100 * evaluated.score,
+        stderr=100 * evaluated.stderr,
+        n=evaluated.n,
         seed=suite.seed,
-        seconds=time.perf_counter() - started,
+        seconds=evaluated.seconds,
         build_seconds=served.build_seconds,
         parameters=served.parameters,
         settings=entry.settings(suite.seed),
-        notes={**served.notes, **({"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {})},
+        notes={**served.notes, **evaluated.notes},
         key=key,
     )
 
@@ -190,7 +253,34 @@ def _input_digests(suite: Suite, data: Path) -> dict[str, Any]:
     }
 
 
-def _key(suite: Suite, entry: Entry, protocol: Protocol, task: str, inputs: dict[str, Any], limit: int | None) -> str:
+def _helm_digests(suite: Suite, data: Path, out: Path) -> dict[str, str]:
+    """Return digests of HELM's raw files, by task; InputError where they are missing."""
+    if suite.helm is None or not Path(suite.helm).is_dir():
+        raise InputError(
+            f"suite {suite.name}: helm: {suite.helm}; name a directory of HELM's raw files, as they lie under "
+            "benchmark_output/scenarios"
+        )
+    from twin_bench_helm.evaluate import copy_scenarios, run_entries
+
+    scenarios = out / "helm" / "benchmark_output" / "scenarios"
+    copy_scenarios(Path(suite.helm), data, scenarios)
+    for task in suite.tasks:
+        run_entries(task, scenarios)  # says which file is missing
+    # The sources: HELM adds files of its own to the copies.
+    files = [file for file in sorted(Path(suite.helm).rglob("*")) if file.is_file()]
+    digests = digest([f"{file.relative_to(suite.helm)}:{digest_files(file)}" for file in files])
+    return dict.fromkeys((f"{task}/helm" for task in suite.tasks), digests)
+
+
+def _key(
+    suite: Suite,
+    entry: Entry,
+    protocol: Protocol,
+    task: str,
+    inputs: dict[str, Any],
+    limit: int | None,
+    harness: Harness,
+) -> str:
     """Return the digest of everything that decides a cell's score."""
     # A twin's router was trained on all tasks' rows; a prompt holds its own task's examples.
     own = {name: rows for name, rows in inputs["rows"].items() if name.startswith(f"{task}/")}
@@ -208,5 +298,6 @@ def _key(suite: Suite, entry: Entry, protocol: Protocol, task: str, inputs: dict
             "max_length": suite.max_length,
             "dtype": suite.dtype,
             "limit": suite.rows if limit is None else limit,
+            **({"harness": harness} if harness != "lm-eval" else {}),
         }
     )

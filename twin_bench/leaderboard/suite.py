@@ -73,7 +73,8 @@ class Suite(Settings):
     `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it;
     `protocol` among the options restricts an entry to some of the suite's. `rows` is how many of a task's rows
     are scored where --limit says nothing (all of them by default), `dtype` what the models run in (by default the
-    base model's), `batch_size` inputs a forward.
+    base model's), `batch_size` inputs a forward. `helm`: a directory of HELM's raw files, as they lie under
+    benchmark_output/scenarios, for --harness helm.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Suite(Settings):
     rows: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
     batch_size: int = Field(default=32, ge=1)
+    helm: str | None = None
 
     @field_validator("protocol", mode="before")
     @classmethod
@@ -153,6 +155,8 @@ def read_suite(name_or_file: str) -> Suite:
     raw = read_yaml(file)
     for key in ("base_model", "data"):
         raw[key] = locate(raw.get(key), file)
+    if "helm" in raw:
+        raw["helm"] = locate(raw["helm"], file)
     experts = raw.get("experts")
     raw["experts"] = (
         {task: locate(path, file) for task, path in experts.items()}

@@ -1,0 +1,125 @@
+"""The leaderboard through HELM: its figures against HELM's own files, and both harnesses on the same prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lm_eval.api.instance import Instance
+
+from tests.conftest import WORDS, Family, write_generative_rows
+from twin_bench.leaderboard.__main__ import main
+from twin_bench_lm_eval.causal import CausalTwin
+
+TASKS = ("mmlu", "bbq", "cnn_dailymail")
+
+
+def raw_files(root: Path) -> Path:
+    """Write HELM's raw files of two MMLU subjects and one of BBQ's categories."""
+    draw = random.Random(0)
+
+    def text() -> str:
+        return " ".join(draw.choices(WORDS, k=4))
+
+    for split, count in (("dev", 5), ("val", 2), ("test", 4)):
+        for subject in ("anatomy", "astronomy"):
+            file = root / "mmlu" / "data" / split / f"{subject}_{split}.csv"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = [",".join([*(text() for _ in range(5)), draw.choice("ABC")]) for _ in range(count)]
+            file.write_text("\n".join(rows) + "\n")
+    lines = []
+    for index in range(40):
+        answers = {f"ans{i}": text() for i in range(3)}
+        info = {"ans0": ["old man", "old"], "ans1": ["young man", "nonOld"], "ans2": ["unknown", "unknown"]}
+        lines.append(
+            {
+                **{"example_id": index, "question_index": "1", "question_polarity": ("neg", "nonneg")[index % 2]},
+                **{"context_condition": ("ambig", "disambig")[index // 2 % 2], "category": "Age"},
+                **{"answer_info": info, "additional_metadata": {"stereotyped_groups": ["old"]}},
+                **{"context": text(), "question": text(), "label": draw.randrange(3), **answers},
+            }
+        )
+    (root / "bbq" / "data").mkdir(parents=True)
+    (root / "bbq" / "data" / "Age").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def suite(wide_llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("helm-suite")
+    return {
+        "name": "tiny-helm",
+        "base_model": wide_llama.recipe["base_model"],
+        "experts": wide_llama.recipe["experts"],
+        "data": str(write_generative_rows(root / "data")),
+        "helm": str(raw_files(root / "helm")),
+        "tasks": list(TASKS),
+        "rows": 6,
+        "batch_size": 3,
+        "methods": [{"twin": {"router": {"epochs": 3}}}],
+    }
+
+
+def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), "--harness", "helm", *arguments])
+
+
+@pytest.mark.slow
+def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
+    suite: dict[str, Any], tmp_path: Path
+) -> None:
+    assert run(suite, tmp_path) == 0
+    rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    cells = {(row["method"], row["task"]): row for row in rows}
+    assert cells.keys() == {(method, task) for method in ("pretrained", "experts", "twin") for task in TASKS}
+    runs = tmp_path / "out" / "helm" / "benchmark_output" / "runs" / "leaderboard"
+    metrics = {"mmlu": ("exact_match", "test"), "bbq": ("exact_match", "test"), "twin_cnndm": ("rouge_2", "test")}
+    (directory,) = (path for path in (tmp_path / "out" / "twins").glob("*/*") if path.is_dir())
+    lm = CausalTwin(str(directory), device="cpu", batch_size=2)
+    asked = 0
+    for name, (metric, split) in metrics.items():
+        total = count = 0.0
+        for folder in runs.glob(f"{name}:*model=twin_merged_standard-twin*"):
+            for stat in json.loads((folder / "stats.json").read_text()):
+                if stat["name"] == {"name": metric, "split": split}:
+                    per_row = json.loads((folder / "per_instance_stats.json").read_text())
+                    n = len({row["instance_id"] for row in per_row if not row.get("perturbation")})
+                    total, count = total + n * stat["mean"], count + n
+            states = json.loads((folder / "scenario_state.json").read_text())["request_states"]
+            if name != "twin_cnndm":  # which HELM samples
+                prompts = [state["request"]["prompt"] for state in states]
+                options = {"until": ["\n"], "max_gen_toks": 1, "do_sample": False}
+                texts = lm.generate_until(
+                    [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(prompts)]
+                )
+                assert texts == [state["result"]["completions"][0]["text"] for state in states]
+                asked += len(texts)
+        task = {"twin_cnndm": "cnn_dailymail"}.get(name, name)
+        assert cells["twin", task]["n"] == count == 6
+        assert cells["twin", task]["score"] == pytest.approx(100 * total / count)
+        assert cells["twin", task]["notes"]["harness"].startswith("crfm-helm")
+    assert asked == 12
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells-helm").rglob("*.json")}
+    assert run(suite, tmp_path) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells-helm").rglob("*.json")}
+
+
+def test_what_helm_lacks_is_named(
+    suite: dict[str, Any], families: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = families("bert").recipe
+    for changes, says in (
+        (
+            {"tasks": ["mmlu", "truthfulqa"], "experts": {**suite["experts"], "truthfulqa": suite["experts"]["bbq"]}},
+            "TruthfulQA.csv: no such file",
+        ),
+        ({"helm": str(tmp_path / "nowhere")}, "name a directory of HELM's raw files"),
+        ({"tasks": ["cola"], "base_model": bert["base_model"], "experts": bert["experts"]}, "these are classifiers"),
+    ):
+        assert run({**suite, **changes}, tmp_path) == 2
+        assert says in capsys.readouterr().err
