@@ -170,8 +170,9 @@ class BatchExecutor(Executor):  # type: ignore[misc]
             asked: dict[str, list[Request]] = {}
             for state in scenario_state.request_states:
                 asked.setdefault(state.request.model_deployment, []).append(state.request)
-            for deployment, requests in asked.items():
-                client = self.context.client._get_client(deployment)
+            context: Any = self.context  # a LocalContext where HELM runs by itself; a remote one has no clients
+            for deployment, requests in asked.items() if hasattr(context, "client") else ():
+                client = context.client._get_client(deployment)
                 if isinstance(client, TwinClient):
                     client.prepare(requests)
         return super().execute(scenario_state)
