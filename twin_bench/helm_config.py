@@ -42,13 +42,18 @@ def write_helm_config(
     Raises:
         InputError: no language model's twin there, a name that is taken, a file that is not HELM's.
     """
+    from transformers import AutoTokenizer
+
     manifest = read_manifest(twin)
     if manifest["task_type"] != "causal_lm":
         raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
     if not NAME.fullmatch(name):
         raise InputError(f"name {name!r}: letters, digits, '-', '_' and '.' only")
     full, model = f"twin_merged/{name}", (twin / "model").resolve()
+    tokenizer = AutoTokenizer.from_pretrained(model)
     window = manifest.get("max_length") or context_window(read_config(model))
+    window -= len(tokenizer("")["input_ids"])  # HELM counts without the tokens that a tokenizer puts around a text
+    end = tokenizer.eos_token or ""
     arguments = {
         "twin": str(twin.resolve()),
         "device": device,
@@ -79,7 +84,8 @@ def write_helm_config(
                     "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
                     "args": {"pretrained_model_name_or_path": str(model)},
                 },
-                **_special_tokens(model),
+                "end_of_text_token": end,
+                "prefix_token": tokenizer.bos_token or end,
             },
         ),
         "model_deployments.yaml": (
@@ -89,6 +95,7 @@ def write_helm_config(
                 "model_name": full,
                 "tokenizer_name": full,
                 "max_sequence_length": window,
+                "max_sequence_and_generated_tokens_length": window,
                 "client_spec": {
                     "class_name": "twin_bench_helm.client.TwinClient",
                     "args": {key: value for key, value in arguments.items() if value is not None},
@@ -120,12 +127,3 @@ def _listed(path: Path, key: str) -> list[dict[str, Any]]:
     if not isinstance(listed, list) or set(found) - {key}:
         raise InputError(f"{path}: expected a list under {key!r} and nothing else; is it HELM's?")
     return listed
-
-
-def _special_tokens(model: Path) -> dict[str, str]:
-    """Return the tokens that HELM asks a tokenizer config for."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    end = tokenizer.eos_token or ""
-    return {"end_of_text_token": end, "prefix_token": tokenizer.bos_token or end}

@@ -153,8 +153,16 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int) -
         )
     )
     client = ClientSpec(class_name="twin_bench_helm.client.TwinClient", args={"twin": full, "batch_size": batch_size})
+    window = twin.max_length - len(twin.tokenizer("")["input_ids"])
     register_model_deployment(
-        ModelDeployment(full, client, full, tokenizer_name=full, max_sequence_length=twin.max_length)
+        ModelDeployment(
+            full,
+            client,
+            full,
+            tokenizer_name=full,
+            max_sequence_length=window,
+            max_sequence_and_generated_tokens_length=window,
+        )
     )
 
 

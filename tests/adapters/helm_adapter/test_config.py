@@ -38,7 +38,7 @@ def test_three_files_name_the_twin_and_keep_what_is_there(twin: Path, tmp_path: 
     deployments = yaml.safe_load((tmp_path / "model_deployments.yaml").read_text())["model_deployments"]
     assert deployments[0] == other["model_deployments"][0]
     assert deployments[1]["name"] == deployments[1]["tokenizer_name"] == "twin_merged/tiny"
-    assert deployments[1]["max_sequence_length"] == 64
+    assert deployments[1]["max_sequence_length"] == deployments[1]["max_sequence_and_generated_tokens_length"] == 64
     assert deployments[1]["client_spec"]["args"] == {
         "twin": str(twin),
         "device": "cpu",
