@@ -59,7 +59,8 @@ def test_what_the_wheel_holds(wheel):
     shipped = {f"twin_bench/tasks/{folder}/twin_{task}.yaml" for folder, tasks in TASKS.items() for task in tasks}
     assert shipped <= set(names)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"twin_bench", "twin_bench_lm_eval", "twin_bench_lm_eval.pth"}
+    assert tops == {"twin_bench", "twin_bench_helm", "twin_bench_lm_eval", "twin_bench_lm_eval.pth"}
+    assert {f"twin_bench/tasks/helm/{file}" for file in ("paper.conf", "small.conf", "schema_twin.yaml")} <= set(names)
     assert not [name for name in names if name.endswith(".pyc")]
 
 
@@ -93,8 +94,10 @@ def test_an_installed_wheel_has_its_tasks_and_its_entry_point(python, installed)
         "manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False)",
         "print(*manager.all_subtasks)",
         "print(*{e.load().__name__ for e in entry_points(group='lm_eval.models', name='twin_merged')})",
+        "print(*{e.load().cnndm().name for e in entry_points(group='helm', name='twin_bench')})",
     )
-    directory, tasks, entry_point = shown.splitlines()
+    directory, tasks, entry_point, helm_entry = shown.splitlines()
     assert Path(directory).is_relative_to(installed)
     assert tasks.split() == sorted(f"twin_{task}" for group in TASKS.values() for task in group)
     assert entry_point == "TwinMerged"
+    assert helm_entry == "twin_cnndm:temperature=0.3"
