@@ -62,10 +62,13 @@ class Completion:
 
 
 class Engine:
-    """Answers lists of requests with one twin, and single requests of many threads in lists."""
+    """Answers lists of requests with one twin, and single requests of many threads in lists.
 
-    def __init__(self, twin: TwinCausalLM, batch_size: int) -> None:
-        self.twin, self.batch_size = twin, batch_size
+    `task` is that of all requests, where the twin's routing is `task`.
+    """
+
+    def __init__(self, twin: TwinCausalLM, batch_size: int, task: str | None = None) -> None:
+        self.twin, self.batch_size, self._task = twin, batch_size, task
         self._waiting: queue.SimpleQueue[tuple[Ask, Future[list[Completion]]]] = queue.SimpleQueue()
         self._lock, self._starting = threading.Lock(), threading.Lock()
         self._server: threading.Thread | None = None
@@ -119,6 +122,9 @@ class Engine:
         except Exception as error:
             future.set_exception(error)
 
+    def _tasks(self, rows: int) -> list[str] | None:
+        return None if self._task is None else [self._task] * rows
+
     def _scored(self, requests: Sequence[Ask]) -> list[list[Completion]]:
         """Return the prompts' own log-probabilities, the first token's as 0 (HELM's convention).
 
@@ -127,8 +133,11 @@ class Engine:
         prompts = [request.prompt for request in requests]
         pairs = [(prompt[:1], prompt[1:]) for prompt in prompts if len(prompt) > 1]
         routed_on = [prompt for prompt in prompts if len(prompt) > 1]
+        tasks = self._tasks(len(pairs))
         scores = iter(
-            self.twin.log_likelihoods(pairs, routed_on=routed_on, batch_size=self.batch_size) if pairs else []
+            self.twin.log_likelihoods(pairs, routed_on=routed_on, tasks=tasks, batch_size=self.batch_size)
+            if pairs
+            else []
         )
         return [
             [Completion(list(prompt), [0.0, *(next(scores).log_probs.tolist() if len(prompt) > 1 else [])])]
@@ -146,7 +155,9 @@ class Engine:
                     f"a prompt of {len(request.prompt)} tokens and {first.max_tokens} to generate; the model's window "
                     f"is {window}"
                 )
-        weights = self.twin.route_all([tokens(r.prompt) for r in requests], batch_size=self.batch_size)
+        weights = self.twin.route_all(
+            [tokens(r.prompt) for r in requests], self._tasks(len(requests)), batch_size=self.batch_size
+        )
         lengths = [len(request.prompt) for request in requests]
         groups = plan(weights, lengths, self.twin.costs, steps=first.max_tokens, batch_size=self.batch_size)
         answers: dict[int, list[Completion]] = {}
@@ -226,15 +237,16 @@ _ENGINES: dict[tuple[str, str | None, str | None, str, int], Engine] = {}
 _LOADING = threading.Lock()
 
 
-def hold(name: str, twin: TwinCausalLM, batch_size: int) -> None:
+def hold(name: str, twin: TwinCausalLM, batch_size: int, task: str) -> None:
     """Have `engine` return, for `name` in place of a directory, an engine of a twin that is in memory already.
 
-    It takes the place of the one held before: a leaderboard's twins come one after the other.
+    `task` is that of all requests. It takes the place of the one held before: a leaderboard's twins come one after
+    the other.
     """
     with _LOADING:
         for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
             del _ENGINES[key]
-        _ENGINES[(name, None, None, "standard", batch_size)] = Engine(twin, batch_size)
+        _ENGINES[(name, None, None, "standard", batch_size)] = Engine(twin, batch_size, task)
 
 
 def engine(directory: str, *, device: str | None, dtype: str | None, protocol: Protocol, batch_size: int) -> Engine:

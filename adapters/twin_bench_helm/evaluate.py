@@ -105,7 +105,7 @@ def evaluate(
     logging.getLogger("helm").setLevel(logging.ERROR)
     output, full = workspace / "benchmark_output", f"twin_merged/{name}"
     entries = run_entries(task, output / "scenarios")
-    _register(twin, full, workspace, batch_size)
+    _register(twin, full, workspace, batch_size, task)
     set_benchmark_output_path(str(output))
     each = 10**9 if rows is None else -(-rows // len(entries))
     scored = f"model={full},eval_split={SPLITS[task]}"  # MMLU would draw from its valid rows as well
@@ -130,9 +130,9 @@ def evaluate(
     return _read([output / "runs" / "leaderboard" / spec.name for spec in specs], metric, SPLITS[task])
 
 
-def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int) -> None:
+def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, task: str) -> None:
     """Make a twin in memory a deployment of its own, with its tokenizer."""
-    hold(full, twin, batch_size)
+    hold(full, twin, batch_size, task)
     folder = workspace / "tokenizer"
     twin.tokenizer.save_pretrained(folder)
     end = twin.tokenizer.eos_token

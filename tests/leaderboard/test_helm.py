@@ -60,7 +60,10 @@ def suite(wide_llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "tasks": list(TASKS),
         "rows": 6,
         "batch_size": 3,
-        "methods": [{"twin": {"router": {"epochs": 3}}}],
+        "methods": [
+            {"twin": {"router": {"epochs": 3}}},
+            {"told": {"method": "twin", "exclusive": {"density": 1.0}, "router": {"epochs": 3}, "weights": "task"}},
+        ],
     }
 
 
@@ -76,10 +79,11 @@ def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
     assert run(suite, tmp_path) == 0
     rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     cells = {(row["method"], row["task"]): row for row in rows}
-    assert cells.keys() == {(method, task) for method in ("pretrained", "experts", "twin") for task in TASKS}
+    assert cells.keys() == {(method, task) for method in ("pretrained", "experts", "twin", "told") for task in TASKS}
     runs = tmp_path / "out" / "helm" / "benchmark_output" / "runs" / "leaderboard"
     metrics = {"mmlu": ("exact_match", "test"), "bbq": ("exact_match", "test"), "twin_cnndm": ("rouge_2", "test")}
-    (directory,) = (path for path in (tmp_path / "out" / "twins").glob("*/*") if path.is_dir())
+    built = [path for path in (tmp_path / "out" / "twins").glob("*/*") if path.is_dir()]
+    (directory,) = (path for path in built if json.loads((path / "twin.json").read_text())["exclusive"]["density"] < 1)
     lm = CausalTwin(str(directory), device="cpu", batch_size=2)
     asked = 0
     for name, (metric, split) in metrics.items():
@@ -104,6 +108,8 @@ def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
         assert cells["twin", task]["score"] == pytest.approx(100 * total / count)
         assert cells["twin", task]["notes"]["harness"].startswith("crfm-helm")
     assert asked == 12
+    for task in ("mmlu", "bbq"):  # at full rank the twin that is told the task is the expert
+        assert cells["told", task]["score"] == cells["experts", task]["score"]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells-helm").rglob("*.json")}
     assert run(suite, tmp_path) == 0
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells-helm").rglob("*.json")}

@@ -68,13 +68,13 @@ def run_suite(
     inputs = _input_digests(suite, data)
     if any(entry.track == "routed" for entry in entries):
         read_router_rows(data, suite.tasks)
+    twins = out / "twins" / digest([version("twin-bench"), inputs])[:16]  # other inputs, other twins
     if harness == "helm":
         inputs["rows"] |= _helm_digests(suite, data, out)
     cells = Cells(out / ("cells" if harness == "lm-eval" else "cells-helm"))
     finished: list[Cell] = []
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
-    twins = out / "twins" / digest([version("twin-bench"), inputs])[:16]  # other inputs, other twins
     for listed, entry in work:
         protocol: Protocol = "standard" if _same_as_standard(entry, suite, listed) else listed
         keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
