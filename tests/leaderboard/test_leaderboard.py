@@ -168,7 +168,7 @@ def test_every_row_says_what_it_is(board: Any) -> None:
 def test_a_killed_run_resumes_and_equals_an_unbroken_one(
     suite_file: Path, board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = run_module._evaluate, []
+    real, calls = run_module._through_lm_eval, []
 
     def dies_at_the_fifth(*arguments: Any) -> Any:
         calls.append(arguments[4])
@@ -177,17 +177,17 @@ def test_a_killed_run_resumes_and_equals_an_unbroken_one(
         return real(*arguments)
 
     arguments = ["--suite", str(suite_file), "--out", str(tmp_path), "--methods", "average,ceiling"]
-    monkeypatch.setattr(run_module, "_evaluate", dies_at_the_fifth)
+    monkeypatch.setattr(run_module, "_through_lm_eval", dies_at_the_fifth)
     assert main(arguments) == 130
     assert not (tmp_path / "leaderboard.json").exists()
     assert len(list((tmp_path / "cells").rglob("*.json"))) == 4
-    monkeypatch.setattr(run_module, "_evaluate", real)
+    monkeypatch.setattr(run_module, "_through_lm_eval", real)
     assert main(arguments) == 0
     for row in json.loads((tmp_path / "leaderboard.json").read_text()):
         whole = board[1][row["protocol"], row["method"], row["task"]]
         assert row["score"] == whole["score"]
         assert row["stderr"] == whole["stderr"]
-    monkeypatch.setattr(run_module, "_evaluate", lambda *a: pytest.fail("a finished cell was run again"))
+    monkeypatch.setattr(run_module, "_through_lm_eval", lambda *a: pytest.fail("a finished cell was run again"))
     assert main(arguments) == 0
     assert not list((tmp_path / "cells").rglob(".*"))
 
