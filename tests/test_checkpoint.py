@@ -17,7 +17,8 @@ from tests.conftest import tiny_classifier, tiny_tokenizer
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoint import Checkpoint, Skeleton, open_checkpoint, open_expert, read_config, skeleton
 from twin_bench.recipe import Recipe
-from twin_bench.twin.build import build_twin, open_sources
+from twin_bench.twin.build import build_twin
+from twin_bench.twin.sources import open_sources
 
 
 def opened(directory: Path, kind: str) -> tuple[Checkpoint, Skeleton]:

@@ -109,9 +109,13 @@ class Engine:
                     break
             try:
                 answers = self.answer([request for request, _ in waiting])
-            except Exception:  # one of them can't be answered: then each is asked for itself
+            except InputError:  # one of them can't be answered: then each is asked for itself
                 for request, future in waiting:
                     self._settle(request, future)
+                continue
+            except Exception as error:  # whatever else went wrong is every waiting thread's to raise
+                for _, future in waiting:
+                    future.set_exception(error)
                 continue
             for (_, future), answer in zip(waiting, answers, strict=True):
                 future.set_result(answer)
@@ -119,7 +123,7 @@ class Engine:
     def _settle(self, request: Ask, future: Future[list[Completion]]) -> None:
         try:
             future.set_result(self.answer([request])[0])
-        except Exception as error:
+        except Exception as error:  # raised where the request was made
             future.set_exception(error)
 
     def _tasks(self, rows: int) -> list[str] | None:

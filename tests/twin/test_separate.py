@@ -17,8 +17,9 @@ from tests.twin.test_exactness import mixes
 from twin_bench import InputError, TwinModel
 from twin_bench.data import TASKS
 from twin_bench.recipe import Recipe
-from twin_bench.twin.build import build_twin, open_sources
+from twin_bench.twin.build import build_twin
 from twin_bench.twin.separate import merge_separately
+from twin_bench.twin.sources import open_sources
 
 RANK, ALPHA, SCALING = 4, 6, 0.3
 TASKS_HERE = ("mmlu", "bbq", "cnn_dailymail")

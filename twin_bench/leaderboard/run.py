@@ -23,9 +23,9 @@ from twin_bench.leaderboard.cells import Cell, Cells, digest, digest_files, writ
 from twin_bench.leaderboard.serve import Served, serve
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
 from twin_bench.metrics import mean, mean_standard_error
-from twin_bench.twin.build import open_sources
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.model import Protocol
+from twin_bench.twin.sources import open_sources
 
 Harness = Literal["lm-eval", "helm"]
 PAPER_ROWS = {"routed": 1000}

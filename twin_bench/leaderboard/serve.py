@@ -17,11 +17,12 @@ from twin_bench.leaderboard.cells import digest, write_atomically
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
 from twin_bench.methods import merge_lazily
 from twin_bench.recipe import Recipe
-from twin_bench.twin.build import ORACLE_PARAMETERS, Sources, build_twin, load_model
+from twin_bench.twin.build import ORACLE_PARAMETERS, build_twin
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_class
 from twin_bench.twin.separate import merge_separately
+from twin_bench.twin.sources import Sources, load_model
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -59,7 +60,7 @@ class Parts:
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
-class TwinModel(nn.Module):
+class TwinModel(nn.Module, abc.ABC):
     """theta_s + sum_t w_t(x) v_t for every row of a batch, exactly.
 
     `from_pretrained` returns the kind that a directory holds, a TwinClassifier or a TwinCausalLM; what a
@@ -102,9 +103,9 @@ class TwinModel(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    @abc.abstractmethod
     def _complete(self, parts: Parts) -> None:
         """Add what a kind of twin has besides: `max_length` at least."""
-        raise NotImplementedError
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         return install(model, parts.exclusive)
