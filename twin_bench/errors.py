@@ -1,4 +1,4 @@
-"""The one error a user's mistake raises."""
+"""The errors a user's mistake raises."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class InputError(ValueError):
 
     Command lines print the message to stderr, without a traceback, and exit with status 2.
     """
+
+
+class UnsuitedError(InputError):
+    """A method was asked of experts or tasks that lack what it needs: a leaderboard skips it and says why."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
