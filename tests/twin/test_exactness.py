@@ -120,7 +120,7 @@ def force_path(twin: TwinModel, path: str, monkeypatch: pytest.MonkeyPatch) -> N
     costs = twin.fusion.costs()
     free = {"fused": 0.0, "low-rank": 1e12}.get(path)
     if free is not None:
-        forced = type(costs)(tuple(free for _ in costs.fuse), free, 1.0)
+        forced = type(costs)(tuple(free for _ in costs.fuse), free, tuple(1.0 for _ in costs.fuse), 1.0)
         monkeypatch.setattr(type(twin.fusion), "costs", lambda self: forced)
 
 

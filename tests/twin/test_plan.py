@@ -6,7 +6,7 @@ import torch
 
 from twin_bench.twin.plan import Costs, Group, batches, plan
 
-COSTS = Costs(fuse=(100.0, 100.0, 100.0), rebuild=20.0, low_rank=1.0)
+COSTS = Costs(fuse=(100.0, 100.0, 100.0), rebuild=20.0, columns=(1.0, 1.0, 1.0), joint=1.0)
 
 
 def test_equal_rows_share_a_fusion_when_their_tokens_pay_for_it() -> None:
@@ -46,7 +46,7 @@ def test_the_plan_depends_on_the_rows_and_not_on_their_order() -> None:
 
 def test_nothing_to_fuse() -> None:
     assert plan(torch.zeros(0, 3), [], COSTS) == []
-    (group,) = plan(torch.zeros(4, 0), [9] * 4, Costs((), 20.0, 0.0))
+    (group,) = plan(torch.zeros(4, 0), [9] * 4, Costs((), 20.0, (), 0.0))
     assert group.rows == (0, 1, 2, 3)
     assert group.weights is not None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,19 @@ from twin_bench.methods import find_method, merge_lazily
 from twin_bench.recipe import Recipe, RouterSettings
 from twin_bench.twin.directory import require_expert_name, save_twin
 from twin_bench.twin.exclusive import exclusive_vector
-from twin_bench.twin.model import PaperParts, Parts, TwinModel, twin_class
+from twin_bench.twin.model import Encoded, PaperParts, Parts, TwinModel, twin_class
 from twin_bench.twin.plan import Group, batches
 from twin_bench.twin.router import RouterConfig, Trained, train_router
 from twin_bench.twin.separate import SeparateParts, lora_stacks
 from twin_bench.twin.sources import Sources, load_model, open_sources
+from twin_bench.twin.tolerance import sensitivity
 
 ORACLE_PARAMETERS = re.compile(r"bias")
 """Parameters that the paper protocol neither merges nor replaces: the true task's expert supplies them."""
+
+PROBE_ROWS = 16
+PROBE_TOKENS = 512
+"""Held-out rows of a task, and their tokens, on which a twin's sensitivity to its weights is measured: one at least."""
 
 FEATURE_TOKENS = 8192
 """Tokens of a batch whose features are taken: bounds what the hidden states of long prompts need."""
@@ -83,6 +89,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
         "router": chosen,
         "seed": recipe.seed,
         "max_length": recipe.max_length,  # None: the kind's own default
+        "sensitivity": parts.sensitivity,
         "parameters": {"shared": sum(t.numel() for t in shared.values()), "exclusive": stored},
     }
     save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.bones, settings)
@@ -116,7 +123,10 @@ def _with_routers(
         layer_accuracy[str(layer)] = trained.accuracy
         best = trained if best is None or trained.accuracy > best.accuracy else best
     assert best is not None
-    parts = dataclasses.replace(parts, router=best.router)
+    twin.router = best.router
+    parts = dataclasses.replace(
+        parts, router=best.router, sensitivity=_sensitivity(twin, [r for r, h in zip(rows, held_out, strict=True) if h])
+    )
     summary = {
         **settings.model_dump(exclude={"data"}),
         "layer": best.router.config.layer,
@@ -181,6 +191,19 @@ def _features(
         order += batch.rows
     restore = torch.argsort(torch.tensor(order))
     return [torch.cat(kept)[restore] for kept in chunks]
+
+
+def _sensitivity(twin: TwinModel, rows: Sequence[TaskInput]) -> float:
+    """Return how sensitive the twin is to its weights, from a few held-out rows of each task."""
+    probes: list[Encoded] = []
+    tasks: list[str] = []
+    for task in twin.expert_names:
+        own = twin.encode([(row.text, row.text_pair) for row in rows if row.task == task][:PROBE_ROWS])
+        tokens = list(itertools.accumulate(len(row["input_ids"]) for row in own))
+        few = max(1, sum(count <= PROBE_TOKENS for count in tokens))
+        probes += own[:few]
+        tasks += [task] * len(own[:few])
+    return sensitivity(twin, probes, tasks, twin.route_all(probes))
 
 
 def _sampled(rows: Sequence[TaskInput], names: Sequence[str], limit: int, seed: int) -> list[TaskInput]:

@@ -209,6 +209,18 @@ class TwinCausalLM(TwinModel):
         rows = weights.repeat_interleave(copies, dim=0)
         return self.fused(Group(tuple(range(len(rows))), None), rows)
 
+    @torch.no_grad()
+    def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
+        """Return the logits (vocabulary,) of each row's next token, on the CPU."""
+        lengths = [len(row["input_ids"]) for row in encoded]
+        found: dict[int, Tensor] = {}
+        for batch in self.planned(weights, lengths, 8, range(len(encoded))):
+            kept = sorted({lengths[row] - 1 for row in batch.rows})
+            logits = self._logits([encoded[row] for row in batch.rows], kept, batch, weights)
+            for row, row_logits in zip(batch.rows, logits, strict=True):
+                found[row] = row_logits[kept.index(lengths[row] - 1)].cpu()
+        return [found[row] for row in range(len(encoded))]
+
     def classify(self, *_: Any, **__: Any) -> Any:
         """Refuse: there is no head to classify with."""
         raise InputError("a causal_lm twin does not classify; build a twin of sequence classifiers for that")
@@ -240,7 +252,7 @@ class TwinCausalLM(TwinModel):
         if fusion_weights is not None:
             return self.checked_weights(fusion_weights, rows)
         if self.routing == "router" and self.expert_names:
-            return self.route(input_ids, attention_mask)
+            return self.simplest(self.route(input_ids, attention_mask))
         return self.route_all([{}] * rows, [task] * rows if isinstance(task, str) else task)
 
     def _weights_of_rows(

@@ -83,7 +83,7 @@ class TwinClassifier(TwinModel):
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, size)
         elif self.routing == "router" and self.expert_names:
-            weights = self.route(**inputs)
+            weights = self.simplest(self.route(**inputs))
         else:
             weights = self.route_all([{}] * size, [str(name) for name in tasks])
         heads = self._heads_of(weights, tasks)
@@ -162,6 +162,10 @@ class TwinClassifier(TwinModel):
             progress(len(copies) - len(distinct))
         return [answers[row] for row in copies]
 
+    def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
+        """Return the logits (labels,) that each row's answer is read from, on the CPU."""
+        return [prediction.logits for prediction in self.answer(encoded, tasks, fusion_weights=weights)]
+
     def generate(self, *_: Any, **__: Any) -> Tensor:
         """Refuse: there is no language model here."""
         raise InputError("a classifier twin does not generate text; build a twin of causal language models for that")
@@ -184,7 +188,8 @@ class TwinClassifier(TwinModel):
         costs = self.fusion.costs()
         if self.protocol != "paper":
             return costs
-        return Costs((*costs.fuse, *[0.0] * len(costs.fuse)), costs.rebuild, costs.low_rank)
+        free = [0.0] * len(costs.fuse)
+        return Costs((*costs.fuse, *free), costs.rebuild, (*costs.columns, *free), costs.joint)
 
     def _heads_of(self, weights: Tensor, tasks: Sequence[str | None]) -> list[str]:
         if self.protocol == "routed":

@@ -131,6 +131,7 @@ def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
         router=_load_router(directory / "router"),
         paper=_load_paper(directory / "router" / "paper", manifest),
         max_length=manifest.get("max_length"),
+        sensitivity=manifest.get("sensitivity"),
         digests=_part_digests(manifest["files"]),
     )
 

@@ -8,6 +8,8 @@ Each runs in one of three ways, set by the model's one `Fusion`:
 - rows:   y = W_s x + B (w * (A x)), every row with weights of its own (`Fusion.per_row`).
 
 B and A hold all experts' factors side by side: R = sum_t r_t columns, column c belonging to expert `owner[c]`.
+A batch multiplies the columns of those experts alone that some row of it gives a weight; or all experts' joint
+basis (`twin_bench.twin.basis`), where there is one and it has fewer.
 Biases and norms are fused per row as well, and embeddings through the factors' gathered rows; an output layer
 that is tied to the embeddings is fused as they are.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twin_bench.errors import InputError
+from twin_bench.twin.basis import joint_basis
 from twin_bench.twin.exclusive import Exclusive, Factors
 from twin_bench.twin.plan import Costs
 
@@ -42,7 +45,7 @@ class Fusion:
         self.bias_weights: Tensor | None = None
         self.layers: list[FusedLayer] = []
         self._fused: tuple[Tensor, Tensor] | None = None
-        self._columns: dict[tuple[int, ...], Tensor] = {}
+        self._columns: dict[tuple[int, ...], Columns] = {}
 
     @contextmanager
     def fuse(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
@@ -62,23 +65,26 @@ class Fusion:
         with self._running("rows", weights, weights if bias_weights is None else bias_weights):
             yield
 
-    def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Tensor:
-        """Return the rows' weights spread over the factors' columns, (batch, R); once a forward a layout."""
+    def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Columns:
+        """Return which of a layout's columns the rows use, and their weights; found once a forward."""
         if ranks not in self._columns:
             assert self.weights is not None
-            self._columns[ranks] = self.weights.index_select(1, owner)
+            active = self.weights.any(dim=0)
+            used = None if bool(active.all()) else active[owner].nonzero().squeeze(1)
+            self._columns[ranks] = Columns(used, self.weights[:, owner if used is None else owner[used]])
         return self._columns[ranks]
 
     def costs(self) -> Costs:
         """Return the planner's costs from the layers' shapes, in multiplications a plain token takes."""
         matrices = [layer for layer in self.layers if layer.is_matrix]
         plain = sum(layer.weight.numel() for layer in matrices) or 1
-        fuse = [0.0] * self.experts
+        fuse, columns = [0.0] * self.experts, [0.0] * self.experts
         for layer in matrices:
             for expert, rank in enumerate(layer.ranks):
                 fuse[expert] += rank * layer.weight.numel() / plain
-        extra = sum(sum(layer.ranks) * sum(layer.weight.shape) for layer in matrices) / plain
-        return Costs(tuple(fuse), rebuild=REBUILD_TOKENS, low_rank=extra)
+                columns[expert] += rank * sum(layer.weight.shape) / plain
+        joint = sum(layer.joint_cost() for layer in matrices) / plain
+        return Costs(tuple(fuse), rebuild=REBUILD_TOKENS, columns=tuple(columns), joint=joint)
 
     @contextmanager
     def _running(
@@ -90,6 +96,13 @@ class Fusion:
             yield
         finally:
             self.mode, self.weights, self.bias_weights, self._columns = before
+
+
+class Columns(NamedTuple):
+    """Columns that a batch uses (None: all) and its rows' weights over them, (batch, columns)."""
+
+    used: Tensor | None
+    scale: Tensor
 
 
 REBUILD_TOKENS = 16.0
@@ -106,6 +119,9 @@ class FusedLayer(Protocol):
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Build what the layer runs with in the fused mode, for weights (experts,)."""
+
+    def joint_cost(self) -> float:
+        """Return the least multiplications that a token's low-rank path takes, whatever its weights."""
 
 
 class TwinLayer(nn.Module):
@@ -174,9 +190,14 @@ class TwinLayer(nn.Module):
             if self.bias_vectors is not None:
                 self.fused_bias = self.bias + bias_weights.to(self.bias_vectors) @ self.bias_vectors
 
-    def row_scale(self, dims: int) -> Tensor:
-        """Return the rows' weights over the factors' columns, (batch, 1, ..., R) with `dims` dimensions."""
-        return _spread(self.fusion.columns(self.owner, self.ranks).to(self.B), dims)
+    def joint_cost(self) -> float:
+        """Return the least multiplications that a token's low-rank path takes, whatever its weights."""
+        return float(sum(self.ranks) * sum(self.weight.shape))
+
+    def row_columns(self, dims: int) -> Columns:
+        """Return the columns in use and the rows' weights over them, (batch, 1, ..., r) with `dims` dimensions."""
+        used, scale = self.fusion.columns(self.owner, self.ranks)
+        return Columns(used, _spread(scale.to(self.B), dims))
 
     def row_bias(self, dims: int) -> Tensor | None:
         """Return each row's bias, (batch, 1, ..., n) with `dims` dimensions, or (n,) where all share it."""
@@ -206,32 +227,71 @@ class TwinLinear(TwinLayer):
     """nn.Linear, weight (out, in)."""
 
     is_matrix = True
+    basis_down: Tensor | None
+    basis_cores: Tensor | None
+    basis_up: Tensor | None
+
+    def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        joint = joint_basis(*self.flow(self.B, self.A), self.owner, fusion.experts) if sum(self.ranks) else None
+        for part, tensor in zip(("down", "cores", "up"), joint or (None, None, None), strict=True):
+            self.register_buffer(f"basis_{part}", tensor, persistent=False)
+
+    def flow(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors as an input meets them, (in, R) and (R, out)."""
+        return A.T, B.T
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (batch, ..., out) of x (batch, ..., in): the layer without its exclusive vectors."""
+        return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., out) of x (batch, ..., in)."""
         if self.fusion.mode != "rows":
-            return F.linear(x, *self.current())
-        y = F.linear(x, self.weight)
+            return self.plain(x, *self.current())
+        shared_bias = self.bias is None or self.bias_vectors is None
+        y = self.plain(x, self.weight, self.bias if shared_bias else None)
         if sum(self.ranks):
-            y = y + F.linear(F.linear(x, self.A) * self.row_scale(x.ndim), self.B)
-        bias = self.row_bias(x.ndim)
-        return y if bias is None else y + bias
+            z, up = self._through_factors(x)
+            y.view(-1, y.shape[-1]).addmm_(z, up)
+        bias = None if shared_bias else self.row_bias(x.ndim)
+        return y if bias is None else y.add_(bias)
+
+    def joint_cost(self) -> float:
+        """Return the least multiplications that a token's low-rank path takes, whatever its weights."""
+        if self.basis_cores is None or self.basis_down is None or self.basis_up is None:
+            return super().joint_cost()
+        return float(self.basis_down.numel() + self.basis_cores[0].numel() + self.basis_up.numel())
+
+    def _through_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z (tokens, r) and `up` (r, out) whose product is what the rows' exclusive vectors add."""
+        used, scale = self.row_columns(x.ndim)
+        B, A = (self.B, self.A) if used is None else (self.B[:, used], self.A[used])
+        down, up = self.flow(B, A)
+        tokens = x.shape[:-1].numel()
+        if self.basis_cores is not None and self.basis_down is not None and self.basis_up is not None:
+            rows = x.shape[0]
+            mixing = self.basis_cores.numel() * rows / tokens
+            if self.joint_cost() + mixing < scale.shape[-1] * sum(self.weight.shape):
+                assert self.fusion.weights is not None
+                weights = self.fusion.weights.to(self.basis_cores)
+                mixed = (weights @ self.basis_cores.flatten(1)).view(rows, *self.basis_cores.shape[1:])
+                z = torch.bmm((x @ self.basis_down).view(rows, -1, mixed.shape[1]), mixed)
+                return z.view(tokens, -1), self.basis_up
+        return ((x @ down) * scale).view(tokens, -1) if up.shape[0] else x.new_zeros(tokens, 0), up
 
 
 class TwinConv1D(TwinLinear):
     """transformers' Conv1D (GPT-2), weight (in, out): y = x W + b with W = B A."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, ..., out) of x (batch, ..., in)."""
-        if self.fusion.mode != "rows":
-            weight, bias = self.current()
-            y = x @ weight
-            return y if bias is None else y + bias
-        y = x @ self.weight
-        if sum(self.ranks):
-            y = y + (x @ self.B * self.row_scale(x.ndim)) @ self.A
-        bias = self.row_bias(x.ndim)
-        return y if bias is None else y + bias
+    def flow(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors as an input meets them, (in, R) and (R, out)."""
+        return B, A
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (batch, ..., out) of x (batch, ..., in): the layer without its exclusive vectors."""
+        y = x @ weight
+        return y if bias is None else y.add_(bias)
 
 
 class TwinEmbedding(TwinLayer):
@@ -253,12 +313,18 @@ class TwinEmbedding(TwinLayer):
         """Keep the scale of the factors' columns; rows of the table are fused as they are read."""
         self.fused_weight = weights.to(self.A)[self.owner]
 
+    def scale(self, dims: int) -> Tensor:
+        """Return the weights over all the factors' columns: (R,), or each row's own with `dims` dimensions."""
+        if self.fusion.mode == "fused":
+            return self.current()[0]
+        assert self.fusion.weights is not None
+        return _spread(self.fusion.weights[:, self.owner].to(self.A), dims)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Return (batch, length, width) of token ids (batch, length)."""
         embedded = F.embedding(ids, self.weight)
         if self.fusion.mode != "shared" and len(self.owner):
-            scale = self.row_scale(ids.ndim + 1) if self.fusion.mode == "rows" else self.current()[0]
-            embedded = embedded + (F.embedding(ids, self.B) * scale) @ self.A
+            embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A
         return embedded if self.embed_scale is None else embedded * self.embed_scale.to(embedded)
 
 
@@ -315,8 +381,7 @@ class TiedLinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if table.fusion.mode == "shared" or not len(table.owner):
             return y
-        scale = table.row_scale(x.ndim) if table.fusion.mode == "rows" else table.current()[0]
-        return y + F.linear(F.linear(x, table.A) * scale, table.B)
+        return y + F.linear(F.linear(x, table.A) * table.scale(x.ndim), table.B)
 
 
 TWINS: dict[type[nn.Module], type[TwinLayer]] = {

@@ -21,6 +21,7 @@ from twin_bench.twin.fusion import Fusion, install
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.router import Router
 from twin_bench.twin.separate import SeparateParts
+from twin_bench.twin.tolerance import simplified
 
 Protocol = Literal["standard", "paper", "routed"]
 PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
@@ -50,6 +51,7 @@ class Parts:
 
     A static merge is a twin with heads and no exclusive vectors; a language model's has no heads either.
     `max_length`: tokens that an input is truncated to where nothing else is said (None: the kind's own default).
+    `sensitivity`: how far logits move with the weights (`twin_bench.twin.tolerance`), None where nobody measured it.
     """
 
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -57,11 +59,12 @@ class Parts:
     router: Router | None = None
     paper: PaperParts | None = None
     max_length: int | None = None
+    sensitivity: float | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
 class TwinModel(nn.Module, abc.ABC):
-    """theta_s + sum_t w_t(x) v_t for every row of a batch, exactly.
+    """theta_s + sum_t w_t(x) v_t for every row of a batch, exactly or within a tolerance of the logits.
 
     `from_pretrained` returns the kind that a directory holds, a TwinClassifier or a TwinCausalLM; what a
     protocol means to it stands there.
@@ -81,6 +84,7 @@ class TwinModel(nn.Module, abc.ABC):
         *,
         protocol: Protocol = "standard",
         routing: Routing = "router",
+        tolerance: float | None = None,
     ) -> None:
         """Make a twin of `model`, a transformers model that holds the shared expert (changed in place)."""
         super().__init__()
@@ -99,6 +103,8 @@ class TwinModel(nn.Module, abc.ABC):
         self.model = model
         self.router = parts.router
         self.router_overrides: Mapping[str, Tensor] = {}  # what the backbone's parameters are when it is read
+        self._sensitivity = parts.sensitivity
+        self.tolerance = self._tolerance(tolerance)
         self._complete(parts)
         self.requires_grad_(False)
         self.eval()
@@ -106,6 +112,10 @@ class TwinModel(nn.Module, abc.ABC):
     @abc.abstractmethod
     def _complete(self, parts: Parts) -> None:
         """Add what a kind of twin has besides: `max_length` at least."""
+
+    @abc.abstractmethod
+    def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
+        """Return the logits (labels or vocabulary,) that each row's answer is read from, on the CPU."""
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         return install(model, parts.exclusive)
@@ -119,6 +129,7 @@ class TwinModel(nn.Module, abc.ABC):
         dtype: torch.dtype | str | None = None,
         protocol: Protocol = "standard",
         routing: Routing = "router",
+        tolerance: float | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
         """Load a twin directory, its digests verified.
@@ -129,11 +140,14 @@ class TwinModel(nn.Module, abc.ABC):
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
             routing: router, task or none.
+            tolerance: how far logits may lie from the exact fusion's, relative to their size and as a root mean
+                square over rows, for weights that cost less: `twin_bench.twin.tolerance`. By default 0 in float32, and
+                in half precision an eighth of what it rounds at. Not applied under `paper`.
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
             InputError: no twin there, a newer format, a damaged or edited file, a protocol it can't serve, a
-                twin of another kind than the class it is asked of.
+                twin of another kind than the class it is asked of, a tolerance for a twin that has no sensitivity.
         """
         from twin_bench.twin.directory import load_twin
 
@@ -141,7 +155,9 @@ class TwinModel(nn.Module, abc.ABC):
         kind = twin_class(loaded.task_type)
         if not issubclass(kind, cls):
             raise InputError(f"{directory}: a {loaded.task_type} twin, which {cls.__name__} does not serve")
-        twin = kind(loaded.model, loaded.tokenizer, loaded.parts, protocol=protocol, routing=routing)
+        twin = kind(
+            loaded.model, loaded.tokenizer, loaded.parts, protocol=protocol, routing=routing, tolerance=tolerance
+        )
         return twin.to(usable_device(device))
 
     @property
@@ -213,7 +229,7 @@ class TwinModel(nn.Module, abc.ABC):
             routed = self.route(**self.collate([encoded[groups[g][0]] for g in chunk.rows]))
             for g, row_weights in zip(chunk.rows, routed, strict=True):
                 weights[groups[g]] = row_weights
-        return weights
+        return self.simplest(weights)
 
     def planned(self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int]) -> Iterator[Group]:
         """Yield the batches that some rows of a request list run in: group by group, longest first.
@@ -239,11 +255,27 @@ class TwinModel(nn.Module, abc.ABC):
         return self.fusion.costs()
 
     def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
-        """Return given fusion weights on the device; InputError unless they are (rows, experts)."""
+        """Return given fusion weights on the device, simplified; InputError unless they are (rows, experts)."""
         expected = (rows, len(self.expert_names))
         if tuple(weights.shape) != expected:
             raise InputError(f"fusion_weights is {tuple(weights.shape)}, not (rows, experts) = {expected}")
-        return weights.to(self.device, torch.promote_types(weights.dtype, torch.float32))
+        return self.simplest(weights.to(self.device, torch.promote_types(weights.dtype, torch.float32)))
+
+    def simplest(self, weights: Tensor) -> Tensor:
+        """Return the simplest fusion weights (rows, experts) that are as good within the twin's tolerance."""
+        return simplified(weights, self.tolerance / self._sensitivity) if self._sensitivity else weights
+
+    def _tolerance(self, asked: float | None) -> float:
+        if asked is not None and not 0 <= asked < 1:
+            raise InputError(f"tolerance {asked}: a fraction of the logits' size, 0 (exact) or more and below 1")
+        if self.protocol == "paper":
+            return 0.0
+        if asked is None:
+            dtype = self.model.dtype
+            return torch.finfo(dtype).eps / 8 if dtype.itemsize < 4 and self._sensitivity is not None else 0.0
+        if asked and self.expert_names and self._sensitivity is None:
+            raise InputError("tolerance: this twin does not say how sensitive it is; build it again, with a router")
+        return asked
 
     def _one_hot(self, tasks: Sequence[str]) -> Tensor:
         """Return weight 1 on each row's own expert, (rows, experts)."""

@@ -6,7 +6,9 @@ Two ways to run a row with weights w, both exact:
   plain model costs;
 - low-rank path: nothing is built, each row's own w scales the factors' products, at an extra cost a token.
 
-A group of rows is worth its fusion when its tokens would pay more for the low-rank path than the fusion costs.
+A group of rows is worth its fusion when its tokens would pay more for the low-rank path than the fusion costs. The
+low-rank path multiplies the factors of those experts alone that its batch uses: rows that use the same ones run
+together.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ from torch import Tensor
 class Costs:
     """Costs in tokens of the plain model's forward.
 
-    `fuse[k]`: adding expert k's factors to all weights once; `rebuild`: writing the fused weights at all;
-    `low_rank`: what the low-rank path adds to each token.
+    `fuse[k]`: adding expert k's factors to all weights once; `rebuild`: writing the fused weights at all. What the
+    low-rank path adds to each token: `columns[k]` for every expert k in use, or at most `joint`.
     """
 
     fuse: tuple[float, ...]
     rebuild: float
-    low_rank: float
+    columns: tuple[float, ...]
+    joint: float
+
+    def low_rank(self, used: Tensor) -> Tensor:
+        """Return what the low-rank path adds to a token of rows that use some experts, (N,) of a mask (N, K)."""
+        return (used.double() @ torch.tensor(self.columns, dtype=torch.float64)).clamp(max=self.joint)
 
 
 class Group(NamedTuple):
@@ -52,30 +59,45 @@ def plan(weights: Tensor, tokens: Sequence[int], costs: Costs, *, steps: int = 0
 
     Returns:
         Groups that hold each row once. Fused groups come first, in the order of their weights, so that the
-        plan depends on the set of rows and not on their order; the low-rank group, if any, is last.
+        plan depends on the set of rows and not on their order; then the low-rank groups, of rows that use the same
+        experts, and last the one of all rows that are left.
     """
     if not len(tokens):
         return []
     if not weights.shape[1]:
         return [Group(tuple(range(len(tokens))), weights[0])]
     unique, member = torch.unique(weights, dim=0, return_inverse=True)
+    used, member = (unique != 0).cpu(), member.cpu()
     lengths = torch.as_tensor(tokens, dtype=torch.float64)
-    group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member.cpu(), lengths)
-    fusion = (unique != 0).to(torch.float64).cpu() @ torch.tensor(costs.fuse, dtype=torch.float64) + costs.rebuild
-    rows = torch.bincount(member.cpu(), minlength=len(unique)).to(torch.float64)
+    group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member, lengths)
+    fusion = used.double() @ torch.tensor(costs.fuse, dtype=torch.float64) + costs.rebuild
+    rows = torch.bincount(member, minlength=len(unique)).to(torch.float64)
     wasted = (torch.ceil(rows / batch_size) - rows / batch_size) * steps * STEP_TOKENS
-    worth_fusing = fusion + wasted <= (group_tokens + rows * steps) * costs.low_rank
-    order = torch.argsort(member.cpu(), stable=True)
+    worth_fusing = fusion + wasted <= (group_tokens + rows * steps) * costs.low_rank(used)
+    order = torch.argsort(member, stable=True)
     bounds = rows.cumsum(0).long().tolist()
     groups: list[Group] = []
-    leftover: list[int] = []
+    leftover: dict[tuple[bool, ...], list[int]] = {}
     for index, (start, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
         own = order[start:end].tolist()
         if worth_fusing[index]:
             groups.append(Group(tuple(own), unique[index]))
         else:
-            leftover += own
-    return groups + ([Group(tuple(sorted(leftover)), None)] if leftover else [])
+            leftover.setdefault(tuple(used[index].tolist()), []).extend(own)
+    return groups + _low_rank_groups(leftover, costs)
+
+
+def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) -> list[Group]:
+    """Return the groups of rows that no fusion is worth: those that use the same few experts, and the rest."""
+    groups: list[Group] = []
+    rest: list[int] = []
+    for experts, rows in sorted(leftover.items()):
+        apart = len(rows) >= EFFICIENT_ROWS and costs.low_rank(torch.tensor([experts])) < costs.joint
+        if apart:
+            groups.append(Group(tuple(sorted(rows)), None))
+        else:
+            rest += rows
+    return groups + ([Group(tuple(sorted(rest)), None)] if rest else [])
 
 
 def batches(group: Group, tokens: Sequence[int], batch_size: int) -> list[Group]:

@@ -130,6 +130,10 @@ class SeparateLinear(nn.Module):
             self.fused_weight = torch.empty_like(self.weight)
         torch.addmm(self.weight, self.scale * B, A, out=self.fused_weight)
 
+    def joint_cost(self) -> float:
+        """Return the multiplications that a token's low-rank path takes, whatever its weights."""
+        return float(self.A.numel() + self.B.numel())
+
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., m) of x (batch, ..., n)."""
         if self.fusion.mode == "fused":

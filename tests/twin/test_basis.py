@@ -1,0 +1,105 @@
+"""The joint basis of experts' factors, by itself and in twins of LoRA experts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twin_bench.twin.basis import joint_basis
+from twin_bench.twin.exclusive import Exclusive, truncated_svd
+from twin_bench.twin.fusion import Fusion, TwinConv1D, TwinLinear
+
+
+def lora_experts(n: int, m: int, rank: int, experts: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return (m, n) differences theta_t - theta_s of LoRA experts, each of rank experts * rank."""
+    generator = torch.Generator().manual_seed(0)
+    taus = [
+        torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator) for _ in range(experts)
+    ]
+    return [(tau - 0.3 * sum(taus)).to(dtype) for tau in taus]
+
+
+@pytest.mark.parametrize(("n", "m"), [(48, 48), (40, 96), (96, 40)])
+def test_a_joint_basis_holds_every_expert_in_fewer_columns(n: int, m: int) -> None:
+    factors = [truncated_svd(tau, 6) for tau in lora_experts(n, m, 2, 5)]
+    down, up = torch.cat([f.A for f in factors]).T, torch.cat([f.B for f in factors], dim=1).T
+    owner = torch.arange(5).repeat_interleave(6)
+    joint = joint_basis(down, up, owner, 5)
+    assert joint is not None
+    assert joint.down.shape == (n, 10)
+    assert joint.up.shape == (10, m)
+    for k, (B, A) in enumerate(factors):
+        torch.testing.assert_close(joint.down @ joint.cores[k] @ joint.up, (B @ A).T, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_share_nothing_have_no_joint_basis() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(64, 20, generator=generator), torch.randn(20, 64, generator=generator)
+    assert joint_basis(down, up, torch.arange(4).repeat_interleave(5), 4) is None
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("used", [(0, 1, 2, 3, 4), (1, 3), (2,), ()])
+def test_every_path_of_a_layer_is_the_dense_layer(kind: type[nn.Module], tokens: int, used: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = kind(40, 96) if kind is nn.Linear else kind(96, 40)
+    nn.init.normal_(layer.bias)
+    taus = lora_experts(40, 96, 2, 5)
+    taus = taus if kind is nn.Linear else [tau.T.contiguous() for tau in taus]
+    factors = [truncated_svd(tau, 6) for tau in taus]
+    exclusive = {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)}
+    fusion = Fusion(5)
+    twin = (TwinLinear if kind is nn.Linear else TwinConv1D)(layer, fusion, "x", exclusive)
+    assert twin.basis_cores is not None
+    weights = torch.zeros(3, 5)
+    weights[:, list(used)] = torch.randn(3, len(used), generator=generator)
+    x = torch.randn(3, tokens, 40, generator=generator)
+    with torch.no_grad(), fusion.per_row(weights):
+        found = twin(x)
+    for row in range(3):
+        dense = layer.weight.double() + sum(
+            w * (f.B @ f.A).double() for w, f in zip(weights[row], factors, strict=True)
+        )
+        product = x[row].double() @ (dense.T if kind is nn.Linear else dense)
+        torch.testing.assert_close(found[row].double(), product + layer.bias.double(), rtol=1e-4, atol=1e-4)
+        with torch.no_grad(), fusion.fuse(weights[row]):
+            torch.testing.assert_close(twin(x[row : row + 1])[0], found[row], rtol=1e-4, atol=1e-4)
+
+
+def test_the_cheaper_of_columns_and_basis_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that uses one expert multiplies that expert's columns, one that uses all the joint basis."""
+    factors = [truncated_svd(tau, 6) for tau in lora_experts(40, 96, 2, 5)]
+    exclusive = {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)}
+    fusion = Fusion(5)
+    twin = TwinLinear(nn.Linear(40, 96), fusion, "x", exclusive)
+    widths = []
+    through = twin._through_factors
+
+    def watched(x: Tensor) -> tuple[Tensor, Tensor]:
+        z, up = through(x)
+        widths.append(z.shape[-1])
+        return z, up
+
+    monkeypatch.setattr(twin, "_through_factors", watched)
+    x = torch.randn(2, 64, 40, generator=torch.Generator().manual_seed(0))
+    for weights in (torch.eye(5)[[1, 1]], torch.ones(2, 5)):
+        with torch.no_grad(), fusion.per_row(weights):
+            twin(x)
+    assert widths == [6, 10]
+
+
+def test_costs_are_the_multiplications_of_a_token() -> None:
+    factors = [truncated_svd(tau, 6) for tau in lora_experts(40, 96, 2, 5)]
+    fusion = Fusion(5)
+    TwinLinear(nn.Linear(40, 96), fusion, "x", {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)})
+    costs = fusion.costs()
+    assert costs.columns == pytest.approx([6 * 136 / 3840] * 5)
+    assert costs.joint == pytest.approx((10 * 136 + 10 * 10) / 3840)
+    for used in itertools.product([False, True], repeat=5):
+        expected = min(sum(used) * 6 * 136, 1460) / 3840
+        assert costs.low_rank(torch.tensor([used])).item() == pytest.approx(expected)

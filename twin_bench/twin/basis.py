@@ -1,0 +1,56 @@
+"""The joint basis: what experts' low-rank factors share, in fewer columns than they have side by side."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORTHWHILE = 0.7
+"""A joint basis is kept where a token's products with it take at most this part of those with all columns."""
+
+
+class JointBasis(NamedTuple):
+    """Expert k's share of a layer as x -> x @ down @ cores[k] @ up: (n, J), (experts, J, J'), (J', m)."""
+
+    down: Tensor
+    cores: Tensor
+    up: Tensor
+
+
+def joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int) -> JointBasis | None:
+    """Return a joint basis of factors side by side, None where it would cost as much as they do.
+
+    Experts of LoRA rank r over one shared expert differ from it within the T r directions of all of them, and
+    each keeps a truncation of its own: T truncations have more columns than directions. Nothing is lost but
+    rounding: a singular value is dropped where the factors' own precision can't tell it from 0.
+
+    Args:
+        down: (n, R), what the input meets first.
+        up: (R, m).
+        owner: (R,) expert of each column.
+        experts: T.
+    """
+    n, R, m = *down.shape, up.shape[1]
+    if R == 0:
+        return None
+    in_range = _range(down)
+    if in_range.shape[1] > WORTHWHILE * R:
+        return None
+    out_range = _range(up.T)
+    J, K = in_range.shape[1], out_range.shape[1]
+    if J * n + K * m + J * K > WORTHWHILE * R * (n + m):
+        return None
+    inner, outer = in_range.T @ down.double(), up.double() @ out_range
+    cores = torch.stack([inner[:, owner == k] @ outer[owner == k] for k in range(experts)])
+    return JointBasis(in_range.to(down).contiguous(), cores.to(down).contiguous(), out_range.T.to(up).contiguous())
+
+
+def _range(matrix: Tensor) -> Tensor:
+    """Return an orthonormal basis (n, J) of the columns of an (n, R) matrix, in float64."""
+    exact = matrix.double()
+    columns = exact / exact.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)  # small columns count as well
+    U, S, _ = torch.linalg.svd(columns, full_matrices=False)
+    precision = torch.finfo(matrix.dtype).eps
+    return U[:, S[0] * max(matrix.shape) * precision < S] if S.numel() else U
