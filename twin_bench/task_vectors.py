@@ -54,6 +54,10 @@ class TaskVectors(Mapping[str, Tensor]):
         mapped._transforms = (*self._transforms, transform)
         return mapped
 
+    def floating(self) -> list[str]:
+        """Return the names of the parameters that have a task vector: the floating-point ones."""
+        return [name for name in self if self.base[name].is_floating_point()]
+
     def merged(self, merge: Merge) -> Merged:
         """Return the lazy mapping of `merge(name, theta_0, tau)` over all parameters."""
         return Merged(self, merge)

@@ -39,29 +39,37 @@ def disjoint_mean(taus: Tensor) -> Tensor:
 
 
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
-    """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model.
+    """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model."""
+    total = sum(vectors.base[name].numel() for name in vectors.floating())
+    return kth_largest(vectors.map(lambda name, taus: taus.abs()), max(1, int(density * total)))
 
-    Two passes over the parameters and no copy of the model: the bit patterns of non-negative float32
-    numbers are ordered as the numbers are, so a histogram of the upper 16 bits finds the threshold's bin
-    and one of the lower 16 bits its exact value.
+
+def kth_largest(vectors: TaskVectors, rank: int) -> Tensor:
+    """Return, for each expert, the `rank`-th largest entry over the whole model in float32 (1 is the largest).
+
+    Two passes over the parameters and no copy of the model: the bit patterns of float32 numbers, those of
+    negative ones flipped, are ordered as the numbers are, so a histogram of the upper 16 bits finds the
+    entry's bin and one of the lower 16 bits its exact value.
     """
-    floats = [name for name in vectors if vectors.base[name].is_floating_point()]
-    total = sum(vectors.base[name].numel() for name in floats)
-    keep = max(1, int(density * total))
-    upper = _histograms((_magnitude_bits(vectors[name]) >> 16 for name in floats), len(vectors.experts))
-    bins, beyond = _locate(upper, torch.full((len(vectors.experts),), keep))
+    floats = vectors.floating()
+    upper = _histograms(((_ordered_bits(vectors[name]) >> 16) + 0x8000 for name in floats), len(vectors.experts))
+    bins, beyond = _locate(upper, torch.full((len(vectors.experts),), rank))
 
     def lower_bits() -> Iterable[Tensor]:
         for name in floats:
-            bits = _magnitude_bits(vectors[name])
-            yield torch.where(bits >> 16 == bins[:, None], bits & 0xFFFF, -1)
+            bits = _ordered_bits(vectors[name])
+            yield torch.where((bits >> 16) + 0x8000 == bins[:, None], bits & 0xFFFF, -1)
 
-    lower, _ = _locate(_histograms(lower_bits(), len(vectors.experts)), keep - beyond)
-    return ((bins << 16) | lower).to(torch.int32).view(torch.float32)
+    lower, _ = _locate(_histograms(lower_bits(), len(vectors.experts)), rank - beyond)
+    return _flip_negatives(((bins - 0x8000) << 16 | lower).to(torch.int32)).view(torch.float32)
 
 
-def _magnitude_bits(taus: Tensor) -> Tensor:
-    return taus.abs().to(torch.float32).flatten(1).view(torch.int32)
+def _ordered_bits(entries: Tensor) -> Tensor:
+    return _flip_negatives(entries.to(torch.float32).flatten(1).view(torch.int32))
+
+
+def _flip_negatives(bits: Tensor) -> Tensor:
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
 def _histograms(chunks: Iterable[Tensor], rows: int) -> Tensor:
