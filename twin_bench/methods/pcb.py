@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -35,35 +35,33 @@ def pcb(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.1) -> 
     require_fraction("pcb", "density", density)
     count = len(vectors.experts)
     total = sum(vectors.base[name].numel() for name in vectors.floating())
-    magnitudes = vectors.map(lambda name, taus: taus.abs())
-    lowest = kth_largest(magnitudes, total - int(total * CLIPPED))
-    highest = kth_largest(magnitudes, total - max(0, int(total * (1 - CLIPPED) - 1)))
+    low, high = kth_largest(
+        vectors.map(lambda name, taus: taus.abs()),
+        total - int(total * CLIPPED),
+        total - max(0, int(total * (1 - CLIPPED) - 1)),
+    )
 
-    def clipped(taus: Tensor) -> Tensor:
-        return taus.abs().clamp(_spread(lowest, taus), _spread(highest, taus))
+    def scores(taus: Tensor) -> Iterator[Tensor]:
+        together = taus.sum(dim=0)
+        for t, tau in enumerate(taus):
+            within = _norm(tau.abs().clamp(low[t], high[t]), low[t], high[t])
+            # exp(T (x - 1)): the common factor exp(T) cancels in norm and would overflow for many experts
+            yield torch.exp(count * (within.square() - 1)) * torch.tanh(tau * together)
 
-    def score(name: str, taus: Tensor) -> Tensor:
-        within = _span(clipped(taus), lowest, highest).square()
-        # exp(T (x - 1)): the common factor exp(T) cancels in norm and would overflow for many experts
-        return torch.exp(count * (within - 1)) * torch.tanh(taus * taus.sum(dim=0))
-
-    scores = vectors.map(score)
-    threshold = kth_largest(scores, max(1, total - int(total * (1 - density))))
-    best = kth_largest(scores, 1)
+    scored = vectors.map(lambda name, taus: torch.stack([*scores(taus)]))
+    threshold, best = kth_largest(scored, max(1, total - int(total * (1 - density))), 1)
 
     def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
-        weights = _span(score(name, taus), threshold, best).clamp(min=0)
-        weighted = (weights * taus.sign() * clipped(taus)).sum(dim=0)
-        return base + scaling * weighted / weights.sum(dim=0).clamp(min=1e-12)
+        weighted, weights = torch.zeros_like(base), torch.zeros_like(base)
+        for t, score in enumerate(scores(taus)):
+            weight = _norm(score, threshold[t], best[t]).clamp(min=0)
+            weighted += weight * taus[t].sign() * taus[t].abs().clamp(low[t], high[t])
+            weights += weight
+        return base + scaling * weighted / weights.clamp(min=1e-12)
 
     return vectors.merged(merge)
 
 
-def _span(entries: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return (entries - low) / (high - low) of each expert's entries (T, *shape); 0 where high is low."""
-    width = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    return (entries - _spread(low, entries)) / _spread(width, entries)
-
-
-def _spread(numbers: Tensor, entries: Tensor) -> Tensor:
-    return numbers.to(entries.dtype).view(-1, *[1] * (entries.ndim - 1))
+def _norm(entries: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return (entries - low) / (high - low); 0 where the two are equal and so are the entries."""
+    return (entries - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
