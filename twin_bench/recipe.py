@@ -38,7 +38,7 @@ class Shared(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Shared:
-        header = find_method(self.method)
+        header = find_method(self.method).given(self.options)
         if header.function is None:
             raise InputError(f"{self.method} is no static merge; known: task_arithmetic, average, ties, ...")
         for option, value in self.options.items():

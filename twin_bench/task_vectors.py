@@ -54,6 +54,10 @@ class TaskVectors(Mapping[str, Tensor]):
         mapped._transforms = (*self._transforms, transform)
         return mapped
 
+    def floating(self) -> list[str]:
+        """Return the names of the parameters that have a task vector: the floating-point ones."""
+        return [name for name in self if self.base[name].is_floating_point()]
+
     def merged(self, merge: Merge) -> Merged:
         """Return the lazy mapping of `merge(name, theta_0, tau)` over all parameters."""
         return Merged(self, merge)
@@ -85,8 +89,18 @@ class Merged(Mapping[str, Tensor]):
         base = self._vectors.base[name]
         if not base.is_floating_point():
             return base.clone()
+        return self.exact(name).to(base.dtype)
+
+    def exact(self, name: str) -> Tensor:
+        """Return a floating-point parameter in float32 or better, before it takes the base's dtype."""
+        base = self._vectors.base[name]
         exact = torch.promote_types(base.dtype, torch.float32)
-        return self._merge(name, base.to(exact), self._vectors[name]).to(base.dtype)
+        return self._merge(name, base.to(exact), self._vectors[name])
+
+    def map(self, transform: Merge) -> Merged:
+        """Return this merge with `transform(name, theta_0, theta)` applied to its floating-point parameters."""
+        merge = self._merge
+        return Merged(self._vectors, lambda name, base, taus: transform(name, base, merge(name, base, taus)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._vectors)

@@ -208,6 +208,7 @@ def _entry(item: MethodItem) -> Entry:
             key = ".".join(map(str, problem["loc"]))
             raise InputError(f"{label}: {key}: {problem['msg'].removeprefix('Value error, ')}") from None
         return Entry(label, method, twin, protocols)
+    method = method.given(options)
     for option in options:
         method.check(option, options[option])
     return Entry(label, method, options, protocols)

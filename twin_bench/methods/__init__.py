@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ class Method:
 
     `needs` lists what it takes beyond weights ("seed", "task ids of training inputs", ...); `defaults` maps
     its options to their defaults; `function` is None where the result is no single set of parameters.
+    A method with an option `merge` builds on the method which that names, and takes its options as well.
     """
 
     name: str
@@ -38,6 +39,18 @@ class Method:
     needs: tuple[str, ...]
     defaults: Mapping[str, Any]
     function: MergeFunction | None
+
+    def given(self, options: Mapping[str, Any]) -> Method:
+        """Return the header for these options: with those of the method that `merge` names, where this builds on one.
+
+        Raises InputError where `merge` names no other data-free method.
+        """
+        if "merge" not in self.defaults:
+            return self
+        inner = find_method(str(options.get("merge", self.defaults["merge"])))
+        if inner.function is None or inner.track != "data-free" or "merge" in inner.defaults:
+            raise InputError(f"{self.name}: merge must be a data-free method that builds on no other, not {inner.name}")
+        return replace(self, needs=self.needs + inner.needs, defaults={**inner.defaults, **self.defaults})
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """Return the defaults, `seed` among them where the method draws."""
@@ -98,7 +111,7 @@ def merge_lazily(
     method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
 ) -> Mapping[str, Tensor]:
     """As `merge`, but each parameter is computed when it is read; peak memory is T + 2 of the largest."""
-    header = find_method(method)
+    header = find_method(method).given(params)
     if header.function is None:
         raise InputError(f"{method} is no single set of parameters: serve it as a twin (twin-bench build)")
     for option, value in params.items():

@@ -43,13 +43,14 @@ def drop_and_rescale(vectors: TaskVectors, density: float, seed: int) -> TaskVec
     require_fraction("dare", "density", density)
 
     def drop(name: str, taus: Tensor) -> Tensor:
-        kept = torch.stack([_draws(seed, task, name, taus.shape[1:]) < density for task in vectors.experts])
+        kept = torch.stack([draws(seed, task, name, taus.shape[1:]) < density for task in vectors.experts])
         return torch.where(kept, taus / density, 0.0)
 
     return vectors.map(drop)
 
 
-def _draws(seed: int, task: str, name: str, shape: torch.Size) -> Tensor:
+def draws(seed: int, task: str, name: str, shape: torch.Size) -> Tensor:
+    """Return uniform draws from [0, 1) that depend on nothing but these arguments."""
     digest = hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.rand(shape, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -39,38 +39,44 @@ def disjoint_mean(taus: Tensor) -> Tensor:
 
 
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
-    """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model.
+    """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model."""
+    total = sum(vectors.base[name].numel() for name in vectors.floating())
+    (thresholds,) = kth_largest(vectors.map(lambda name, taus: taus.abs()), max(1, int(density * total)))
+    return thresholds
 
-    Two passes over the parameters and no copy of the model: the bit patterns of non-negative float32
-    numbers are ordered as the numbers are, so a histogram of the upper 16 bits finds the threshold's bin
-    and one of the lower 16 bits its exact value.
+
+def kth_largest(vectors: TaskVectors, *ranks: int) -> list[Tensor]:
+    """Return, for each of `ranks` (1 is the largest), that entry of each expert's whole model, (T,) in float32.
+
+    Two passes over the parameters and no copy of the model: the bit patterns of float32 numbers, those of
+    negative ones flipped, are ordered as the numbers are, so a histogram of the upper 16 bits finds the
+    entry's bin and one of the lower 16 bits its exact value.
     """
-    floats = [name for name in vectors if vectors.base[name].is_floating_point()]
-    total = sum(vectors.base[name].numel() for name in floats)
-    keep = max(1, int(density * total))
-    upper = _histograms((_magnitude_bits(vectors[name]) >> 16 for name in floats), len(vectors.experts))
-    bins, beyond = _locate(upper, torch.full((len(vectors.experts),), keep))
-
-    def lower_bits() -> Iterable[Tensor]:
-        for name in floats:
-            bits = _magnitude_bits(vectors[name])
-            yield torch.where(bits >> 16 == bins[:, None], bits & 0xFFFF, -1)
-
-    lower, _ = _locate(_histograms(lower_bits(), len(vectors.experts)), keep - beyond)
-    return ((bins << 16) | lower).to(torch.int32).view(torch.float32)
-
-
-def _magnitude_bits(taus: Tensor) -> Tensor:
-    return taus.abs().to(torch.float32).flatten(1).view(torch.int32)
+    upper = torch.zeros(len(vectors.experts), 1 << 16, dtype=torch.int64)
+    for row, bits in _ordered_bits(vectors):
+        upper[row] += torch.bincount((bits >> 16) + 0x8000, minlength=1 << 16)
+    located = [_locate(upper, torch.full((len(upper),), rank)) for rank in ranks]
+    lower = torch.zeros(len(ranks), *upper.shape, dtype=torch.int64)
+    for row, bits in _ordered_bits(vectors):
+        for counts, (bins, _) in zip(lower, located, strict=True):
+            inside = bits[(bits >> 16) + 0x8000 == bins[row]]
+            counts[row] += torch.bincount(inside & 0xFFFF, minlength=1 << 16)
+    entries = []
+    for rank, counts, (bins, beyond) in zip(ranks, lower, located, strict=True):
+        rest, _ = _locate(counts, rank - beyond)
+        entries.append(_flip_negatives(((bins - 0x8000) << 16 | rest).to(torch.int32)).view(torch.float32))
+    return entries
 
 
-def _histograms(chunks: Iterable[Tensor], rows: int) -> Tensor:
-    """Return per-row counts (rows, 65536) of the values 0..65535; -1 is not counted."""
-    counts = torch.zeros(rows, 1 << 16, dtype=torch.int64)
-    for chunk in chunks:
-        for row, values in enumerate(chunk):
-            counts[row] += torch.bincount(values[values >= 0], minlength=1 << 16)
-    return counts
+def _ordered_bits(vectors: TaskVectors) -> Iterator[tuple[int, Tensor]]:
+    """Yield each expert's row and a parameter's entries as integers that are ordered as they are."""
+    for name in vectors.floating():
+        for row, entries in enumerate(vectors[name]):
+            yield row, _flip_negatives(entries.to(torch.float32).flatten().view(torch.int32))
+
+
+def _flip_negatives(bits: Tensor) -> Tensor:
+    return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
 def _locate(counts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

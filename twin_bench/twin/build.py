@@ -58,7 +58,8 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
         trust_remote_code=recipe.trust_remote_code,
     )
     _check_limits(recipe, sources)
-    options = {**find_method(recipe.shared.method).seeded(recipe.seed), **recipe.shared.options}
+    header = find_method(recipe.shared.method).given(recipe.shared.options)
+    options = {**header.seeded(recipe.seed), **recipe.shared.options}
     merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
     shared = {n: merged[n] for n in progress.track(sources.bones.backbone, description="shared expert")}
     limits = recipe.exclusive.model_dump()
