@@ -22,14 +22,14 @@ def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) ->
     the entries that agree, as in the paper: two large peers take the sum instead.
     """
     require_fraction("ties", "density", density)
-    thresholds = trim_thresholds(vectors, density) if density < 1 else torch.zeros(len(vectors.experts))
+    thresholds = trim_thresholds(vectors, density)
+    return vectors.merged(lambda name, base, taus: base + scaling * disjoint_mean(trim(taus, thresholds)))
 
-    def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
-        limits = thresholds.view(-1, *[1] * base.ndim)
-        trimmed = torch.where(taus.abs().to(torch.float32) >= limits, taus, 0.0)
-        return base + scaling * disjoint_mean(trimmed)
 
-    return vectors.merged(merge)
+def trim(taus: Tensor, thresholds: Tensor) -> Tensor:
+    """Return (T, *shape) `taus` with 0 for each expert's entries of a magnitude below its threshold."""
+    limits = thresholds.view(-1, *[1] * (taus.ndim - 1))
+    return torch.where(taus.abs().to(torch.float32) >= limits, taus, 0.0)
 
 
 def disjoint_mean(taus: Tensor) -> Tensor:
@@ -43,20 +43,26 @@ def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
 
     Two passes over the parameters and no copy of the model: the bit patterns of non-negative float32
     numbers are ordered as the numbers are, so a histogram of the upper 16 bits finds the threshold's bin
-    and one of the lower 16 bits its exact value.
+    and one of the lower 16 bits its exact value. d counts the entries of `vectors`, which need not have the base's
+    shapes. Where all are kept, the thresholds are 0.
     """
+    experts = len(vectors.experts)
+    if density == 1:
+        return torch.zeros(experts)
     floats = [name for name in vectors if vectors.base[name].is_floating_point()]
-    total = sum(vectors.base[name].numel() for name in floats)
+    upper = _histograms((_magnitude_bits(vectors[name]) >> 16 for name in floats), experts)
+    total = int(upper[0].sum())
     keep = max(1, int(density * total))
-    upper = _histograms((_magnitude_bits(vectors[name]) >> 16 for name in floats), len(vectors.experts))
-    bins, beyond = _locate(upper, torch.full((len(vectors.experts),), keep))
+    if keep >= total:
+        return torch.zeros(experts)
+    bins, beyond = _locate(upper, torch.full((experts,), keep))
 
     def lower_bits() -> Iterable[Tensor]:
         for name in floats:
             bits = _magnitude_bits(vectors[name])
             yield torch.where(bits >> 16 == bins[:, None], bits & 0xFFFF, -1)
 
-    lower, _ = _locate(_histograms(lower_bits(), len(vectors.experts)), keep - beyond)
+    lower, _ = _locate(_histograms(lower_bits(), experts), keep - beyond)
     return ((bins << 16) | lower).to(torch.int32).view(torch.float32)
 
 
