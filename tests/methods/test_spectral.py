@@ -28,6 +28,31 @@ def test_the_rank_of_a_lora_experts_delta_is_found_under_rounding(name: str, see
     torch.testing.assert_close((U * S) @ V.T, tau.double(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
+@pytest.mark.parametrize("rank", [1, 6, 10, 11, 40])
+def test_is_numpys_svd_on_either_side_of_the_rank_that_a_sketch_finds(rank: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    factors = [
+        torch.randn(*size, dtype=torch.float64, generator=generator) for size in ((shape[0], rank), (rank, shape[1]))
+    ]
+    matrix = factors[0] @ factors[1]
+    U, S, V = svd(matrix, "w", above=1e-9)
+    expected = np.linalg.svd(matrix.numpy(), compute_uv=False)[:rank]
+    torch.testing.assert_close(S, torch.from_numpy(expected))
+    for vectors in (U, V):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64))
+    torch.testing.assert_close((U * S) @ V.T, matrix)
+
+
+def test_what_a_sketch_would_miss_is_found() -> None:
+    """A direction a million times smaller than the first ten, and above what counts as rounding."""
+    spectrum = torch.tensor([1.0] * 10 + [1e-6] * 20, dtype=torch.float64)
+    matrix = torch.zeros(40, 40, dtype=torch.float64)
+    matrix[:30, :30] = torch.diag(spectrum)
+    torch.testing.assert_close(svd(matrix, "w", above=1e-9)[1], spectrum)
+    assert len(svd(matrix, "w", above=1e-4)[1]) == 10
+
+
 def test_polar_is_scipys() -> None:
     columns = torch.randn(19, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected, _ = scipy.linalg.polar(columns.numpy())

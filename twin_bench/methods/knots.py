@@ -51,14 +51,12 @@ def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -
 def align(name: str, base: Tensor, taus: Tensor) -> tuple[Tensor | None, Tensor]:
     """Return the joint basis U (m, r) of matrices tau (T, m, n), and A_t = U^T tau_t (T, r, n); None and tau of others.
 
-    U is that of the SVD of [tau_1 .. tau_T], whose QR decomposition's triangle has the same one and is smaller. A
-    direction of which an expert has but rounding is 0 in its A_t, lest the signs of rounding vote.
+    U is that of the SVD of [tau_1 .. tau_T]. A direction of which an expert has but rounding is 0 in its A_t, lest
+    the signs of rounding vote.
     """
     if taus.ndim != 3:
         return None, taus
     noise = rounding(base, taus)
-    exact = taus.double()
-    triangle = torch.linalg.qr(exact.transpose(1, 2).flatten(0, 1), mode="r").R
-    U = svd(triangle.T, name, above=noise)[0]
-    factors = U.T @ exact
+    U = svd(torch.cat(list(taus), dim=1), name, above=noise)[0]
+    factors = U.T @ taus.double()
     return U, torch.where(torch.linalg.vector_norm(factors, dim=2, keepdim=True) > noise, factors, 0.0)

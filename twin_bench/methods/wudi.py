@@ -25,8 +25,8 @@ def wudi(
 
     Adam moves an entry by about `learning_rate` a step, whatever the loss: with the defaults, by 0.003 at the most.
     On larger task vectors (LoRA's often are) the result stays near task arithmetic at scaling 1; raise
-    `learning_rate` or `steps` there, or lower `scaling`. The paper has no scaling; two reports on its repository
-    (issues 6 and 7) could not reproduce GLUE without one.
+    `learning_rate` or `steps` there, or lower `scaling`. The paper has no scaling; whoever could not reproduce its
+    GLUE figures on other checkpoints (issues 6 and 7 of its repository) found that one must be chosen.
 
     The learning rate is the authors' for CLIP, and FusionBench's; theirs for RoBERTa is 2e-5. The authors merge the
     linear layers alone and keep the rest pretrained; FusionBench merges every matrix and takes the mean of the
