@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,14 @@ def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) ->
     the entries that agree, as in the paper: two large peers take the sum instead.
     """
     require_fraction("ties", "density", density)
-    thresholds = trim_thresholds(vectors, density) if density < 1 else torch.zeros(len(vectors.experts))
+    thresholds = trim_thresholds(vectors, density)
+    return vectors.merged(lambda name, base, taus: base + scaling * disjoint_mean(trim(taus, thresholds)))
 
-    def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
-        limits = thresholds.view(-1, *[1] * base.ndim)
-        trimmed = torch.where(taus.abs().to(torch.float32) >= limits, taus, 0.0)
-        return base + scaling * disjoint_mean(trimmed)
 
-    return vectors.merged(merge)
+def trim(taus: Tensor, thresholds: Tensor) -> Tensor:
+    """Return (T, *shape) `taus` with 0 for each expert's entries of a magnitude below its threshold."""
+    limits = thresholds.view(-1, *[1] * (taus.ndim - 1))
+    return torch.where(taus.abs().to(torch.float32) >= limits, taus, 0.0)
 
 
 def disjoint_mean(taus: Tensor) -> Tensor:
@@ -39,14 +39,24 @@ def disjoint_mean(taus: Tensor) -> Tensor:
 
 
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
-    """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model."""
-    total = sum(vectors.base[name].numel() for name in vectors.floating())
-    (thresholds,) = kth_largest(vectors.map(lambda name, taus: taus.abs()), max(1, int(density * total)))
+    """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model.
+
+    d counts the entries of `vectors`, which need not have the base's shapes. Where all are kept, the thresholds are 0.
+    """
+    if density == 1:
+        return torch.zeros(len(vectors.experts))
+    magnitudes = vectors.map(lambda name, taus: taus.abs())
+    (thresholds,) = _order_statistics(magnitudes, lambda total: [max(1, int(density * total))])
     return thresholds
 
 
 def kth_largest(vectors: TaskVectors, *ranks: int) -> list[Tensor]:
-    """Return, for each of `ranks` (1 is the largest), that entry of each expert's whole model, (T,) in float32.
+    """Return, for each of `ranks` (1 is the largest), that entry of each expert's whole model, (T,) in float32."""
+    return _order_statistics(vectors, lambda total: ranks)
+
+
+def _order_statistics(vectors: TaskVectors, ranks_of: Callable[[int], Sequence[int]]) -> list[Tensor]:
+    """Return the entries (T,) at the ranks that `ranks_of` names of a number of entries; 0 where there is none.
 
     Two passes over the parameters and no copy of the model: the bit patterns of float32 numbers, those of
     negative ones flipped, are ordered as the numbers are, so a histogram of the upper 16 bits finds the
@@ -55,6 +65,10 @@ def kth_largest(vectors: TaskVectors, *ranks: int) -> list[Tensor]:
     upper = torch.zeros(len(vectors.experts), 1 << 16, dtype=torch.int64)
     for row, bits in _ordered_bits(vectors):
         upper[row] += torch.bincount((bits >> 16) + 0x8000, minlength=1 << 16)
+    total = int(upper[0].sum())
+    ranks = ranks_of(total)
+    if not total:
+        return [torch.zeros(len(upper)) for _ in ranks]
     located = [_locate(upper, torch.full((len(upper),), rank)) for rank in ranks]
     lower = torch.zeros(len(ranks), *upper.shape, dtype=torch.int64)
     for row, bits in _ordered_bits(vectors):

@@ -1,0 +1,120 @@
+"""The SVD that ends where rounding begins, and what happens where LAPACK gives up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import twin_bench
+from tests.methods.examples import MATRICES, random_experts
+from twin_bench import InputError
+from twin_bench.methods.spectral import polar, rounding, svd
+
+SPECTRAL = ("tsv_m", "iso_c", "iso_cts", "knots", "wudi")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", MATRICES)
+def test_the_rank_of_a_lora_experts_delta_is_found_under_rounding(name: str, seed: int) -> None:
+    """theta_t is stored in float32 beside a theta_0 that is fifty times larger than the delta's smallest part."""
+    base, experts = random_experts(1, rank=3, seed=seed, size=1e-3)
+    tau = experts["task0"][name] - base[name]
+    U, S, V = svd(tau, name, above=rounding(base[name], tau[None]))
+    assert len(torch.linalg.svdvals(tau).nonzero()) > len(S) == 3
+    torch.testing.assert_close((U * S) @ V.T, tau.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
+@pytest.mark.parametrize("rank", [1, 6, 10, 11, 40])
+def test_is_numpys_svd_on_either_side_of_the_rank_that_a_sketch_finds(rank: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    factors = [
+        torch.randn(*size, dtype=torch.float64, generator=generator) for size in ((shape[0], rank), (rank, shape[1]))
+    ]
+    matrix = factors[0] @ factors[1]
+    U, S, V = svd(matrix, "w", above=1e-9)
+    expected = np.linalg.svd(matrix.numpy(), compute_uv=False)[:rank]
+    torch.testing.assert_close(S, torch.from_numpy(expected))
+    for vectors in (U, V):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64))
+    torch.testing.assert_close((U * S) @ V.T, matrix)
+
+
+def test_what_a_sketch_would_miss_is_found() -> None:
+    """A direction a million times smaller than the first ten, and above what counts as rounding."""
+    spectrum = torch.tensor([1.0] * 10 + [1e-6] * 20, dtype=torch.float64)
+    matrix = torch.zeros(40, 40, dtype=torch.float64)
+    matrix[:30, :30] = torch.diag(spectrum)
+    torch.testing.assert_close(svd(matrix, "w", above=1e-9)[1], spectrum)
+    assert len(svd(matrix, "w", above=1e-4)[1]) == 10
+
+
+def test_polar_is_scipys() -> None:
+    columns = torch.randn(19, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected, _ = scipy.linalg.polar(columns.numpy())
+    torch.testing.assert_close(polar(columns, "w"), torch.from_numpy(expected))
+
+
+def test_polar_of_columns_that_coincide_adds_no_direction() -> None:
+    axes = torch.eye(5, dtype=torch.float64)[:, :2]
+    expected = torch.cat([axes, axes], dim=1) / 2**0.5
+    torch.testing.assert_close(polar(torch.cat([axes, axes], dim=1), "w"), expected)
+
+
+def refuse(error: type[Exception]) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error("did not converge")
+
+    return fail
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "knots"])
+def test_another_driver_takes_over_and_a_last_failure_names_the_tensor(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = random_experts(2)
+    expected = twin_bench.merge(method, base, experts)
+    monkeypatch.setattr(torch.linalg, "svd", refuse(torch.linalg.LinAlgError))
+    for name, found in twin_bench.merge(method, base, experts).items():
+        torch.testing.assert_close(found, expected[name])
+    monkeypatch.setattr(scipy.linalg, "svd", refuse(np.linalg.LinAlgError))
+    with pytest.raises(InputError, match="tensor tall: the SVD of its task vectors does not converge; merge with"):
+        twin_bench.merge(method, base, experts)
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
+def test_what_no_expert_changed_is_not_decomposed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = random_experts(1)
+    for function in ("svd", "eigh", "qr"):
+        monkeypatch.setattr(torch.linalg, function, refuse(AssertionError))
+    merged = twin_bench.merge(method, base, {"a": base, "b": base})
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
+def test_an_expert_that_left_a_matrix_alone_is_no_obstacle(method: str) -> None:
+    base, experts = random_experts(3)
+    experts["task1"] = {**experts["task1"], "tall": base["tall"]}
+    assert all(found.isfinite().all() for found in twin_bench.merge(method, base, experts).values())
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "wudi"])
+def test_tensors_that_are_no_matrices_take_the_mean(method: str) -> None:
+    base, experts = random_experts(3)
+    merged = twin_bench.merge(method, base, experts, scaling=0.7)
+    for name in ("vector", "kernel"):
+        mean = sum(expert[name] for expert in experts.values()) / 3
+        torch.testing.assert_close(merged[name], base[name] + 0.7 * (mean - base[name]))
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_experts_that_cancel_leave_the_base(method: str) -> None:
+    base, experts = random_experts(1, dtype=torch.float64)
+    opposite = {name: 2 * base[name] - tensor for name, tensor in experts["task0"].items()}
+    merged = twin_bench.merge(method, base, {**experts, "opposite": opposite})
+    for name in MATRICES:
+        torch.testing.assert_close(merged[name], base[name])

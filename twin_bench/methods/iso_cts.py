@@ -1,0 +1,49 @@
+"""Iso-CTS (Marczak et al., 2025): a flat spectrum over a common subspace and one of each task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods.iso_c import isotropic
+from twin_bench.methods.spectral import merged_by_matrix, polar, svd
+from twin_bench.task_vectors import TaskVectors
+
+
+@merge_method(title="Iso-CTS", paper="arXiv:2502.04959", track="data-free")
+def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction: float = 0.8) -> Mapping[str, Tensor]:
+    """theta_0 + scaling * mean(S) U V^T over the sum's leading directions and each task's own beyond them.
+
+    Matrix by matrix, with the SVD of sum_t tau_t = U_0 diag(S_0) V_0^T of rank r:
+
+    1. each task gets k = round((r - int(common_space_fraction r)) / T) directions, the common space the other r - T k;
+    2. U_c, S_c, V_c are the sum's first r - T k triplets, U_t, S_t, V_t the first k of tau_t - U_c U_c^T tau_t;
+    3. U = polar([U_1 .. U_T, U_c]), V likewise, S = [S_1 .. S_T, S_c], polar(X) being the matrix with orthonormal
+       columns nearest to X.
+
+    Other tensors take the mean. A matrix (m, n) is read as torch.nn.Linear's, m the outputs. `scaling` is the paper's
+    alpha, which its authors choose on validation rows. Where no task gets a direction this is Iso-C.
+
+    Where r is min(m, n), as with full fine-tuning, this is the authors' code and FusionBench's. Theirs divide min(m, n)
+    whatever the rank, so that the common space of LoRA experts swallows them whole and rounding fills the rest;
+    here what the experts have is divided. A k with T k > r, at which theirs fail, is lowered to r // T.
+    """
+    require_fraction("iso_cts", "common_space_fraction", common_space_fraction)
+
+    def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
+        U, S, V = svd(taus.double().sum(dim=0), name, above=rounding)
+        rank, tasks = len(S), len(taus)
+        own = min(rank // tasks, round((rank - int(rank * common_space_fraction)) / tasks))
+        common = rank - tasks * own
+        parts = [(U[:, :common], S[:common], V[:, :common])]
+        for tau in taus.double() if own else ():
+            beyond = tau - U[:, :common] @ (U[:, :common].T @ tau)
+            U_t, S_t, V_t = svd(beyond, name, above=rounding)
+            parts.append((U_t[:, :own], S_t[:own], V_t[:, :own]))
+        left, spectrum, right = (torch.cat(factors, dim=-1) for factors in zip(*parts, strict=True))
+        return isotropic(polar(left, name), spectrum, polar(right, name))
+
+    return merged_by_matrix(vectors, merge, scaling=scaling)
