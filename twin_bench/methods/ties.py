@@ -67,7 +67,7 @@ def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
 
 
 def _magnitude_bits(taus: Tensor) -> Tensor:
-    return taus.abs().to(torch.float32).flatten(1).view(torch.int32)
+    return taus[:, None].abs().to(torch.float32).flatten(1).view(torch.int32)
 
 
 def _histograms(chunks: Iterable[Tensor], rows: int) -> Tensor:
