@@ -103,6 +103,13 @@ def test_one_expert_or_equal_ones_come_back(rank: int | None, count: int) -> Non
         torch.testing.assert_close(found, experts["task0"][name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["ties", "knots"])
+def test_a_scalar_parameter_is_one_entry(method: str) -> None:
+    base = {"scale": torch.tensor(1.0)}
+    merged = twin_bench.merge(method, base, {"a": {"scale": torch.tensor(3.0)}}, density=0.5, scaling=1.0)
+    assert merged["scale"] == 3.0
+
+
 @pytest.mark.parametrize("density", [0.0, 1.5])
 def test_refuses_a_density_out_of_range(density: float) -> None:
     base, experts = random_experts(2)
