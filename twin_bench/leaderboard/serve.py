@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,19 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoint import read_json
+from twin_bench.data import TaskInput, scored_inputs, split_path
+from twin_bench.errors import UnsuitedError
+from twin_bench.glue import GLUE
 from twin_bench.leaderboard.cells import digest, write_atomically
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
 from twin_bench.methods import merge_lazily
+from twin_bench.methods.adamerging import learn_coefficients, merge_with_coefficients
 from twin_bench.recipe import Recipe
+from twin_bench.task_vectors import TaskVectors
 from twin_bench.twin.build import ORACLE_PARAMETERS, build_twin
+from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.directory import read_manifest
+from twin_bench.twin.entropy import entropy_gradient, unlabelled_batches
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_class
 from twin_bench.twin.separate import merge_separately
@@ -47,13 +56,20 @@ def serve(
     sources: Sources,
     workspace: Path,
     progress: Progress,
+    *,
+    rows: int | None = None,
 ) -> Iterator[Served]:
     """Yield the models of one entry: one for a merge or a twin, one a task for the experts.
 
-    A built twin is kept in `workspace`, a folder that stands for the inputs it was built from.
+    A built twin is kept in `workspace`, a folder that stands for the inputs it was built from. `rows` of each task
+    are scored (None: all): what learns at test time sees these and no others.
+
+    Raises UnsuitedError where the method can't serve the suite's kind of models.
     """
     if isinstance(entry.options, TwinOptions):
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
+    elif entry.method.name == "adamerging":
+        yield _adamerging(entry, suite, data, sources, rows, progress)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
             yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
@@ -103,6 +119,50 @@ def _static(
     )
     count = copies * sum(tensor.numel() for tensor in parameters.values())
     return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
+
+
+def _adamerging(
+    entry: Entry, suite: Suite, data: Path, sources: Sources, rows: int | None, progress: Progress
+) -> Served:
+    """Learn the coefficients on the rows that are scored, in float32, and serve the merge."""
+    started = time.perf_counter()
+    settings = entry.settings(suite.seed)
+    inputs = _test_inputs(entry, suite, data, rows)
+    in_float32 = suite.model_copy(update={"dtype": "float32"})
+    twin = _static(sources.base, suite.tasks, "standard", in_float32, sources, started).twin
+    assert isinstance(twin, TwinClassifier)
+    batches = unlabelled_batches(
+        twin, inputs, batch_size=settings["batch_size"], seed=settings["seed"], max_length=suite.max_length
+    )
+    tracked = progress.track(batches, total=settings["steps"], description="adamerging")
+    vectors = TaskVectors(sources.base, sources.experts)
+    coefficients = learn_coefficients(
+        vectors,
+        entropy_gradient(twin, iter(tracked)),
+        scaling=settings["scaling"],
+        steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+    )
+    merged = merge_with_coefficients(vectors, coefficients)
+    served = _static(merged, suite.tasks, "standard", suite, sources, started)
+    return dataclasses.replace(served, notes=_adapted(inputs))
+
+
+def _test_inputs(entry: Entry, suite: Suite, data: Path, rows: int | None) -> list[TaskInput]:
+    """Return the inputs that are scored, without their labels; regressions, which have no entropy, are left out.
+
+    Raises UnsuitedError for a suite of language models.
+    """
+    if suite.task_type != "sequence_classification":
+        raise UnsuitedError(f"{entry.method.name} reads how sure a classifier is; the suite is of language models")
+    tasks = [GLUE[task] for task in suite.tasks if not GLUE[task].is_regression]
+    files = [split_path(data, task.name, suite.split) for task in tasks]
+    return [row for task, file in zip(tasks, files, strict=True) for row in scored_inputs(task, data, file, rows)]
+
+
+def _adapted(inputs: Sequence[TaskInput]) -> dict[str, Any]:
+    """Return the note of a model that has seen the inputs it is scored on."""
+    return {"adapted_on": {"inputs": "unlabelled test inputs", "rows": dict(Counter(row.task for row in inputs))}}
 
 
 def _twin(

@@ -1,0 +1,142 @@
+"""Methods that learn or route at test time, through the leaderboard on a tiny family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.progress import Progress
+
+from tests.conftest import Family
+from tests.leaderboard.test_leaderboard import TASKS, write_rows
+from twin_bench.errors import UnsuitedError
+from twin_bench.leaderboard.__main__ import main
+from twin_bench.leaderboard.run import _input_digests, _key
+from twin_bench.leaderboard.serve import Served, serve
+from twin_bench.leaderboard.suite import Suite
+from twin_bench.twin.sources import open_sources
+
+ADAMERGING = {"adamerging": {"steps": 3, "learning_rate": 0.05}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "data")
+
+
+@pytest.fixture(scope="module")
+def suite(families: Any, data: Path) -> dict[str, Any]:
+    family: Family = families("bert")
+    return {
+        "name": "tiny",
+        "base_model": family.recipe["base_model"],
+        "experts": family.recipe["experts"],
+        "data": str(data),
+        "tasks": list(TASKS),
+        "protocol": ["standard", "routed"],
+        "methods": [ADAMERGING],
+    }
+
+
+def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = None) -> Served:
+    """Return what answers for one entry of a suite, as the leaderboard makes it."""
+    checked = Suite.model_validate(suite)
+    (entry,) = (entry for entry in checked.entries() if entry.label == label)
+    sources = open_sources(checked.base_model, checked.expert_paths)
+    progress = Progress(disable=True)
+    (made,) = serve(entry, "standard", checked, Path(checked.data), sources, folder, progress, rows=rows)
+    return made
+
+
+def backbone(made: Served) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in made.twin.model.named_parameters() if name.startswith("bert.")}
+
+
+def with_rows(data: Path, folder: Path, change: Any) -> str:
+    """Write the scored rows of `data` to `folder`, each as `change(task, row)` returns it."""
+    for task in TASKS:
+        (folder / task).mkdir(parents=True)
+        rows = [json.loads(line) for line in (data / task / "validation.jsonl").read_text().splitlines()]
+        lines = [json.dumps(change(task, row)) + "\n" for row in rows]
+        (folder / task / "validation.jsonl").write_text("".join(lines))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("board")
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    assert main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), "--limit", "20"]) == 0
+    rows = json.loads((folder / "out" / "leaderboard.json").read_text())
+    table = (folder / "out" / "leaderboard.md").read_text()
+    return {(row["protocol"], row["method"], row["task"]): row for row in rows}, table
+
+
+def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
+    rows, table = board
+    for task in TASKS:
+        row = rows["standard", "adamerging", task]
+        assert row["track"] == "test-time"
+        assert row["notes"]["adapted_on"] == {"inputs": "unlabelled test inputs", "rows": {"cola": 20, "mnli": 20}}
+        assert row["n"] == 20
+    assert {method for protocol, method, _ in rows if protocol == "routed"} == {"pretrained", "experts"}
+    assert "adamerging (standard): learnt on unlabelled test inputs, the very rows it is scored on: cola 20" in table
+
+
+def test_before_its_first_step_adamerging_is_task_arithmetic(suite: dict[str, Any], tmp_path: Path) -> None:
+    methods = [{"task_arithmetic": {"scaling": 0.3}}, {"adamerging": {"steps": 0}}]
+    static, start = (
+        backbone(served({**suite, "methods": methods}, n, tmp_path)) for n in map(next, map(iter, methods))
+    )
+    learnt = backbone(served(suite, "adamerging", tmp_path))
+    for name, parameter in start.items():
+        torch.testing.assert_close(parameter, static[name], rtol=1e-5, atol=1e-6)
+    assert any((learnt[name] - parameter).abs().max() > 1e-3 for name, parameter in start.items())
+
+
+def test_labels_of_the_scored_rows_do_not_reach_what_is_learnt(
+    suite: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    relabelled = with_rows(data, tmp_path / "relabelled", lambda task, row: {**row, "label": 0})
+    first = backbone(served(suite, "adamerging", tmp_path))
+    second = backbone(served({**suite, "data": relabelled}, "adamerging", tmp_path))
+    assert all(torch.equal(second[name], parameter) for name, parameter in first.items())
+
+
+def test_rows_that_are_not_scored_are_not_seen(suite: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    def edited(task: str, row: dict[str, Any]) -> dict[str, Any]:
+        beyond = row["idx"] >= 10
+        return {key: "dog" if beyond and isinstance(value, str) else value for key, value in row.items()}
+
+    other = {**suite, "data": with_rows(data, tmp_path / "edited", edited)}
+    limited, again = (backbone(served(s, "adamerging", tmp_path, rows=10)) for s in (suite, other))
+    assert all(torch.equal(again[name], parameter) for name, parameter in limited.items())
+    whole = backbone(served(other, "adamerging", tmp_path))
+    assert any(not torch.equal(whole[name], parameter) for name, parameter in limited.items())
+
+
+def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    def edited(task: str, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, **({"sentence": row["sentence"] + " dog"} if task == "cola" else {})}
+
+    other = {**suite, "data": with_rows(data, tmp_path / "edited", edited)}
+    keys = []
+    for checked in map(Suite.model_validate, (suite, other)):
+        inputs = _input_digests(checked, Path(checked.data))
+        inputs["rows"] = {name: rows for name, rows in inputs["rows"].items() if name.endswith("validation")}
+        keys.append({e.label: _key(checked, e, "standard", "mnli", inputs, None, "lm-eval") for e in checked.entries()})
+    assert {label for label, key in keys[0].items() if keys[1][label] != key} == {"adamerging"}
+
+
+def test_language_models_are_refused_with_the_reason(causal_families: Any, tmp_path: Path) -> None:
+    family = causal_families("llama")
+    recipe = {key: family.recipe[key] for key in ("base_model", "experts")}
+    suite = {**recipe, "name": "lm", "data": str(tmp_path), "tasks": list(family.experts), "methods": ["adamerging"]}
+    with pytest.raises(
+        UnsuitedError, match="adamerging reads how sure a classifier is; the suite is of language models"
+    ):
+        served(suite, "adamerging", tmp_path)
