@@ -13,11 +13,13 @@ from rich.progress import Progress
 
 from tests.conftest import Family
 from tests.leaderboard.test_leaderboard import TASKS, write_rows
+from tests.methods.test_dawin import interpolated_logits
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.leaderboard.run import _input_digests, _key
 from twin_bench.leaderboard.serve import Served, serve
 from twin_bench.leaderboard.suite import Suite
+from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.sources import open_sources
 
 ADAMERGING = {"adamerging": {"steps": 3, "learning_rate": 0.05}}
@@ -38,7 +40,7 @@ def suite(families: Any, data: Path) -> dict[str, Any]:
         "data": str(data),
         "tasks": list(TASKS),
         "protocol": ["standard", "routed"],
-        "methods": [ADAMERGING],
+        "methods": [ADAMERGING, "dawin"],
     }
 
 
@@ -83,6 +85,8 @@ def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
         assert row["track"] == "test-time"
         assert row["notes"]["adapted_on"] == {"inputs": "unlabelled test inputs", "rows": {"cola": 20, "mnli": 20}}
         assert row["n"] == 20
+        assert rows["standard", "dawin", task]["track"] == "routed"
+        assert "adapted_on" not in rows["standard", "dawin", task]["notes"]
     assert {method for protocol, method, _ in rows if protocol == "routed"} == {"pretrained", "experts"}
     assert "adamerging (standard): learnt on unlabelled test inputs, the very rows it is scored on: cola 20" in table
 
@@ -135,8 +139,23 @@ def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, An
 def test_language_models_are_refused_with_the_reason(causal_families: Any, tmp_path: Path) -> None:
     family = causal_families("llama")
     recipe = {key: family.recipe[key] for key in ("base_model", "experts")}
-    suite = {**recipe, "name": "lm", "data": str(tmp_path), "tasks": list(family.experts), "methods": ["adamerging"]}
-    with pytest.raises(
-        UnsuitedError, match="adamerging reads how sure a classifier is; the suite is of language models"
-    ):
-        served(suite, "adamerging", tmp_path)
+    suite = {**recipe, "name": "lm", "data": str(tmp_path), "tasks": list(family.experts)}
+    for method in ("adamerging", "dawin"):
+        with pytest.raises(UnsuitedError, match=f"{method} reads how sure a classifier is; the suite is of language"):
+            served({**suite, "methods": [method]}, method, tmp_path)
+
+
+def test_a_dawin_of_a_suite_is_the_sample_wise_interpolation(
+    families: Any, suite: dict[str, Any], tmp_path: Path
+) -> None:
+    made = served(suite, "dawin", tmp_path)
+    family: Family = families("bert")
+    assert isinstance(made.twin, TwinClassifier)
+    texts = [(text, None) for text in ("the cat sat", "who ran", "a small red bird or a big blue dog")]
+    for task in TASKS:
+        for answer, text in zip(made.twin.classify(texts, [task] * 3), texts, strict=True):
+            inputs = made.twin.collate(made.twin.encode([text]))
+            expected = interpolated_logits(family.base, family.experts, task, inputs)
+            torch.testing.assert_close(answer.logits.double(), expected, rtol=1e-4, atol=1e-5)
+    backbone_size = sum(p.numel() for name, p in family.base.base_model.named_parameters())
+    assert made.parameters == 4 * backbone_size  # every tensor of the three experts differs

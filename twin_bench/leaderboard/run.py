@@ -285,7 +285,8 @@ def _key(
     """Return the digest of everything that decides a cell's score."""
     # A twin's router, and what learns at test time, saw all tasks' rows; a prompt holds its own task's examples.
     own = {name: rows for name, rows in inputs["rows"].items() if name.startswith(f"{task}/")}
-    rows = inputs["rows"] if entry.track in ("routed", "test-time") else own
+    learnt = entry.track in ("routed", "test-time") and entry.method.needs
+    rows = inputs["rows"] if learnt else own
     return digest(
         {
             "twin_bench": version("twin-bench"),

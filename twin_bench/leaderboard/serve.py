@@ -26,6 +26,7 @@ from twin_bench.recipe import Recipe
 from twin_bench.task_vectors import TaskVectors
 from twin_bench.twin.build import ORACLE_PARAMETERS, build_twin
 from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.dawin import DawinClassifier, whole_task_vector
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.entropy import entropy_gradient, unlabelled_batches
 from twin_bench.twin.exclusive import Exclusive
@@ -70,6 +71,8 @@ def serve(
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
     elif entry.method.name == "adamerging":
         yield _adamerging(entry, suite, data, sources, rows, progress)
+    elif entry.method.name == "dawin":
+        yield _dawin(entry, suite, sources)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
             yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
@@ -148,16 +151,38 @@ def _adamerging(
     return dataclasses.replace(served, notes=_adapted(inputs))
 
 
+def _dawin(entry: Entry, suite: Suite, sources: Sources) -> Served:
+    """Serve the base model with whole task vectors; an expert stores the fewer of its factors and their product."""
+    _require_classifiers(entry, suite)
+    started = time.perf_counter()
+    base = dict(sources.base.items())
+    parts = Parts(
+        heads={task: expert.head() for task, expert in sources.experts.items()},
+        exclusive={task: whole_task_vector(expert, base, sources.bones) for task, expert in sources.experts.items()},
+    )
+    model = load_model(sources, base, suite.dtype)
+    twin = DawinClassifier(model, sources.tokenizer, parts, scaling=entry.settings(suite.seed)["scaling"])
+    stored = sum(tensor.numel() for tensor in base.values())
+    for exclusive in parts.exclusive.values():
+        stored += sum(min(B.numel() + A.numel(), len(B) * A.shape[1]) for B, A in exclusive.factors.values())
+        stored += sum(vector.numel() for vector in exclusive.vectors.values())
+    return Served(twin, tuple(suite.tasks), time.perf_counter() - started, stored, {})
+
+
 def _test_inputs(entry: Entry, suite: Suite, data: Path, rows: int | None) -> list[TaskInput]:
     """Return the inputs that are scored, without their labels; regressions, which have no entropy, are left out.
 
     Raises UnsuitedError for a suite of language models.
     """
-    if suite.task_type != "sequence_classification":
-        raise UnsuitedError(f"{entry.method.name} reads how sure a classifier is; the suite is of language models")
+    _require_classifiers(entry, suite)
     tasks = [GLUE[task] for task in suite.tasks if not GLUE[task].is_regression]
     files = [split_path(data, task.name, suite.split) for task in tasks]
     return [row for task, file in zip(tasks, files, strict=True) for row in scored_inputs(task, data, file, rows)]
+
+
+def _require_classifiers(entry: Entry, suite: Suite) -> None:
+    if suite.task_type != "sequence_classification":
+        raise UnsuitedError(f"{entry.method.name} reads how sure a classifier is; the suite is of language models")
 
 
 def _adapted(inputs: Sequence[TaskInput]) -> dict[str, Any]:
