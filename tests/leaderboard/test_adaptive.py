@@ -11,7 +11,7 @@ import torch
 import yaml
 from rich.progress import Progress
 
-from tests.conftest import Family
+from tests.conftest import WORDS, Family
 from tests.leaderboard.test_leaderboard import TASKS, write_rows
 from tests.methods.test_dawin import interpolated_logits
 from twin_bench.errors import UnsuitedError
@@ -40,7 +40,7 @@ def suite(families: Any, data: Path) -> dict[str, Any]:
         "data": str(data),
         "tasks": list(TASKS),
         "protocol": ["standard", "routed"],
-        "methods": [ADAMERGING, "dawin"],
+        "methods": [ADAMERGING, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}],
     }
 
 
@@ -159,3 +159,34 @@ def test_a_dawin_of_a_suite_is_the_sample_wise_interpolation(
             torch.testing.assert_close(answer.logits.double(), expected, rtol=1e-4, atol=1e-5)
     backbone_size = sum(p.numel() for name, p in family.base.base_model.named_parameters())
     assert made.parameters == 4 * backbone_size  # every tensor of the three experts differs
+
+
+@pytest.mark.parametrize("method", ["adamerging", "dawin", "smile"])
+def test_a_rows_logits_do_not_depend_on_its_neighbours(suite: dict[str, Any], method: str, tmp_path: Path) -> None:
+    """Neighbours of every length, padded to the longest, and of every task."""
+    twin = served(suite, method, tmp_path).twin
+    assert isinstance(twin, TwinClassifier)
+    texts = [(" ".join(WORDS[row : 3 * row + 2]), None) for row in range(8)]
+    tasks = [TASKS[row % 3] for row in range(8)]
+    together = twin.classify(texts, tasks, batch_size=8)
+    spread = torch.stack([answer.logits[0] for answer in together]).std()
+    for text, task, answer in zip(texts, tasks, together, strict=True):
+        (alone,) = twin.classify([text], [task])
+        torch.testing.assert_close(alone.logits, answer.logits, rtol=1e-5, atol=1e-6)
+    assert spread > 1e-2
+
+
+def test_smile_serves_language_models(causal_families: Any, tmp_path: Path) -> None:
+    family: Family = causal_families("llama")
+    recipe = {key: family.recipe[key] for key in ("base_model", "experts")}
+    suite = {**recipe, "name": "lm", "data": str(tmp_path), "tasks": list(family.experts), "methods": ["smile"]}
+    made = served(suite, "smile", tmp_path)
+    ids = torch.tensor([[9, 10, 11, 12, 13, 14]])
+    logits = made.twin(ids).logits
+    assert made.parameters > sum(p.numel() for p in family.base.parameters())
+    for model in (family.base, *family.experts.values()):
+        with torch.no_grad():
+            assert (model(ids).logits - logits).abs().max() > 1e-2
+    generated = made.twin.generate(ids, max_new_tokens=3, do_sample=False)
+    step = made.twin(generated[:, :-1]).logits.argmax(dim=-1)
+    assert torch.equal(step[:, ids.shape[1] - 1 :], generated[:, ids.shape[1] :])

@@ -32,6 +32,7 @@ from twin_bench.twin.entropy import entropy_gradient, unlabelled_batches
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_class
 from twin_bench.twin.separate import merge_separately
+from twin_bench.twin.smile import install_smile
 from twin_bench.twin.sources import Sources, load_model
 
 
@@ -73,6 +74,8 @@ def serve(
         yield _adamerging(entry, suite, data, sources, rows, progress)
     elif entry.method.name == "dawin":
         yield _dawin(entry, suite, sources)
+    elif entry.method.name == "smile":
+        yield _smile(entry, suite, sources)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
             yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
@@ -166,6 +169,18 @@ def _dawin(entry: Entry, suite: Suite, sources: Sources) -> Served:
     for exclusive in parts.exclusive.values():
         stored += sum(min(B.numel() + A.numel(), len(B) * A.shape[1]) for B, A in exclusive.factors.values())
         stored += sum(vector.numel() for vector in exclusive.vectors.values())
+    return Served(twin, tuple(suite.tasks), time.perf_counter() - started, stored, {})
+
+
+def _smile(entry: Entry, suite: Suite, sources: Sources) -> Served:
+    """Serve the base model with its linear layers replaced."""
+    started = time.perf_counter()
+    base = dict(sources.base.items())
+    model = load_model(sources, base, suite.dtype)
+    added = install_smile(model, TaskVectors(base, sources.experts), **entry.settings(suite.seed))
+    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.bones.head})
+    twin = twin_class(sources.bones.task_type)(model, sources.tokenizer, parts, routing="none")
+    stored = added + sum(tensor.numel() for tensor in base.values())
     return Served(twin, tuple(suite.tasks), time.perf_counter() - started, stored, {})
 
 
