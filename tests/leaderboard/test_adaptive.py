@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from twin_bench.twin.sources import open_sources
 
 ADAMERGING = {"adamerging": {"steps": 3, "learning_rate": 0.05}}
 
+SCORED = ("cola", "stsb")
+WEMOE = {"wemoe": {"steps": 3, "learning_rate": 0.05}}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +44,7 @@ def suite(families: Any, data: Path) -> dict[str, Any]:
         "data": str(data),
         "tasks": list(TASKS),
         "protocol": ["standard", "routed"],
-        "methods": [ADAMERGING, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}],
+        "methods": [ADAMERGING, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}, WEMOE],
     }
 
 
@@ -71,7 +75,7 @@ def with_rows(data: Path, folder: Path, change: Any) -> str:
 @pytest.fixture(scope="module")
 def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("board")
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (folder / "suite.yaml").write_text(yaml.safe_dump({**suite, "tasks": list(SCORED)}))
     assert main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), "--limit", "20"]) == 0
     rows = json.loads((folder / "out" / "leaderboard.json").read_text())
     table = (folder / "out" / "leaderboard.md").read_text()
@@ -80,11 +84,12 @@ def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
 
 def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
     rows, table = board
-    for task in TASKS:
-        row = rows["standard", "adamerging", task]
-        assert row["track"] == "test-time"
-        assert row["notes"]["adapted_on"] == {"inputs": "unlabelled test inputs", "rows": {"cola": 20, "mnli": 20}}
+    for (method, track), task in itertools.product((("adamerging", "test-time"), ("wemoe", "routed")), SCORED):
+        row = rows["standard", method, task]
+        assert row["track"] == track
+        assert row["notes"]["adapted_on"] == {"inputs": "unlabelled test inputs", "rows": {"cola": 20}}
         assert row["n"] == 20
+    for task in SCORED:
         assert rows["standard", "dawin", task]["track"] == "routed"
         assert "adapted_on" not in rows["standard", "dawin", task]["notes"]
     assert {method for protocol, method, _ in rows if protocol == "routed"} == {"pretrained", "experts"}
@@ -133,14 +138,14 @@ def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, An
         inputs = _input_digests(checked, Path(checked.data))
         inputs["rows"] = {name: rows for name, rows in inputs["rows"].items() if name.endswith("validation")}
         keys.append({e.label: _key(checked, e, "standard", "mnli", inputs, None, "lm-eval") for e in checked.entries()})
-    assert {label for label, key in keys[0].items() if keys[1][label] != key} == {"adamerging"}
+    assert {label for label, key in keys[0].items() if keys[1][label] != key} == {"adamerging", "wemoe"}
 
 
 def test_language_models_are_refused_with_the_reason(causal_families: Any, tmp_path: Path) -> None:
     family = causal_families("llama")
     recipe = {key: family.recipe[key] for key in ("base_model", "experts")}
     suite = {**recipe, "name": "lm", "data": str(tmp_path), "tasks": list(family.experts)}
-    for method in ("adamerging", "dawin"):
+    for method in ("adamerging", "dawin", "wemoe"):
         with pytest.raises(UnsuitedError, match=f"{method} reads how sure a classifier is; the suite is of language"):
             served({**suite, "methods": [method]}, method, tmp_path)
 
@@ -161,7 +166,7 @@ def test_a_dawin_of_a_suite_is_the_sample_wise_interpolation(
     assert made.parameters == 4 * backbone_size  # every tensor of the three experts differs
 
 
-@pytest.mark.parametrize("method", ["adamerging", "dawin", "smile"])
+@pytest.mark.parametrize("method", ["adamerging", "dawin", "smile", "wemoe"])
 def test_a_rows_logits_do_not_depend_on_its_neighbours(suite: dict[str, Any], method: str, tmp_path: Path) -> None:
     """Neighbours of every length, padded to the longest, and of every task."""
     twin = served(suite, method, tmp_path).twin
@@ -190,3 +195,15 @@ def test_smile_serves_language_models(causal_families: Any, tmp_path: Path) -> N
     generated = made.twin.generate(ids, max_new_tokens=3, do_sample=False)
     step = made.twin(generated[:, :-1]).logits.argmax(dim=-1)
     assert torch.equal(step[:, ids.shape[1] - 1 :], generated[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("method", ["adamerging", "dawin", "smile", "wemoe"])
+def test_half_precision_is_near_single(suite: dict[str, Any], method: str, tmp_path: Path) -> None:
+    texts = [(" ".join(WORDS[row : 2 * row + 2]), None) for row in range(6)]
+    logits = []
+    for dtype in ("bfloat16", "float32"):
+        twin = served({**suite, "dtype": dtype}, method, tmp_path).twin
+        assert twin.model.dtype is getattr(torch, dtype)
+        assert isinstance(twin, TwinClassifier)
+        logits.append(torch.stack([answer.logits for answer in twin.classify(texts, ["mnli"] * 6)]))
+    torch.testing.assert_close(*logits, rtol=0.1, atol=0.1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_c
 from twin_bench.twin.separate import merge_separately
 from twin_bench.twin.smile import install_smile
 from twin_bench.twin.sources import Sources, load_model
+from twin_bench.twin.wemoe import install_gates, learn_gates, mlp_layers, part_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def serve(
         yield _dawin(entry, suite, sources)
     elif entry.method.name == "smile":
         yield _smile(entry, suite, sources)
+    elif entry.method.name == "wemoe":
+        yield _wemoe(entry, suite, data, sources, rows, progress)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
             yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
@@ -123,7 +127,7 @@ def _static(
     twin = kind(
         load_model(sources, parameters, suite.dtype), sources.tokenizer, parts, protocol=protocol, routing="none"
     )
-    count = copies * sum(tensor.numel() for tensor in parameters.values())
+    count = copies * _size(parameters)
     return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
 
 
@@ -155,7 +159,7 @@ def _adamerging(
 
 
 def _dawin(entry: Entry, suite: Suite, sources: Sources) -> Served:
-    """Serve the base model with whole task vectors; an expert stores the fewer of its factors and their product."""
+    """Serve the base model with whole task vectors."""
     _require_classifiers(entry, suite)
     started = time.perf_counter()
     base = dict(sources.base.items())
@@ -165,10 +169,7 @@ def _dawin(entry: Entry, suite: Suite, sources: Sources) -> Served:
     )
     model = load_model(sources, base, suite.dtype)
     twin = DawinClassifier(model, sources.tokenizer, parts, scaling=entry.settings(suite.seed)["scaling"])
-    stored = sum(tensor.numel() for tensor in base.values())
-    for exclusive in parts.exclusive.values():
-        stored += sum(min(B.numel() + A.numel(), len(B) * A.shape[1]) for B, A in exclusive.factors.values())
-        stored += sum(vector.numel() for vector in exclusive.vectors.values())
+    stored = _size(base) + sum(map(_stored, parts.exclusive.values()))
     return Served(twin, tuple(suite.tasks), time.perf_counter() - started, stored, {})
 
 
@@ -180,8 +181,43 @@ def _smile(entry: Entry, suite: Suite, sources: Sources) -> Served:
     added = install_smile(model, TaskVectors(base, sources.experts), **entry.settings(suite.seed))
     parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.bones.head})
     twin = twin_class(sources.bones.task_type)(model, sources.tokenizer, parts, routing="none")
-    stored = added + sum(tensor.numel() for tensor in base.values())
-    return Served(twin, tuple(suite.tasks), time.perf_counter() - started, stored, {})
+    return Served(twin, tuple(suite.tasks), time.perf_counter() - started, _size(base) + added, {})
+
+
+def _wemoe(entry: Entry, suite: Suite, data: Path, sources: Sources, rows: int | None, progress: Progress) -> Served:
+    """Merge all but the MLP blocks, and learn these blocks' gates on the rows that are scored, in float32."""
+    started = time.perf_counter()
+    settings = entry.settings(suite.seed)
+    inputs = _test_inputs(entry, suite, data, rows)
+    base = dict(sources.base.items())
+    merged = merge_lazily("task_arithmetic", base, sources.experts, scaling=settings["scaling"])
+    model = load_model(sources, base, "float32")
+    mixed = {f"{path}.{kind}" for layers in mlp_layers(model) for path in layers for kind in ("weight", "bias")}
+    model.load_state_dict({name: merged[name] for name in base if name not in mixed}, strict=False)
+    vectors = {task: whole_task_vector(expert, base, sources.bones) for task, expert in sources.experts.items()}
+    gates = install_gates(model, vectors, scaling=settings["scaling"], seed=settings["seed"])
+    heads = {task: expert.head() for task, expert in sources.experts.items()}
+    twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none")
+    batches = unlabelled_batches(
+        twin, inputs, batch_size=settings["batch_size"], seed=settings["seed"], max_length=suite.max_length
+    )
+    tracked = progress.track(batches, total=settings["steps"], description="wemoe")
+    learn_gates(twin, gates, iter(tracked), steps=settings["steps"], learning_rate=settings["learning_rate"])
+    mixed_parts = [part_of(vector, mixed) for vector in vectors.values()]
+    stored = _size(base) + sum(map(_stored, mixed_parts)) + sum(p.numel() for p in gates.parameters())
+    dtype = next(tensor.dtype for tensor in base.values() if tensor.is_floating_point())
+    twin = twin.to(getattr(torch, suite.dtype) if suite.dtype else dtype)
+    return Served(twin, tuple(suite.tasks), time.perf_counter() - started, stored, _adapted(inputs))
+
+
+def _size(parameters: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in parameters.values())
+
+
+def _stored(vector: Exclusive) -> int:
+    """Return how many numbers a task vector takes: of a matrix the fewer of its factors' and its own."""
+    factors = sum(min(B.numel() + A.numel(), len(B) * A.shape[1]) for B, A in vector.factors.values())
+    return factors + _size(vector.vectors)
 
 
 def _test_inputs(entry: Entry, suite: Suite, data: Path, rows: int | None) -> list[TaskInput]:
