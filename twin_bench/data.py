@@ -152,8 +152,8 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
     return rows
 
 
-def scored_inputs(task: Task, directory: Path, file: Path, limit: int) -> list[TaskInput]:
-    """Return the first `limit` rows of a split as they are scored, a generative task's in their drawn order."""
+def scored_inputs(task: Task, directory: Path, file: Path, limit: int | None) -> list[TaskInput]:
+    """Return the first `limit` rows (None: all) as they are scored, a generative task's in their drawn order."""
     rows = read_rows(file, task)
     if isinstance(task, GenerativeTask):
         solved = solved_examples(task, directory) if task.shots else []

@@ -114,6 +114,12 @@ def legend(rows: Sequence[dict[str, Any]]) -> str:
     if left_out:
         lines.append(f"Not in the normalized mean, the expert's own score not being above 0: {', '.join(left_out)}.")
     for (protocol, method), own in _grouped(rows).items():
+        adapted = own[0]["notes"].get("adapted_on")
+        if adapted:
+            seen = ", ".join(f"{task} {count}" for task, count in adapted["rows"].items())
+            lines.append(
+                f"{method} ({protocol}): learnt on {adapted['inputs']}, the very rows it is scored on: {seen}."
+            )
         router = own[0]["notes"].get("router")
         if router:
             accuracy = ", ".join(f"{task} {value:.2f}" for task, value in router["task_accuracy"].items())

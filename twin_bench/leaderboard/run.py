@@ -66,7 +66,7 @@ def run_suite(
     if sources.bones.task_type != suite.task_type:
         raise InputError(f"suite {suite.name}: {suite.tasks[0]} needs {suite.task_type} experts, these are not")
     inputs = _input_digests(suite, data)
-    if any(entry.track == "routed" for entry in entries):
+    if any(entry.track == "routed" and entry.method.name == "twin" for entry in entries):
         read_router_rows(data, suite.tasks)
     twins = out / "twins" / digest([version("twin-bench"), inputs])[:16]  # other inputs, other twins
     if harness == "helm":
@@ -81,7 +81,8 @@ def run_suite(
         done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
         progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
         if not all(done.values()):
-            for served in serve(entry, protocol, suite, data, sources, twins, progress):
+            rows = _row_limit(entry, protocol, suite, limit)
+            for served in serve(entry, protocol, suite, data, sources, twins, progress, rows=rows):
                 for task in served.tasks:
                     if done[task] is None:
                         evaluated = (
@@ -282,9 +283,10 @@ def _key(
     harness: Harness,
 ) -> str:
     """Return the digest of everything that decides a cell's score."""
-    # A twin's router was trained on all tasks' rows; a prompt holds its own task's examples.
+    # A twin's router, and what learns at test time, saw all tasks' rows; a prompt holds its own task's examples.
     own = {name: rows for name, rows in inputs["rows"].items() if name.startswith(f"{task}/")}
-    rows = inputs["rows"] if entry.track == "routed" else own
+    learnt = entry.track in ("routed", "test-time") and entry.method.needs
+    rows = inputs["rows"] if learnt else own
     return digest(
         {
             "twin_bench": version("twin-bench"),

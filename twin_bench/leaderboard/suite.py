@@ -174,10 +174,13 @@ def read_suite(name_or_file: str) -> Suite:
 def supports(entry: Entry, protocol: Protocol) -> bool:
     """Return whether an entry runs under a protocol: only a router can name a head (`routed`).
 
-    The bounds stand beside every protocol.
+    The bounds stand beside every protocol. What is neither a static merge nor a twin reads the predictions under a
+    row's own head, or has no biases apart: `standard` alone.
     """
     if entry.protocols is not None and protocol not in entry.protocols:
         return False
+    if entry.method.function is None and entry.method.name not in ("experts", "twin"):
+        return protocol == "standard"
     return protocol != "routed" or entry.track in ("routed", "bound")
 
 

@@ -28,8 +28,9 @@ class Method:
     """A merge method's header: what a table or a catalogue says of it.
 
     `needs` lists what it takes beyond weights ("seed", "task ids of training inputs", ...); `defaults` maps
-    its options to their defaults; `function` is None where the result is no single set of parameters.
-    A method with an option `merge` builds on the method which that names, and takes its options as well.
+    its options to their defaults; `function` is None where the result is no single set of parameters, or is
+    learnt with the model at hand. A method with an option `merge` builds on the method which that names, and takes its
+    options as well.
     """
 
     name: str
@@ -86,7 +87,7 @@ def merge_method(
 def unmerged_method(
     name: str, *, title: str, paper: str, track: Track, needs: tuple[str, ...] = (), **defaults: Any
 ) -> None:
-    """Register a method whose result is no single set of parameters (the experts themselves, a twin)."""
+    """Register a method that is more than a merge of weights: the experts themselves, a twin, test-time learning."""
     _register(Method(name, title, paper, track, needs, MappingProxyType(defaults), None))
 
 
@@ -113,7 +114,10 @@ def merge_lazily(
     """As `merge`, but each parameter is computed when it is read; peak memory is T + 2 of the largest."""
     header = find_method(method).given(params)
     if header.function is None:
-        raise InputError(f"{method} is no single set of parameters: serve it as a twin (twin-bench build)")
+        raise InputError(
+            f"{method} is no merge of weights alone: run it in a suite (python -m twin_bench.leaderboard), or, a twin, "
+            "build it (twin-bench build)"
+        )
     for option, value in params.items():
         header.check(option, value)
     return header.function(TaskVectors(base, experts), **params)

@@ -22,7 +22,7 @@ def hidden_states(
     highest layer asked for are not run. `overrides` stand in for the backbone's parameters of their names.
     """
     backbone = model.base_model
-    blocks = _blocks(backbone, model.config.num_hidden_layers)
+    blocks = blocks_of(backbone, model.config.num_hidden_layers)
     if any(not -1 <= layer <= len(blocks) for layer in layers):
         raise InputError(f"router: layer must be -1 to {len(blocks)}, not {sorted(layers)}")
     seen: dict[int, Tensor] = {}
@@ -67,7 +67,8 @@ def _tap(seen: dict[int, Tensor], layer: int, *, stop: bool) -> Callable[..., No
     return hook
 
 
-def _blocks(backbone: nn.Module, count: int) -> nn.ModuleList:
+def blocks_of(backbone: nn.Module, count: int) -> nn.ModuleList:
+    """Return a backbone's list of `count` transformer blocks; InputError where it has none."""
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module

@@ -65,6 +65,10 @@ class Fusion:
         with self._running("rows", weights, weights if bias_weights is None else bias_weights):
             yield
 
+    def follow(self, weights: Tensor) -> None:
+        """Run each row b with weights[b] from here on, as `per_row` does: weights that the model itself decides."""
+        self.mode, self.weights, self.bias_weights, self._columns = "rows", weights, weights, {}
+
     def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Columns:
         """Return which of a layout's columns the rows use, and their weights; found once a forward."""
         if ranks not in self._columns:
@@ -168,8 +172,8 @@ class TwinLayer(nn.Module):
     def _register_vectors(self, buffer: str, like: Tensor | None, vectors: list[Tensor | None]) -> None:
         stacked = None
         if like is not None and any(vector is not None for vector in vectors):
-            zero = torch.zeros(like.shape)
-            stacked = torch.stack([zero if v is None else v.to(zero) for v in vectors]).to(like)
+            zero = torch.zeros_like(like)
+            stacked = torch.stack([zero if v is None else v.to(zero) for v in vectors])
         self.register_buffer(buffer, stacked, persistent=False)
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
