@@ -18,7 +18,7 @@ from twin_bench.methods import find_method, merge_lazily
 from twin_bench.methods.ties import trim_thresholds
 from twin_bench.task_vectors import TaskVectors
 
-STATIC = sorted(name for name, method in twin_bench.methods().items() if method.function)
+STATIC = sorted(name for name, method in twin_bench.methods().items() if method.function and not method.inputs)
 SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16)}
 
 

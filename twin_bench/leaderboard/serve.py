@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def serve(
     workspace: Path,
     progress: Progress,
 ) -> Iterator[Served]:
-    """Yield the models of one entry: one for a merge or a twin, one a task for the experts.
+    """Yield the models of one entry: one for a merge or a twin, one a task where each has parameters of its own.
 
     A built twin is kept in `workspace`, a folder that stands for the inputs it was built from.
     """
@@ -56,32 +57,47 @@ def serve(
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
-            yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
+            served = _static(expert, (task,), protocol, suite, sources, time.perf_counter())
+            yield dataclasses.replace(served, parameters=len(sources.experts) * served.parameters)
+    elif "task" in entry.method.inputs:
+        for task in suite.tasks:
+            yield _merged(entry, (task,), protocol, suite, sources, {"task": task})
     else:
-        started = time.perf_counter()
-        settings = entry.settings(suite.seed)
-        base: Mapping[str, Tensor] = sources.base
-        if protocol == "paper" and not sources.bones.head:
-            separate = merge_separately(entry.method.name, sources.base, sources.experts, **settings)
-            yield _static(separate, suite.tasks, protocol, suite, sources, started)
-            return
+        yield _merged(entry, suite.tasks, protocol, suite, sources, {})
+
+
+def _merged(
+    entry: Entry,
+    tasks: Sequence[str],
+    protocol: Protocol,
+    suite: Suite,
+    sources: Sources,
+    inputs: Mapping[str, Any],
+) -> Served:
+    """Merge, and serve the result for `tasks`; `inputs` are what the method must be given."""
+    started = time.perf_counter()
+    options = {**entry.settings(suite.seed), **inputs}
+    base: Mapping[str, Tensor] = sources.base
+    if protocol == "paper" and not sources.bones.head:
+        merged = merge_separately(entry.method.name, sources.base, sources.experts, **options)
+    else:
         if protocol == "paper":  # biases are not merged; the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
-        merged = {
-            **sources.base,
-            **merge_lazily(entry.method.name, base, sources.experts, **settings),
-        }
-        yield _static(merged, suite.tasks, protocol, suite, sources, started)
+        merged = {**sources.base, **merge_lazily(entry.method.name, base, sources.experts, **options)}
+    served = _static(merged, tasks, protocol, suite, sources, started)
+    if entry.method.stored is None:
+        return served
+    bits = 8 * next(iter(merged.values())).element_size()
+    return dataclasses.replace(served, parameters=entry.method.stored(served.parameters, len(sources.experts), bits))
 
 
 def _static(
     parameters: Mapping[str, Tensor],
-    tasks: Any,
+    tasks: Sequence[str],
     protocol: Protocol,
     suite: Suite,
     sources: Sources,
     started: float,
-    copies: int = 1,
 ) -> Served:
     """Serve one set of parameters under the heads (and, under `paper`, the biases) of the experts of `tasks`."""
     parameters = dict(parameters.items())
@@ -101,7 +117,7 @@ def _static(
     twin = kind(
         load_model(sources, parameters, suite.dtype), sources.tokenizer, parts, protocol=protocol, routing="none"
     )
-    count = copies * sum(tensor.numel() for tensor in parameters.values())
+    count = sum(tensor.numel() for tensor in parameters.values())
     return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
 
 

@@ -1,7 +1,9 @@
 """Merge methods: one file each, found by name.
 
 A method is a function `(vectors: TaskVectors, *, options) -> mapping` under `@merge_method(...)`; its name,
-its docstring's first line and its keyword defaults are the header. To add one, add a file to this folder.
+its docstring's first line and its keyword defaults are the header. A keyword without a default is no option but
+something that a merge must be given: `task`, by a method whose result is one set of parameters a task. To add a
+method, add a file to this folder.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -28,7 +30,9 @@ class Method:
     """A merge method's header: what a table or a catalogue says of it.
 
     `needs` lists what it takes beyond weights ("seed", "task ids of training inputs", ...); `defaults` maps
-    its options to their defaults; `function` is None where the result is no single set of parameters.
+    its options to their defaults, `inputs` names what it must be given besides; `function` is None where the
+    result is no single set of parameters. `stored` returns how many parameters are stored for a model of so many,
+    so many experts and so many bits a parameter; None where it is the model alone.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Method:
     needs: tuple[str, ...]
     defaults: Mapping[str, Any]
     function: MergeFunction | None
+    inputs: tuple[str, ...] = ()
+    stored: Callable[[int, int, int], int] | None = None
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """Return the defaults, `seed` among them where the method draws."""
@@ -52,19 +58,34 @@ class Method:
         ):
             raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
 
+    def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
+        """Raise an InputError unless what the method must be given is there, for these experts."""
+        if "task" in self.inputs and given.get("task") not in experts:
+            asked = f"not {given['task']!r}; " if "task" in given else ""
+            raise InputError(
+                f"{self.name} has one set of parameters a task: say which with task=, {asked}known: "
+                f"{', '.join(sorted(experts))}"
+            )
+
 
 _registry: dict[str, Method] = {}
 
 
 def merge_method(
-    *, title: str, paper: str, track: Track, needs: tuple[str, ...] = ()
+    *,
+    title: str,
+    paper: str,
+    track: Track,
+    needs: tuple[str, ...] = (),
+    stored: Callable[[int, int, int], int] | None = None,
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function as the merge method of its own name."""
 
     def register(function: MergeFunction) -> MergeFunction:
-        options = inspect.signature(function).parameters.values()
-        defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
-        _register(Method(function.__name__, title, paper, track, needs, MappingProxyType(defaults), function))
+        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        defaults = MappingProxyType({p.name: p.default for p in keywords if p.default is not p.empty})
+        inputs = tuple(p.name for p in keywords if p.default is p.empty)
+        _register(Method(function.__name__, title, paper, track, needs, defaults, function, inputs, stored))
         return function
 
     return register
@@ -101,8 +122,9 @@ def merge_lazily(
     header = find_method(method)
     if header.function is None:
         raise InputError(f"{method} is no single set of parameters: serve it as a twin (twin-bench build)")
-    for option, value in params.items():
-        header.check(option, value)
+    header.check_inputs(experts, params)
+    for option in params.keys() - header.inputs:
+        header.check(option, params[option])
     return header.function(TaskVectors(base, experts), **params)
 
 
@@ -116,14 +138,15 @@ def merge(
         base: the pretrained model theta_0, parameter name to tensor.
         experts: task to the fine-tuned model's mapping over the same names.
         **params: the method's options (`methods()[method].defaults`); `scaling` is lambda, `density` the
-            kept fraction, `seed` where one draws.
+            kept fraction, `seed` where one draws; and what it must be given (`methods()[method].inputs`):
+            `task`, where each task has parameters of its own.
 
     Returns:
         Every name of `base`, in `base`'s dtypes; sums are taken in float32 or better.
 
     Raises:
-        InputError: unknown method or option, a tensor that an expert lacks or has in another shape, an
-            option out of its range.
+        InputError: unknown method or option, an input that is missing, a tensor that an expert lacks or has in
+            another shape, an option out of its range.
     """
     return dict(merge_lazily(method, base, experts, **params).items())
 
