@@ -282,9 +282,9 @@ def _key(
     harness: Harness,
 ) -> str:
     """Return the digest of everything that decides a cell's score."""
-    # A twin's router was trained on all tasks' rows; a prompt holds its own task's examples.
+    # A twin's router was trained on all tasks' rows, as statistics are taken of them; a prompt holds its own task's.
     own = {name: rows for name, rows in inputs["rows"].items() if name.startswith(f"{task}/")}
-    rows = inputs["rows"] if entry.track == "routed" else own
+    rows = inputs["rows"] if entry.track in ("routed", "calibration") else own
     return digest(
         {
             "twin_bench": version("twin-bench"),
@@ -298,6 +298,7 @@ def _key(
             "max_length": suite.max_length,
             "dtype": suite.dtype,
             "limit": suite.rows if limit is None else limit,
+            **({"calibration_rows": suite.calibration_rows} if entry.method.statistics else {}),
             **({"harness": harness} if harness != "lm-eval" else {}),
         }
     )

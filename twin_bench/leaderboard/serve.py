@@ -13,10 +13,12 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor
 
+from twin_bench.calibration import calibrate
 from twin_bench.checkpoint import read_json
+from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.cells import digest, write_atomically
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.methods import merge_lazily
+from twin_bench.methods import StatisticsKind, merge_lazily
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import ORACLE_PARAMETERS, build_twin
 from twin_bench.twin.directory import read_manifest
@@ -51,7 +53,7 @@ def serve(
 ) -> Iterator[Served]:
     """Yield the models of one entry: one for a merge or a twin, one a task where each has parameters of its own.
 
-    A built twin is kept in `workspace`, a folder that stands for the inputs it was built from.
+    A built twin and experts' statistics are kept in `workspace`, a folder that stands for the inputs they come from.
     """
     if isinstance(entry.options, TwinOptions):
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
@@ -62,8 +64,44 @@ def serve(
     elif "task" in entry.method.inputs:
         for task in suite.tasks:
             yield _merged(entry, (task,), protocol, suite, sources, {"task": task})
+    elif entry.method.statistics is not None:
+        yield _calibrated(entry, entry.method.statistics, protocol, suite, data, sources, workspace, progress)
     else:
         yield _merged(entry, suite.tasks, protocol, suite, sources, {})
+
+
+def _calibrated(
+    entry: Entry,
+    kind: StatisticsKind,
+    protocol: Protocol,
+    suite: Suite,
+    data: Path,
+    sources: Sources,
+    workspace: Path,
+    progress: Progress,
+) -> Served:
+    """Merge with statistics of training rows, which are kept in `workspace` and serve every entry of their kind."""
+    if protocol == "paper" and not sources.bones.head:
+        raise UnsuitedError(
+            f"protocol paper merges A and B of LoRA adapters, and {entry.method.name} has statistics of whole weights"
+        )
+    decisive = [kind, suite.calibration_rows, suite.seed, suite.max_length]
+    calibration = calibrate(
+        kind,
+        sources,
+        data,
+        workspace / f"{kind}-{digest(decisive)[:16]}",
+        rows=suite.calibration_rows,
+        seed=suite.seed,
+        max_length=suite.max_length,
+        progress=progress,
+    )
+    served = _merged(entry, suite.tasks, protocol, suite, sources, {"statistics": calibration.statistics})
+    return dataclasses.replace(
+        served,
+        build_seconds=served.build_seconds + calibration.seconds,
+        notes={"calibration": {"statistics": kind, "split": "train", "rows": dict(calibration.rows)}},
+    )
 
 
 def _merged(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from twin_bench.calibration import ROWS
 from twin_bench.checkpoint import TaskType
 from twin_bench.data import TASKS, task_type_of
 from twin_bench.errors import InputError, nearest
@@ -73,7 +74,8 @@ class Suite(Settings):
     `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it;
     `protocol` among the options restricts an entry to some of the suite's. `rows` is how many of a task's rows
     are scored where --limit says nothing (all of them by default), `dtype` what the models run in (by default the
-    base model's), `batch_size` inputs a forward. `helm`: a directory of HELM's raw files, as they lie under
+    base model's), `batch_size` inputs a forward. `calibration_rows`: how many training rows of each task the methods
+    that need statistics of them may take. `helm`: a directory of HELM's raw files, as they lie under
     benchmark_output/scenarios, for --harness helm.
     """
 
@@ -90,6 +92,7 @@ class Suite(Settings):
     rows: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
     batch_size: int = Field(default=32, ge=1)
+    calibration_rows: int = Field(default=ROWS, ge=1)
     helm: str | None = None
 
     @field_validator("protocol", mode="before")

@@ -2,8 +2,8 @@
 
 A method is a function `(vectors: TaskVectors, *, options) -> mapping` under `@merge_method(...)`; its name,
 its docstring's first line and its keyword defaults are the header. A keyword without a default is no option but
-something that a merge must be given: `task`, by a method whose result is one set of parameters a task. To add a
-method, add a file to this folder.
+something that a merge must be given: `task`, by a method whose result is one set of parameters a task;
+`statistics` of training inputs, by one that needs them. To add a method, add a file to this folder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError, nearest
+from twin_bench.finite import require_finite
 from twin_bench.task_vectors import TaskVectors
 
 Track = Literal["bound", "data-free", "calibration", "test-time", "routed", "task-id given"]
 MergeFunction = Callable[..., Mapping[str, Tensor]]
+Statistics = Mapping[str, Mapping[str, Tensor]]
+"""Expert to parameter name to a tensor that training inputs gave: see `twin_bench.calibration`."""
+StatisticsKind = Literal["fisher", "gram"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Method:
     `needs` lists what it takes beyond weights ("seed", "task ids of training inputs", ...); `defaults` maps
     its options to their defaults, `inputs` names what it must be given besides; `function` is None where the
     result is no single set of parameters. `stored` returns how many parameters are stored for a model of so many,
-    so many experts and so many bits a parameter; None where it is the model alone.
+    so many experts and so many bits a parameter; None where it is the model alone. `statistics` says which are its
+    `statistics`.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Method:
     function: MergeFunction | None
     inputs: tuple[str, ...] = ()
     stored: Callable[[int, int, int], int] | None = None
+    statistics: StatisticsKind | None = None
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """Return the defaults, `seed` among them where the method draws."""
@@ -66,6 +73,12 @@ class Method:
                 f"{self.name} has one set of parameters a task: say which with task=, {asked}known: "
                 f"{', '.join(sorted(experts))}"
             )
+        lacking = [task for task in experts if task not in (given.get("statistics") or {})]
+        if "statistics" in self.inputs and lacking:
+            raise InputError(
+                f"{self.name} needs statistics of training inputs, those of expert {lacking[0]!r} are missing: give "
+                "statistics={task: {parameter: tensor}}, which twin_bench.calibration computes"
+            )
 
 
 _registry: dict[str, Method] = {}
@@ -78,6 +91,7 @@ def merge_method(
     track: Track,
     needs: tuple[str, ...] = (),
     stored: Callable[[int, int, int], int] | None = None,
+    statistics: StatisticsKind | None = None,
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function as the merge method of its own name."""
 
@@ -85,7 +99,8 @@ def merge_method(
         keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         defaults = MappingProxyType({p.name: p.default for p in keywords if p.default is not p.empty})
         inputs = tuple(p.name for p in keywords if p.default is p.empty)
-        _register(Method(function.__name__, title, paper, track, needs, defaults, function, inputs, stored))
+        name = function.__name__
+        _register(Method(name, title, paper, track, needs, defaults, function, inputs, stored, statistics))
         return function
 
     return register
@@ -139,7 +154,7 @@ def merge(
         experts: task to the fine-tuned model's mapping over the same names.
         **params: the method's options (`methods()[method].defaults`); `scaling` is lambda, `density` the
             kept fraction, `seed` where one draws; and what it must be given (`methods()[method].inputs`):
-            `task`, where each task has parameters of its own.
+            `task`, where each task has parameters of its own; `statistics`, where it takes those.
 
     Returns:
         Every name of `base`, in `base`'s dtypes; sums are taken in float32 or better.
@@ -155,6 +170,19 @@ def require_fraction(method: str, option: str, value: float) -> None:
     """Raise an InputError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {option} must be in (0, 1], not {value}")
+
+
+def statistics_of(method: str, statistics: Statistics, task: str, name: str, shape: torch.Size) -> Tensor:
+    """Return one tensor of an expert's statistics; InputError where it is missing, misshapen or not finite."""
+    if name not in statistics[task]:
+        raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
+    tensor = require_finite(statistics[task][name], name, f"{method}: statistics of expert {task!r}")
+    if tensor.shape != shape:
+        raise InputError(
+            f"{method}: the statistics of expert {task!r} have {name} as {tuple(tensor.shape)}, not {tuple(shape)}; "
+            "compute them on this model"
+        )
+    return tensor
 
 
 def _register(method: Method) -> None:
