@@ -35,15 +35,15 @@ def _run(options: argparse.Namespace) -> None:
     suite = read_suite(options.suite)
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with Progress(console=Console(stderr=True)) as progress:
-        cells = run_suite(
+        board = run_suite(
             suite, options.out, only=only, limit=options.limit, harness=options.harness, progress=progress
         )
-    table = write_leaderboard(cells, options.out)
+    table = write_leaderboard(board, options.out)
     console = Console()
     if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
         console.width = 110
-    print_leaderboard(leaderboard_rows(cells), table, console)
-    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html")
+    print_leaderboard(leaderboard_rows(board.cells), table, console, board.skipped)
+    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html, skipped.json")
 
 
 def _positive(text: str) -> int:

@@ -17,9 +17,9 @@ from rich.progress import Progress
 
 from twin_bench import demo
 from twin_bench.data import TASKS, hub_rows, read_router_rows, split_path
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.hub import model_directory
-from twin_bench.leaderboard.cells import Cell, Cells, digest, digest_files, write_atomically
+from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, digest, digest_files, write_atomically
 from twin_bench.leaderboard.serve import Served, serve
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
 from twin_bench.metrics import mean, mean_standard_error
@@ -41,8 +41,11 @@ def run_suite(
     limit: int | None = None,
     harness: Harness = "lm-eval",
     progress: Progress | None = None,
-) -> list[Cell]:
+) -> Board:
     """Return a suite's cells, running those that `out`/cells does not hold yet.
+
+    A method that raises UnsuitedError is skipped, with its reason: it has no cell in the result, not even of a task
+    that it could do.
 
     Args:
         suite: what to run.
@@ -73,6 +76,7 @@ def run_suite(
         inputs["rows"] |= _helm_digests(suite, data, out)
     cells = Cells(out / ("cells" if harness == "lm-eval" else "cells-helm"))
     finished: list[Cell] = []
+    skipped: list[Skipped] = []
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
     for listed, entry in work:
@@ -80,8 +84,9 @@ def run_suite(
         keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
         done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
         progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
-        if not all(done.values()):
-            for served in serve(entry, protocol, suite, data, sources, twins, progress):
+        models = () if all(done.values()) else serve(entry, protocol, suite, data, sources, twins, progress)
+        try:
+            for served in models:
                 for task in served.tasks:
                     if done[task] is None:
                         evaluated = (
@@ -92,8 +97,14 @@ def run_suite(
                         done[task] = _cell(evaluated, served, entry, protocol, suite, task, keys[task])
                         cells.write(done[task])  # type: ignore[arg-type]
                         progress.advance(bar)
+        except UnsuitedError as error:
+            if entry.track == "bound":
+                raise
+            progress.advance(bar, sum(cell is None for cell in done.values()))
+            skipped.append(Skipped(suite.name, listed, entry.label, entry.track, str(error)))
+            continue
         finished += [dataclasses.replace(cell, protocol=listed) for cell in done.values() if cell is not None]
-    return finished
+    return Board(finished, skipped)
 
 
 class Evaluated(NamedTuple):
