@@ -237,5 +237,6 @@ def test_headers_say_what_a_catalogue_needs() -> None:
         assert method.name == name
         assert method.title
         assert method.track == "bound" or method.paper.startswith("arXiv:")
+        assert method.tune.keys() <= method.defaults.keys()
     assert find_method("task_arithmetic").defaults == {"scaling": 0.3}
     assert "seed" in find_method("dare_ties").needs

@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--harness", default="lm-eval", choices=("lm-eval", "helm"), help="who scores (default: lm-eval)"
     )
     parser.add_argument("--limit", type=_positive, help="score the first N rows of each task")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="add a row NAME+tuned: the method with options chosen on held-out training rows, never on scored ones",
+    )
     options = parser.parse_args(arguments)
     return reporting_errors(lambda: _run(options))
 
@@ -36,7 +41,13 @@ def _run(options: argparse.Namespace) -> None:
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with Progress(console=Console(stderr=True)) as progress:
         board = run_suite(
-            suite, options.out, only=only, limit=options.limit, harness=options.harness, progress=progress
+            suite,
+            options.out,
+            only=only,
+            limit=options.limit,
+            harness=options.harness,
+            tune=options.tune,
+            progress=progress,
         )
     table = write_leaderboard(board, options.out)
     console = Console()

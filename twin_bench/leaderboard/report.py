@@ -122,6 +122,13 @@ def legend(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped] = ()) -> s
                 f"{method} ({protocol}): router on layer {router['layer']}, chosen on {router['selected_on']} "
                 f"({router['selection_rows']}), task-id accuracy there {router['accuracy']:.3f}: {accuracy}."
             )
+        chosen = own[0]["notes"].get("tuned")
+        if chosen:
+            options = ", ".join(
+                f"{option} {value} of {chosen['grid'][option]}" for option, value in chosen["chosen"].items()
+            )
+            used = ", ".join(f"{task} {count}" for task, count in chosen["rows"].items())
+            lines.append(f"{method} ({protocol}): {options}, chosen on {chosen['chosen_on']}: {used}.")
         calibration = own[0]["notes"].get("calibration")
         if calibration:
             used = ", ".join(f"{task} {count}" for task, count in calibration["rows"].items())

@@ -22,6 +22,7 @@ from twin_bench.hub import model_directory
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, digest, digest_files, write_atomically
 from twin_bench.leaderboard.serve import Served, serve
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
+from twin_bench.leaderboard.tune import tuned, with_tuned
 from twin_bench.metrics import mean, mean_standard_error
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.model import Protocol
@@ -40,6 +41,7 @@ def run_suite(
     only: Sequence[str] | None = None,
     limit: int | None = None,
     harness: Harness = "lm-eval",
+    tune: bool = False,
     progress: Progress | None = None,
 ) -> Board:
     """Return a suite's cells, running those that `out`/cells does not hold yet.
@@ -53,6 +55,7 @@ def run_suite(
         only: labels or method names; the bounds run in any case.
         limit: the first so many rows of each task; HELM draws as many.
         harness: lm-eval, or helm, which scores language models on its own scenarios' rows.
+        tune: give each method that has a grid a second row, its options chosen on held-out training rows.
         progress: where the bars go.
 
     Raises:
@@ -64,6 +67,10 @@ def run_suite(
         suite = suite.model_copy(update={"experts": str(demo.experts_directory())})
     if harness == "helm" and suite.task_type != "causal_lm":
         raise InputError(f"suite {suite.name}: --harness helm asks for text, and these are classifiers")
+    if tune and harness == "helm":
+        raise InputError("--tune chooses options on held-out training rows, which HELM does not score; leave it out")
+    if tune:
+        entries = with_tuned(entries)
     data = _rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
     if sources.bones.task_type != suite.task_type:
@@ -77,15 +84,23 @@ def run_suite(
     cells = Cells(out / ("cells" if harness == "lm-eval" else "cells-helm"))
     finished: list[Cell] = []
     skipped: list[Skipped] = []
+    bounded = suite.model_copy(update={"rows": suite.rows if limit is None else limit})
+
+    def trial(held_out: Suite) -> Board:
+        return run_suite(held_out, out / "tuning", progress=progress)
+
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
-    for listed, entry in work:
-        protocol: Protocol = "standard" if _same_as_standard(entry, suite, listed) else listed
-        keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
-        done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
-        progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
-        models = () if all(done.values()) else serve(entry, protocol, suite, data, sources, twins, progress)
+    for listed, given in work:
+        protocol: Protocol = "standard" if _same_as_standard(given, suite, listed) else listed
+        done: dict[str, Cell | None] = {}
         try:
+            entry = tuned(given, protocol, bounded, data, out / "tuning", trial) if given.to_tune else given
+            keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
+            done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
+            found = sum(cell is not None for cell in done.values())
+            progress.update(bar, description=f"{protocol} {entry.label}", advance=found)
+            models = () if all(done.values()) else serve(entry, protocol, suite, data, sources, twins, progress)
             for served in models:
                 for task in served.tasks:
                     if done[task] is None:
@@ -98,10 +113,10 @@ def run_suite(
                         cells.write(done[task])  # type: ignore[arg-type]
                         progress.advance(bar)
         except UnsuitedError as error:
-            if entry.track == "bound":
+            if given.track == "bound":
                 raise
-            progress.advance(bar, sum(cell is None for cell in done.values()))
-            skipped.append(Skipped(suite.name, listed, entry.label, entry.track, str(error)))
+            progress.advance(bar, len(suite.tasks) - sum(cell is not None for cell in done.values()))
+            skipped.append(Skipped(suite.name, listed, given.label, given.track, str(error)))
             continue
         finished += [dataclasses.replace(cell, protocol=listed) for cell in done.values() if cell is not None]
     return Board(finished, skipped)
@@ -203,7 +218,7 @@ def _cell(
         build_seconds=served.build_seconds,
         parameters=served.parameters,
         settings=entry.settings(suite.seed),
-        notes={**served.notes, **evaluated.notes},
+        notes={**served.notes, **entry.notes, **evaluated.notes},
         key=key,
     )
 
@@ -310,6 +325,7 @@ def _key(
             "dtype": suite.dtype,
             "limit": suite.rows if limit is None else limit,
             **({"calibration_rows": suite.calibration_rows} if entry.method.statistics else {}),
+            **({"notes": dict(entry.notes)} if entry.notes else {}),
             **({"harness": harness} if harness != "lm-eval" else {}),
         }
     )

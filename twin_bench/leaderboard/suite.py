@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,13 +46,16 @@ class TwinOptions(Settings):
 class Entry:
     """One row of the leaderboard: a label, a method and its options (TwinOptions for a twin).
 
-    `protocols`, where given, are those of the suite's that it runs under.
+    `protocols`, where given, are those of the suite's that it runs under. `to_tune`: its options are to be chosen on
+    held-out training rows, of which `notes` then tell.
     """
 
     label: str
     method: Method
     options: dict[str, Any] | TwinOptions
     protocols: tuple[Protocol, ...] | None = None
+    to_tune: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def track(self) -> Track:

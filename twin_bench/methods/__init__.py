@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ MergeFunction = Callable[..., Mapping[str, Tensor]]
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Expert to parameter name to a tensor that training inputs gave: see `twin_bench.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
+SCALINGS: Mapping[str, Sequence[float]] = MappingProxyType({"scaling": (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)})
+"""The grid of a method whose lambda the paper searches."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Method:
     its options to their defaults, `inputs` names what it must be given besides; `function` is None where the
     result is no single set of parameters. `stored` returns how many parameters are stored for a model of so many,
     so many experts and so many bits a parameter; None where it is the model alone. `statistics` says which are its
-    `statistics`.
+    `statistics`; `tune` lists the values that a leaderboard's --tune chooses an option from.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Method:
     inputs: tuple[str, ...] = ()
     stored: Callable[[int, int, int], int] | None = None
     statistics: StatisticsKind | None = None
+    tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """Return the defaults, `seed` among them where the method draws."""
@@ -92,6 +95,7 @@ def merge_method(
     needs: tuple[str, ...] = (),
     stored: Callable[[int, int, int], int] | None = None,
     statistics: StatisticsKind | None = None,
+    tune: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function as the merge method of its own name."""
 
@@ -100,7 +104,7 @@ def merge_method(
         defaults = MappingProxyType({p.name: p.default for p in keywords if p.default is not p.empty})
         inputs = tuple(p.name for p in keywords if p.default is p.empty)
         name = function.__name__
-        _register(Method(name, title, paper, track, needs, defaults, function, inputs, stored, statistics))
+        _register(Method(name, title, paper, track, needs, defaults, function, inputs, stored, statistics, tune))
         return function
 
     return register
