@@ -142,8 +142,9 @@ def merge_lazily(
     if header.function is None:
         raise InputError(f"{method} is no single set of parameters: serve it as a twin (twin-bench build)")
     header.check_inputs(experts, params)
-    for option in params.keys() - header.inputs:
-        header.check(option, params[option])
+    for option, value in params.items():
+        if option not in header.inputs:
+            header.check(option, value)
     return header.function(TaskVectors(base, experts), **params)
 
 
