@@ -41,6 +41,8 @@ class Shared(BaseModel):
         header = find_method(self.method).given(self.options)
         if header.function is None:
             raise InputError(f"{self.method} is no static merge; known: task_arithmetic, average, ties, ...")
+        if header.inputs:
+            raise InputError(f"{self.method} needs {header.inputs[0]}, and a shared expert is made of weights alone")
         for option, value in self.options.items():
             header.check(option, value)
         return self

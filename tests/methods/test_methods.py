@@ -18,7 +18,7 @@ from twin_bench.methods import find_method, merge_lazily
 from twin_bench.methods.ties import trim_thresholds
 from twin_bench.task_vectors import TaskVectors
 
-STATIC = sorted(name for name, method in twin_bench.methods().items() if method.function)
+STATIC = sorted(name for name, method in twin_bench.methods().items() if method.function and not method.inputs)
 SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16), "layers.1.norm": (11,)}
 EXPERTS = {name: 4 for name in STATIC} | {"slerp": 2}
 
@@ -238,5 +238,6 @@ def test_headers_say_what_a_catalogue_needs() -> None:
         assert method.name == name
         assert method.title
         assert method.track == "bound" or method.paper.startswith("arXiv:")
+        assert method.tune.keys() <= method.defaults.keys()
     assert find_method("task_arithmetic").defaults == {"scaling": 0.3}
     assert "seed" in find_method("dare_ties").needs

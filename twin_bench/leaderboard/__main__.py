@@ -20,6 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--harness", default="lm-eval", choices=("lm-eval", "helm"), help="who scores (default: lm-eval)"
     )
     parser.add_argument("--limit", type=_positive, help="score the first N rows of each task")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="add a row NAME+tuned: the method with options chosen on held-out training rows, never on scored ones",
+    )
     options = parser.parse_args(arguments)
     return reporting_errors(lambda: _run(options))
 
@@ -35,15 +40,21 @@ def _run(options: argparse.Namespace) -> None:
     suite = read_suite(options.suite)
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with Progress(console=Console(stderr=True)) as progress:
-        cells = run_suite(
-            suite, options.out, only=only, limit=options.limit, harness=options.harness, progress=progress
+        board = run_suite(
+            suite,
+            options.out,
+            only=only,
+            limit=options.limit,
+            harness=options.harness,
+            tune=options.tune,
+            progress=progress,
         )
-    table = write_leaderboard(cells, options.out)
+    table = write_leaderboard(board, options.out)
     console = Console()
     if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
         console.width = 110
-    print_leaderboard(leaderboard_rows(cells), table, console)
-    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html")
+    print_leaderboard(leaderboard_rows(board.cells), table, console, board.skipped)
+    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html, skipped.json")
 
 
 def _positive(text: str) -> int:

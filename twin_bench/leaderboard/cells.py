@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,24 @@ class Cell:
     settings: Mapping[str, Any]
     notes: Mapping[str, Any]
     key: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A method that these experts or rows don't suit: it has no row, and `reason` says why."""
+
+    suite: str
+    protocol: str
+    method: str
+    track: str
+    reason: str
+
+
+class Board(NamedTuple):
+    """What a suite came to: its cells, and the methods that have none."""
+
+    cells: Sequence[Cell]
+    skipped: Sequence[Skipped] = ()
 
 
 def digest(value: Any) -> str:

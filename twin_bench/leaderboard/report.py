@@ -15,7 +15,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from twin_bench.leaderboard.cells import Cell, write_atomically
+from twin_bench.leaderboard.cells import Board, Cell, Skipped, write_atomically
 
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
 PACKAGES = ("twin-bench", "torch", "transformers", "lm-eval", "peft")
@@ -71,18 +71,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return frame.drop(columns="rows_per_second")
 
 
-def write_leaderboard(cells: Sequence[Cell], out: Path) -> pd.DataFrame:
-    """Write leaderboard.json, .csv, .md and index.html to `out`, each atomically; return the summary."""
-    rows = leaderboard_rows(cells)
+def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
+    """Write leaderboard.json, .csv, .md, index.html and skipped.json to `out`, each atomically; return the summary."""
+    rows = leaderboard_rows(board.cells)
     table = summary(rows)
     write_atomically(out / "leaderboard.json", json.dumps(rows, indent=1) + "\n")
     write_atomically(out / "leaderboard.csv", pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False))
-    write_atomically(out / "leaderboard.md", markdown(rows, table))
-    write_atomically(out / "index.html", page(rows, table))
+    write_atomically(out / "leaderboard.md", markdown(rows, table, board.skipped))
+    write_atomically(out / "index.html", page(rows, table, board.skipped))
+    write_atomically(out / "skipped.json", json.dumps([asdict(method) for method in board.skipped], indent=1) + "\n")
     return table
 
 
-def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
+def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[Skipped] = ()) -> str:
     """Return the leaderboard as Markdown, a section a protocol, with what its figures mean."""
     sections = [f"# {rows[0]['suite']}\n"]
     for protocol, part in table.groupby("protocol", sort=False):
@@ -90,11 +91,11 @@ def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
         lines = ["| " + " | ".join(shown.columns) + " |", "|" + " --- |" * len(shown.columns)]
         lines += ["| " + " | ".join(map(str, line)) + " |" for line in shown.itertuples(index=False)]
         sections.append(f"## Protocol: {protocol}\n\n" + "\n".join(lines) + "\n")
-    return "\n".join([*sections, legend(rows)])
+    return "\n".join([*sections, legend(rows, skipped)])
 
 
-def legend(rows: Sequence[dict[str, Any]]) -> str:
-    """Return what a reader must know of the figures: rows, metrics, seed, versions, routers."""
+def legend(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped] = ()) -> str:
+    """Return what a reader must know of the figures: rows, metrics, seed, versions, routers, methods left out."""
     counts: dict[str, set[int]] = {}
     for row in rows:
         counts.setdefault(f"{row['task']} ({row['metric']})", set()).add(row["n"])
@@ -127,16 +128,28 @@ def legend(rows: Sequence[dict[str, Any]]) -> str:
                 f"{method} ({protocol}): router on layer {router['layer']}, chosen on {router['selected_on']} "
                 f"({router['selection_rows']}), task-id accuracy there {router['accuracy']:.3f}: {accuracy}."
             )
+        chosen = own[0]["notes"].get("tuned")
+        if chosen:
+            options = ", ".join(
+                f"{option} {value} of {chosen['grid'][option]}" for option, value in chosen["chosen"].items()
+            )
+            used = ", ".join(f"{task} {count}" for task, count in chosen["rows"].items())
+            lines.append(f"{method} ({protocol}): {options}, chosen on {chosen['chosen_on']}: {used}.")
+        calibration = own[0]["notes"].get("calibration")
+        if calibration:
+            used = ", ".join(f"{task} {count}" for task, count in calibration["rows"].items())
+            lines.append(f"{method} ({protocol}): {calibration['statistics']} statistics of training rows: {used}.")
+    lines += [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in skipped]
     return "\n\n".join(lines) + "\n"
 
 
-def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
+def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[Skipped] = ()) -> str:
     """Return the leaderboard as one self-contained HTML page."""
     body = [f"<h1>{html.escape(rows[0]['suite'])}</h1>"]
     for protocol, part in table.groupby("protocol", sort=False):
         body.append(f"<h2>Protocol: {protocol}</h2>")
         body.append(_shown(rows, part, str(protocol)).to_html(index=False, border=0))
-    body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in legend(rows).split("\n\n")]
+    body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in legend(rows, skipped).split("\n\n")]
     style = (
         "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:right}td:first-child{text-align:left}"
     )
@@ -145,7 +158,9 @@ def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
-def print_leaderboard(rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console) -> None:
+def print_leaderboard(
+    rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console, skipped: Sequence[Skipped] = ()
+) -> None:
     """Print the leaderboard to a terminal: scores without their errors, which the files have."""
     for protocol, part in table.groupby("protocol", sort=False):
         shown = _shown(rows, part, str(protocol)).drop(columns=["track", "parameters", "build"])
@@ -156,7 +171,7 @@ def print_leaderboard(rows: Sequence[dict[str, Any]], table: pd.DataFrame, conso
             method, normalized, *scores = map(str, line)
             printed.add_row(method, normalized, *(score.partition(" ±")[0] for score in scores))
         console.print(printed)
-    console.print(legend(rows), highlight=False)
+    console.print(legend(rows, skipped), highlight=False)
 
 
 def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) -> pd.DataFrame:

@@ -17,11 +17,12 @@ from rich.progress import Progress
 
 from twin_bench import demo
 from twin_bench.data import TASKS, hub_rows, read_router_rows, split_path
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.hub import model_directory
-from twin_bench.leaderboard.cells import Cell, Cells, digest, digest_files, write_atomically
+from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, digest, digest_files, write_atomically
 from twin_bench.leaderboard.serve import Served, serve
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
+from twin_bench.leaderboard.tune import tuned, with_tuned
 from twin_bench.metrics import mean, mean_standard_error
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.model import Protocol
@@ -40,9 +41,13 @@ def run_suite(
     only: Sequence[str] | None = None,
     limit: int | None = None,
     harness: Harness = "lm-eval",
+    tune: bool = False,
     progress: Progress | None = None,
-) -> list[Cell]:
+) -> Board:
     """Return a suite's cells, running those that `out`/cells does not hold yet.
+
+    A method that raises UnsuitedError is skipped, with its reason: it has no cell in the result, not even of a task
+    that it could do.
 
     Args:
         suite: what to run.
@@ -50,6 +55,7 @@ def run_suite(
         only: labels or method names; the bounds run in any case.
         limit: the first so many rows of each task; HELM draws as many.
         harness: lm-eval, or helm, which scores language models on its own scenarios' rows.
+        tune: give each method that has a grid a second row, its options chosen on held-out training rows.
         progress: where the bars go.
 
     Raises:
@@ -61,6 +67,10 @@ def run_suite(
         suite = suite.model_copy(update={"experts": str(demo.experts_directory())})
     if harness == "helm" and suite.task_type != "causal_lm":
         raise InputError(f"suite {suite.name}: --harness helm asks for text, and these are classifiers")
+    if tune and harness == "helm":
+        raise InputError("--tune chooses options on held-out training rows, which HELM does not score; leave it out")
+    if tune:
+        entries = with_tuned(entries)
     data = _rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
     if sources.bones.task_type != suite.task_type:
@@ -73,16 +83,27 @@ def run_suite(
         inputs["rows"] |= _helm_digests(suite, data, out)
     cells = Cells(out / ("cells" if harness == "lm-eval" else "cells-helm"))
     finished: list[Cell] = []
+    skipped: list[Skipped] = []
+    bounded = suite.model_copy(update={"rows": suite.rows if limit is None else limit})
+
+    def trial(held_out: Suite) -> Board:
+        return run_suite(held_out, out / "tuning", progress=progress)
+
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
-    for listed, entry in work:
-        protocol: Protocol = "standard" if _same_as_standard(entry, suite, listed) else listed
-        keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
-        done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
-        progress.update(bar, description=f"{protocol} {entry.label}", advance=sum(c is not None for c in done.values()))
-        if not all(done.values()):
-            rows = _row_limit(entry, protocol, suite, limit)
-            for served in serve(entry, protocol, suite, data, sources, twins, progress, rows=rows):
+    for listed, given in work:
+        protocol: Protocol = "standard" if _same_as_standard(given, suite, listed) else listed
+        done: dict[str, Cell | None] = {}
+        try:
+            entry = tuned(given, protocol, bounded, data, out / "tuning", trial) if given.to_tune else given
+            keys = {task: _key(suite, entry, protocol, task, inputs, limit, harness) for task in suite.tasks}
+            done = {task: cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
+            found = sum(cell is not None for cell in done.values())
+            progress.update(bar, description=f"{protocol} {entry.label}", advance=found)
+            scored = _row_limit(entry, protocol, suite, limit)
+            served_by = serve(entry, protocol, suite, data, sources, twins, progress, rows=scored)
+            models = () if all(done.values()) else served_by
+            for served in models:
                 for task in served.tasks:
                     if done[task] is None:
                         evaluated = (
@@ -93,8 +114,14 @@ def run_suite(
                         done[task] = _cell(evaluated, served, entry, protocol, suite, task, keys[task])
                         cells.write(done[task])  # type: ignore[arg-type]
                         progress.advance(bar)
+        except UnsuitedError as error:
+            if given.track == "bound":
+                raise
+            progress.advance(bar, len(suite.tasks) - sum(cell is not None for cell in done.values()))
+            skipped.append(Skipped(suite.name, listed, given.label, given.track, str(error)))
+            continue
         finished += [dataclasses.replace(cell, protocol=listed) for cell in done.values() if cell is not None]
-    return finished
+    return Board(finished, skipped)
 
 
 class Evaluated(NamedTuple):
@@ -193,7 +220,7 @@ def _cell(
         build_seconds=served.build_seconds,
         parameters=served.parameters,
         settings=entry.settings(suite.seed),
-        notes={**served.notes, **evaluated.notes},
+        notes={**served.notes, **entry.notes, **evaluated.notes},
         key=key,
     )
 
@@ -283,9 +310,9 @@ def _key(
     harness: Harness,
 ) -> str:
     """Return the digest of everything that decides a cell's score."""
-    # A twin's router, and what learns at test time, saw all tasks' rows; a prompt holds its own task's examples.
+    # A twin's router, what learns at test time and statistics saw all tasks' rows; a prompt holds its own examples.
     own = {name: rows for name, rows in inputs["rows"].items() if name.startswith(f"{task}/")}
-    learnt = entry.track in ("routed", "test-time") and entry.method.needs
+    learnt = entry.track == "calibration" or (entry.track in ("routed", "test-time") and entry.method.needs)
     rows = inputs["rows"] if learnt else own
     return digest(
         {
@@ -300,6 +327,8 @@ def _key(
             "max_length": suite.max_length,
             "dtype": suite.dtype,
             "limit": suite.rows if limit is None else limit,
+            **({"calibration_rows": suite.calibration_rows} if entry.method.statistics else {}),
+            **({"notes": dict(entry.notes)} if entry.notes else {}),
             **({"harness": harness} if harness != "lm-eval" else {}),
         }
     )

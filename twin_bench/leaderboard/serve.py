@@ -15,13 +15,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from twin_bench.calibration import calibrate
 from twin_bench.checkpoint import read_json
 from twin_bench.data import TaskInput, scored_inputs, split_path
 from twin_bench.errors import UnsuitedError
 from twin_bench.glue import GLUE
 from twin_bench.leaderboard.cells import digest, write_atomically
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.methods import merge_lazily
+from twin_bench.methods import StatisticsKind, merge_lazily
 from twin_bench.methods.adamerging import learn_coefficients, merge_with_coefficients
 from twin_bench.recipe import Recipe
 from twin_bench.task_vectors import TaskVectors
@@ -63,12 +64,12 @@ def serve(
     *,
     rows: int | None = None,
 ) -> Iterator[Served]:
-    """Yield the models of one entry: one for a merge or a twin, one a task for the experts.
+    """Yield the models of one entry: one for a merge or a twin, one a task where each has parameters of its own.
 
-    A built twin is kept in `workspace`, a folder that stands for the inputs it was built from. `rows` of each task
-    are scored (None: all): what learns at test time sees these and no others.
+    A built twin and experts' statistics are kept in `workspace`, a folder that stands for the inputs they come from.
+    `rows` of each task are scored (None: all): what learns at test time sees these and no others.
 
-    Raises UnsuitedError where the method can't serve the suite's kind of models.
+    Raises UnsuitedError where the method can't serve the suite's kind of models, or lacks what it needs.
     """
     if isinstance(entry.options, TwinOptions):
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
@@ -82,32 +83,83 @@ def serve(
         yield _wemoe(entry, suite, data, sources, rows, progress)
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
-            yield _static(expert, (task,), protocol, suite, sources, time.perf_counter(), len(sources.experts))
+            served = _static(expert, (task,), protocol, suite, sources, time.perf_counter())
+            yield dataclasses.replace(served, parameters=len(sources.experts) * served.parameters)
+    elif "task" in entry.method.inputs:
+        for task in suite.tasks:
+            yield _merged(entry, (task,), protocol, suite, sources, {"task": task})
+    elif entry.method.statistics is not None:
+        yield _calibrated(entry, entry.method.statistics, protocol, suite, data, sources, workspace, progress)
     else:
-        started = time.perf_counter()
-        settings = entry.settings(suite.seed)
-        base: Mapping[str, Tensor] = sources.base
-        if protocol == "paper" and not sources.bones.head:
-            separate = merge_separately(entry.method.name, sources.base, sources.experts, **settings)
-            yield _static(separate, suite.tasks, protocol, suite, sources, started)
-            return
+        yield _merged(entry, suite.tasks, protocol, suite, sources, {})
+
+
+def _calibrated(
+    entry: Entry,
+    kind: StatisticsKind,
+    protocol: Protocol,
+    suite: Suite,
+    data: Path,
+    sources: Sources,
+    workspace: Path,
+    progress: Progress,
+) -> Served:
+    """Merge with statistics of training rows, which are kept in `workspace` and serve every entry of their kind."""
+    if protocol == "paper" and not sources.bones.head:
+        raise UnsuitedError(
+            f"protocol paper merges A and B of LoRA adapters, and {entry.method.name} has statistics of whole weights"
+        )
+    decisive = [kind, suite.calibration_rows, suite.seed, suite.max_length]
+    calibration = calibrate(
+        kind,
+        sources,
+        data,
+        workspace / f"{kind}-{digest(decisive)[:16]}",
+        rows=suite.calibration_rows,
+        seed=suite.seed,
+        max_length=suite.max_length,
+        progress=progress,
+    )
+    served = _merged(entry, suite.tasks, protocol, suite, sources, {"statistics": calibration.statistics})
+    return dataclasses.replace(
+        served,
+        build_seconds=served.build_seconds + calibration.seconds,
+        notes={"calibration": {"statistics": kind, "split": "train", "rows": dict(calibration.rows)}},
+    )
+
+
+def _merged(
+    entry: Entry,
+    tasks: Sequence[str],
+    protocol: Protocol,
+    suite: Suite,
+    sources: Sources,
+    inputs: Mapping[str, Any],
+) -> Served:
+    """Merge, and serve the result for `tasks`; `inputs` are what the method must be given."""
+    started = time.perf_counter()
+    options = {**entry.settings(suite.seed), **inputs}
+    base: Mapping[str, Tensor] = sources.base
+    if protocol == "paper" and not sources.bones.head:
+        merged = merge_separately(entry.method.name, sources.base, sources.experts, **options)
+    else:
         if protocol == "paper":  # biases are not merged; the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
-        merged = {
-            **sources.base,
-            **merge_lazily(entry.method.name, base, sources.experts, **settings),
-        }
-        yield _static(merged, suite.tasks, protocol, suite, sources, started)
+        merged = {**sources.base, **merge_lazily(entry.method.name, base, sources.experts, **options)}
+    served = _static(merged, tasks, protocol, suite, sources, started)
+    if entry.method.stored is None:
+        return served
+    bits = 8 * next(iter(merged.values())).element_size()
+    return dataclasses.replace(served, parameters=entry.method.stored(served.parameters, len(sources.experts), bits))
 
 
 def _static(
     parameters: Mapping[str, Tensor],
-    tasks: Any,
+    tasks: Sequence[str],
     protocol: Protocol,
     suite: Suite,
     sources: Sources,
     started: float,
-    copies: int = 1,
 ) -> Served:
     """Serve one set of parameters under the heads (and, under `paper`, the biases) of the experts of `tasks`."""
     parameters = dict(parameters.items())
@@ -127,7 +179,7 @@ def _static(
     twin = kind(
         load_model(sources, parameters, suite.dtype), sources.tokenizer, parts, protocol=protocol, routing="none"
     )
-    count = copies * _size(parameters)
+    count = _size(parameters)
     return Served(twin, tuple(tasks), time.perf_counter() - started, count, {})
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from twin_bench.calibration import ROWS
 from twin_bench.checkpoint import TaskType
 from twin_bench.data import TASKS, task_type_of
 from twin_bench.errors import InputError, nearest
@@ -44,13 +46,16 @@ class TwinOptions(Settings):
 class Entry:
     """One row of the leaderboard: a label, a method and its options (TwinOptions for a twin).
 
-    `protocols`, where given, are those of the suite's that it runs under.
+    `protocols`, where given, are those of the suite's that it runs under. `to_tune`: its options are to be chosen on
+    held-out training rows, of which `notes` then tell.
     """
 
     label: str
     method: Method
     options: dict[str, Any] | TwinOptions
     protocols: tuple[Protocol, ...] | None = None
+    to_tune: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def track(self) -> Track:
@@ -73,7 +78,8 @@ class Suite(Settings):
     `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it;
     `protocol` among the options restricts an entry to some of the suite's. `rows` is how many of a task's rows
     are scored where --limit says nothing (all of them by default), `dtype` what the models run in (by default the
-    base model's), `batch_size` inputs a forward. `helm`: a directory of HELM's raw files, as they lie under
+    base model's), `batch_size` inputs a forward. `calibration_rows`: how many training rows of each task the methods
+    that need statistics of them may take. `helm`: a directory of HELM's raw files, as they lie under
     benchmark_output/scenarios, for --harness helm.
     """
 
@@ -90,6 +96,7 @@ class Suite(Settings):
     rows: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
     batch_size: int = Field(default=32, ge=1)
+    calibration_rows: int = Field(default=ROWS, ge=1)
     helm: str | None = None
 
     @field_validator("protocol", mode="before")

@@ -1,7 +1,9 @@
 """Merge methods: one file each, found by name.
 
 A method is a function `(vectors: TaskVectors, *, options) -> mapping` under `@merge_method(...)`; its name,
-its docstring's first line and its keyword defaults are the header. To add one, add a file to this folder.
+its docstring's first line and its keyword defaults are the header. A keyword without a default is no option but
+something that a merge must be given: `task`, by a method whose result is one set of parameters a task;
+`statistics` of training inputs, by one that needs them. To add a method, add a file to this folder.
 """
 
 from __future__ import annotations
@@ -9,18 +11,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError, nearest
+from twin_bench.finite import require_finite
 from twin_bench.task_vectors import TaskVectors
 
 Track = Literal["bound", "data-free", "calibration", "test-time", "routed", "task-id given"]
 MergeFunction = Callable[..., Mapping[str, Tensor]]
+Statistics = Mapping[str, Mapping[str, Tensor]]
+"""Expert to parameter name to a tensor that training inputs gave: see `twin_bench.calibration`."""
+StatisticsKind = Literal["fisher", "gram"]
+SCALINGS: Mapping[str, Sequence[float]] = MappingProxyType({"scaling": (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)})
+"""The grid of a method whose lambda the paper searches."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +37,11 @@ class Method:
     """A merge method's header: what a table or a catalogue says of it.
 
     `needs` lists what it takes beyond weights ("seed", "task ids of training inputs", ...); `defaults` maps
-    its options to their defaults; `function` is None where the result is no single set of parameters, or is
-    learnt with the model at hand. A method with an option `merge` builds on the method which that names, and takes its
-    options as well.
+    its options to their defaults, `inputs` names what it must be given besides; `function` is None where the result is
+    no single set of parameters, or is learnt with the model at hand. `stored` returns how many parameters are stored
+    for a model of so many, so many experts and so many bits a parameter; None where it is the model alone. `statistics`
+    says which are its `statistics`; `tune` lists the values that a leaderboard's --tune chooses an option from. One
+    with an option `merge` builds on the method which that names, and takes its options as well.
     """
 
     name: str
@@ -40,6 +51,10 @@ class Method:
     needs: tuple[str, ...]
     defaults: Mapping[str, Any]
     function: MergeFunction | None
+    inputs: tuple[str, ...] = ()
+    stored: Callable[[int, int, int], int] | None = None
+    statistics: StatisticsKind | None = None
+    tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def given(self, options: Mapping[str, Any]) -> Method:
         """Return the header for these options: with those of the method that `merge` names, where this builds on one.
@@ -66,19 +81,43 @@ class Method:
         ):
             raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
 
+    def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
+        """Raise an InputError unless what the method must be given is there, for these experts."""
+        if "task" in self.inputs and given.get("task") not in experts:
+            asked = f"not {given['task']!r}; " if "task" in given else ""
+            raise InputError(
+                f"{self.name} has one set of parameters a task: say which with task=, {asked}known: "
+                f"{', '.join(sorted(experts))}"
+            )
+        lacking = [task for task in experts if task not in (given.get("statistics") or {})]
+        if "statistics" in self.inputs and lacking:
+            raise InputError(
+                f"{self.name} needs statistics of training inputs, those of expert {lacking[0]!r} are missing: give "
+                "statistics={task: {parameter: tensor}}, which twin_bench.calibration computes"
+            )
+
 
 _registry: dict[str, Method] = {}
 
 
 def merge_method(
-    *, title: str, paper: str, track: Track, needs: tuple[str, ...] = ()
+    *,
+    title: str,
+    paper: str,
+    track: Track,
+    needs: tuple[str, ...] = (),
+    stored: Callable[[int, int, int], int] | None = None,
+    statistics: StatisticsKind | None = None,
+    tune: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function as the merge method of its own name."""
 
     def register(function: MergeFunction) -> MergeFunction:
-        options = inspect.signature(function).parameters.values()
-        defaults = {option.name: option.default for option in options if option.kind is option.KEYWORD_ONLY}
-        _register(Method(function.__name__, title, paper, track, needs, MappingProxyType(defaults), function))
+        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        defaults = MappingProxyType({p.name: p.default for p in keywords if p.default is not p.empty})
+        inputs = tuple(p.name for p in keywords if p.default is p.empty)
+        name = function.__name__
+        _register(Method(name, title, paper, track, needs, defaults, function, inputs, stored, statistics, tune))
         return function
 
     return register
@@ -118,8 +157,10 @@ def merge_lazily(
             f"{method} is no merge of weights alone: run it in a suite (python -m twin_bench.leaderboard), or, a twin, "
             "build it (twin-bench build)"
         )
+    header.check_inputs(experts, params)
     for option, value in params.items():
-        header.check(option, value)
+        if option not in header.inputs:
+            header.check(option, value)
     return header.function(TaskVectors(base, experts), **params)
 
 
@@ -133,14 +174,15 @@ def merge(
         base: the pretrained model theta_0, parameter name to tensor.
         experts: task to the fine-tuned model's mapping over the same names.
         **params: the method's options (`methods()[method].defaults`); `scaling` is lambda, `density` the
-            kept fraction, `seed` where one draws.
+            kept fraction, `seed` where one draws; and what it must be given (`methods()[method].inputs`):
+            `task`, where each task has parameters of its own; `statistics`, where it takes those.
 
     Returns:
         Every name of `base`, in `base`'s dtypes; sums are taken in float32 or better.
 
     Raises:
-        InputError: unknown method or option, a tensor that an expert lacks or has in another shape, an
-            option out of its range.
+        InputError: unknown method or option, an input that is missing, a tensor that an expert lacks or has in
+            another shape, an option out of its range.
     """
     return dict(merge_lazily(method, base, experts, **params).items())
 
@@ -149,6 +191,19 @@ def require_fraction(method: str, option: str, value: float) -> None:
     """Raise an InputError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {option} must be in (0, 1], not {value}")
+
+
+def statistics_of(method: str, statistics: Statistics, task: str, name: str, shape: torch.Size) -> Tensor:
+    """Return one tensor of an expert's statistics; InputError where it is missing, misshapen or not finite."""
+    if name not in statistics[task]:
+        raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
+    tensor = require_finite(statistics[task][name], name, f"{method}: statistics of expert {task!r}")
+    if tensor.shape != shape:
+        raise InputError(
+            f"{method}: the statistics of expert {task!r} have {name} as {tuple(tensor.shape)}, not {tuple(shape)}; "
+            "compute them on this model"
+        )
+    return tensor
 
 
 def _register(method: Method) -> None:

@@ -8,13 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.task_arithmetic import task_arithmetic
 from twin_bench.methods.ties import ties
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="DARE + task arithmetic", paper="arXiv:2311.03099", track="data-free", needs=("seed",))
+@merge_method(
+    title="DARE + task arithmetic",
+    paper="arXiv:2311.03099",
+    track="data-free",
+    needs=("seed",),
+    tune=SCALINGS,
+)
 def dare_task_arithmetic(
     vectors: TaskVectors, *, scaling: float = 0.3, density: float = 0.3, seed: int = 0
 ) -> Mapping[str, Tensor]:
@@ -22,7 +28,13 @@ def dare_task_arithmetic(
     return task_arithmetic(drop_and_rescale(vectors, density, seed), scaling=scaling)
 
 
-@merge_method(title="DARE + TIES", paper="arXiv:2311.03099", track="data-free", needs=("seed",))
+@merge_method(
+    title="DARE + TIES",
+    paper="arXiv:2311.03099",
+    track="data-free",
+    needs=("seed",),
+    tune=SCALINGS,
+)
 def dare_ties(
     vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.3, trim: float = 1.0, seed: int = 0
 ) -> Mapping[str, Tensor]:

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from twin_bench.methods import merge_method
+from twin_bench.methods import SCALINGS, merge_method
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="Task arithmetic", paper="arXiv:2212.04089", track="data-free")
+@merge_method(
+    title="Task arithmetic",
+    paper="arXiv:2212.04089",
+    track="data-free",
+    tune=SCALINGS,
+)
 def task_arithmetic(vectors: TaskVectors, *, scaling: float = 0.3) -> Mapping[str, Tensor]:
     """theta_0 + scaling * sum_t tau_t."""
     return vectors.merged(lambda name, base, taus: base + scaling * taus.sum(dim=0))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="TIES", paper="arXiv:2306.01708", track="data-free")
+@merge_method(title="TIES", paper="arXiv:2306.01708", track="data-free", tune=SCALINGS)
 def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) -> Mapping[str, Tensor]:
     """theta_0 + scaling * the mean of the trimmed task vectors' entries that agree with the elected sign.
 

@@ -1,0 +1,204 @@
+"""Methods that take more than weights, on the leaderboard: the task's name, statistics of training inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import twin_bench
+from tests.conftest import Family
+from tests.leaderboard.test_leaderboard import TASKS, score_alone, with_backbone, write_rows
+from twin_bench import calibration
+from twin_bench.calibration import calibration_examples, fisher_diagonals, gram_matrices
+from twin_bench.errors import UnsuitedError
+from twin_bench.leaderboard import run as run_module
+from twin_bench.leaderboard.__main__ import main
+from twin_bench.methods import _registry, find_method
+from twin_bench.twin.sources import open_sources
+
+
+@pytest.fixture(scope="module")
+def family(families: Any) -> Family:
+    return families("bert")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "data")
+
+
+@pytest.fixture(scope="module")
+def suite(family: Family, data: Path) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "base_model": family.recipe["base_model"],
+        "experts": family.recipe["experts"],
+        "data": str(data),
+        "tasks": list(TASKS),
+        "methods": [
+            "emr",
+            {"fisher": {"protocol": "standard"}},
+            {"regmean_0.5": {"method": "regmean", "alpha": 0.5, "protocol": "standard"}},
+        ],
+        "calibration_rows": 12,
+    }
+
+
+def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
+    folder.mkdir(exist_ok=True)
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), *arguments])
+
+
+def rows_of(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    rows = json.loads((folder / "out" / "leaderboard.json").read_text())
+    return {(row["protocol"], row["method"], row["task"]): row for row in rows}
+
+
+def backbones(family: Family) -> tuple[Any, Any]:
+    experts = {task: dict(model.bert.named_parameters(prefix="bert")) for task, model in family.experts.items()}
+    return dict(family.base.bert.named_parameters(prefix="bert")), experts
+
+
+@pytest.fixture
+def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes most of the time, where the figures don't matter."""
+    evaluated = run_module.Evaluated(0.5, 0.1, 30, 1.0, {})
+    monkeypatch.setattr(run_module, "_through_lm_eval", lambda *_: evaluated)
+
+
+@pytest.fixture(scope="module")
+def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("board")
+    assert run({**suite, "protocol": ["standard", "paper"]}, folder) == 0
+    return folder / "out", rows_of(folder)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_emr_serves_each_task_its_own_parameters(family: Family, data: Path, board: Any, task: str) -> None:
+    base, experts = backbones(family)
+    row = board[1]["standard", "emr", task]
+    own = twin_bench.merge("emr", base, experts, task=task)
+    alone = score_alone(with_backbone(family.experts[task], own), task, data)
+    assert row["score"] == pytest.approx(alone, abs=1e-3)
+    assert row["track"] == "task-id given"
+    size = sum(tensor.numel() for tensor in base.values())
+    assert row["parameters"] == 2 * size + 3 * (-(-size // 32) + 1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_emr_under_the_papers_protocol(family: Family, data: Path, board: Any, task: str) -> None:
+    base, experts = backbones(family)
+    matrices = {name: tensor for name, tensor in base.items() if "bias" not in name}
+    own = {**experts[task], **twin_bench.merge("emr", matrices, experts, task=task)}
+    alone = score_alone(with_backbone(family.experts[task], own), task, data)
+    assert board[1]["paper", "emr", task]["score"] == pytest.approx(alone, abs=1e-3)
+
+
+def test_a_shared_expert_is_made_of_weights_alone(
+    suite: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run({**suite, "methods": [{"twin": {"shared": {"method": "emr"}}}]}, tmp_path) == 2
+    assert "emr needs task, and a shared expert is made of weights alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_calibrated_methods_are_merged_with_statistics_of_training_rows(
+    family: Family, data: Path, board: Any, task: str
+) -> None:
+    base, experts = backbones(family)
+    sources = open_sources(family.recipe["base_model"], family.recipe["experts"])
+    for method, label, options in (("fisher", "fisher", {}), ("regmean", "regmean_0.5", {"alpha": 0.5})):
+        take = {"fisher": fisher_diagonals, "regmean": gram_matrices}[method]
+        statistics = {t: take(family.experts[t], calibration_examples(t, data, sources, rows=12)) for t in TASKS}
+        merged = twin_bench.merge(method, base, experts, statistics=statistics, **options)
+        row = board[1]["standard", label, task]
+        alone = score_alone(with_backbone(family.experts[task], merged), task, data)
+        assert row["score"] == pytest.approx(alone, abs=1e-3)
+        assert row["track"] == "calibration"
+        assert row["notes"]["calibration"]["rows"] == dict.fromkeys(TASKS, 12)
+        assert row["settings"] == {**options, **{k: v for k, v in row["settings"].items() if k not in options}}
+
+
+@pytest.mark.usefixtures("unscored")
+def test_statistics_are_taken_once_and_of_training_rows_alone(
+    suite: dict[str, Any], board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = board
+    kept = sorted(file.name for file in out.glob("twins/*/gram-*/*.safetensors"))
+    assert kept == sorted(f"{task}.safetensors" for task in TASKS)  # the experts', once
+    assert (
+        "fisher (standard): fisher statistics of training rows: cola 12, stsb 12, mnli 12."
+        in (out / "leaderboard.md").read_text()
+    )
+    monkeypatch.setattr(calibration, "gram_matrices", lambda *_: pytest.fail("statistics were taken again"))
+    again = {**suite, "protocol": ["standard", "paper"], "methods": [{"other": {"method": "regmean", "alpha": 0.1}}]}
+    assert run(again, out.parent) == 0
+    assert {"standard", "paper"} == {protocol for protocol, method, _ in rows_of(out.parent) if method == "other"}
+
+
+@pytest.mark.usefixtures("unscored")
+def test_training_rows_and_their_number_decide_whether_a_cell_is_run_again(
+    suite: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    keys = []
+    shutil.copytree(data, tmp_path / "data")
+    small = {**suite, "data": str(tmp_path / "data"), "methods": ["regmean", "average"], "calibration_rows": 2}
+    assert run(small, tmp_path) == 0
+    keys.append({method: row["key"] for (_, method, task), row in rows_of(tmp_path).items() if task == "mnli"})
+    assert run({**small, "calibration_rows": 3}, tmp_path) == 0
+    keys.append({method: row["key"] for (_, method, task), row in rows_of(tmp_path).items() if task == "mnli"})
+    train = tmp_path / "data" / "cola" / "train.jsonl"
+    train.write_text(train.read_text().replace("cat", "dog"))
+    assert run({**small, "calibration_rows": 3}, tmp_path) == 0
+    keys.append({method: row["key"] for (_, method, task), row in rows_of(tmp_path).items() if task == "mnli"})
+    assert len({key["regmean"] for key in keys}) == 3
+    assert len({key["average"] for key in keys}) == 1
+
+
+@pytest.mark.usefixtures("unscored")
+def test_a_method_without_its_rows_is_skipped_with_the_reason(
+    suite: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "stsb" / "train.jsonl").unlink()
+    changed = {**suite, "data": str(tmp_path / "data"), "methods": ["fisher", "emr"]}
+    assert run(changed, tmp_path) == 0
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "emr"}
+    (skipped,) = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    reason = f"{tmp_path}/data/stsb/train.jsonl: no such file; statistics are taken of training rows"
+    expected = {"suite": "tiny", "protocol": "standard", "method": "fisher", "track": "calibration", "reason": reason}
+    assert skipped == expected
+    line = f"Skipped: fisher (standard): {reason}."
+    assert line in (tmp_path / "out" / "leaderboard.md").read_text()
+    assert line in (tmp_path / "out" / "index.html").read_text()
+    assert "Skipped: fisher (standard)" in capsys.readouterr().out
+    assert run({**suite, "methods": ["emr"]}, tmp_path) == 0
+    assert json.loads((tmp_path / "out" / "skipped.json").read_text()) == []
+
+
+@pytest.mark.usefixtures("unscored")
+def test_a_method_that_fails_half_way_leaves_no_half_row(
+    suite: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = find_method("emr").function
+    assert real is not None
+
+    def unsuited_to_mnli(vectors: Any, *, task: str) -> Any:
+        if task == "mnli":
+            raise UnsuitedError("emr: no")
+        return real(vectors, task=task)
+
+    monkeypatch.setitem(_registry, "emr", dataclasses.replace(find_method("emr"), function=unsuited_to_mnli))
+    assert run({**suite, "methods": ["emr"]}, tmp_path) == 0
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts"}
+    assert len(list((tmp_path / "out" / "cells" / "standard" / "emr").iterdir())) == 2
+    monkeypatch.setitem(_registry, "emr", dataclasses.replace(find_method("emr"), function=real))
+    assert run({**suite, "methods": ["emr"]}, tmp_path) == 0
+    assert {task for _, method, task in rows_of(tmp_path) if method == "emr"} == set(TASKS)

@@ -1,0 +1,115 @@
+"""Options chosen on a held-out part of each task's training rows: no row that is scored is ever looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twin_bench.data import TASKS, read_rows, split_path
+from twin_bench.errors import InputError, UnsuitedError
+from twin_bench.generative import shuffled
+from twin_bench.leaderboard.cells import Board, digest, digest_files, write_atomically
+from twin_bench.leaderboard.report import leaderboard_rows, summary
+from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
+from twin_bench.twin.model import Protocol
+
+HELD_OUT = 256
+"""Rows of a task that choose, at most."""
+
+
+def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries, each whose method has a grid followed by one to be tuned, NAME+tuned."""
+    listed: list[Entry] = []
+    for entry in entries:
+        listed.append(entry)
+        if entry.method.tune and not isinstance(entry.options, TwinOptions):
+            listed.append(dataclasses.replace(entry, label=f"{entry.label}+tuned", to_tune=True))
+    labels = [entry.label for entry in listed]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"two methods are labelled {label!r}: --tune adds one; give yours another label")
+    if len(listed) == len(entries):
+        raise InputError("--tune: none of these methods has a grid to choose its options from; leave it out")
+    return listed
+
+
+def tuned(
+    entry: Entry, protocol: Protocol, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
+) -> Entry:
+    """Return `entry` with those options of its method's grid that do best on held-out training rows.
+
+    Best is the largest mean over tasks of 100 x score / the expert's score on the same rows, as in the table; of
+    equals the first. What was chosen from what goes into the entry's notes.
+
+    Args:
+        entry: what to tune; options outside the grid stay as they are.
+        protocol: under which it is chosen.
+        suite: whose tasks, experts and seed; `rows` of it bounds how many are held out.
+        data: {task}/train.jsonl.
+        workspace: where the held-out rows go.
+        run: runs a suite, the bounds included.
+
+    Raises:
+        UnsuitedError: a task without training rows, a method that the experts don't suit, or no expert that scores.
+    """
+    rows = hold_out(suite.tasks, data, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
+    names, values = zip(*entry.method.tune.items(), strict=True)
+    points = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
+    assert not isinstance(entry.options, TwinOptions)
+    trials = {f"{entry.label}.{index}": {**entry.options, **point} for index, point in enumerate(points)}
+    board = run(
+        suite.model_copy(
+            update={
+                "data": str(rows),
+                "split": "validation",
+                "rows": None,
+                "protocol": [protocol],
+                "methods": [{label: {"method": entry.method.name, **options}} for label, options in trials.items()],
+            }
+        )
+    )
+    if board.skipped:
+        raise UnsuitedError(board.skipped[0].reason)
+    table = summary(leaderboard_rows(board.cells)).set_index("method")
+    normalized = [float(table.loc[label, "normalized"]) for label in trials]
+    if math.isnan(normalized[0]):
+        raise UnsuitedError(f"no expert scores above 0 on the held-out training rows, {rows}")
+    best = points[normalized.index(max(normalized))]
+    counts = {cell.task: cell.n for cell in board.cells if cell.method == "experts"}
+    notes = {
+        "chosen": best,
+        "grid": {name: list(options) for name, options in entry.method.tune.items()},
+        "normalized": normalized,
+        "rows": counts,
+        "chosen_on": "held-out training rows, which the experts may have been trained on",
+    }
+    return dataclasses.replace(entry, options={**entry.options, **best}, notes={"tuned": notes})
+
+
+def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed: int) -> Path:
+    """Return a directory of {task}/{train,validation}.jsonl made of `data`'s training rows, drawn by the seed.
+
+    validation.jsonl has at most `limit` of them and at most half, train.jsonl the rest: prompts take their solved
+    examples from there, or from the task's dev.jsonl, which is copied.
+    """
+    files = {task: split_path(data, task, "train") for task in tasks}
+    for file in files.values():
+        if not file.is_file():
+            raise UnsuitedError(f"{file}: no such file; options are chosen on held-out training rows")
+    sources = [*files.values(), *(file.with_name("dev.jsonl") for file in files.values())]
+    decisive = [f"{file.parent.name}/{file.name}:{digest_files(file)}" for file in sources if file.is_file()]
+    directory = workspace / f"rows-{digest([decisive, limit, seed])[:16]}"
+    for task, file in files.items():
+        rows = shuffled(read_rows(file, TASKS[task]), seed)
+        count = min(limit, len(rows) // 2)
+        if not count:
+            raise UnsuitedError(f"{file}: one row; options are chosen on held-out training rows, and one must stay")
+        for split, own in (("validation", rows[-count:]), ("train", rows[:-count])):
+            write_atomically(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
+        if (dev := file.with_name("dev.jsonl")).is_file():
+            write_atomically(split_path(directory, task, "dev"), dev.read_text(encoding="utf-8"))
+    return directory
