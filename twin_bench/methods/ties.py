@@ -24,18 +24,21 @@ def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) ->
     require_fraction("ties", "density", density)
     thresholds = trim_thresholds(vectors, density) if density < 1 else torch.zeros(len(vectors.experts))
 
-    def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
-        limits = thresholds.view(-1, *[1] * base.ndim)
-        trimmed = torch.where(taus.abs().to(torch.float32) >= limits, taus, 0.0)
-        return base + scaling * disjoint_mean(trimmed)
+    def trim(name: str, taus: Tensor) -> Tensor:
+        return torch.where(taus.abs().to(torch.float32) >= thresholds.view(-1, *[1] * (taus.ndim - 1)), taus, 0.0)
 
-    return vectors.merged(merge)
+    return vectors.map(trim).merged(lambda name, base, taus: base + scaling * disjoint_mean(taus))
 
 
 def disjoint_mean(taus: Tensor) -> Tensor:
     """Return the mean over dim 0 of the entries whose sign is that of the sum; 0 where none is left."""
-    agree = (taus.sign() == taus.sum(dim=0).sign()) & (taus != 0)
-    return torch.where(agree, taus, 0.0).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+    elected = taus.sum(dim=0).sign()
+    total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    for tau in taus:  # one at a time: temporaries of all of them would double the memory
+        agree = tau * elected > 0
+        total += torch.where(agree, tau, 0.0)
+        count += agree
+    return total / count.clamp(min=1)
 
 
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
@@ -48,29 +51,24 @@ def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
     floats = [name for name in vectors if vectors.base[name].is_floating_point()]
     total = sum(vectors.base[name].numel() for name in floats)
     keep = max(1, int(density * total))
-    upper = _histograms((_magnitude_bits(vectors[name]) >> 16 for name in floats), len(vectors.experts))
-    bins, beyond = _locate(upper, torch.full((len(vectors.experts),), keep))
-
-    def lower_bits() -> Iterable[Tensor]:
-        for name in floats:
-            bits = _magnitude_bits(vectors[name])
-            yield torch.where(bits >> 16 == bins[:, None], bits & 0xFFFF, -1)
-
-    lower, _ = _locate(_histograms(lower_bits(), len(vectors.experts)), keep - beyond)
+    bins, beyond = _locate(_histograms(vectors, floats), torch.full((len(vectors.experts),), keep))
+    lower, _ = _locate(_histograms(vectors, floats, within=bins), keep - beyond)
     return ((bins << 16) | lower).to(torch.int32).view(torch.float32)
 
 
-def _magnitude_bits(taus: Tensor) -> Tensor:
-    return taus.abs().to(torch.float32).flatten(1).view(torch.int32)
-
-
-def _histograms(chunks: Iterable[Tensor], rows: int) -> Tensor:
-    """Return per-row counts (rows, 65536) of the values 0..65535; -1 is not counted."""
-    counts = torch.zeros(rows, 1 << 16, dtype=torch.int64)
-    for chunk in chunks:
-        for row, values in enumerate(chunk):
-            counts[row] += torch.bincount(values[values >= 0], minlength=1 << 16)
+def _histograms(vectors: TaskVectors, names: Iterable[str], within: Tensor | None = None) -> Tensor:
+    """Return counts (T, 65536) of the magnitudes' upper 16 bits, or of the lower 16 of those `within` an upper bin."""
+    counts = torch.zeros(len(vectors.experts), 1 << 16, dtype=torch.int64)
+    for name in names:
+        _count(vectors[name], counts, within)
     return counts
+
+
+def _count(taus: Tensor, counts: Tensor, within: Tensor | None) -> None:
+    for row, tau in enumerate(taus):
+        bits = tau.abs().to(torch.float32).flatten().view(torch.int32)
+        values = bits >> 16 if within is None else bits[bits >> 16 == within[row]] & 0xFFFF
+        counts[row] += torch.bincount(values, minlength=1 << 16)
 
 
 def _locate(counts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
