@@ -13,7 +13,9 @@ from twin_bench.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `twin-bench`; return the exit status: 0 done, 2 a usage or input error."""
-    parser = argparse.ArgumentParser(prog="twin-bench", description="Build twins, and find what comes with twin-bench.")
+    parser = argparse.ArgumentParser(
+        prog="twin-bench", description="Build twins, and find what comes with twin-bench."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="build a twin from a recipe")
     build.add_argument("recipe", type=Path, help="the recipe, YAML")
@@ -22,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = commands.add_parser("tasks", help="print the folder of lm-eval tasks, for --include_path")
     tasks.set_defaults(run=_tasks)
     methods = commands.add_parser("methods", help="list the merge methods")
+    methods.add_argument("--markdown", action="store_true", help="print the whole catalogue, formulas and papers")
     methods.set_defaults(run=_methods)
     convert = commands.add_parser("convert", help="make a GGUF file an ordinary checkpoint")
     convert.add_argument("gguf", type=Path, help="the GGUF file")
@@ -109,8 +112,12 @@ def _methods(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from twin_bench.catalogue import markdown
     from twin_bench.methods import methods
 
+    if options.markdown:
+        print(markdown(), end="")
+        return
     table = Table("name", "track", "needs", "defaults", "paper", box=None)
     table.columns[0].no_wrap = True
     for method in methods().values():
