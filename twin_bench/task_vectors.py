@@ -56,8 +56,8 @@ class TaskVectors(Mapping[str, Tensor]):
         base = self.base[name]
         exact = torch.promote_types(base.dtype, torch.float32)
         vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
-        for vector, task in zip(vectors, self.experts, strict=True):
-            vector.copy_(self._expert(task, name, base))
+        for row, task in enumerate(self.experts):
+            vectors[row] = self._expert(task, name, base)
         vectors -= base.to(exact)
         if not all_finite(vectors):
             culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
