@@ -145,6 +145,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return require_finite(self._backbone[name](), name, self.source)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; of a memory-mapped one nothing is read for it."""
+        return self._backbone[name]().dtype
+
     def __contains__(self, name: object) -> bool:
         return name in self._backbone  # Mapping's own would read the tensor
 

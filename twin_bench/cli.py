@@ -13,15 +13,24 @@ from twin_bench.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `twin-bench`; return the exit status: 0 done, 2 a usage or input error."""
-    parser = argparse.ArgumentParser(prog="twin-bench", description="Build twins, and find what comes with twin-bench.")
+    parser = argparse.ArgumentParser(
+        prog="twin-bench", description="Merge models, build twins, and find what comes with twin-bench."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="build a twin from a recipe")
     build.add_argument("recipe", type=Path, help="the recipe, YAML")
     build.add_argument("directory", type=Path, help="where the twin goes; must not exist yet")
     build.set_defaults(run=_build)
+    merge = commands.add_parser("merge", help="merge experts into an ordinary checkpoint, or one LoRA adapter")
+    merge.add_argument(
+        "recipe", type=Path, help="the merge recipe, YAML; a mergekit file does where both mean the same"
+    )
+    merge.add_argument("directory", type=Path, help="where the result goes; must not exist yet")
+    merge.set_defaults(run=_merge)
     tasks = commands.add_parser("tasks", help="print the folder of lm-eval tasks, for --include_path")
     tasks.set_defaults(run=_tasks)
     methods = commands.add_parser("methods", help="list the merge methods")
+    methods.add_argument("--markdown", action="store_true", help="print the whole catalogue, formulas and papers")
     methods.set_defaults(run=_methods)
     convert = commands.add_parser("convert", help="make a GGUF file an ordinary checkpoint")
     convert.add_argument("gguf", type=Path, help="the GGUF file")
@@ -76,6 +85,21 @@ def _build(options: argparse.Namespace) -> None:
         print(f"router on layer {router['layer']}: {held_out}")
 
 
+def _merge(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from twin_bench.export import merge_to_directory
+    from twin_bench.recipe import read_merge_recipe
+
+    recipe, difference = read_merge_recipe(options.recipe)
+    if difference:
+        print(f"note: {difference}", file=sys.stderr)
+    with Progress(console=Console(stderr=True)) as progress:
+        parameters = merge_to_directory(recipe, options.directory, progress=progress)
+    print(f"{options.directory}: {parameters:,} parameters, merged by {recipe.merge.method}")
+
+
 def _convert(options: argparse.Namespace) -> None:
     from twin_bench.gguf import convert
 
@@ -109,8 +133,12 @@ def _methods(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from twin_bench.catalogue import markdown
     from twin_bench.methods import methods
 
+    if options.markdown:
+        print(markdown(), end="")
+        return
     table = Table("name", "track", "needs", "defaults", "paper", box=None)
     table.columns[0].no_wrap = True
     for method in methods().values():

@@ -1,4 +1,4 @@
-"""Recipes: the YAML that says what a twin is made of, checked key by key."""
+"""Recipes: the YAML that says what a twin or a merged checkpoint is made of, checked key by key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 class Shared(BaseModel):
-    """The shared expert: a static merge method and its options."""
+    """A static merge method and its options: a twin's shared expert, or the whole of a merge."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -101,20 +101,54 @@ class Recipe(Settings):
     trust_remote_code: bool = False
 
 
+class MergeRecipe(Settings):
+    """A merged checkpoint: base model, experts and a static merge method.
+
+    `head`: the expert whose head a merged classifier gets; without it the backbone alone is written. `as_adapter`:
+    write one PEFT LoRA adapter on the base model, which experts that are adapters allow under a method that sums
+    task vectors. `dtype`: of what is written; by default the base model's. Sums are taken in float32 or better.
+    """
+
+    base_model: str
+    experts: dict[str, str] = Field(min_length=1)
+    merge: Shared
+    head: str | None = None
+    as_adapter: bool = False
+    seed: int = 0
+    dtype: Dtype | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _known_head(self) -> MergeRecipe:
+        if self.head is not None and self.head not in self.experts:
+            raise InputError(f"head: no expert {self.head!r}{nearest(self.head, self.experts)}")
+        return self
+
+
 def read_recipe(file: Path) -> Recipe:
     """Read and check a recipe; environment variables in it are expanded.
 
     Relative paths are taken from the recipe's own folder where they exist there, else from the working
     directory. Raises InputError that names the file and the key.
     """
-    raw = read_yaml(file)
-    if isinstance(raw.get("experts"), dict):
-        raw["experts"] = {name: locate(path, file) for name, path in raw["experts"].items()}
-    if "base_model" in raw:
-        raw["base_model"] = locate(raw["base_model"], file)
+    raw = _with_models_located(read_yaml(file), file)
     if isinstance(raw.get("router"), dict) and "data" in raw["router"]:
         raw["router"]["data"] = locate(raw["router"]["data"], file)
     return parse(Recipe, raw, str(file))
+
+
+def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:
+    """Read and check a merge recipe, or a mergekit file (one with `merge_method`), as `read_recipe` does.
+
+    Returns the recipe, and what a mergekit file makes otherwise here than there: one line, or "".
+    """
+    from twin_bench.mergekit import from_mergekit
+
+    raw = read_yaml(file)
+    if "merge_method" in raw:
+        return from_mergekit(raw, file)
+    return parse(MergeRecipe, _with_models_located(raw, file), str(file)), ""
 
 
 def parse(kind: type[SettingsType], raw: Any, source: str) -> SettingsType:
@@ -127,7 +161,7 @@ def parse(kind: type[SettingsType], raw: Any, source: str) -> SettingsType:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             fields: Any = kind
-            for part in problem["loc"][:-1]:
+            for part in (part for part in problem["loc"][:-1] if not isinstance(part, int)):
                 annotation = fields.model_fields[part].annotation
                 candidates = [annotation, *getattr(annotation, "__args__", ())]
                 fields = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
@@ -156,6 +190,14 @@ def locate(path: Any, file: Path) -> Any:
     """Return `path` as it lies beside `file` when it exists there, else as it was given."""
     beside = file.parent / path if isinstance(path, str) else None
     return str(beside) if beside is not None and beside.exists() else path
+
+
+def _with_models_located(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    if isinstance(raw.get("experts"), dict):
+        raw["experts"] = {name: locate(path, file) for name, path in raw["experts"].items()}
+    if "base_model" in raw:
+        raw["base_model"] = locate(raw["base_model"], file)
+    return raw
 
 
 def _expanded(value: Any, file: Path) -> Any:

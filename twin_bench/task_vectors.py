@@ -31,13 +31,7 @@ class TaskVectors(Mapping[str, Tensor]):
         self._transforms: tuple[PerParameter, ...] = ()
 
     def __getitem__(self, name: str) -> Tensor:
-        base = self.base[name]
-        exact = torch.promote_types(base.dtype, torch.float32)
-        vectors = torch.stack([self._expert(task, name, base).to(exact) for task in self.experts])
-        vectors -= base.to(exact)
-        if not all_finite(vectors):
-            culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
-            raise InputError(f"{culprit}: tensor {name} holds NaN or inf; mend or retrain that checkpoint")
+        vectors = self._differences(name)
         for transform in self._transforms:
             vectors = transform(name, vectors)
         return vectors
@@ -61,6 +55,18 @@ class TaskVectors(Mapping[str, Tensor]):
     def merged(self, merge: Merge) -> Merged:
         """Return the lazy mapping of `merge(name, theta_0, tau)` over all parameters."""
         return Merged(self, merge)
+
+    def _differences(self, name: str) -> Tensor:
+        base = self.base[name]
+        exact = torch.promote_types(base.dtype, torch.float32)
+        vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
+        for row, task in enumerate(self.experts):
+            vectors[row] = self._expert(task, name, base)
+        vectors -= base.to(exact)
+        if not all_finite(vectors):
+            culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
+            raise InputError(f"{culprit}: tensor {name} holds NaN or inf; mend or retrain that checkpoint")
+        return vectors
 
     def _expert(self, task: str, name: str, base: Tensor) -> Tensor:
         expert = self._experts[task]

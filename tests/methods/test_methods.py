@@ -205,6 +205,15 @@ def test_merging_is_lazy() -> None:
     assert set(read) == {"vector"}
 
 
+@pytest.mark.parametrize("name", ["average", "ties", "dare_ties"])
+def test_live_parameters_merge_as_their_values_do(name: str) -> None:
+    base, tuned = models()
+    live = {task: {n: torch.nn.Parameter(tensor) for n, tensor in expert.items()} for task, expert in tuned.items()}
+    expected = twin_bench.merge(name, base, tuned)
+    merged = twin_bench.merge(name, {n: torch.nn.Parameter(tensor) for n, tensor in base.items()}, live)
+    assert all(torch.equal(merged[tensor], expected[tensor]) for tensor in base)
+
+
 def test_errors() -> None:
     base, tuned = models()
     with pytest.raises(InputError, match="did you mean 'ties'"):

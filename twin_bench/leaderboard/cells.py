@@ -64,7 +64,9 @@ def digest(value: Any) -> str:
 
 def digest_files(path: Path) -> str:
     """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
+    )
     lines = []
     for file in files:
         with file.open("rb") as stream:

@@ -150,7 +150,7 @@ def find_method(name: str) -> Method:
 def merge_lazily(
     method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
 ) -> Mapping[str, Tensor]:
-    """As `merge`, but each parameter is computed when it is read; peak memory is T + 2 of the largest."""
+    """As `merge`, but each parameter is computed when it is read: memory for some 2 (T + 2) of the largest, float32."""
     header = find_method(method).given(params)
     if header.function is None:
         raise InputError(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.task_arithmetic import task_arithmetic
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="Model Breadcrumbs", paper="arXiv:2312.06795", track="data-free")
+@merge_method(title="Model Breadcrumbs", paper="arXiv:2312.06795", track="data-free", tune=SCALINGS)
 def breadcrumbs(
     vectors: TaskVectors, *, scaling: float = 0.2, density: float = 0.15, gamma: float = 0.006
 ) -> Mapping[str, Tensor]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.methods import merge_method
+from twin_bench.methods import SCALINGS, merge_method
 from twin_bench.methods.task_arithmetic import task_arithmetic
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="Consensus (TALL masks)", paper="arXiv:2405.07813", track="data-free")
+@merge_method(title="Consensus (TALL masks)", paper="arXiv:2405.07813", track="data-free", tune=SCALINGS)
 def consensus(
     vectors: TaskVectors, *, scaling: float = 0.3, mask_lambda: float = 0.4, min_tasks: int = 2
 ) -> Mapping[str, Tensor]:

@@ -56,7 +56,7 @@ def drop_and_rescale(vectors: TaskVectors, density: float, seed: int) -> TaskVec
 
     def drop(name: str, taus: Tensor) -> Tensor:
         kept = torch.stack([draws(seed, task, name, taus.shape[1:]) < density for task in vectors.experts])
-        return torch.where(kept, taus / density, 0.0)
+        return torch.where(kept, taus, 0.0).div_(density)
 
     return vectors.map(drop)
 

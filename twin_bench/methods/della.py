@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.dare import draws
 from twin_bench.methods.ties import ties
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="DELLA", paper="arXiv:2406.11617", track="data-free", needs=("seed",))
+@merge_method(title="DELLA", paper="arXiv:2406.11617", track="data-free", needs=("seed",), tune=SCALINGS)
 def della(
     vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.3, epsilon: float = 0.15, seed: int = 0
 ) -> Mapping[str, Tensor]:

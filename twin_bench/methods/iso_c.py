@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from twin_bench.methods import merge_method
+from twin_bench.methods import SCALINGS, merge_method
 from twin_bench.methods.spectral import merged_by_matrix, svd
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="Iso-C", paper="arXiv:2502.04959", track="data-free")
+@merge_method(title="Iso-C", paper="arXiv:2502.04959", track="data-free", tune=SCALINGS)
 def iso_c(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]:
     """theta_0 + scaling * mean(S) U V^T, where U diag(S) V^T is the SVD of sum_t tau_t, matrix by matrix.
 

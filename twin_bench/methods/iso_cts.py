@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.iso_c import isotropic
 from twin_bench.methods.spectral import merged_by_matrix, polar, svd
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="Iso-CTS", paper="arXiv:2502.04959", track="data-free")
+@merge_method(title="Iso-CTS", paper="arXiv:2502.04959", track="data-free", tune=SCALINGS)
 def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction: float = 0.8) -> Mapping[str, Tensor]:
     """theta_0 + scaling * mean(S) U V^T over the sum's leading directions and each task's own beyond them.
 

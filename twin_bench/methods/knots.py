@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.spectral import rounding, svd
 from twin_bench.methods.ties import disjoint_mean, trim, trim_thresholds
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="KnOTS-TIES", paper="arXiv:2410.19735", track="data-free")
+@merge_method(title="KnOTS-TIES", paper="arXiv:2410.19735", track="data-free", tune=SCALINGS)
 def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -> Mapping[str, Tensor]:
     """theta_0 + scaling * U TIES(A_1 .. A_T): TIES on right factors over a joint basis, A_t = diag(S) V_t^T.
 

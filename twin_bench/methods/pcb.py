@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.methods import merge_method, require_fraction
+from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.ties import kth_largest
 from twin_bench.task_vectors import TaskVectors
 
@@ -15,7 +15,7 @@ CLIPPED = 1e-4
 """The fraction of magnitudes clipped at either end, the authors'."""
 
 
-@merge_method(title="PCB-Merging", paper="arXiv:2410.02396", track="data-free")
+@merge_method(title="PCB-Merging", paper="arXiv:2410.02396", track="data-free", tune=SCALINGS)
 def pcb(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.1) -> Mapping[str, Tensor]:
     """theta_0 + scaling * sum_t b_t c_t / sum_t b_t, b_t from an entry's weight in its own task and its agreement.
 

@@ -23,7 +23,8 @@ def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) ->
     """
     require_fraction("ties", "density", density)
     thresholds = trim_thresholds(vectors, density)
-    return vectors.merged(lambda name, base, taus: base + scaling * disjoint_mean(trim(taus, thresholds)))
+    trimmed = vectors.map(lambda name, taus: trim(taus, thresholds))
+    return trimmed.merged(lambda name, base, taus: base + scaling * disjoint_mean(taus))
 
 
 def trim(taus: Tensor, thresholds: Tensor) -> Tensor:
@@ -34,8 +35,13 @@ def trim(taus: Tensor, thresholds: Tensor) -> Tensor:
 
 def disjoint_mean(taus: Tensor) -> Tensor:
     """Return the mean over dim 0 of the entries whose sign is that of the sum; 0 where none is left."""
-    agree = (taus.sign() == taus.sum(dim=0).sign()) & (taus != 0)
-    return torch.where(agree, taus, 0.0).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+    elected = taus.sum(dim=0).sign()
+    total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    for tau in taus:  # one at a time: temporaries of all of them would double the memory
+        agree = tau * elected > 0
+        total += torch.where(agree, tau, 0.0)
+        count += agree
+    return total / count.clamp(min=1)
 
 
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:

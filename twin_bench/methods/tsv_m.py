@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.methods import merge_method
+from twin_bench.methods import SCALINGS, merge_method
 from twin_bench.methods.spectral import merged_by_matrix, polar, svd
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="TSV-M", paper="arXiv:2412.00081", track="data-free")
+@merge_method(title="TSV-M", paper="arXiv:2412.00081", track="data-free", tune=SCALINGS)
 def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]:
     """theta_0 + scaling * U diag(S_1..S_T) V^T: each task's first 1/T singular triplets, U and V orthogonalised.
 

@@ -1,6 +1,6 @@
-"""Twin-Merging: a shared expert, compressed exclusive experts, and a router that fuses them per input.
+"""theta*(x) = theta_s + sum_t w_t(x) v_t: a shared expert, compressed exclusive experts, and a router, fused per input.
 
-theta*(x) = theta_s + sum_t w_t(x) v_t; built by `twin_bench.twin.build`, run by `twin_bench.TwinModel`.
+Built by `twin_bench.twin.build`, run by `twin_bench.TwinModel`.
 """
 
 from twin_bench.methods import unmerged_method

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.methods import merge_method
+from twin_bench.methods import SCALINGS, merge_method
 from twin_bench.methods.spectral import merged_by_matrix
 from twin_bench.task_vectors import TaskVectors
 
 
-@merge_method(title="WUDI", paper="arXiv:2503.08099", track="data-free")
+@merge_method(title="WUDI", paper="arXiv:2503.08099", track="data-free", tune=SCALINGS)
 def wudi(
     vectors: TaskVectors, *, scaling: float = 1.0, learning_rate: float = 1e-5, steps: int = 300
 ) -> Mapping[str, Tensor]:

@@ -61,7 +61,7 @@ def save_twin(
         for name, exclusive in parts.exclusive.items():
             folder = root / "experts" / name
             folder.mkdir(parents=True)
-            _save_adapter(folder, exclusive.factors, bones)
+            save_adapter(folder, exclusive.factors, bones, base_model="../../model")
             _save(exclusive.vectors, folder / "vectors.safetensors")
             if bones.head:
                 _save(parts.heads[name], folder / "head.safetensors")
@@ -194,18 +194,25 @@ def written_at_once(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+def save_adapter(
+    folder: Path,
+    factors: Mapping[str, Factors],
+    bones: Skeleton,
+    *,
+    base_model: str,
+    head: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write factors as a PEFT LoRA adapter: W + lora_B lora_A with scale 1.
 
-
-def _save_adapter(folder: Path, factors: Mapping[str, Factors], bones: Skeleton) -> None:
-    """Write factors as a PEFT LoRA adapter on model/: W + lora_B lora_A with scale 1."""
+    A classifier's adapter is on its backbone alone; given a `head`, on the whole classifier, and brings the head.
+    """
     from peft import LoraConfig
 
-    tensors: dict[str, Tensor] = {}
+    head = head or {}
+    tensors: dict[str, Tensor] = {f"base_model.model.{name}": tensor for name, tensor in head.items()}
     ranks: dict[str, int] = {}
     for name, (B, A) in factors.items():
-        module = name.removeprefix(_saved_prefix(bones)).removesuffix(".weight")
+        module = name.removeprefix("" if head else _saved_prefix(bones)).removesuffix(".weight")
         ranks[module] = A.shape[0]
         if name in bones.embeddings:
             tensors[f"base_model.model.{module}.lora_embedding_A"] = B.T
@@ -222,8 +229,9 @@ def _save_adapter(folder: Path, factors: Mapping[str, Factors], bones: Skeleton)
         rank_pattern=ranks,
         alpha_pattern=ranks,
         fan_in_fan_out=bool(bones.transposed),
-        base_model_name_or_path="../../model",
-        task_type=None if bones.head else "CAUSAL_LM",
+        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
+        base_model_name_or_path=base_model,
+        task_type="SEQ_CLS" if head else None if bones.head else "CAUSAL_LM",
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
@@ -231,6 +239,10 @@ def _save_adapter(folder: Path, factors: Mapping[str, Factors], bones: Skeleton)
     settings["target_modules"] = sorted(ranks)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     _save(tensors, folder / "adapter_model.safetensors")
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def _load_adapter(folder: Path, bones: Skeleton) -> dict[str, Factors]:
