@@ -24,9 +24,9 @@ from transformers.generation.logits_process import (
 )
 
 from twin_bench.errors import InputError
-from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.causal import Prefix, TwinCausalLM, tokens
 from twin_bench.twin.model import PROTOCOLS, Protocol, TwinModel
-from twin_bench.twin.plan import batches, plan
+from twin_bench.twin.plan import Group
 
 GATHER_SECONDS = 0.01
 """How long the engine waits for another request before it answers those it has."""
@@ -162,35 +162,46 @@ class Engine:
         weights = self.twin.route_all(
             [tokens(r.prompt) for r in requests], self._tasks(len(requests)), batch_size=self.batch_size
         )
-        lengths = [len(request.prompt) for request in requests]
-        groups = plan(weights, lengths, self.twin.costs, steps=first.max_tokens, batch_size=self.batch_size)
+        prompts = [request.prompt for request in requests]
+        limits = {row: len(prompt) - 1 for row, prompt in enumerate(prompts)}  # the last token is run to be continued
         answers: dict[int, list[Completion]] = {}
-        for group in groups:
-            for batch in batches(group, lengths, self.batch_size):
-                rows = list(batch.rows)
-                answers.update(zip(rows, self._batch([requests[row] for row in rows], weights[rows]), strict=True))
+        for batch, prefix in self.twin.sharing(weights, prompts, limits, self.batch_size, steps=first.max_tokens):
+            asked = [requests[row] for row in batch.rows]
+            answers.update(zip(batch.rows, self._batch(asked, weights[list(batch.rows)], batch, prefix), strict=True))
         return [answers[row] for row in range(len(requests))]
 
     @torch.no_grad()
-    def _batch(self, requests: Sequence[Ask], weights: Tensor) -> list[list[Completion]]:
+    def _batch(self, requests: Sequence[Ask], weights: Tensor, batch: Group, prefix: Prefix) -> list[list[Completion]]:
         """Generate one batch. Every completion is a row of its own, which draws from its own seed."""
         first, tokenizer = requests[0], self.twin.tokenizer
         rows = [(request, number) for request in requests for number in range(request.completions)]
         padded = tokenizer.pad(
-            [dict(tokens(request.prompt)) for request, _ in rows], padding_side="left", return_tensors="pt"
+            [dict(tokens(request.prompt[prefix.length :])) for request, _ in rows],
+            padding_side="left",
+            return_tensors="pt",
         ).to(self.twin.device)
-        out: Any = self.twin.generate(
-            padded["input_ids"],
-            padded["attention_mask"],
-            fusion_weights=weights.repeat_interleave(first.completions, dim=0),
-            max_new_tokens=first.max_tokens,
-            do_sample=False,
-            logits_processor=_sampler(first, [f"{request.seed}/{number}" for request, number in rows]),
-            **({"stop_strings": list(first.stop), "tokenizer": tokenizer} if first.stop else {}),
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        new = out.sequences[:, padded["input_ids"].shape[1] :]
+        ids, mask = padded["input_ids"], padded["attention_mask"]
+        options: dict[str, Any] = {}
+        if prefix.cache is not None:
+            before = torch.tensor(first.prompt[: prefix.length]).to(ids).repeat(len(rows), 1)
+            ids, mask = torch.cat([before, ids], dim=1), torch.cat([torch.ones_like(before), mask], dim=1)
+            options["past_key_values"] = prefix.of(len(rows))
+        if first.stop:
+            options |= {"stop_strings": list(first.stop), "tokenizer": tokenizer}
+        keys = weights.repeat_interleave(first.completions, dim=0)
+        with self.twin.fused(Group(tuple(range(len(rows))), batch.weights), keys):
+            out: Any = self.twin.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=first.max_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=_sampler(first, [f"{request.seed}/{number}" for request, number in rows]),
+                return_dict_in_generate=True,
+                output_logits=True,
+                **options,
+            )
+        new = out.sequences[:, ids.shape[1] :]
         ends = _end_tokens(self.twin.model.generation_config, tokenizer)
         found: list[Completion] = []
         for row, ids in enumerate(new.tolist()):

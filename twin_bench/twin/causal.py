@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.model import Encoded, Parts, Text, TwinModel, present
-from twin_bench.twin.plan import Group, plan
+from twin_bench.twin.plan import Group, batches, plan
+from twin_bench.twin.prefix import Sharing, shared_prefixes
 from twin_bench.twin.separate import install_separate
 
 
@@ -28,6 +31,19 @@ class Scored(NamedTuple):
 
     log_probs: Tensor
     greedy: bool
+
+
+class Prefix(NamedTuple):
+    """The first `length` tokens of some rows, and their keys and values (None of no tokens)."""
+
+    length: int
+    cache: DynamicCache | None
+
+    def of(self, rows: int) -> DynamicCache:
+        """Return a cache of one's own, for so many rows."""
+        copied: Any = copy.deepcopy(self.cache)
+        copied.batch_repeat_interleave(rows)
+        return copied
 
 
 class TwinCausalLM(TwinModel):
@@ -144,10 +160,11 @@ class TwinCausalLM(TwinModel):
         asked = [len(continuation) for _, continuation in requests]
         scores: dict[int, Scored] = {}
         lengths = [len(ids) for ids in inputs]
-        for batch in self.planned(weights, lengths, batch_size, list(sharing)):
-            spans = [(lengths[row], max(asked[r] for r in sharing[row])) for row in batch.rows]
-            kept = sorted({position for end, span in spans for position in range(end - span, end)})
-            logits = self._logits([tokens(inputs[row]) for row in batch.rows], kept, batch, weights)
+        starts = {row: lengths[row] - max(asked[asker] for asker in askers) for row, askers in sharing.items()}
+        for batch, prefix in self.sharing(weights, inputs, starts, batch_size):
+            kept = sorted({position for row in batch.rows for position in range(starts[row], lengths[row])})
+            rest = [tokens(inputs[row][prefix.length :]) for row in batch.rows]
+            logits = self._logits(rest, [position - prefix.length for position in kept], batch, weights, prefix)
             place = {position: index for index, position in enumerate(kept)}
             for row, row_logits in zip(batch.rows, logits, strict=True):
                 for asker in sharing[row]:
@@ -156,6 +173,50 @@ class TwinCausalLM(TwinModel):
                 if progress:
                     progress(len(sharing[row]))
         return [scores[row] for row in range(len(requests))]
+
+    def sharing(
+        self,
+        weights: Tensor,
+        inputs: Sequence[Sequence[int]],
+        limits: Mapping[int, int],
+        batch_size: int,
+        *,
+        steps: int = 0,
+    ) -> Iterator[tuple[Group, Prefix]]:
+        """Yield the batches that some rows of a list run in, each with what its rows' inputs begin with.
+
+        Rows that are fused together and begin with the same tokens run those once; the keys and values are kept for
+        as long as such rows come.
+
+        Args:
+            weights: (N, experts).
+            inputs: N rows of tokens.
+            limits: the rows to run, and how many of a row's tokens may belong to a prefix.
+            batch_size: rows a batch.
+            steps: tokens to be generated for each.
+        """
+        rows = sorted(limits)
+        lengths = [len(inputs[row]) for row in rows]
+        for planned in plan(weights[rows], lengths, self.costs, steps=steps, batch_size=batch_size):
+            group = Group(tuple(rows[row] for row in planned.rows), planned.weights)
+            own = {row: limits[row] for row in group.rows}
+            alone = [Sharing(group.rows, 0)]
+            shared = alone if group.weights is None else shared_prefixes({row: inputs[row] for row in own}, own)
+            for one in shared:
+                prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], group, weights))
+                rest = {row: len(inputs[row]) - one.length for row in one.rows}
+                for batch in batches(Group(one.rows, group.weights), rest, batch_size):
+                    yield batch, prefix
+
+    @torch.no_grad()
+    def _keys_and_values(self, ids: Sequence[int], group: Group, weights: Tensor) -> DynamicCache | None:
+        """Return the cache of one row of tokens, run as `group`; None of no tokens."""
+        if not len(ids):
+            return None
+        cache = DynamicCache(config=self.model.config)
+        with self.fused(group, weights):
+            self.model.base_model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True)
+        return cache
 
     @torch.no_grad()
     def generate(
@@ -225,15 +286,24 @@ class TwinCausalLM(TwinModel):
         """Refuse: there is no head to classify with."""
         raise InputError("a causal_lm twin does not classify; build a twin of sequence classifiers for that")
 
-    def _logits(self, rows: Sequence[Encoded], kept: Sequence[int], group: Group, weights: Tensor) -> Tensor:
-        """Return the logits of one batch of a plan at the positions `kept`, (batch, kept, vocabulary)."""
-        inputs = self.collate(rows)
+    def _logits(
+        self, rows: Sequence[Encoded], kept: Sequence[int], group: Group, weights: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
+        """Return the logits of one batch of a plan at the positions `kept`, (batch, kept, vocabulary).
+
+        `rows` and `kept` begin after the prefix, if there is one.
+        """
+        inputs: dict[str, Any] = {**self.collate(rows), "use_cache": False}
+        if prefix is not None and prefix.cache is not None:
+            mask = inputs["attention_mask"]
+            seen = mask.new_ones(len(mask), prefix.length)
+            inputs |= {"attention_mask": torch.cat([seen, mask], dim=1), "past_key_values": prefix.of(len(mask))}
         positions = torch.tensor(kept, device=self.device)
         with self.fused(group, weights):
             if self._selects_logits:
-                logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=positions).logits
+                logits: Tensor = self.model(**inputs, logits_to_keep=positions).logits
                 return logits
-            return self.model(**inputs, use_cache=False).logits[:, positions]
+            return self.model(**inputs).logits[:, positions]
 
     @functools.cached_property
     def _selects_logits(self) -> bool:

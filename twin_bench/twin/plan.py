@@ -13,7 +13,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) 
     return groups + ([Group(tuple(sorted(rest)), None)] if rest else [])
 
 
-def batches(group: Group, tokens: Sequence[int], batch_size: int) -> list[Group]:
+def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size: int) -> list[Group]:
     """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least.
 
     A batch of EFFICIENT_ROWS ends where the next row would be padded by more than a third of its length:
