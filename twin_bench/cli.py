@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     helm.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     helm.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the twin's own)")
     helm.add_argument("--protocol", default="standard", choices=("standard", "paper", "routed"))
+    helm.add_argument("--tolerance", type=float, help="of the logits, relative to their size (default: 0 in float32)")
     helm.add_argument("--batch-size", type=int, default=8, help="requests a forward (default: 8)")
     helm.add_argument("--chat-template", action="store_true", help="ask each prompt as a user's turn")
     helm.set_defaults(run=_helm_config)
@@ -117,6 +118,7 @@ def _helm_config(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=options.dtype,
         protocol=options.protocol,
+        tolerance=options.tolerance,
         batch_size=options.batch_size,
         apply_chat_template=options.chat_template,
     )

@@ -24,6 +24,7 @@ def write_helm_config(
     device: str | None = None,
     dtype: str | None = None,
     protocol: str = "standard",
+    tolerance: float | None = None,
     batch_size: int = 8,
     apply_chat_template: bool = False,
 ) -> list[Path]:
@@ -36,6 +37,7 @@ def write_helm_config(
         device: where it runs; by default a GPU if there is one.
         dtype: what it runs in; by default its own.
         protocol: standard, paper or routed.
+        tolerance: of the logits, relative to their size; by default 0 in float32.
         batch_size: requests a forward.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
 
@@ -59,6 +61,7 @@ def write_helm_config(
         "device": device,
         "dtype": dtype,
         "protocol": protocol,
+        "tolerance": tolerance,
         "batch_size": batch_size,
         "apply_chat_template": apply_chat_template,
     }

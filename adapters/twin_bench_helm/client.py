@@ -39,6 +39,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         device: str | None = None,
         dtype: str | None = None,
         protocol: str = "standard",
+        tolerance: float | None = None,
         batch_size: int = 8,
         apply_chat_template: bool = False,
     ) -> None:
@@ -48,6 +49,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             "device": device,
             "dtype": dtype,
             "protocol": protocol,
+            "tolerance": tolerance,
             "batch_size": batch_size,
         }
         self._directory, self._chat = twin, apply_chat_template
@@ -131,6 +133,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         return {
             "digests": twin.digests,
             "protocol": twin.protocol,
+            "tolerance": twin.tolerance,
             "dtype": str(twin.model.dtype),
             "prompt": list(ask.prompt),
             "max_tokens": ask.max_tokens,

@@ -248,7 +248,7 @@ def _end_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
     return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
-_ENGINES: dict[tuple[str, str | None, str | None, str, int], Engine] = {}
+_ENGINES: dict[tuple[str, str | None, str | None, str, float | None, int], Engine] = {}
 _LOADING = threading.Lock()
 
 
@@ -261,21 +261,31 @@ def hold(name: str, twin: TwinCausalLM, batch_size: int, task: str) -> None:
     with _LOADING:
         for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
             del _ENGINES[key]
-        _ENGINES[(name, None, None, "standard", batch_size)] = Engine(twin, batch_size, task)
+        _ENGINES[(name, None, None, "standard", None, batch_size)] = Engine(twin, batch_size, task)
 
 
-def engine(directory: str, *, device: str | None, dtype: str | None, protocol: Protocol, batch_size: int) -> Engine:
+def engine(
+    directory: str,
+    *,
+    device: str | None,
+    dtype: str | None,
+    protocol: Protocol,
+    tolerance: float | None,
+    batch_size: int,
+) -> Engine:
     """Return the process' one engine for a twin and its settings, loaded by whichever thread comes first.
 
     Raises InputError for what is wrong with the twin.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    key = (directory, device, dtype, protocol, batch_size)
+    key = (directory, device, dtype, protocol, tolerance, batch_size)
     with _LOADING:
         if key not in _ENGINES:
             chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            twin = TwinModel.from_pretrained(directory, device=chosen, dtype=dtype, protocol=protocol)
+            twin = TwinModel.from_pretrained(
+                directory, device=chosen, dtype=dtype, protocol=protocol, tolerance=tolerance
+            )
             if not isinstance(twin, TwinCausalLM):
                 raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")
             _ENGINES[key] = Engine(twin, batch_size)

@@ -53,6 +53,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         device: str | None = None,
         batch_size: int | str | None = 1,
         protocol: Protocol = "standard",
+        tolerance: float | None = None,
         fusion: str = "exact",
         data: str | Path | None = None,
         split: str | None = None,
@@ -68,6 +69,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
             device: where it runs; the CPU in place of a CUDA device that is not there.
             batch_size: requests a forward; `auto` is the largest that fits a GPU, and 16 on a CPU.
             protocol: standard (the default), paper or routed: see the README.
+            tolerance: of the logits, relative to their size; by default 0 in float32: see the README.
             fusion: exact, the only mode.
             data: not used here but by this project's tasks, as are `split` and `shots`: where their rows are.
             split: which rows.
@@ -90,7 +92,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
             raise InputError(f"twin_merged: protocol={protocol}{nearest(protocol, PROTOCOLS)}")
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
-        self._task, self._protocol = task, protocol
+        self._task, self._protocol, self._tolerance = task, protocol, tolerance
         self._routed: dict[tuple[int, ...], Tensor] = {}
         self._detected: int | None = None
         if twin is None:
@@ -119,7 +121,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
     def _create_model(self, pretrained: str, **options: Any) -> None:
         super()._create_model(pretrained, **options)
         model: PreTrainedModel = self._model
-        self.twin = TwinCausalLM(model, self.tokenizer, self._parts, protocol=self._protocol)
+        self.twin = TwinCausalLM(model, self.tokenizer, self._parts, protocol=self._protocol, tolerance=self._tolerance)
         self.twin.to(self._device)
 
     def _loglikelihood_tokens(
@@ -217,6 +219,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
             "model_dtype": str(self.twin.model.dtype),
             "twin_bench_version": importlib.metadata.version("twin-bench"),
             "protocol": self.twin.protocol,
+            "tolerance": self.twin.tolerance,
             "routing": self.twin.routing,
             "fusion": "exact",
             "max_length": self.max_length,

@@ -44,6 +44,7 @@ class ClassifierTwin(TwinMerged):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         protocol: str | None = None,
+        tolerance: float | None = None,
         fusion: str = "exact",
         data: str | Path | None = None,
         split: str | None = None,
@@ -61,6 +62,7 @@ class ClassifierTwin(TwinMerged):
             max_batch_size: lm-eval's, not used.
             max_length: tokens of an input, longer ones are truncated; by default what the twin was built with.
             protocol: standard (the default), paper or routed: see the README.
+            tolerance: of the logits, relative to their size; by default 0 in float32: see the README.
             fusion: exact, the only mode.
             data: not used here but by the tasks, as is `split`: where their rows are.
             split: which rows.
@@ -85,6 +87,7 @@ class ClassifierTwin(TwinMerged):
                 device=usable(device),
                 dtype=None if dtype == "auto" else dtype,
                 protocol=protocol or "standard",  # type: ignore[arg-type]
+                tolerance=tolerance,
                 trust_remote_code=trust_remote_code,
             )
         if protocol not in (None, twin.protocol):
@@ -136,6 +139,7 @@ class ClassifierTwin(TwinMerged):
         return {
             "twin_bench_version": importlib.metadata.version("twin-bench"),
             "protocol": self.twin.protocol,
+            "tolerance": self.twin.tolerance,
             "fusion": "exact",
             "max_length": self.max_length,
             "digests": dict(self.twin.digests),

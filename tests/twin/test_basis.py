@@ -103,3 +103,21 @@ def test_costs_are_the_multiplications_of_a_token() -> None:
     for used in itertools.product([False, True], repeat=5):
         expected = min(sum(used) * 6 * 136, 1460) / 3840
         assert costs.low_rank(torch.tensor([used])).item() == pytest.approx(expected)
+
+
+def test_half_precision_keeps_every_direction() -> None:
+    """The basis is that of the float32 factors: bfloat16's rounding neither adds directions nor drops weak ones."""
+    factors = [truncated_svd(tau, 6) for tau in lora_experts(40, 96, 2, 5)]
+    factors[0] = type(factors[0])(0.01 * factors[0].B, factors[0].A)
+    exclusive = {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)}
+    fusion = Fusion(5)
+    twin = TwinLinear(nn.Linear(40, 96).to(torch.bfloat16), fusion, "x", exclusive)
+    assert twin.basis_cores is not None
+    assert twin.basis_cores.dtype is torch.bfloat16
+    assert twin.basis_cores.shape == (5, 10, 10)
+    x = torch.randn(2, 64, 40, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with torch.no_grad(), fusion.per_row(torch.ones(2, 5)):
+        found = twin(x).float()
+    weight = twin.weight.float() + sum(f.B @ f.A for f in factors)
+    expected = x.float() @ weight.T + twin.bias.float()
+    assert (found - expected).norm() <= 0.01 * expected.norm()

@@ -237,9 +237,12 @@ class TwinLinear(TwinLayer):
 
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
-        joint = joint_basis(*self.flow(self.B, self.A), self.owner, fusion.experts) if sum(self.ranks) else None
+        kept = [e.factors[f"{name}.weight"] for e in exclusive.values() if f"{name}.weight" in e.factors]
+        B, A = (torch.cat([f.B for f in kept], dim=1), torch.cat([f.A for f in kept])) if kept else (None, None)
+        # Of the factors as they are: rounded to half precision they would share nothing.
+        joint = None if B is None or A is None else joint_basis(*self.flow(B, A), self.owner.cpu(), fusion.experts)
         for part, tensor in zip(("down", "cores", "up"), joint or (None, None, None), strict=True):
-            self.register_buffer(f"basis_{part}", tensor, persistent=False)
+            self.register_buffer(f"basis_{part}", None if tensor is None else tensor.to(self.weight), persistent=False)
 
     def flow(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors as an input meets them, (in, R) and (R, out)."""

@@ -266,7 +266,7 @@ class TwinModel(nn.Module, abc.ABC):
         return simplified(weights, self.tolerance / self._sensitivity) if self._sensitivity else weights
 
     def _tolerance(self, asked: float | None) -> float:
-        if asked is not None and not 0 <= asked < 1:
+        if asked is not None and not (isinstance(asked, int | float) and 0 <= asked < 1):
             raise InputError(f"tolerance {asked}: a fraction of the logits' size, 0 (exact) or more and below 1")
         if self.protocol == "paper":
             return 0.0
