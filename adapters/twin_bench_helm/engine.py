@@ -6,6 +6,7 @@ the number of threads, and a sampled one on the request's own seed and not on wh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import queue
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -126,6 +128,11 @@ class Engine:
         except Exception as error:  # raised where the request was made
             future.set_exception(error)
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (an engine lives as long as its process)
+    def _stopping(self, stop: tuple[str, ...]) -> StopStringCriteria:
+        """Return what ends a generation at a stop sequence; looking through the vocabulary takes half a second."""
+        return StopStringCriteria(self.twin.tokenizer, list(stop))
+
     def _tasks(self, rows: int) -> list[str] | None:
         return None if self._task is None else [self._task] * rows
 
@@ -186,8 +193,8 @@ class Engine:
             before = torch.tensor(first.prompt[: prefix.length]).to(ids).repeat(len(rows), 1)
             ids, mask = torch.cat([before, ids], dim=1), torch.cat([torch.ones_like(before), mask], dim=1)
             options["past_key_values"] = prefix.of(len(rows))
-        if first.stop:
-            options |= {"stop_strings": list(first.stop), "tokenizer": tokenizer}
+        if first.stop and first.max_tokens > 1:  # the client cuts at a stop sequence; here it only ends the work
+            options["stopping_criteria"] = StoppingCriteriaList([self._stopping(first.stop)])
         keys = weights.repeat_interleave(first.completions, dim=0)
         with self.twin.fused(Group(tuple(range(len(rows))), batch.weights), keys):
             out: Any = self.twin.model.generate(

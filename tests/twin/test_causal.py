@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.twin.test_exactness import mixes
 from twin_bench import InputError, TwinModel
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
-from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.causal import TwinCausalLM, tokens
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2"]
 SCALING, DENSITY = 0.29, 0.5
@@ -140,15 +141,29 @@ def test_log_likelihoods_of_a_mixed_list(causal_families: Any, twins: Any, kind:
 def test_the_router_reads_the_context_alone(twins: Any) -> None:
     twin = TwinModel.from_pretrained(twins("llama"))
     context, calls = [5, 6, 7, 8], []
-    route = twin.route
+    route = twin._route_each
 
-    def spied(input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        calls.append(input_ids.tolist())
-        return route(input_ids, attention_mask, **inputs)
+    def spied(encoded: Any, batch_size: int) -> Tensor:
+        calls.extend(row["input_ids"] for row in encoded)
+        return route(encoded, batch_size)
 
-    twin.route = spied  # type: ignore[method-assign]
+    twin._route_each = spied  # type: ignore[method-assign]
     twin.log_likelihoods([(context, [9]), (context, [10, 11]), ([12, 13], [9])])
-    assert sorted(row for call in calls for row in call) == [[5, 6, 7, 8], [12, 13, 0, 0]]
+    assert calls == [[5, 6, 7, 8], [12, 13]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_weights_from_a_shared_prefix_are_those_of_each_prompt_alone(twins: Any, kind: str, layer: int) -> None:
+    twin = TwinModel.from_pretrained(twins(kind))
+    assert twin.router is not None
+    twin.router.config = dataclasses.replace(twin.router.config, layer=layer)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(4, 26, (25,), generator=generator).tolist()
+    rows = [start + torch.randint(4, 26, (3 + row,), generator=generator).tolist() for row in range(5)] + [[5, 6, 7]]
+    found = twin.route_all([tokens(row) for row in rows], batch_size=3)
+    for row, weights in zip(rows, found, strict=True):
+        torch.testing.assert_close(weights, twin.route(torch.tensor([row]))[0], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError
+from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.model import Encoded, Parts, Text, TwinModel, present
 from twin_bench.twin.plan import Group, batches, plan
@@ -60,6 +61,7 @@ class TwinCausalLM(TwinModel):
         self.max_length = parts.max_length or context_window(self.model.config)
         if self.protocol == "paper" and parts.paper is not None:
             self.router = parts.paper.router
+        self.model.get_output_embeddings().register_forward_pre_hook(_contiguous)
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         if self.protocol != "paper" or not parts.exclusive:
@@ -76,6 +78,39 @@ class TwinCausalLM(TwinModel):
         """Return what a router on each of `layers` reads: (batch, width) means over the tokens of a batch."""
         positions = _positions(inputs["input_ids"], inputs.get("attention_mask"))
         return super().features({**inputs, "position_ids": positions}, layers)
+
+    def _route_each(self, encoded: Sequence[Encoded], batch_size: int) -> Tensor:
+        """Return the router's weights (rows, experts): what rows begin with alike is run once for all of them."""
+        if self.router is None:
+            return super()._route_each(encoded, batch_size)  # says what is missing
+        layer = self.router.config.layer
+        weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
+        inputs = {row: inputs["input_ids"] for row, inputs in enumerate(encoded)}
+        for shared in shared_prefixes(inputs, {row: len(ids) - 1 for row, ids in inputs.items()}):
+            begun: Tensor | float = 0.0
+            prefix = Prefix(0, None)
+            if shared.length:
+                prefix = Prefix(shared.length, DynamicCache(config=self.model.config))
+                ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
+                kept = {"input_ids": ids, "past_key_values": prefix.cache, "use_cache": True}
+                begun = pool(hidden_states(self.model, kept, [layer])[0], None) * shared.length
+            rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
+            lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
+            for batch in batches(Group(shared.rows, None), lengths, batch_size):
+                given = self._after(prefix, self.collate([rest[row] for row in batch.rows]))
+                count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
+                mask = given["attention_mask"][:, shared.length :]
+                own = pool(hidden_states(self.model, given, [layer])[0], mask) * count
+                weights[list(batch.rows)] = self.router.weights((begun + own) / (shared.length + count))
+        return weights
+
+    def _after(self, prefix: Prefix, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return what a forward takes of rows that a prefix stands before."""
+        if prefix.cache is None:
+            return {**inputs, "use_cache": False}
+        mask = inputs["attention_mask"]
+        seen = torch.cat([mask.new_ones(len(mask), prefix.length), mask], dim=1)
+        return {**inputs, "attention_mask": seen, "past_key_values": prefix.of(len(mask)), "use_cache": False}
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
         """Tokenise texts without padding; of one that is too long the last `max_length` tokens stay."""
@@ -199,18 +234,16 @@ class TwinCausalLM(TwinModel):
         lengths = [len(inputs[row]) for row in rows]
         for planned in plan(weights[rows], lengths, self.costs, steps=steps, batch_size=batch_size):
             group = Group(tuple(rows[row] for row in planned.rows), planned.weights)
-            own = {row: limits[row] for row in group.rows}
-            alone = [Sharing(group.rows, 0)]
-            shared = alone if group.weights is None else shared_prefixes({row: inputs[row] for row in own}, own)
-            for one in shared:
-                prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], group, weights))
+            for one in _shared(group, weights, inputs, limits):
+                first = Group(one.rows[:1], group.weights)
+                prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], first, weights))
                 rest = {row: len(inputs[row]) - one.length for row in one.rows}
-                for batch in batches(Group(one.rows, group.weights), rest, batch_size):
+                for batch in batches(Group(one.rows, group.weights), rest, batch_size, steps=steps):
                     yield batch, prefix
 
     @torch.no_grad()
     def _keys_and_values(self, ids: Sequence[int], group: Group, weights: Tensor) -> DynamicCache | None:
-        """Return the cache of one row of tokens, run as `group`; None of no tokens."""
+        """Return the cache of one row of tokens, run as a `group` of that row asks; None of no tokens."""
         if not len(ids):
             return None
         cache = DynamicCache(config=self.model.config)
@@ -293,11 +326,7 @@ class TwinCausalLM(TwinModel):
 
         `rows` and `kept` begin after the prefix, if there is one.
         """
-        inputs: dict[str, Any] = {**self.collate(rows), "use_cache": False}
-        if prefix is not None and prefix.cache is not None:
-            mask = inputs["attention_mask"]
-            seen = mask.new_ones(len(mask), prefix.length)
-            inputs |= {"attention_mask": torch.cat([seen, mask], dim=1), "past_key_values": prefix.of(len(mask))}
+        inputs = self._after(prefix or Prefix(0, None), self.collate(rows))
         positions = torch.tensor(kept, device=self.device)
         with self.fused(group, weights):
             if self._selects_logits:
@@ -354,6 +383,29 @@ class TwinCausalLM(TwinModel):
 def tokens(ids: Sequence[int]) -> Encoded:
     """Return token ids as an encoded row without padding."""
     return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+
+
+def _shared(group: Group, weights: Tensor, inputs: Sequence[Sequence[int]], limits: Mapping[int, int]) -> list[Sharing]:
+    """Return which rows of a group share a prefix: of those with equal weights, whose keys and values agree."""
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for row in group.rows:
+        alike.setdefault(tuple(weights[row].tolist()), []).append(row)
+    found = [
+        one
+        for rows in alike.values()
+        for one in shared_prefixes({row: inputs[row] for row in rows}, {row: limits[row] for row in rows})
+    ]
+    alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
+    return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
+
+
+def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Copy what the output layer reads, where it is a slice.
+
+    On a CPU torch 2.13 multiplies the last positions of a bfloat16 batch, which are no contiguous tensor, a hundred
+    times slower than a copy of them.
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from twin_bench.errors import InputError
 
 @torch.no_grad()
 def hidden_states(
-    model: Any, inputs: Mapping[str, Tensor], layers: Sequence[int], *, overrides: Mapping[str, Tensor]
+    model: Any,
+    inputs: Mapping[str, Any],
+    layers: Sequence[int],
+    *,
+    overrides: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[Tensor]:
     """Return the backbone's hidden states (batch, length, width) at `layers`.
 

@@ -221,15 +221,18 @@ class TwinModel(nn.Module, abc.ABC):
             distinct.setdefault(identity(row), []).append(index)
         # Sorted, so that not even the last bit of a weight depends on the order of the rows.
         groups = [distinct[tokens] for tokens in sorted(distinct)]
-        for chunk in batches(
-            Group(tuple(range(len(groups))), None),
-            [len(encoded[g[0]]["input_ids"]) for g in groups],
-            batch_size,
-        ):
-            routed = self.route(**self.collate([encoded[groups[g][0]] for g in chunk.rows]))
-            for g, row_weights in zip(chunk.rows, routed, strict=True):
-                weights[groups[g]] = row_weights
+        routed = self._route_each([encoded[rows[0]] for rows in groups], batch_size)
+        for rows, row_weights in zip(groups, routed, strict=True):
+            weights[rows] = row_weights
         return self.simplest(weights)
+
+    def _route_each(self, encoded: Sequence[Encoded], batch_size: int) -> Tensor:
+        """Return the router's weights (rows, experts) of encoded rows, batch by batch."""
+        weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
+        lengths = [len(row["input_ids"]) for row in encoded]
+        for batch in batches(Group(tuple(range(len(encoded))), None), lengths, batch_size):
+            weights[list(batch.rows)] = self.route(**self.collate([encoded[row] for row in batch.rows]))
+        return weights
 
     def planned(self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int]) -> Iterator[Group]:
         """Yield the batches that some rows of a request list run in: group by group, longest first.

@@ -100,16 +100,19 @@ def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) 
     return groups + ([Group(tuple(sorted(rest)), None)] if rest else [])
 
 
-def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size: int) -> list[Group]:
+def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size: int, *, steps: int = 0) -> list[Group]:
     """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least.
 
-    A batch of EFFICIENT_ROWS ends where the next row would be padded by more than a third of its length:
-    a small group spans all lengths, and a batch cut by rows alone would be mostly padding.
+    A batch of EFFICIENT_TOKENS ends where the next row would be padded by more than a quarter of its length:
+    a small group spans all lengths, and a batch cut by rows alone would be mostly padding. Where `steps` are to be
+    generated padding is paid once, and every batch's steps: then it ends at a row that would be mostly padding.
     """
     cut: list[list[int]] = []
+    waste = 1.25 if steps < EFFICIENT_STEPS else 4.0
     for row in sorted(group.rows, key=lambda row: (-tokens[row], row)):
         full = not cut or len(cut[-1]) == batch_size
-        if full or (len(cut[-1]) >= EFFICIENT_ROWS and tokens[cut[-1][0]] > 4 / 3 * tokens[row]):
+        longest = 0 if full else tokens[cut[-1][0]]
+        if full or (len(cut[-1]) * longest >= EFFICIENT_TOKENS and longest > waste * tokens[row]):
             cut.append([])
         cut[-1].append(row)
     return [Group(tuple(rows), group.weights) for rows in cut]
@@ -118,5 +121,9 @@ def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size:
 STEP_TOKENS = 16
 """What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
 
+EFFICIENT_TOKENS = 256
+"""Tokens from which on a batch runs at full speed."""
+EFFICIENT_STEPS = 4
+"""Steps of generation from which on they, and not the prompts, are what a batch costs."""
 EFFICIENT_ROWS = 8
-"""Rows from which on a batch of a few dozen tokens each runs at full speed."""
+"""Rows from which on a low-rank group has batches of its own."""
