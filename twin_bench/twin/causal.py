@@ -110,7 +110,14 @@ class TwinCausalLM(TwinModel):
             return {**inputs, "use_cache": False}
         mask = inputs["attention_mask"]
         seen = torch.cat([mask.new_ones(len(mask), prefix.length), mask], dim=1)
-        return {**inputs, "attention_mask": seen, "past_key_values": prefix.of(len(mask)), "use_cache": False}
+        places = torch.arange(prefix.length, seen.shape[1], device=mask.device).repeat(len(mask), 1)
+        return {
+            **inputs,
+            "attention_mask": seen,
+            "position_ids": places,  # a router on the embeddings leaves the cache empty, which would count as none
+            "past_key_values": prefix.of(len(mask)),
+            "use_cache": False,
+        }
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
         """Tokenise texts without padding; of one that is too long the last `max_length` tokens stay."""
