@@ -103,7 +103,7 @@ class TwinModel(nn.Module, abc.ABC):
         self.model = model
         self.router = parts.router
         self.router_overrides: Mapping[str, Tensor] = {}  # what the backbone's parameters are when it is read
-        self._sensitivity = parts.sensitivity
+        self.sensitivity = parts.sensitivity
         self.tolerance = self._tolerance(tolerance)
         self._complete(parts)
         self.requires_grad_(False)
@@ -266,7 +266,7 @@ class TwinModel(nn.Module, abc.ABC):
 
     def simplest(self, weights: Tensor) -> Tensor:
         """Return the simplest fusion weights (rows, experts) that are as good within the twin's tolerance."""
-        return simplified(weights, self.tolerance / self._sensitivity) if self._sensitivity else weights
+        return simplified(weights, self.tolerance / self.sensitivity) if self.sensitivity else weights
 
     def _tolerance(self, asked: float | None) -> float:
         if asked is not None and not (isinstance(asked, int | float) and 0 <= asked < 1):
@@ -275,8 +275,8 @@ class TwinModel(nn.Module, abc.ABC):
             return 0.0
         if asked is None:
             dtype = self.model.dtype
-            return torch.finfo(dtype).eps / 8 if dtype.itemsize < 4 and self._sensitivity is not None else 0.0
-        if asked and self.expert_names and self._sensitivity is None:
+            return torch.finfo(dtype).eps / 8 if dtype.itemsize < 4 and self.sensitivity is not None else 0.0
+        if asked and self.expert_names and self.sensitivity is None:
             raise InputError("tolerance: this twin does not say how sensitive it is; build it again, with a router")
         return asked
 

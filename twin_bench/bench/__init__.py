@@ -1,0 +1,153 @@
+"""python -m twin_bench.bench: fusion against the plain model, the authors' per-sample merge and PEFT, in one run.
+
+All cases answer the same encoded rows on the same machine in turn, round after round, after a warm-up; the
+figures are medians, and ratios are taken against the plain model of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twin_bench.bench.causal import causal_cases
+from twin_bench.bench.classifier import classifier_cases
+from twin_bench.bench.measure import measure
+from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.exclusive import truncated_svd
+from twin_bench.twin.fusion import TwinLinear
+from twin_bench.twin.model import TwinModel
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark command; return the exit status."""
+    from twin_bench.cli import reporting_errors
+
+    parser = argparse.ArgumentParser(prog="python -m twin_bench.bench", description="Measure a twin's fusion.")
+    parser.add_argument("--twin", type=Path, required=True, help="a twin directory")
+    parser.add_argument("--data", type=Path, required=True, help="a directory of TASK/SPLIT.jsonl")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--rows", type=int, default=512, help="rows, drawn evenly from the tasks and shuffled")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--merged-rows", type=int, default=16, help="rows for the per-sample merge, which is slow")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="float32, bfloat16, ... (default: the twin's own)")
+    parser.add_argument("--out", type=Path, help="write the JSON here")
+    return reporting_errors(lambda: _run(parser.parse_args(arguments)))
+
+
+def bench(
+    twin_directory: Path,
+    data: Path,
+    *,
+    split: str = "validation",
+    rows: int = 512,
+    batch_size: int = 32,
+    rounds: int = 5,
+    merged_rows: int = 16,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Return the machine, the settings, each case's rate and its ratio to the plain model's, memory and build time.
+
+    The cases of a classifier's twin are those of `classifier_cases`, of a language model's those of `causal_cases`.
+    `memory` is in parameters of the plain model: the factors, the joint bases, the fused copy, 1-D vectors. `build` is
+    the time of exclusive vectors by `torch.linalg.svd(full_matrices=True)` over that taken here.
+    """
+    twin: Any = TwinModel.from_pretrained(twin_directory, device=device, dtype=dtype)
+    cases_of: Any = classifier_cases if isinstance(twin, TwinClassifier) else causal_cases
+    cases = cases_of(twin, twin_directory, data, split=split, rows=rows, batch_size=batch_size, merged_rows=merged_rows)
+    measured, unsupported = measure(cases, rounds)
+    return {
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "device": _device_name(device),
+        },
+        "versions": {package: version(package) for package in ("twin-bench", "torch", "transformers", "peft")},
+        "settings": {
+            "experts": len(twin.expert_names),
+            "rows": rows,
+            "batch_size": batch_size,
+            "rounds": rounds,
+            "dtype": str(twin.model.dtype),
+        },
+        "notes": dict(cases.notes),
+        "unsupported": unsupported,
+        "cases": measured,
+        "memory": _memory(twin),
+        "build": _build_times(twin),
+    }
+
+
+def _memory(twin: TwinModel) -> dict[str, float]:
+    """Return what fusion holds beside the plain model, as fractions of the plain model's parameters."""
+    plain = sum(parameter.numel() for parameter in twin.model.parameters())
+    kinds = {"A": "factors", "B": "factors", "fused_weight": "fused"}
+    held = {"factors": 0, "joint_bases": 0, "fused": 0, "vectors": 0}
+    for layer in twin.fusion.layers:
+        for name, tensor in getattr(layer, "_buffers", {}).items():
+            if tensor is not None and name != "owner" and tensor.data_ptr() != layer.weight.data_ptr():
+                kind = kinds.get(name, "joint_bases" if name.startswith("basis") else "vectors")
+                held[kind] += tensor.numel()
+    return {kind: numbers / plain for kind, numbers in held.items()}
+
+
+def _build_times(twin: TwinModel) -> dict[str, float]:
+    """Return how many times faster than `torch.linalg.svd(full_matrices=True)` the exclusive vectors are found.
+
+    One matrix of each shape that the experts change: of low rank, as LoRA experts have it, and of full rank.
+    """
+    layers = {tuple(m.weight.shape): m for m in twin.model.modules() if isinstance(m, TwinLinear) and m.ranks[0]}
+    seconds = {"low_rank": [0.0, 0.0], "full_rank": [0.0, 0.0]}
+    generator = torch.Generator().manual_seed(0)
+    for shape, layer in layers.items():
+        rank = layer.ranks[0]
+        low = (layer.B[:, :rank] @ layer.A[:rank]).float().cpu()
+        for kind, matrix in (("low_rank", low), ("full_rank", torch.randn(shape, generator=generator))):
+            started = time.perf_counter()
+            torch.linalg.svd(matrix, full_matrices=True)
+            between = time.perf_counter()
+            truncated_svd(matrix, rank)
+            seconds[kind][0] += between - started
+            seconds[kind][1] += time.perf_counter() - between
+    return {kind: full / ours for kind, (full, ours) in seconds.items() if ours}
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor() or 'cpu'}"
+
+
+def _run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    result = bench(
+        options.twin,
+        options.data,
+        split=options.split,
+        rows=options.rows,
+        batch_size=options.batch_size,
+        rounds=options.rounds,
+        merged_rows=options.merged_rows,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    table = Table("case", "a second", "ratio", "against", box=None)
+    for name, case in result["cases"].items():
+        table.add_row(name, f"{case['per_second']:.1f}", f"{case['ratio']:.3f}", case["against"])
+    Console().print(table)
+    text = json.dumps(result, indent=1)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+    else:
+        print(text)
