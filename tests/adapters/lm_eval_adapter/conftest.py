@@ -21,6 +21,7 @@ class FakeTwin:
 
     tokenizer = None
     max_length = 128
+    tolerance = 0.0
 
     def __init__(self, tasks=tuple(GLUE), protocol="standard"):
         self.expert_names = tuple(tasks)

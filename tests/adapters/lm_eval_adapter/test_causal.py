@@ -144,13 +144,13 @@ def test_each_request_is_its_own_dense_model(three, causal_families, requests):
 def test_other_answers_change_no_weight(three, monkeypatch):
     model = served(three, batch_size=4)
     seen = []
-    log_likelihoods = model.twin.planned
+    sharing = model.twin.sharing
 
-    def spied(keys, *rest):
-        seen.append(keys)
-        return log_likelihoods(keys, *rest)
+    def spied(weights, *rest):
+        seen.append(weights)
+        return sharing(weights, *rest)
 
-    monkeypatch.setattr(model.twin, "planned", spied)
+    monkeypatch.setattr(model.twin, "sharing", spied)
     for answers in ((" cat", " dog"), (" under the bird", " is")):
         model.loglikelihood(scored([("the small cat", answer) for answer in answers]))
     assert torch.equal(seen[0], seen[1])

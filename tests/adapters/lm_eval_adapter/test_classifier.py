@@ -38,7 +38,7 @@ def test_a_twin_directory_is_served_by_the_class_for_its_task_type(tmp_path, loa
     )
     assert type(model) is ClassifierTwin
     assert model.twin is fake_twin
-    options = {"device": "cpu", "dtype": None, "protocol": "paper", "trust_remote_code": True}
+    options = {"device": "cpu", "dtype": None, "protocol": "paper", "tolerance": None, "trust_remote_code": True}
     assert loaded == [(str(path), options)]
     assert model.get_model_info() == {
         "twin_bench_version": model.get_model_info()["twin_bench_version"],
