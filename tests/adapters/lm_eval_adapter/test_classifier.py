@@ -44,6 +44,7 @@ def test_a_twin_directory_is_served_by_the_class_for_its_task_type(tmp_path, loa
         "twin_bench_version": model.get_model_info()["twin_bench_version"],
         "protocol": "paper",
         "fusion": "exact",
+        "tolerance": 0.0,
         "max_length": 128,
         "digests": fake_twin.digests,
     }
