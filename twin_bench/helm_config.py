@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from twin_bench.errors import InputError
 from twin_bench.leaderboard.cells import write_atomically
 from twin_bench.twin.directory import read_manifest
 
+PLUGINS_SINCE = (0, 5, 12)
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -46,6 +48,7 @@ def write_helm_config(
     """
     from transformers import AutoTokenizer
 
+    _require_plugins()
     manifest = read_manifest(twin)
     if manifest["task_type"] != "causal_lm":
         raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
@@ -116,6 +119,19 @@ def write_helm_config(
     for path, text in written.items():
         write_atomically(path, text)
     return list(written)
+
+
+def _require_plugins() -> None:
+    """Raise an InputError where the HELM of this environment is older than its plugins, which came with 0.5.12."""
+    try:
+        found = importlib.metadata.version("crfm-helm")
+    except importlib.metadata.PackageNotFoundError:
+        return  # helm-run may be in another environment
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < PLUGINS_SINCE:
+        wanted = ".".join(map(str, PLUGINS_SINCE))
+        raise InputError(
+            f"crfm-helm {found} takes no plugins, which came with {wanted}: pip install 'crfm-helm>=0.5.16'"
+        )
 
 
 def _listed(path: Path, key: str) -> list[dict[str, Any]]:

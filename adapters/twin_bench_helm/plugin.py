@@ -18,7 +18,7 @@ def cnndm(temperature: float = 0.3) -> RunSpec:
     HELM's own also wants BERTScore and summ-eval, which do not install beside today's torch.
     """
     scenario = ScenarioSpec(
-        class_name="helm.benchmark.scenarios.summarization_scenario.SummarizationScenario",
+        class_name="twin_bench_helm.scenario.CnnDailyMail",
         args={"dataset_name": "cnn-dm", "sampling_min_length": 50, "sampling_max_length": 150, "doc_max_length": 512},
     )
     return RunSpec(

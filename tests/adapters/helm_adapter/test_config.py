@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import yaml
 from helm.benchmark.presentation.run_entry import read_run_entries
+from helm.benchmark.scenarios.scenario import create_scenario
 from helm.common.object_spec import parse_object_spec
 
 from tests.adapters.lm_eval_adapter.interpreter import ADAPTERS, ROOT
 from tests.conftest import WORDS
+from twin_bench import InputError
 from twin_bench.cli import main
+from twin_bench.helm_config import write_helm_config
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
 from twin_bench_helm.plugin import cnndm
@@ -149,3 +152,19 @@ def test_helm_run_fills_helms_tables(causal_families: Any, tmp_path: Path) -> No
     table = next(table for table in tables if "anatomy" in table["title"])
     score = next(v for k, v in found["one"][0].items() if '"exact_match"' in k and '"test"' in k and "perturb" not in k)
     assert [cell["value"] for cell in table["rows"][0][:2]] == ["tiny", pytest.approx(score)]
+
+
+def test_a_helm_without_plugins_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.9")
+    with pytest.raises(InputError, match=r"crfm-helm 0\.5\.9 takes no plugins.*crfm-helm>=0\.5\.16"):
+        write_helm_config(tmp_path / "twin", "mine", tmp_path / "prod_env")
+    assert not (tmp_path / "prod_env").exists()
+
+
+def test_a_missing_raw_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("the network is off")
+
+    monkeypatch.setattr("helm.benchmark.scenarios.summarization_scenario.ensure_file_downloaded", no_network)
+    with pytest.raises(InputError, match=r"data/cnndm\.pk: no such file.*the network is off.*raw file there"):
+        create_scenario(cnndm().scenario_spec).get_instances(str(tmp_path))
