@@ -97,6 +97,25 @@ def test_routed_weights_fuse_exactly_in_a_mixed_batch(
         assert (batched[row, : len(reference)].double() - reference).norm() <= scale
 
 
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-2])
+def test_logits_stay_within_the_tolerance_on_every_task(
+    twin_directory: Path, real_data: Path, tolerance: float
+) -> None:
+    """The bound measured at build time, on held-out training rows, holds on validation rows."""
+    exact = TwinModel.from_pretrained(twin_directory)
+    near = TwinModel.from_pretrained(twin_directory, tolerance=tolerance)
+    assert near.sensitivity is not None
+    assert 0.3 < near.sensitivity < 30
+    for task in TASKS:
+        encoded = exact.encode(rows_of(real_data, task, 40), max_length=128)
+        tasks, weights = [task] * 40, exact.route_all(encoded)
+        reference = torch.stack([row.logits for row in exact.answer(encoded, tasks, fusion_weights=weights)])
+        found = torch.stack([row.logits for row in near.answer(encoded, tasks, fusion_weights=weights)])
+        error = (found - reference).abs().amax(dim=1).square().mean().sqrt()
+        assert error <= tolerance * reference.abs().amax(dim=1).square().mean().sqrt()
+        assert (near.simplest(weights) == 0).sum() > (weights == 0).sum()
+
+
 def test_experts_and_their_leaderboard_rows_are_transformers_own(
     real_data: Path, real_experts: Path, tmp_path: Path
 ) -> None:
