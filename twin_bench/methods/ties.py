@@ -51,25 +51,26 @@ def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
     """
     if density == 1:
         return torch.zeros(len(vectors.experts))
-    magnitudes = vectors.map(lambda name, taus: taus.abs())
-    (thresholds,) = _order_statistics(magnitudes, lambda total: [max(1, int(density * total))])
+    (thresholds,) = _order_statistics(vectors, torch.abs, lambda total: [max(1, int(density * total))])
     return thresholds
 
 
 def kth_largest(vectors: TaskVectors, *ranks: int) -> list[Tensor]:
     """Return, for each of `ranks` (1 is the largest), that entry of each expert's whole model, (T,) in float32."""
-    return _order_statistics(vectors, lambda total: ranks)
+    return _order_statistics(vectors, lambda entries: entries, lambda total: ranks)
 
 
-def _order_statistics(vectors: TaskVectors, ranks_of: Callable[[int], Sequence[int]]) -> list[Tensor]:
-    """Return the entries (T,) at the ranks that `ranks_of` names of a number of entries; 0 where there is none.
+def _order_statistics(
+    vectors: TaskVectors, of: Callable[[Tensor], Tensor], ranks_of: Callable[[int], Sequence[int]]
+) -> list[Tensor]:
+    """Return `of` each expert's entries (T,) at the ranks that `ranks_of` names of their number; 0 of no entries.
 
     Two passes over the parameters and no copy of the model: the bit patterns of float32 numbers, those of
     negative ones flipped, are ordered as the numbers are, so a histogram of the upper 16 bits finds the
     entry's bin and one of the lower 16 bits its exact value.
     """
     upper = torch.zeros(len(vectors.experts), 1 << 16, dtype=torch.int64)
-    for row, bits in _ordered_bits(vectors):
+    for row, bits in _ordered_bits(vectors, of):
         upper[row] += torch.bincount((bits >> 16) + 0x8000, minlength=1 << 16)
     total = int(upper[0].sum())
     ranks = ranks_of(total)
@@ -77,7 +78,7 @@ def _order_statistics(vectors: TaskVectors, ranks_of: Callable[[int], Sequence[i
         return [torch.zeros(len(upper)) for _ in ranks]
     located = [_locate(upper, torch.full((len(upper),), rank)) for rank in ranks]
     lower = torch.zeros(len(ranks), *upper.shape, dtype=torch.int64)
-    for row, bits in _ordered_bits(vectors):
+    for row, bits in _ordered_bits(vectors, of):
         for counts, (bins, _) in zip(lower, located, strict=True):
             inside = bits[(bits >> 16) + 0x8000 == bins[row]]
             counts[row] += torch.bincount(inside & 0xFFFF, minlength=1 << 16)
@@ -88,11 +89,11 @@ def _order_statistics(vectors: TaskVectors, ranks_of: Callable[[int], Sequence[i
     return entries
 
 
-def _ordered_bits(vectors: TaskVectors) -> Iterator[tuple[int, Tensor]]:
-    """Yield each expert's row and a parameter's entries as integers that are ordered as they are."""
+def _ordered_bits(vectors: TaskVectors, of: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield each expert's row and `of` a parameter's entries, one expert's at a time, as integers in their order."""
     for name in vectors.floating():
         for row, entries in enumerate(vectors[name]):
-            yield row, _flip_negatives(entries.to(torch.float32).flatten().view(torch.int32))
+            yield row, _flip_negatives(of(entries).to(torch.float32).flatten().view(torch.int32))
 
 
 def _flip_negatives(bits: Tensor) -> Tensor:
