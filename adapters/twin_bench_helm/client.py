@@ -134,6 +134,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             "digests": twin.digests,
             "protocol": twin.protocol,
             "tolerance": twin.tolerance,
+            "sensitivity": twin.sensitivity,
             "dtype": str(twin.model.dtype),
             "prompt": list(ask.prompt),
             "max_tokens": ask.max_tokens,

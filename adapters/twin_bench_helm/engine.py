@@ -6,7 +6,6 @@ the number of threads, and a sampled one on the request's own seed and not on wh
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import queue
 import threading
@@ -26,7 +25,7 @@ from transformers.generation.logits_process import (
 )
 
 from twin_bench.errors import InputError
-from twin_bench.twin.causal import Prefix, TwinCausalLM, tokens
+from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.model import PROTOCOLS, Protocol, TwinModel
 from twin_bench.twin.plan import Group
 
@@ -72,6 +71,7 @@ class Engine:
     def __init__(self, twin: TwinCausalLM, batch_size: int, task: str | None = None) -> None:
         self.twin, self.batch_size, self._task = twin, batch_size, task
         self._waiting: queue.SimpleQueue[tuple[Ask, Future[list[Completion]]]] = queue.SimpleQueue()
+        self._stops: dict[tuple[str, ...], StopStringCriteria] = {}
         self._lock, self._starting = threading.Lock(), threading.Lock()
         self._server: threading.Thread | None = None
 
@@ -128,10 +128,11 @@ class Engine:
         except Exception as error:  # raised where the request was made
             future.set_exception(error)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (an engine lives as long as its process)
     def _stopping(self, stop: tuple[str, ...]) -> StopStringCriteria:
         """Return what ends a generation at a stop sequence; looking through the vocabulary takes half a second."""
-        return StopStringCriteria(self.twin.tokenizer, list(stop))
+        if stop not in self._stops:
+            self._stops[stop] = StopStringCriteria(self.twin.tokenizer, list(stop))
+        return self._stops[stop]
 
     def _tasks(self, rows: int) -> list[str] | None:
         return None if self._task is None else [self._task] * rows
@@ -170,36 +171,51 @@ class Engine:
             [tokens(r.prompt) for r in requests], self._tasks(len(requests)), batch_size=self.batch_size
         )
         prompts = [request.prompt for request in requests]
-        limits = {row: len(prompt) - 1 for row, prompt in enumerate(prompts)}  # the last token is run to be continued
+        # What prompts begin with is run once where one token is asked for. To generate more, rows are padded on the
+        # left, which would be behind the prefix: and a window of attention counts the padding between.
+        limits = {row: len(prompt) - 1 if first.max_tokens == 1 else 0 for row, prompt in enumerate(prompts)}
         answers: dict[int, list[Completion]] = {}
         for batch, prefix in self.twin.sharing(weights, prompts, limits, self.batch_size, steps=first.max_tokens):
             asked = [requests[row] for row in batch.rows]
-            answers.update(zip(batch.rows, self._batch(asked, weights[list(batch.rows)], batch, prefix), strict=True))
+            if first.max_tokens == 1:
+                found = self._one_token(asked, self.twin.next_logits(prompts, weights, batch, prefix))
+            else:
+                found = self._batch(asked, weights[list(batch.rows)], batch)
+            answers.update(zip(batch.rows, found, strict=True))
         return [answers[row] for row in range(len(requests))]
 
+    def _one_token(self, requests: Sequence[Ask], logits: Tensor) -> list[list[Completion]]:
+        """Return one token for every completion, of the logits (requests, vocabulary) that predict it."""
+        copies = requests[0].completions
+        rows = logits.float().repeat_interleave(copies, dim=0)
+        seeds = [f"{request.seed}/{number}" for request in requests for number in range(copies)]
+        unread: Any = torch.zeros(len(rows), 0, dtype=torch.long)  # the prompts, which no processor here looks at
+        picked = _sampler(requests[0], seeds)(unread, rows).argmax(dim=-1)
+        log_probs = torch.log_softmax(rows, dim=-1).gather(1, picked[:, None])[:, 0].tolist()
+        ends = _end_tokens(self.twin.model.generation_config, self.twin.tokenizer)
+        found = [
+            Completion([], []) if token in ends else Completion([token], [log_prob])
+            for token, log_prob in zip(picked.tolist(), log_probs, strict=True)
+        ]
+        return [found[start : start + copies] for start in range(0, len(found), copies)]
+
     @torch.no_grad()
-    def _batch(self, requests: Sequence[Ask], weights: Tensor, batch: Group, prefix: Prefix) -> list[list[Completion]]:
+    def _batch(self, requests: Sequence[Ask], weights: Tensor, batch: Group) -> list[list[Completion]]:
         """Generate one batch. Every completion is a row of its own, which draws from its own seed."""
         first, tokenizer = requests[0], self.twin.tokenizer
         rows = [(request, number) for request in requests for number in range(request.completions)]
         padded = tokenizer.pad(
-            [dict(tokens(request.prompt[prefix.length :])) for request, _ in rows],
-            padding_side="left",
-            return_tensors="pt",
+            [dict(tokens(request.prompt)) for request, _ in rows], padding_side="left", return_tensors="pt"
         ).to(self.twin.device)
-        ids, mask = padded["input_ids"], padded["attention_mask"]
+        ids = padded["input_ids"]
         options: dict[str, Any] = {}
-        if prefix.cache is not None:
-            before = torch.tensor(first.prompt[: prefix.length]).to(ids).repeat(len(rows), 1)
-            ids, mask = torch.cat([before, ids], dim=1), torch.cat([torch.ones_like(before), mask], dim=1)
-            options["past_key_values"] = prefix.of(len(rows))
-        if first.stop and first.max_tokens > 1:  # the client cuts at a stop sequence; here it only ends the work
+        if first.stop:
             options["stopping_criteria"] = StoppingCriteriaList([self._stopping(first.stop)])
         keys = weights.repeat_interleave(first.completions, dim=0)
         with self.twin.fused(Group(tuple(range(len(rows))), batch.weights), keys):
             out: Any = self.twin.model.generate(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=padded["attention_mask"],
                 max_new_tokens=first.max_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,

@@ -51,7 +51,7 @@ def copy_scenarios(scenarios: Path, data: Path, into: Path) -> None:
     files = {split: split_path(data, task.name, split) for split in ("train", "validation")}
     if not summaries.is_file() and all(file.is_file() for file in files.values()):
         rows = {split: [_article(row) for row in read_rows(file, task)] for split, file in files.items()}
-        summaries.parent.mkdir(parents=True)
+        summaries.parent.mkdir(parents=True, exist_ok=True)
         summaries.write_bytes(pickle.dumps({"train": rows["train"], "validation": [], "test": rows["validation"]}))
     partial.rename(into)
 

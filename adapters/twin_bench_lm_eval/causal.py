@@ -220,6 +220,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
             "twin_bench_version": importlib.metadata.version("twin-bench"),
             "protocol": self.twin.protocol,
             "tolerance": self.twin.tolerance,
+            "sensitivity": self.twin.sensitivity,
             "routing": self.twin.routing,
             "fusion": "exact",
             "max_length": self.max_length,

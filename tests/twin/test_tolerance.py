@@ -41,6 +41,12 @@ def test_no_tolerance_changes_nothing() -> None:
     assert torch.equal(simplified(one_hot, 0.1), one_hot)
 
 
+def test_a_row_keeps_its_largest_weight() -> None:
+    assert simplified(torch.tensor([[0.3, 0.3, 0.4]]), 1.0).tolist() == [[0, 0, pytest.approx(0.4)]]
+    assert simplified(torch.tensor([[0.0, 0.0005]]), 0.001).tolist() == [[0, pytest.approx(0.0005)]]
+    assert simplified(torch.zeros(1, 3), 5.0).tolist() == [[0, 0, 0]]
+
+
 class LinearTwin:
     """Logits that are linear in the weights, so that what they move by is known."""
 

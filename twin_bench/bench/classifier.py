@@ -42,7 +42,7 @@ def classifier_cases(
     generator = torch.Generator().manual_seed(0)
     exponentials = -torch.rand(one_hot.shape, generator=generator).log()
     diffuse = exponentials / exponentials.sum(dim=1, keepdim=True)
-    plain = load_twin(directory).model.to(twin.device).eval()
+    plain = load_twin(directory, dtype=twin.model.dtype).model.to(twin.device).eval()
 
     @torch.no_grad()
     def run_plain() -> None:
@@ -126,7 +126,7 @@ def _peft_mixed(
     from peft import PeftModel
     from transformers import AutoModel
 
-    backbone = AutoModel.from_pretrained(directory / "model").to(twin.device)
+    backbone = AutoModel.from_pretrained(directory / "model", dtype=twin.model.dtype).to(twin.device)
     first, *others = twin.expert_names
     model = PeftModel.from_pretrained(backbone, str(directory / "experts" / first), adapter_name=first)
     for name in others:

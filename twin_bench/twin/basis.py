@@ -19,18 +19,19 @@ class JointBasis(NamedTuple):
     up: Tensor
 
 
-def joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int) -> JointBasis | None:
+def joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise: float) -> JointBasis | None:
     """Return a joint basis of factors side by side, None where it would cost as much as they do.
 
     Experts of LoRA rank r over one shared expert differ from it within the T r directions of all of them, and
     each keeps a truncation of its own: T truncations have more columns than directions. Nothing is lost but
-    rounding: a singular value is dropped where the factors' own precision can't tell it from 0.
+    rounding: None also where some expert's product would differ by more than `noise`.
 
     Args:
-        down: (n, R), what the input meets first.
+        down: (n, R), what the input meets first; in float32 at least.
         up: (R, m).
         owner: (R,) expert of each column.
         experts: T.
+        noise: the Frobenius norm of a difference that is rounding: that of the weights which the experts change.
     """
     n, R, m = *down.shape, up.shape[1]
     if R == 0:
@@ -44,6 +45,11 @@ def joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int) -> JointB
         return None
     inner, outer = in_range.T @ down.double(), up.double() @ out_range
     cores = torch.stack([inner[:, owner == k] @ outer[owner == k] for k in range(experts)])
+    for k in range(experts):
+        own = owner == k
+        lost = down[:, own].double() @ up[own].double() - in_range @ cores[k] @ out_range.T
+        if lost.norm() > noise:
+            return None
     return JointBasis(in_range.to(down).contiguous(), cores.to(down).contiguous(), out_range.T.to(up).contiguous())
 
 

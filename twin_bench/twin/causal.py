@@ -61,7 +61,9 @@ class TwinCausalLM(TwinModel):
         self.max_length = parts.max_length or context_window(self.model.config)
         if self.protocol == "paper" and parts.paper is not None:
             self.router = parts.paper.router
-        self.model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        output = self.model.get_output_embeddings()
+        if output is not None:
+            output.register_forward_pre_hook(_contiguous)
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         if self.protocol != "paper" or not parts.exclusive:
@@ -86,7 +88,8 @@ class TwinCausalLM(TwinModel):
         layer = self.router.config.layer
         weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         inputs = {row: inputs["input_ids"] for row, inputs in enumerate(encoded)}
-        for shared in shared_prefixes(inputs, {row: len(ids) - 1 for row, ids in inputs.items()}):
+        limits = {row: len(ids) - 1 if self._keeps_prefixes else 0 for row, ids in inputs.items()}
+        for shared in shared_prefixes(inputs, limits):
             begun: Tensor | float = 0.0
             prefix = Prefix(0, None)
             if shared.length:
@@ -241,7 +244,8 @@ class TwinCausalLM(TwinModel):
         lengths = [len(inputs[row]) for row in rows]
         for planned in plan(weights[rows], lengths, self.costs, steps=steps, batch_size=batch_size):
             group = Group(tuple(rows[row] for row in planned.rows), planned.weights)
-            for one in _shared(group, weights, inputs, limits):
+            may = limits if self._keeps_prefixes else dict.fromkeys(limits, 0)
+            for one in _shared(group, weights, inputs, may):
                 first = Group(one.rows[:1], group.weights)
                 prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], first, weights))
                 rest = {row: len(inputs[row]) - one.length for row in one.rows}
@@ -311,15 +315,21 @@ class TwinCausalLM(TwinModel):
         return self.fused(Group(tuple(range(len(rows))), None), rows)
 
     @torch.no_grad()
+    def next_logits(self, inputs: Sequence[Sequence[int]], weights: Tensor, batch: Group, prefix: Prefix) -> Tensor:
+        """Return the logits (batch, vocabulary) of the token after each row of a batch of `sharing`."""
+        rest = [tokens(inputs[row][prefix.length :]) for row in batch.rows]
+        ends = [len(row["input_ids"]) - 1 for row in rest]
+        kept = sorted(set(ends))
+        logits = self._logits(rest, kept, batch, weights, prefix)
+        return logits[torch.arange(len(ends)), [kept.index(end) for end in ends]]
+
+    @torch.no_grad()
     def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
         """Return the logits (vocabulary,) of each row's next token, on the CPU."""
-        lengths = [len(row["input_ids"]) for row in encoded]
+        inputs = [row["input_ids"] for row in encoded]
         found: dict[int, Tensor] = {}
-        for batch in self.planned(weights, lengths, 8, range(len(encoded))):
-            kept = sorted({lengths[row] - 1 for row in batch.rows})
-            logits = self._logits([encoded[row] for row in batch.rows], kept, batch, weights)
-            for row, row_logits in zip(batch.rows, logits, strict=True):
-                found[row] = row_logits[kept.index(lengths[row] - 1)].cpu()
+        for batch, prefix in self.sharing(weights, inputs, {row: len(ids) - 1 for row, ids in enumerate(inputs)}, 8):
+            found.update(zip(batch.rows, self.next_logits(inputs, weights, batch, prefix).cpu(), strict=True))
         return [found[row] for row in range(len(encoded))]
 
     def classify(self, *_: Any, **__: Any) -> Any:
@@ -340,6 +350,13 @@ class TwinCausalLM(TwinModel):
                 logits: Tensor = self.model(**inputs, logits_to_keep=positions).logits
                 return logits
             return self.model(**inputs).logits[:, positions]
+
+    @functools.cached_property
+    def _keeps_prefixes(self) -> bool:
+        """Whether the model's keys and values can be kept and given to several rows: not those of a state-space one."""
+        layers = DynamicCache(config=self.model.config).layers
+        takes = inspect.signature(self.model.base_model.forward).parameters
+        return "past_key_values" in takes and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
 
     @functools.cached_property
     def _selects_logits(self) -> bool:
@@ -412,7 +429,7 @@ def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
     On a CPU torch 2.13 multiplies the last positions of a bfloat16 batch, which are no contiguous tensor, a hundred
     times slower than a copy of them.
     """
-    return (args[0].contiguous(), *args[1:])
+    return tuple(argument.contiguous() if isinstance(argument, Tensor) else argument for argument in args)
 
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -109,6 +109,9 @@ class Columns(NamedTuple):
     scale: Tensor
 
 
+ROUNDINGS = 4.0
+"""How many roundings of its weights a layer's joint basis may be off by."""
+
 REBUILD_TOKENS = 16.0
 """What writing every fused weight once costs, in tokens of the plain forward: it is bound by memory, not by
 multiplications. Measured on two cores for a 6-layer, 384-wide encoder."""
@@ -240,7 +243,11 @@ class TwinLinear(TwinLayer):
         kept = [e.factors[f"{name}.weight"] for e in exclusive.values() if f"{name}.weight" in e.factors]
         B, A = (torch.cat([f.B for f in kept], dim=1), torch.cat([f.A for f in kept])) if kept else (None, None)
         # Of the factors as they are: rounded to half precision they would share nothing.
-        joint = None if B is None or A is None else joint_basis(*self.flow(B, A), self.owner.cpu(), fusion.experts)
+        joint = None
+        if B is not None and A is not None:
+            largest = max(float((f.B @ f.A).norm()) for f in kept)
+            noise = ROUNDINGS * torch.finfo(torch.float32).eps * max(largest, float(self.weight.float().norm()))
+            joint = joint_basis(*self.flow(B, A), self.owner.cpu(), fusion.experts, noise=noise)
         for part, tensor in zip(("down", "cores", "up"), joint or (None, None, None), strict=True):
             self.register_buffer(f"basis_{part}", None if tensor is None else tensor.to(self.weight), persistent=False)
 

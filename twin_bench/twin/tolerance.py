@@ -6,10 +6,11 @@ Leaving some out changes a row's logits f by
 
     |f(w') - f(w)| <= |w' - w|_1 max_k |df / dw_k|
 
-along the way from w to w'. `sensitivity` measures that maximum when a twin is built, on held-out training rows: its
-root mean square over a task's rows, relative to the size of their logits. `simplified` keeps |w' - w|_1 times it below
-the tolerance, which then bounds the root mean square of the error over a task's rows. It looks at one row at a time,
-so that a row's result still depends on nothing else in its batch.
+along the way from w to w'. `sensitivity` estimates that maximum when a twin is built, by finite differences at the
+router's own weights of held-out training rows: its root mean square over a task's rows, relative to the size of their
+logits. `simplified` keeps |w' - w|_1 times it below the tolerance, and so, to first order, the root mean square of the
+error over such rows; what it is on others is measured (tests, `twin_bench.bench`). It looks at one row at a time, so
+that a row's result still depends on nothing else in its batch.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def simplified(weights: Tensor, change: float) -> Tensor:
     one_hot = torch.nn.functional.one_hot(top, weights.shape[1]).to(weights)
     magnitudes, order = weights.abs().double().sort(dim=1)
     dropped = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, magnitudes.cumsum(dim=1) <= change)
-    alone = (one_hot.double() - weights.double()).abs().sum(dim=1) <= change
+    dropped.scatter_(1, top[:, None], False)  # a row keeps its largest, which names its head under `routed`
+    alone = ((one_hot.double() - weights.double()).abs().sum(dim=1) <= change) & weights.any(dim=1)
     return torch.where(alone[:, None], one_hot, weights.masked_fill(dropped, 0))
 
 
