@@ -56,7 +56,7 @@ def test_batches_are_cut_longest_first_and_hold_every_row_once() -> None:
     cut = batches(group, [5, 9, 1, 9, 7], 2)
     assert [batch.rows for batch in cut] == [(1, 3), (4, 0), (2,)]
     assert all(batch.weights is group.weights for batch in cut)
-    lengths = [30] * 9 + [25] * 3 + [23] * 8  # 270 tokens are enough; 30 is over a quarter more than 23
+    lengths = [60] * 9 + [46] * 3 + [44] * 8  # 540 tokens are enough; 60 is over a third more than 44
     mixed = Group(tuple(range(20)), None)
     assert [len(batch.rows) for batch in batches(mixed, lengths, 16)] == [12, 8]
     assert [len(batch.rows) for batch in batches(mixed, lengths, 16, steps=64)] == [16, 4]

@@ -245,8 +245,8 @@ class TwinLinear(TwinLayer):
         # Of the factors as they are: rounded to half precision they would share nothing.
         joint = None
         if B is not None and A is not None:
-            largest = max(float((f.B @ f.A).norm()) for f in kept)
-            noise = ROUNDINGS * torch.finfo(torch.float32).eps * max(largest, float(self.weight.float().norm()))
+            sizes = [(f.B @ f.A).norm() for f in kept] + [self.weight.detach().float().norm().cpu()]
+            noise = ROUNDINGS * torch.finfo(torch.float32).eps * float(max(sizes))
             joint = joint_basis(*self.flow(B, A), self.owner.cpu(), fusion.experts, noise=noise)
         for part, tensor in zip(("down", "cores", "up"), joint or (None, None, None), strict=True):
             self.register_buffer(f"basis_{part}", None if tensor is None else tensor.to(self.weight), persistent=False)

@@ -103,12 +103,12 @@ def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) 
 def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size: int, *, steps: int = 0) -> list[Group]:
     """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least.
 
-    A batch of EFFICIENT_TOKENS ends where the next row would be padded by more than a quarter of its length:
+    A batch of EFFICIENT_TOKENS ends where the next row would be padded by more than a third of its length:
     a small group spans all lengths, and a batch cut by rows alone would be mostly padding. Where `steps` are to be
     generated padding is paid once, and every batch's steps: then it ends at a row that would be mostly padding.
     """
     cut: list[list[int]] = []
-    waste = 1.25 if steps < EFFICIENT_STEPS else 4.0
+    waste = 4 / 3 if steps < EFFICIENT_STEPS else 4.0
     for row in sorted(group.rows, key=lambda row: (-tokens[row], row)):
         full = not cut or len(cut[-1]) == batch_size
         longest = 0 if full else tokens[cut[-1][0]]
@@ -121,9 +121,9 @@ def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size:
 STEP_TOKENS = 16
 """What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
 
-EFFICIENT_TOKENS = 256
+EFFICIENT_TOKENS = 512
 """Tokens from which on a batch runs at full speed."""
 EFFICIENT_STEPS = 4
 """Steps of generation from which on they, and not the prompts, are what a batch costs."""
-EFFICIENT_ROWS = 8
+EFFICIENT_ROWS = 32
 """Rows from which on a low-rank group has batches of its own."""
