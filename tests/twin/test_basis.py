@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from twin_bench.twin.basis import joint_basis
 from twin_bench.twin.exclusive import Exclusive, truncated_svd
-from twin_bench.twin.fusion import Fusion, TwinConv1D, TwinLinear
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import TwinConv1D, TwinLinear
 
 
 def lora_experts(n: int, m: int, rank: int, experts: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -22,7 +22,7 @@ from twin_bench.bench.classifier import classifier_cases
 from twin_bench.bench.measure import measure
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.exclusive import truncated_svd
-from twin_bench.twin.fusion import TwinLinear
+from twin_bench.twin.layers import TwinLinear
 from twin_bench.twin.model import TwinModel
 
 
@@ -63,8 +63,11 @@ def bench(
     the time of exclusive vectors by `torch.linalg.svd(full_matrices=True)` over that taken here.
     """
     twin: Any = TwinModel.from_pretrained(twin_directory, device=device, dtype=dtype)
-    cases_of: Any = classifier_cases if isinstance(twin, TwinClassifier) else causal_cases
-    cases = cases_of(twin, twin_directory, data, split=split, rows=rows, batch_size=batch_size, merged_rows=merged_rows)
+    options: Any = {"split": split, "rows": rows, "batch_size": batch_size}
+    if isinstance(twin, TwinClassifier):
+        cases = classifier_cases(twin, twin_directory, data, **options, merged_rows=merged_rows)
+    else:
+        cases = causal_cases(twin, twin_directory, data, **options)
     measured, unsupported = measure(cases, rounds)
     return {
         "machine": {

@@ -20,9 +20,7 @@ PROMPT_TOKENS = 64
 LETTERS = "ABCD"
 
 
-def causal_cases(
-    twin: TwinCausalLM, directory: Path, data: Path, *, split: str, rows: int, batch_size: int, merged_rows: int
-) -> Cases:
+def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str, rows: int, batch_size: int) -> Cases:
     """Return the cases of a language model's twin.
 
     Generation of 32 tokens after the last 64 of `batch_size` prompts, tokens a second: `plain` is transformers' own,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.model import Encoded, Parts, Text, TwinModel, present
 from twin_bench.twin.plan import Group, batches, plan
-from twin_bench.twin.prefix import Sharing, shared_prefixes
+from twin_bench.twin.prefix import Prefix, shared_in_group, shared_prefixes
 from twin_bench.twin.separate import install_separate
 
 
@@ -32,19 +31,6 @@ class Scored(NamedTuple):
 
     log_probs: Tensor
     greedy: bool
-
-
-class Prefix(NamedTuple):
-    """The first `length` tokens of some rows, and their keys and values (None of no tokens)."""
-
-    length: int
-    cache: DynamicCache | None
-
-    def of(self, rows: int) -> DynamicCache:
-        """Return a cache of one's own, for so many rows."""
-        copied: Any = copy.deepcopy(self.cache)
-        copied.batch_repeat_interleave(rows)
-        return copied
 
 
 class TwinCausalLM(TwinModel):
@@ -245,7 +231,7 @@ class TwinCausalLM(TwinModel):
         for planned in plan(weights[rows], lengths, self.costs, steps=steps, batch_size=batch_size):
             group = Group(tuple(rows[row] for row in planned.rows), planned.weights)
             may = limits if self._keeps_prefixes else dict.fromkeys(limits, 0)
-            for one in _shared(group, weights, inputs, may):
+            for one in shared_in_group(group, weights, inputs, may):
                 first = Group(one.rows[:1], group.weights)
                 prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], first, weights))
                 rest = {row: len(inputs[row]) - one.length for row in one.rows}
@@ -407,20 +393,6 @@ class TwinCausalLM(TwinModel):
 def tokens(ids: Sequence[int]) -> Encoded:
     """Return token ids as an encoded row without padding."""
     return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
-
-
-def _shared(group: Group, weights: Tensor, inputs: Sequence[Sequence[int]], limits: Mapping[int, int]) -> list[Sharing]:
-    """Return which rows of a group share a prefix: of those with equal weights, whose keys and values agree."""
-    alike: dict[tuple[float, ...], list[int]] = {}
-    for row in group.rows:
-        alike.setdefault(tuple(weights[row].tolist()), []).append(row)
-    found = [
-        one
-        for rows in alike.values()
-        for one in shared_prefixes({row: inputs[row] for row in rows}, {row: limits[row] for row in rows})
-    ]
-    alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
-    return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
 
 
 def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from twin_bench.twin.model import (
     present,
     require_known,
 )
-from twin_bench.twin.plan import Costs, Group, plan
+from twin_bench.twin.plan import Costs, Group, batches, plan
 
 MAX_LENGTH = 128
 """Tokens of an input where nothing else is said: the paper's."""
@@ -151,7 +151,7 @@ class TwinClassifier(TwinModel):
             for row, (inputs, head, key) in enumerate(zip(encoded, heads, keys.tolist(), strict=True))
         ]
         distinct = sorted(set(copies))
-        for batch in self.planned(keys, lengths, batch_size, distinct):
+        for batch in self._planned(keys, lengths, batch_size, distinct):
             names = [heads[row] for row in batch.rows]
             logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
             for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
@@ -161,6 +161,18 @@ class TwinClassifier(TwinModel):
         if progress and len(copies) > len(distinct):
             progress(len(copies) - len(distinct))
         return [answers[row] for row in copies]
+
+    def _planned(self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int]) -> Iterator[Group]:
+        """Yield the batches that some rows of a request list run in: group by group, longest first.
+
+        Args:
+            keys: (N, K): rows with equal ones can share a fusion.
+            tokens: the N rows' token counts.
+            batch_size: rows a batch.
+            rows: those to run.
+        """
+        for group in plan(keys[list(rows)], [tokens[row] for row in rows], self.costs):
+            yield from batches(Group(tuple(rows[row] for row in group.rows), group.weights), tokens, batch_size)
 
     def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
         """Return the logits (labels,) that each row's answer is read from, on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,9 @@ from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import hidden_states, pool
-from twin_bench.twin.fusion import Fusion, install
-from twin_bench.twin.plan import Costs, Group, batches, plan
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import install
+from twin_bench.twin.plan import Costs, Group, batches
 from twin_bench.twin.router import Router
 from twin_bench.twin.separate import SeparateParts
 from twin_bench.twin.tolerance import simplified
@@ -233,18 +234,6 @@ class TwinModel(nn.Module, abc.ABC):
         for batch in batches(Group(tuple(range(len(encoded))), None), lengths, batch_size):
             weights[list(batch.rows)] = self.route(**self.collate([encoded[row] for row in batch.rows]))
         return weights
-
-    def planned(self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int]) -> Iterator[Group]:
-        """Yield the batches that some rows of a request list run in: group by group, longest first.
-
-        Args:
-            keys: (N, K): rows with equal ones can share a fusion.
-            tokens: the N rows' token counts.
-            batch_size: rows a batch.
-            rows: those to run.
-        """
-        for group in plan(keys[list(rows)], [tokens[row] for row in rows], self.costs):
-            yield from batches(Group(tuple(rows[row] for row in group.rows), group.weights), tokens, batch_size)
 
     def fused(self, group: Group, keys: Tensor) -> AbstractContextManager[None]:
         """Run the model inside as `group` of a plan over `keys` asks: with its weights, or each row's own."""

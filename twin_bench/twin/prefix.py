@@ -6,10 +6,16 @@ that are fused with the same weights can share the keys and values of what they 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from twin_bench.twin.plan import Group
 
 WORTHWHILE_TOKENS = 16
 """The shortest prefix that is run apart: a pass of its own costs some tokens' worth as well."""
@@ -20,6 +26,19 @@ class Sharing(NamedTuple):
 
     rows: tuple[int, ...]
     length: int
+
+
+class Prefix(NamedTuple):
+    """The first `length` tokens of some rows, and their keys and values (None of no tokens)."""
+
+    length: int
+    cache: DynamicCache | None
+
+    def of(self, rows: int) -> DynamicCache:
+        """Return a cache of one's own, for so many rows."""
+        copied: Any = copy.deepcopy(self.cache)
+        copied.batch_repeat_interleave(rows)
+        return copied
 
 
 def shared_prefixes(inputs: Mapping[int, Sequence[int]], limits: Mapping[int, int]) -> list[Sharing]:
@@ -44,6 +63,22 @@ def shared_prefixes(inputs: Mapping[int, Sequence[int]], limits: Mapping[int, in
         sets.append(Sharing((row,), limits[row]))
     alone = tuple(sorted(shared.rows[0] for shared in sets if len(shared.rows) == 1))
     return [shared for shared in sets if len(shared.rows) > 1] + ([Sharing(alone, 0)] if alone else [])
+
+
+def shared_in_group(
+    group: Group, weights: Tensor, inputs: Sequence[Sequence[int]], limits: Mapping[int, int]
+) -> list[Sharing]:
+    """Return which rows of a group share a prefix: of those with equal weights, whose keys and values agree."""
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for row in group.rows:
+        alike.setdefault(tuple(weights[row].tolist()), []).append(row)
+    found = [
+        one
+        for rows in alike.values()
+        for one in shared_prefixes({row: inputs[row] for row in rows}, {row: limits[row] for row in rows})
+    ]
+    alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
+    return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

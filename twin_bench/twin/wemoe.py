@@ -15,7 +15,8 @@ from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.entropy import Batches, entropy_loss
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import blocks_of
-from twin_bench.twin.fusion import Fusion, install
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import install
 
 
 def mlp_layers(model: Any) -> list[list[str]]:
