@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from twin_bench.errors import InputError
 from twin_bench.twin import exclusive
-from twin_bench.twin.exclusive import truncated_svd
+from twin_bench.twin.exclusive import exclusive_vector, truncated_svd
 
 
 def best(matrix: Tensor, rank: int) -> np.ndarray:
@@ -50,3 +51,27 @@ def test_large_matrices_are_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -
     B, A = truncated_svd(matrix, 10)
     error = torch.linalg.norm(matrix - B @ A)
     assert error <= 1.01 * np.linalg.norm(matrix.numpy() - best(matrix, 10))
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weak_directions_are_as_exact_as_the_dtype(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Singular values from 1 to 1e-4, one by one: what a Gram matrix in float32 would blur."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 60, dtype=torch.float64)).Q for size in shape)
+    values = torch.logspace(0, -4, 60, dtype=torch.float64)
+    B, A = truncated_svd((U * values @ V.T).to(dtype), 50)
+    assert B.dtype == A.dtype == dtype
+    error = torch.finfo(dtype).eps * 60
+    torch.testing.assert_close(B.double().T @ B.double(), torch.diag(values[:50]), rtol=0, atol=error)
+    torch.testing.assert_close(A.double() @ A.double().T, torch.diag(values[:50]), rtol=0, atol=error)
+    torch.testing.assert_close(
+        A.norm(dim=1).double(), values[:50].sqrt(), rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=0
+    )
+    assert (B @ A - (U[:, :50] * values[:50] @ V[:, :50].T).to(dtype)).norm() < 10 * error
+
+
+def test_a_difference_that_is_not_finite_names_its_tensor() -> None:
+    shared = {"layer.weight": torch.zeros(8, 8)}
+    with pytest.raises(InputError, match=r"tensor layer\.weight"):
+        exclusive_vector({"layer.weight": torch.full((8, 8), torch.nan)}, shared, rank=2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from twin_bench.errors import InputError
 
 FULL_SVD_OPERATIONS = 10**10
-"""m * n * min(m, n) up to which the full SVD is taken: about a second on two cores."""
+"""m * n * min(m, n) up to which the Gram matrix is decomposed: about half a second on two cores."""
 
 
 class Factors(NamedTuple):
@@ -51,54 +51,65 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     """Return the best rank-`rank` approximation of an (m, n) matrix as factors.
 
     A matrix of low rank, such as a LoRA expert's, is recognised: where a sketch of it leaves nothing but rounding,
-    the sketch's SVD is the matrix's own. Else the full (economy) SVD in float64 up to FULL_SVD_OPERATIONS, since
-    float32 turns the kept subspace where the singular values at the cut lie close; beyond, torch.svd_lowrank in
-    the matrix's own precision with 16 columns of oversampling and 4 power iterations, whose error was within 0.4%
-    of the optimum on slowly decaying spectra (4096 x 4096, rank 8: 0.24 s against 11 s). Singular values below the
-    matrix's rounding error are dropped, so a LoRA expert's delta keeps no more columns than it has.
+    the sketch's singular vectors are the matrix's own. Else they are the eigenvectors of its Gram matrix up to
+    FULL_SVD_OPERATIONS; beyond, those of torch.svd_lowrank in the matrix's own precision with 16 columns of
+    oversampling and 4 power iterations, whose error was within 0.4% of the optimum on slowly decaying spectra
+    (4096 x 4096, rank 8: 0.24 s against 11 s). Singular values below the matrix's rounding error are dropped, so a
+    LoRA expert's delta keeps no more columns than it has.
+
+    Gram matrices are in float64, which squares singular values to a relative 1e-16: what float32 distinguishes
+    (1e-7) is kept. A matrix in float64 itself is decomposed as it is.
 
     Returns the factors in the matrix's dtype, float32 at least.
     """
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes several times as long for a wide matrix
+    if matrix.shape[0] < matrix.shape[1]:  # the Gram matrix is that of the smaller side
         B, A = truncated_svd(matrix.T, rank, seed=seed)
         return Factors(A.T.contiguous(), B.T.contiguous())
-    sketched = _svd_of_sketch(matrix.double(), min(2 * rank + 16, *matrix.shape), seed) if rank else None
-    if sketched is not None:
-        U, S, Vh = sketched
-    elif matrix.numel() * min(matrix.shape) <= FULL_SVD_OPERATIONS:
-        U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    else:
+    exact = matrix.double()
+    found = _of_low_rank(exact, min(2 * rank + 16, *matrix.shape), seed, matrix.dtype) if rank else None
+    if found is None and matrix.numel() * min(matrix.shape) <= FULL_SVD_OPERATIONS:
+        found = _right_singular(exact, matrix.dtype)
+    elif found is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            U, S, V = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
-        Vh = V.T
-    rank = min(rank, int((_noise(S, matrix) < S).sum())) if S.numel() and S[0] > 0 else 0
-    root = S[:rank].sqrt()
-    B, A = U[:, :rank] * root, root[:, None] * Vh[:rank]
-    return Factors(B.to(matrix.dtype).contiguous(), A.to(matrix.dtype).contiguous())
+            _, S, V = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
+        found = S.double(), V.double()
+    S, V = found
+    rank = min(rank, int((_noise(S, matrix.shape, matrix.dtype) < S).sum())) if S.numel() and S[0] > 0 else 0
+    root, V = S[:rank].sqrt(), V[:, :rank]
+    return Factors((exact @ (V / root)).to(matrix), (root * V).T.to(matrix).contiguous())
 
 
-def _svd_of_sketch(matrix: Tensor, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return U, S, Vh of an (m, n) matrix whose rank is below `columns`, None of any other.
+def _right_singular(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return S (n) and V (n, n), S falling, of a tall float64 matrix (m, n) whose entries came in `dtype`."""
+    if dtype == torch.float64:
+        _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return S, Vh.T
+    squares, V = torch.linalg.eigh(matrix.T @ matrix)
+    return squares.flip(0).clamp(min=0).sqrt(), V.flip(1)
 
-    Its range is that of its product with `columns` random vectors (Halko et al., arXiv 0909.4061).
+
+def _of_low_rank(matrix: Tensor, columns: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Return S and V of a tall float64 matrix (m, n) whose rank is below `columns`, None of any other.
+
+    Its row space is that of `columns` random combinations of its rows (Halko et al., arXiv 0909.4061).
     """
-    if 2 * columns > min(matrix.shape):  # then the full SVD costs as little
+    if 2 * columns > matrix.shape[1]:  # then the whole Gram matrix costs as little
         return None
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(matrix.shape[1], columns, dtype=matrix.dtype, generator=generator)
-    Q = torch.linalg.qr(matrix @ random.to(matrix.device)).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    rest = matrix - Q @ (Q.T @ matrix)
-    if rest.norm() > _noise(S, matrix.float()):
+    random = torch.randn(columns, matrix.shape[0], dtype=matrix.dtype, generator=generator)
+    Q = torch.linalg.qr((random.to(matrix.device) @ matrix).T).Q
+    sketch = matrix @ Q
+    S, V = _right_singular(sketch, dtype)
+    if (matrix - sketch @ Q.T).norm() > _noise(S, matrix.shape, dtype):
         return None
-    return Q @ U, S, Vh
+    return S, Q @ V
 
 
-def _noise(S: Tensor, matrix: Tensor) -> Tensor:
-    """Return the singular value up to which a matrix of its dtype is rounding: as numpy's matrix_rank has it."""
-    return S[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+def _noise(S: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the singular value up to which a matrix of a dtype is rounding: as numpy's matrix_rank has it."""
+    return S[0] * max(shape) * torch.finfo(dtype).eps
 
 
 def exclusive_vector(
@@ -122,7 +133,8 @@ def exclusive_vector(
         float32 (or better) factors and vectors; what does not differ is left out.
 
     Raises:
-        InputError: density or rank out of range; a tensor of three or more dimensions that differs.
+        InputError: density or rank out of range; a tensor of three or more dimensions that differs, or one whose
+            difference can't be decomposed (it is not finite, say).
     """
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
@@ -136,7 +148,13 @@ def exclusive_vector(
         if difference.ndim == 1:
             vectors[name] = difference
         elif difference.ndim == 2:
-            kept = truncated_svd(difference, exclusive_rank(base.shape, density=density, rank=rank), seed=seed)
+            limit = exclusive_rank(base.shape, density=density, rank=rank)
+            try:
+                kept = truncated_svd(difference, limit, seed=seed)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise InputError(
+                    f"tensor {name}: its difference can't be decomposed ({error}); mend the expert"
+                ) from None
             if kept.A.shape[0]:
                 factors[name] = kept
         else:
