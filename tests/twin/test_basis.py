@@ -33,6 +33,8 @@ def test_a_joint_basis_holds_every_expert_in_fewer_columns(n: int, m: int) -> No
     assert joint is not None
     assert joint.down.shape == (n, 10)
     assert joint.up.shape == (10, m)
+    torch.testing.assert_close(joint.down @ joint.inner, down, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joint.outer @ joint.up, up, rtol=1e-5, atol=1e-5)
     for k, (B, A) in enumerate(factors):
         torch.testing.assert_close(joint.down @ joint.cores[k] @ joint.up, (B @ A).T, rtol=1e-5, atol=1e-5)
 
@@ -71,7 +73,7 @@ def test_every_path_of_a_layer_is_the_dense_layer(kind: type[nn.Module], tokens:
     exclusive = {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)}
     fusion = Fusion(5)
     twin = (TwinLinear if kind is nn.Linear else TwinConv1D)(layer, fusion, "x", exclusive)
-    assert twin.basis_cores is not None
+    assert twin.basis is not None
     weights = torch.zeros(3, 5)
     weights[:, list(used)] = torch.randn(3, len(used), generator=generator)
     x = torch.randn(3, tokens, 40, generator=generator)
@@ -128,12 +130,15 @@ def test_half_precision_keeps_every_direction() -> None:
     exclusive = {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)}
     fusion = Fusion(5)
     twin = TwinLinear(nn.Linear(40, 96).to(torch.bfloat16), fusion, "x", exclusive)
-    assert twin.basis_cores is not None
-    assert twin.basis_cores.dtype is torch.bfloat16
-    assert twin.basis_cores.shape == (5, 10, 10)
+    assert twin.basis is not None
+    assert twin.basis.cores.dtype is torch.bfloat16
+    assert twin.basis.cores.shape == (5, 10, 10)
     x = torch.randn(2, 64, 40, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     with torch.no_grad(), fusion.per_row(torch.ones(2, 5)):
         found = twin(x).float()
+    with torch.no_grad(), fusion.fuse(torch.ones(5)):
+        fused = twin(x).float()
     weight = twin.weight.float() + sum(f.B @ f.A for f in factors)
     expected = x.float() @ weight.T + twin.bias.float()
     assert (found - expected).norm() <= 0.01 * expected.norm()
+    assert (fused - expected).norm() <= 0.01 * expected.norm()

@@ -114,7 +114,7 @@ def _build_times(twin: TwinModel) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     for shape, layer in layers.items():
         rank = layer.ranks[0]
-        low = (layer.B[:, :rank] @ layer.A[:rank]).float().cpu()
+        low = torch.mm(*layer.factors()).float().cpu()
         for kind, matrix in (("low_rank", low), ("full_rank", torch.randn(shape, generator=generator))):
             started = time.perf_counter()
             torch.linalg.svd(matrix, full_matrices=True)

@@ -151,7 +151,8 @@ def _per_sample_merge(
     modules = dict(plain.named_modules())
     for name, layer in ((n, m) for n, m in twin.model.named_modules() if hasattr(m, "ranks") and sum(m.ranks)):
         starts = [sum(layer.ranks[:t]) for t in range(len(layer.ranks) + 1)]
-        dense = torch.stack([layer.B[:, a:b] @ layer.A[a:b] for a, b in itertools.pairwise(starts)])
+        B, A = layer.factors()
+        dense = torch.stack([B[:, a:b] @ A[a:b] for a, b in itertools.pairwise(starts)])
         targets.append((merged.get_parameter(f"{name}.weight"), modules[name].weight, dense))
 
     @torch.no_grad()

@@ -12,10 +12,16 @@ WORTHWHILE = 0.7
 
 
 class JointBasis(NamedTuple):
-    """Expert k's share of a layer as x -> x @ down @ cores[k] @ up: (n, J), (experts, J, J'), (J', m)."""
+    """Factors in the directions that they share, J of the input's and K of the output's.
+
+    Expert k's share of a layer is x -> x @ down @ cores[k] @ up, with down (n, J), cores (experts, J, K), up (K, m).
+    The factors themselves are down @ inner and outer @ up, with inner (J, R) and outer (R, K).
+    """
 
     down: Tensor
+    inner: Tensor
     cores: Tensor
+    outer: Tensor
     up: Tensor
 
 
@@ -50,7 +56,7 @@ def joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise:
         lost = down[:, own].double() @ up[own].double() - in_range @ cores[k] @ out_range.T
         if lost.norm() > noise:
             return None
-    return JointBasis(in_range.to(down).contiguous(), cores.to(down).contiguous(), out_range.T.to(up).contiguous())
+    return JointBasis(*(part.to(down).contiguous() for part in (in_range, inner, cores, outer, out_range.T)))
 
 
 def _range(matrix: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twin_bench.errors import InputError
-from twin_bench.twin.basis import joint_basis
+from twin_bench.twin.basis import JointBasis, joint_basis
 from twin_bench.twin.exclusive import Exclusive, Factors
 from twin_bench.twin.fusion import Columns, Fusion
 
@@ -41,23 +41,29 @@ class TwinLayer(nn.Module):
         self.fusion = fusion
         self.register_parameter("weight", layer._parameters["weight"])
         self.register_parameter("bias", layer._parameters.get("bias"))
-        self.ranks = self._register_factors([e.factors.get(f"{name}.weight") for e in exclusive.values()])
+        self._register_factors([e.factors.get(f"{name}.weight") for e in exclusive.values()])
         self._register_vectors("vectors", self.weight, [e.vectors.get(f"{name}.weight") for e in exclusive.values()])
         self._register_vectors("bias_vectors", self.bias, [e.vectors.get(f"{name}.bias") for e in exclusive.values()])
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
         fusion.layers.append(self)
 
-    def _register_factors(self, factors: list[Factors | None]) -> tuple[int, ...]:
-        like = self.weight
+    def _register_factors(self, factors: list[Factors | None]) -> None:
         kept = [f for f in factors if f is not None]
-        ranks = tuple(0 if f is None else f.A.shape[0] for f in factors)
+        self.ranks = tuple(0 if f is None else f.A.shape[0] for f in factors)
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        self.register_buffer("owner", owner.to(self.weight.device), persistent=False)
         if kept:
-            self.register_buffer("B", torch.cat([f.B for f in kept], dim=1).to(like), persistent=False)
-            self.register_buffer("A", torch.cat([f.A for f in kept], dim=0).to(like), persistent=False)
-        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-        self.register_buffer("owner", owner.to(like.device), persistent=False)
-        return ranks
+            self._keep(torch.cat([f.B for f in kept], dim=1), torch.cat([f.A for f in kept], dim=0))
+
+    def _keep(self, B: Tensor, A: Tensor) -> None:
+        """Hold all experts' factors, B (m, R) and A (R, n)."""
+        self.register_buffer("B", B.to(self.weight), persistent=False)
+        self.register_buffer("A", A.to(self.weight), persistent=False)
+
+    def factors(self, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return B (m, r) and A (r, n) of the columns `used`, all R of them for None."""
+        return (self.B, self.A) if used is None else (self.B[:, used], self.A[used])
 
     def _register_vectors(self, buffer: str, like: Tensor | None, vectors: list[Tensor | None]) -> None:
         stacked = None
@@ -69,9 +75,9 @@ class TwinLayer(nn.Module):
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Build the fused weight and bias for weights (experts,), in place from the shared ones."""
         if sum(self.ranks):
-            scale = weights.to(self.B)[self.owner]
+            scale = weights.to(self.weight)[self.owner]
             used = scale.nonzero().squeeze(1)
-            B, A = (self.B, self.A) if len(used) == len(scale) else (self.B[:, used], self.A[used])
+            B, A = self.factors(None if len(used) == len(scale) else used)
             if self.fused_weight is None:
                 self.fused_weight = torch.empty_like(self.weight)
             torch.addmm(self.weight, B * scale[used], A, out=self.fused_weight)
@@ -91,7 +97,7 @@ class TwinLayer(nn.Module):
     def row_columns(self, dims: int) -> Columns:
         """Return the columns in use and the rows' weights over them, (batch, 1, ..., r) with `dims` dimensions."""
         used, scale = self.fusion.columns(self.owner, self.ranks)
-        return Columns(used, _spread(scale.to(self.B), dims))
+        return Columns(used, _spread(scale.to(self.weight), dims))
 
     def row_bias(self, dims: int) -> Tensor | None:
         """Return each row's bias, (batch, 1, ..., n) with `dims` dimensions, or (n,) where all share it."""
@@ -118,28 +124,45 @@ class TwinLayer(nn.Module):
 
 
 class TwinLinear(TwinLayer):
-    """nn.Linear, weight (out, in)."""
+    """nn.Linear, weight (out, in).
+
+    Where the experts have a joint basis it is what is held of them, and their factors are made of it when asked for.
+    """
 
     is_matrix = True
-    basis_down: Tensor | None
-    basis_cores: Tensor | None
-    basis_up: Tensor | None
 
-    def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
-        super().__init__(layer, fusion, name, exclusive)
-        kept = [e.factors[f"{name}.weight"] for e in exclusive.values() if f"{name}.weight" in e.factors]
-        B, A = (torch.cat([f.B for f in kept], dim=1), torch.cat([f.A for f in kept])) if kept else (None, None)
-        # Of the factors as they are: rounded to half precision they would share nothing.
-        joint = None
-        if B is not None and A is not None:
-            sizes = [(f.B @ f.A).norm() for f in kept] + [self.weight.detach().float().norm().cpu()]
-            noise = ROUNDINGS * torch.finfo(torch.float32).eps * float(max(sizes))
-            joint = joint_basis(*self.flow(B, A), self.owner.cpu(), fusion.experts, noise=noise)
-        for part, tensor in zip(("down", "cores", "up"), joint or (None, None, None), strict=True):
-            self.register_buffer(f"basis_{part}", None if tensor is None else tensor.to(self.weight), persistent=False)
+    def _keep(self, B: Tensor, A: Tensor) -> None:
+        """Hold all experts' factors, B (out, R) and A (R, in), or their joint basis.
+
+        It is that of the factors as they come: rounded to half precision they would share nothing.
+        """
+        owner = self.owner.cpu()
+        each = [owner == k for k, rank in enumerate(self.ranks) if rank]
+        norms = [(B[:, own] @ A[own]).norm() for own in each] + [self.weight.detach().float().norm().cpu()]
+        noise = ROUNDINGS * torch.finfo(torch.float32).eps * float(max(norms))
+        joint = joint_basis(*self.flow(B, A), owner, self.fusion.experts, noise=noise)
+        if joint is None:
+            super()._keep(B, A)
+            return
+        for part, tensor in joint._asdict().items():
+            self.register_buffer(f"basis_{part}", tensor.to(self.weight), persistent=False)
+
+    @property
+    def basis(self) -> JointBasis | None:
+        """The experts' joint basis, where they have one."""
+        if "basis_down" not in self._buffers:
+            return None
+        return JointBasis(*(self._buffers[f"basis_{part}"] for part in JointBasis._fields))  # type: ignore[arg-type]
+
+    def factors(self, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return B (out, r) and A (r, in) of the columns `used`, all R of them for None."""
+        if (basis := self.basis) is None:
+            return super().factors(used)
+        inner, outer = (basis.inner, basis.outer) if used is None else (basis.inner[:, used], basis.outer[used])
+        return self.flow(basis.down @ inner, outer @ basis.up)
 
     def flow(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors as an input meets them, (in, R) and (R, out)."""
+        """Return the factors as an input meets them, (in, R) and (R, out); and from these, the factors."""
         return A.T, B.T
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,25 +183,23 @@ class TwinLinear(TwinLayer):
 
     def joint_cost(self) -> float:
         """Return the least multiplications that a token's low-rank path takes, whatever its weights."""
-        if self.basis_cores is None or self.basis_down is None or self.basis_up is None:
+        if (basis := self.basis) is None:
             return super().joint_cost()
-        return float(self.basis_down.numel() + self.basis_cores[0].numel() + self.basis_up.numel())
+        return float(basis.down.numel() + basis.cores[0].numel() + basis.up.numel())
 
     def _through_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return z (tokens, r) and `up` (r, out) whose product is what the rows' exclusive vectors add."""
         used, scale = self.row_columns(x.ndim)
-        tokens = x.shape[:-1].numel()
-        if self.basis_cores is not None and self.basis_down is not None and self.basis_up is not None:
-            rows = x.shape[0]
-            mixing = self.basis_cores.numel() * rows / tokens
-            if self.joint_cost() + mixing < scale.shape[-1] * sum(self.weight.shape):
+        tokens, rows = x.shape[:-1].numel(), x.shape[0]
+        if (basis := self.basis) is not None:
+            columns = scale.shape[-1] * sum(self.weight.shape) * (1 + basis.down.shape[1] / tokens)
+            if self.joint_cost() + basis.cores.numel() * rows / tokens < columns:
                 assert self.fusion.weights is not None
-                weights = self.fusion.weights.to(self.basis_cores)
-                mixed = (weights @ self.basis_cores.flatten(1)).view(rows, *self.basis_cores.shape[1:])
-                z = torch.bmm((x @ self.basis_down).view(rows, -1, mixed.shape[1]), mixed)
-                return z.view(tokens, -1), self.basis_up
-        B, A = (self.B, self.A) if used is None else (self.B[:, used], self.A[used])
-        down, up = self.flow(B, A)
+                weights = self.fusion.weights.to(basis.cores)
+                mixed = (weights @ basis.cores.flatten(1)).view(rows, *basis.cores.shape[1:])
+                z = torch.bmm((x @ basis.down).view(rows, -1, mixed.shape[1]), mixed)
+                return z.view(tokens, -1), basis.up
+        down, up = self.flow(*self.factors(used))
         return ((x @ down) * scale).view(tokens, -1) if up.shape[0] else x.new_zeros(tokens, 0), up
 
 
@@ -186,7 +207,7 @@ class TwinConv1D(TwinLinear):
     """transformers' Conv1D (GPT-2), weight (in, out): y = x W + b with W = B A."""
 
     def flow(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors as an input meets them, (in, R) and (R, out)."""
+        """Return the factors as an input meets them, (in, R) and (R, out); and from these, the factors."""
         return B, A
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
