@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,22 +109,27 @@ def _memory(twin: TwinModel) -> dict[str, float]:
 def _build_times(twin: TwinModel) -> dict[str, float]:
     """Return how many times faster than `torch.linalg.svd(full_matrices=True)` the exclusive vectors are found.
 
-    One matrix of each shape that the experts change: of low rank, as LoRA experts have it, and of full rank.
+    One matrix of each shape that the experts change, medians of five: the sum of all experts' vectors, which has the
+    rank that one expert's difference from the shared expert has, and one of full rank.
     """
     layers = {tuple(m.weight.shape): m for m in twin.model.modules() if isinstance(m, TwinLinear) and m.ranks[0]}
     seconds = {"low_rank": [0.0, 0.0], "full_rank": [0.0, 0.0]}
     generator = torch.Generator().manual_seed(0)
     for shape, layer in layers.items():
-        rank = layer.ranks[0]
         low = torch.mm(*layer.factors()).float().cpu()
         for kind, matrix in (("low_rank", low), ("full_rank", torch.randn(shape, generator=generator))):
-            started = time.perf_counter()
-            torch.linalg.svd(matrix, full_matrices=True)
-            between = time.perf_counter()
-            truncated_svd(matrix, rank)
-            seconds[kind][0] += between - started
-            seconds[kind][1] += time.perf_counter() - between
+            seconds[kind][0] += _median_seconds(partial(torch.linalg.svd, matrix, full_matrices=True))
+            seconds[kind][1] += _median_seconds(partial(truncated_svd, matrix, layer.ranks[0]))
     return {kind: full / ours for kind, (full, ours) in seconds.items() if ours}
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
 def _device_name(device: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twin_bench.bench.harness import lm_eval_cases
 from twin_bench.bench.measure import Case, Cases, finished
 from twin_bench.data import solved_examples, task_rows
 from twin_bench.errors import InputError
@@ -27,7 +28,7 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
     `generate_diffuse` gives each row weights of its own, drawn from a flat Dirichlet. Log-likelihoods of the letters
     that answer five-shot questions, rows a second: `plain_letters` is transformers' forward of every prompt,
     `letters` the twin with the true task's weights, which shares what prompts begin with, and `letters_routed` the
-    same with its router's weights at the twin's default tolerance, routing counted.
+    same with its router's weights at the twin's default tolerance, routing counted. Last those of `lm_eval_cases`.
     """
     plain: Any = load_twin(directory, dtype=twin.model.dtype).model.to(twin.device).eval()
     task = next((name for name in ("mmlu", "bbq", "truthfulqa") if name in twin.expert_names), None)
@@ -67,6 +68,7 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
         given = None if weights is None else weights.repeat(len(requests), 1)
         twin.log_likelihoods(requests, fusion_weights=given, batch_size=batch_size)
 
+    harness = lm_eval_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
     return Cases(
         {
             "plain": Case(generate_plain, batch_size * GENERATED),
@@ -74,6 +76,8 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
             "plain_letters": Case(plain_letters, len(prompts), "plain_letters"),
             "letters": Case(lambda: score(own), len(prompts), "plain_letters"),
             **({"letters_routed": Case(lambda: score(None), len(prompts), "plain_letters")} if twin.router else {}),
+            **harness,
         },
         {"task": task, "mean_tokens": sum(map(len, prompts)) / len(prompts), "tolerance": twin.tolerance},
+        optional=harness.keys(),
     )

@@ -66,7 +66,7 @@ def classifier_cases(
         "one_hot": Case(run(one_hot.float()), len(encoded)),
         "diffuse": Case(run(diffuse), len(encoded)),
     }
-    notes: dict[str, Any] = {"mean_tokens": sum(lengths) / len(lengths)}
+    notes: dict[str, Any] = {"rows": len(encoded), "mean_tokens": sum(lengths) / len(lengths)}
     if twin.router is not None:
         twin.tolerance = 0.0
         own = twin.route_all(encoded, tasks, batch_size=batch_size)
