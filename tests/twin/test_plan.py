@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 
-from twin_bench.twin.plan import Costs, Group, batches, plan
+from twin_bench.twin.plan import STEP_TOKENS, Costs, Group, batches, plan
 
 COSTS = Costs(fuse=(100.0, 100.0, 100.0), rebuild=20.0, columns=(1.0, 1.0, 1.0), joint=1.0)
 
@@ -56,7 +59,24 @@ def test_batches_are_cut_longest_first_and_hold_every_row_once() -> None:
     cut = batches(group, [5, 9, 1, 9, 7], 2)
     assert [batch.rows for batch in cut] == [(1, 3), (4, 0), (2,)]
     assert all(batch.weights is group.weights for batch in cut)
-    lengths = [60] * 9 + [46] * 3 + [44] * 8  # 540 tokens are enough; 60 is over a third more than 44
-    mixed = Group(tuple(range(20)), None)
-    assert [len(batch.rows) for batch in batches(mixed, lengths, 16)] == [12, 8]
-    assert [len(batch.rows) for batch in batches(mixed, lengths, 16, steps=64)] == [16, 4]
+
+
+@pytest.mark.parametrize(("steps", "overhead"), [(0, 0.5), (0, 32.0), (0, 200.0), (4, 32.0)])
+def test_batches_cost_the_least_of_all_cuts(steps: int, overhead: float) -> None:
+    """Against every way to cut eleven rows, in order of their length, into batches of at most four."""
+    lengths = torch.randint(3, 90, (11,), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = batches(Group(tuple(range(11)), None), lengths, 4, steps=steps, overhead=overhead)
+    assert sorted(row for batch in cut for row in batch.rows) == list(range(11))
+    assert max(len(batch.rows) for batch in cut) <= 4
+
+    def cost(parts: list[list[int]]) -> float:
+        return sum(len(part) * max(part) + overhead + STEP_TOKENS * steps for part in parts)
+
+    ordered = sorted(lengths, reverse=True)
+    every = []
+    for marks in itertools.product([False, True], repeat=10):
+        ends = [i + 1 for i, mark in enumerate(marks) if mark] + [11]
+        parts = [ordered[a:b] for a, b in itertools.pairwise([0, *ends])]
+        if max(map(len, parts)) <= 4:
+            every.append(cost(parts))
+    assert cost([[lengths[row] for row in batch.rows] for batch in cut]) == pytest.approx(min(every))

@@ -36,7 +36,8 @@ def classifier_cases(
     """
     encoded, tasks = _stream(twin, data, split, rows)
     lengths = [len(row["input_ids"]) for row in encoded]
-    plain_batches = [list(b.rows) for b in batches(Group(tuple(range(len(encoded))), None), lengths, batch_size)]
+    everything = Group(tuple(range(len(encoded))), None)
+    plain_batches = [list(b.rows) for b in batches(everything, lengths, batch_size, overhead=twin.batch_overhead)]
     experts = len(twin.expert_names)
     one_hot = torch.nn.functional.one_hot(torch.tensor([twin.expert_names.index(task) for task in tasks]), experts)
     generator = torch.Generator().manual_seed(0)

@@ -184,7 +184,7 @@ def _features(
     chunks: list[list[Tensor]] = [[] for _ in layers]
     whole = Group(tuple(range(len(rows))), None)
     rows_a_batch = max(1, min(64, FEATURE_TOKENS // max(lengths)))
-    for batch in progress.track(batches(whole, lengths, rows_a_batch), description=what):
+    for batch in progress.track(batches(whole, lengths, rows_a_batch, overhead=twin.batch_overhead), description=what):
         for kept, hidden in zip(
             chunks, twin.features(twin.collate([encoded[r] for r in batch.rows]), layers), strict=True
         ):

@@ -85,7 +85,7 @@ class TwinCausalLM(TwinModel):
                 begun = pool(hidden_states(self.model, kept, [layer])[0], None) * shared.length
             rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
             lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
-            for batch in batches(Group(shared.rows, None), lengths, batch_size):
+            for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
                 given = self._after(prefix, self.collate([rest[row] for row in batch.rows]))
                 count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
@@ -235,7 +235,9 @@ class TwinCausalLM(TwinModel):
                 first = Group(one.rows[:1], group.weights)
                 prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], first, weights))
                 rest = {row: len(inputs[row]) - one.length for row in one.rows}
-                for batch in batches(Group(one.rows, group.weights), rest, batch_size, steps=steps):
+                for batch in batches(
+                    Group(one.rows, group.weights), rest, batch_size, steps=steps, overhead=self.batch_overhead
+                ):
                     yield batch, prefix
 
     @torch.no_grad()

@@ -172,7 +172,8 @@ class TwinClassifier(TwinModel):
             rows: those to run.
         """
         for group in plan(keys[list(rows)], [tokens[row] for row in rows], self.costs):
-            yield from batches(Group(tuple(rows[row] for row in group.rows), group.weights), tokens, batch_size)
+            own = Group(tuple(rows[row] for row in group.rows), group.weights)
+            yield from batches(own, tokens, batch_size, overhead=self.batch_overhead)
 
     def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
         """Return the logits (labels,) that each row's answer is read from, on the CPU."""

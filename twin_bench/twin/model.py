@@ -19,7 +19,7 @@ from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
-from twin_bench.twin.plan import Costs, Group, batches
+from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches
 from twin_bench.twin.router import Router
 from twin_bench.twin.separate import SeparateParts
 from twin_bench.twin.tolerance import simplified
@@ -167,6 +167,11 @@ class TwinModel(nn.Module, abc.ABC):
         device: torch.device = self.model.device
         return device
 
+    @property
+    def batch_overhead(self) -> float:
+        """What a batch costs besides its tokens, in tokens of the plain forward."""
+        return BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Return the router's fusion weights, (batch, experts) in float32, rows summing to 1.
@@ -231,7 +236,9 @@ class TwinModel(nn.Module, abc.ABC):
         """Return the router's weights (rows, experts) of encoded rows, batch by batch."""
         weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         lengths = [len(row["input_ids"]) for row in encoded]
-        for batch in batches(Group(tuple(range(len(encoded))), None), lengths, batch_size):
+        for batch in batches(
+            Group(tuple(range(len(encoded))), None), lengths, batch_size, overhead=self.batch_overhead
+        ):
             weights[list(batch.rows)] = self.route(**self.collate([encoded[row] for row in batch.rows]))
         return weights
 

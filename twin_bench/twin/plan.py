@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,30 +101,44 @@ def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) 
     return groups + ([Group(tuple(sorted(rest)), None)] if rest else [])
 
 
-def batches(group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size: int, *, steps: int = 0) -> list[Group]:
-    """Cut a group into batches of at most `batch_size` rows, longest first, so that padding is least.
+def batches(
+    group: Group,
+    tokens: Sequence[int] | Mapping[int, int],
+    batch_size: int,
+    *,
+    steps: int = 0,
+    overhead: float | None = None,
+) -> list[Group]:
+    """Cut a group into batches of at most `batch_size` rows, longest first, at the least cost.
 
-    A batch of EFFICIENT_TOKENS ends where the next row would be padded by more than a third of its length:
-    a small group spans all lengths, and a batch cut by rows alone would be mostly padding. Where `steps` are to be
-    generated padding is paid once, and every batch's steps: then it ends at a row that would be mostly padding.
+    A batch costs its tokens, padding included, and an `overhead` (BATCH_TOKENS for None); where `steps` are to be
+    generated, these as well. Cutting where rows are of another length saves padding and costs another batch: of all
+    ways to cut the rows in order of their length, the cheapest is found by dynamic programming.
     """
-    cut: list[list[int]] = []
-    waste = 4 / 3 if steps < EFFICIENT_STEPS else 4.0
-    for row in sorted(group.rows, key=lambda row: (-tokens[row], row)):
-        full = not cut or len(cut[-1]) == batch_size
-        longest = 0 if full else tokens[cut[-1][0]]
-        if full or (len(cut[-1]) * longest >= EFFICIENT_TOKENS and longest > waste * tokens[row]):
-            cut.append([])
-        cut[-1].append(row)
-    return [Group(tuple(rows), group.weights) for rows in cut]
+    rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
+    lengths = np.array([tokens[row] for row in rows], dtype=np.float64)
+    each = (BATCH_TOKENS if overhead is None else overhead) + steps * STEP_TOKENS
+    least = np.zeros(len(rows) + 1)
+    start_of = np.zeros(len(rows) + 1, dtype=int)
+    for end in range(1, len(rows) + 1):
+        starts = np.arange(max(0, end - batch_size), end)
+        costs = least[starts] + (end - starts) * lengths[starts] + each
+        start_of[end] = starts[costs.argmin()]
+        least[end] = costs.min()
+    cut: list[Group] = []
+    end = len(rows)
+    while end:
+        cut.append(Group(tuple(rows[start_of[end] : end]), group.weights))
+        end = start_of[end]
+    return cut[::-1]
 
 
+BATCH_TOKENS = 32.0
+"""What a batch costs besides its tokens, in tokens: measured on two cores for a 6-layer, 384-wide encoder."""
+GPU_BATCH_TOKENS = 8192.0
+"""The same on a GPU, which small batches leave idle; a guess."""
 STEP_TOKENS = 16
 """What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
 
-EFFICIENT_TOKENS = 512
-"""Tokens from which on a batch runs at full speed."""
-EFFICIENT_STEPS = 4
-"""Steps of generation from which on they, and not the prompts, are what a batch costs."""
 EFFICIENT_ROWS = 32
 """Rows from which on a low-rank group has batches of its own."""
