@@ -141,13 +141,13 @@ def test_log_likelihoods_of_a_mixed_list(causal_families: Any, twins: Any, kind:
 def test_the_router_reads_the_context_alone(twins: Any) -> None:
     twin = TwinModel.from_pretrained(twins("llama"))
     context, calls = [5, 6, 7, 8], []
-    route = twin._route_each
+    read = twin.features_of
 
-    def spied(encoded: Any, batch_size: int) -> Tensor:
-        calls.extend(row["input_ids"] for row in encoded)
-        return route(encoded, batch_size)
+    def spied(rows: Any, *args: Any, **options: Any) -> list[Tensor]:
+        calls.extend(row["input_ids"] for row in rows)
+        return read(rows, *args, **options)
 
-    twin._route_each = spied  # type: ignore[method-assign]
+    twin.features_of = spied  # type: ignore[method-assign]
     twin.log_likelihoods([(context, [9]), (context, [10, 11]), ([12, 13], [9])])
     assert calls == [[5, 6, 7, 8], [12, 13]]
 

@@ -117,8 +117,9 @@ class SeparateLinear(nn.Module):
         pretrained = (layer.weight.float() - merged.to(layer.weight.device)).to(layer.weight.dtype)
         self.register_parameter("weight", nn.Parameter(pretrained, requires_grad=False))
         self.register_parameter("bias", layer.bias)
+        # In the state_dict, unlike other twin layers' factors: the shared expert itself is run through them.
         for side, tensors in (("A", stack.A), ("B", stack.B)):
-            self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight), persistent=False)
+            self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight))
         self.register_buffer("fused_weight", None, persistent=False)
         fusion.layers.append(self)
 
