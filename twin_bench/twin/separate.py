@@ -20,6 +20,7 @@ from twin_bench.errors import InputError
 from twin_bench.methods import merge_lazily
 from twin_bench.twin.exclusive import exclusive_rank, truncated_svd
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import by_row
 
 
 class LoraStack(NamedTuple):
@@ -135,6 +136,7 @@ class SeparateLinear(nn.Module):
         """Return the multiplications that a token's low-rank path takes, whatever its weights."""
         return float(self.A.numel() + self.B.numel())
 
+    @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., m) of x (batch, ..., n)."""
         if self.fusion.mode == "fused":
