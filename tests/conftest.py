@@ -166,7 +166,7 @@ def write_generative_rows(root: Path) -> Path:
 
 
 def tiny_causal_config(kind: str) -> Any:
-    """Return the config of a two-layer language model: llama, qwen2, gemma or gpt2; grouped queries but for gpt2."""
+    """Return the config of a two-layer language model: llama, qwen2 or gemma with grouped queries, gpt2 or opt."""
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "vocab_size": CAUSAL_VOCABULARY}
     if kind == "gpt2":
         return transformers.GPT2Config(n_positions=64, n_embd=24, n_layer=2, n_head=2, **tokens)
@@ -178,6 +178,16 @@ def tiny_causal_config(kind: str) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
     }
+    if kind == "opt":
+        return transformers.OPTConfig(
+            hidden_size=24,
+            ffn_dim=40,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            word_embed_proj_dim=24,
+            **tokens,
+        )
     if kind == "gemma":
         return transformers.GemmaConfig(head_dim=6, **shape, **tokens)
     classes = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
@@ -185,14 +195,18 @@ def tiny_causal_config(kind: str) -> Any:
 
 
 def tiny_causal(kind: str, seed: int = 0, like: Any = None, noise: float = 0.1) -> Any:
-    """Return a random language model, or one that is `like` plus noise in every parameter, biases and norms too."""
+    """Return a random language model, or one that is `like` plus noise in every parameter, biases and norms too.
+
+    Not in OPT's embeddings of positions, which are of a kind of its own.
+    """
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_causal_config(kind)).eval()
     if like is not None:
         model.load_state_dict(like.state_dict())
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += noise * torch.randn_like(parameter)
+        for name, parameter in model.named_parameters():
+            if like is None or "embed_positions" not in name:
+                parameter += noise * torch.randn_like(parameter)
     return model
 
 

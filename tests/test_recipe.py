@@ -39,6 +39,20 @@ def test_build_writes_a_twin(recipe_file: Path, tmp_path: Path, capsys: pytest.C
     assert weights.sum(dim=1).tolist() == pytest.approx([1, 1])
 
 
+def test_build_keeps_features_where_a_directory_is_named(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TWIN_BENCH_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert main(["build", str(recipe_file), "one"]) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "one"}
+    monkeypatch.setenv("TWIN_BENCH_CACHE", str(tmp_path / "kept"))
+    assert main(["build", str(recipe_file), "two"]) == 0
+    layers = [file.stem.rpartition("-")[2] for file in (tmp_path / "kept" / "features").iterdir()]
+    assert layers == ["2", "2"]  # the last: of the rows that train the router, and of those its twin is probed with
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

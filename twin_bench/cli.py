@@ -76,9 +76,11 @@ def _build(options: argparse.Namespace) -> None:
 
     from twin_bench.recipe import read_recipe
     from twin_bench.twin.build import build_twin
+    from twin_bench.twin.feature_cache import named_directory
 
+    recipe = read_recipe(options.recipe)
     with Progress(console=Console(stderr=True)) as progress:
-        settings = build_twin(read_recipe(options.recipe), options.directory, progress=progress)
+        settings = build_twin(recipe, options.directory, feature_cache=named_directory(), progress=progress)
     parameters, router = settings["parameters"], settings["router"]
     print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")
     if router:

@@ -19,6 +19,7 @@ from twin_bench.checkpoint import context_window, read_config
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.directory import known_dtype, load_parts
+from twin_bench.twin.feature_cache import named_directory
 from twin_bench.twin.model import PROTOCOLS, Protocol
 from twin_bench.twin.plan import plan
 from twin_bench_lm_eval.model import TwinMerged, positive, usable
@@ -122,6 +123,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         super()._create_model(pretrained, **options)
         model: PreTrainedModel = self._model
         self.twin = TwinCausalLM(model, self.tokenizer, self._parts, protocol=self._protocol, tolerance=self._tolerance)
+        self.twin.feature_cache = named_directory()
         self.twin.to(self._device)
 
     def _loglikelihood_tokens(

@@ -14,6 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from twin_bench.data import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.classifier import Prediction, TwinClassifier
+from twin_bench.twin.feature_cache import named_directory
 from twin_bench_lm_eval.model import TwinMerged, positive, usable
 
 
@@ -90,6 +91,7 @@ class ClassifierTwin(TwinMerged):
                 tolerance=tolerance,
                 trust_remote_code=trust_remote_code,
             )
+            twin.feature_cache = named_directory()
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 import twin_bench
 from tests.conftest import WORDS, Family, tiny_tokenizer
+from twin_bench import TwinModel
 from twin_bench.leaderboard import run as run_module
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.leaderboard.report import leaderboard_rows, summary
@@ -190,6 +192,21 @@ def test_a_killed_run_resumes_and_equals_an_unbroken_one(
     monkeypatch.setattr(run_module, "_through_lm_eval", lambda *a: pytest.fail("a finished cell was run again"))
     assert main(arguments) == 0
     assert not list((tmp_path / "cells").rglob(".*"))
+
+
+def test_features_are_kept_and_shared(
+    suite_file: Path, board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A twin that is built and scored again is the same, and no row is run for its router."""
+    out = tmp_path / "again"
+    shutil.copytree(board[0], out)
+    for again in ("twins", "cells/standard/twin", "cells/routed/twin"):
+        shutil.rmtree(out / again)
+    monkeypatch.setattr(TwinModel, "_feature_batches", lambda *_: pytest.fail("a row is run for the router"))
+    assert main(["--suite", str(suite_file), "--out", str(out)]) == 0
+    for row in json.loads((out / "leaderboard.json").read_text()):
+        whole = board[1][row["protocol"], row["method"], row["task"]]
+        assert (row["score"], row["notes"]) == (whole["score"], whole["notes"])
 
 
 def test_what_decides_a_score_decides_whether_a_cell_is_run_again(suite_file: Path, data: Path, tmp_path: Path) -> None:

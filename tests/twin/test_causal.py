@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.conftest import CAUSAL_VOCABULARY as VOCABULARY
 from tests.conftest import Family
@@ -20,8 +20,10 @@ from twin_bench import InputError, TwinModel
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
 from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.exclusive import Exclusive, Factors
+from twin_bench.twin.layers import install
 
-KINDS = ["llama", "qwen2", "gemma", "gpt2"]
+KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
 SCALING, DENSITY = 0.29, 0.5
 
 
@@ -141,13 +143,13 @@ def test_log_likelihoods_of_a_mixed_list(causal_families: Any, twins: Any, kind:
 def test_the_router_reads_the_context_alone(twins: Any) -> None:
     twin = TwinModel.from_pretrained(twins("llama"))
     context, calls = [5, 6, 7, 8], []
-    route = twin._route_each
+    read = twin.features_of
 
-    def spied(encoded: Any, batch_size: int) -> Tensor:
-        calls.extend(row["input_ids"] for row in encoded)
-        return route(encoded, batch_size)
+    def spied(rows: Any, *args: Any, **options: Any) -> list[Tensor]:
+        calls.extend(row["input_ids"] for row in rows)
+        return read(rows, *args, **options)
 
-    twin._route_each = spied  # type: ignore[method-assign]
+    twin.features_of = spied  # type: ignore[method-assign]
     twin.log_likelihoods([(context, [9]), (context, [10, 11]), ([12, 13], [9])])
     assert calls == [[5, 6, 7, 8], [12, 13]]
 
@@ -291,3 +293,22 @@ def test_experts_of_another_vocabulary_or_base(causal_families: Any, tmp_path: P
     with pytest.raises(InputError, match="adapts a module that the base model does not have"):
         build_twin(Recipe.model_validate(recipe), tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
+
+
+def test_what_sees_tokens_without_their_rows_is_refused() -> None:
+    factors = Factors(torch.ones(3, 1), torch.ones(1, 3))
+    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3)]), "shared_experts": nn.Linear(3, 3)})
+    install(model, {"one": Exclusive({"shared_experts.weight": factors}, {})})
+    with pytest.raises(InputError, match=r"experts\.0\.weight belongs to one expert of a mixture"):
+        install(model, {"one": Exclusive({"experts.0.weight": factors}, {})})
+
+
+def test_embeddings_of_a_kind_of_their_own_are_refused(causal_families: Any, tmp_path: Path) -> None:
+    moved = copy.deepcopy(causal_families("opt").base)
+    with torch.no_grad():
+        moved.model.decoder.embed_positions.weight += 0.1
+    moved.save_pretrained(tmp_path / "expert")
+    recipe = causal_families("opt").recipe
+    recipe = {**recipe, "experts": {**recipe["experts"], "mmlu": str(tmp_path / "expert")}}
+    with pytest.raises(InputError, match=r"embed_positions\.weight belongs to a OPTLearnedPositionalEmbedding: "):
+        build_twin(Recipe.model_validate(recipe), tmp_path / "twin")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_rows_with_weights_of_their_own_share_nothing(causal_families: Any, tmp_
     twin = TwinCausalLM.from_pretrained(tmp_path / "twin")
     prompts = [[*range(4, 24), 4, 5, 6, row + 5] for row in range(4)]
     weights = torch.softmax(torch.randn(4, len(twin.expert_names), generator=torch.Generator().manual_seed(0)), dim=1)
+    twin.costs = dataclasses.replace(twin.costs, rebuild=1e9)  # all in one group, on the low-rank path
     shared = list(twin.sharing(weights, prompts, dict.fromkeys(range(4), 23), 8))
+    assert [batch.weights for batch, _ in shared] == [None]
     assert all(prefix.length == 0 and prefix.cache is None for _, prefix in shared)
     assert sorted(row for batch, _ in shared for row in batch.rows) == [0, 1, 2, 3]
     assert tokens(prompts[0])["attention_mask"] == [1] * 24

@@ -18,7 +18,7 @@ from twin_bench import InputError, TwinModel
 from twin_bench.data import TASKS
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
-from twin_bench.twin.separate import merge_separately
+from twin_bench.twin.separate import LoraStack, SeparateParts, install_separate, merge_separately
 from twin_bench.twin.sources import open_sources
 
 RANK, ALPHA, SCALING = 4, 6, 0.3
@@ -147,3 +147,17 @@ def test_experts_that_cannot_be_added(lora: Any, causal_families: Any, tmp_path:
     build_twin(Recipe.model_validate({**family.recipe, "router": None}), tmp_path / "twin")
     with pytest.raises(InputError, match="protocol paper adds the factors of LoRA adapters"):
         TwinModel.from_pretrained(tmp_path / "twin", protocol="paper")
+
+
+def test_tokens_that_come_flattened_keep_their_rows() -> None:
+    """OPT gives its MLP (batch * length, n); a single token a row is (batch, n)."""
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.ModuleDict({"x": torch.nn.Linear(6, 5)})
+    stack = LoraStack(torch.randn(2, 3, 6, generator=generator), torch.randn(2, 5, 3, generator=generator), 1.0)
+    fusion = install_separate(model, SeparateParts({"x.weight": stack}, 0.3, None, 2))
+    x = torch.randn(3, 4, 6, generator=generator)
+    with torch.no_grad(), fusion.per_row(torch.randn(3, 2, generator=generator)):
+        whole = model["x"](x)
+        torch.testing.assert_close(model["x"](x.flatten(0, 1)), whole.flatten(0, 1))
+        torch.testing.assert_close(model["x"](x[:, 0]), whole[:, 0])
+    assert not torch.allclose(whole[0], model["x"](x)[0])

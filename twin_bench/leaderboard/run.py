@@ -51,7 +51,7 @@ def run_suite(
 
     Args:
         suite: what to run.
-        out: where cells, generated rows and built twins go.
+        out: where cells, generated rows, built twins and their routers' features go.
         only: labels or method names; the bounds run in any case.
         limit: the first so many rows of each task; HELM draws as many.
         harness: lm-eval, or helm, which scores language models on its own scenarios' rows.
@@ -101,7 +101,9 @@ def run_suite(
             found = sum(cell is not None for cell in done.values())
             progress.update(bar, description=f"{protocol} {entry.label}", advance=found)
             scored = _row_limit(entry, protocol, suite, limit)
-            served_by = serve(entry, protocol, suite, data, sources, twins, progress, rows=scored)
+            served_by = serve(
+                entry, protocol, suite, data, sources, twins, progress, feature_cache=out / "features", rows=scored
+            )
             models = () if all(done.values()) else served_by
             for served in models:
                 for task in served.tasks:

@@ -62,17 +62,19 @@ def serve(
     workspace: Path,
     progress: Progress,
     *,
+    feature_cache: Path | None = None,
     rows: int | None = None,
 ) -> Iterator[Served]:
     """Yield the models of one entry: one for a merge or a twin, one a task where each has parameters of its own.
 
     A built twin and experts' statistics are kept in `workspace`, a folder that stands for the inputs they come from.
+    `feature_cache` is the directory of the routers' features, if they are kept.
     `rows` of each task are scored (None: all): what learns at test time sees these and no others.
 
     Raises UnsuitedError where the method can't serve the suite's kind of models, or lacks what it needs.
     """
     if isinstance(entry.options, TwinOptions):
-        yield _twin(entry.options, protocol, suite, data, workspace, progress)
+        yield _twin(entry.options, protocol, suite, data, workspace, feature_cache, progress)
     elif entry.method.name == "adamerging":
         yield _adamerging(entry, suite, data, sources, rows, progress)
     elif entry.method.name == "dawin":
@@ -294,14 +296,20 @@ def _adapted(inputs: Sequence[TaskInput]) -> dict[str, Any]:
 
 
 def _twin(
-    options: TwinOptions, protocol: Protocol, suite: Suite, data: Path, workspace: Path, progress: Progress
+    options: TwinOptions,
+    protocol: Protocol,
+    suite: Suite,
+    data: Path,
+    workspace: Path,
+    feature_cache: Path | None,
+    progress: Progress,
 ) -> Served:
     recipe = twin_recipe(options, suite, data)
     directory = workspace / digest(recipe.model_dump(mode="json"))[:16]
     took = directory.with_suffix(".json")  # beside the twin, whose own files depend on its inputs alone
     if not directory.is_dir():
         started = time.perf_counter()
-        build_twin(recipe, directory, progress=progress)
+        build_twin(recipe, directory, feature_cache=feature_cache, progress=progress)
         write_atomically(took, json.dumps({"build_seconds": time.perf_counter() - started}) + "\n")
     manifest = read_manifest(directory)
     routing = "task" if options.weights == "task" else "router"
@@ -311,6 +319,7 @@ def _twin(
         routing=routing,  # type: ignore[arg-type]
         dtype=suite.dtype,
     )
+    twin.feature_cache = feature_cache
     router = manifest["router"]
     notes = {} if options.weights == "task" else router.get("paper", {}) if protocol == "paper" else router
     return Served(

@@ -22,8 +22,7 @@ from twin_bench.methods import find_method, merge_lazily
 from twin_bench.recipe import Recipe, RouterSettings
 from twin_bench.twin.directory import require_expert_name, save_twin
 from twin_bench.twin.exclusive import exclusive_vector
-from twin_bench.twin.model import Encoded, PaperParts, Parts, TwinModel, twin_class
-from twin_bench.twin.plan import Group, batches
+from twin_bench.twin.model import Encoded, PaperParts, Parts, TwinModel, distinct, twin_class
 from twin_bench.twin.router import RouterConfig, Trained, train_router
 from twin_bench.twin.separate import SeparateParts, lora_stacks
 from twin_bench.twin.sources import Sources, load_model, open_sources
@@ -40,9 +39,12 @@ FEATURE_TOKENS = 8192
 """Tokens of a batch whose features are taken: bounds what the hidden states of long prompts need."""
 
 
-def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = None) -> dict[str, Any]:
+def build_twin(
+    recipe: Recipe, directory: Path, *, feature_cache: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Build a twin and write it to `directory`, which appears whole or not at all.
 
+    `feature_cache`: the directory in which the routers' features are kept across runs, if in any.
     Returns what twin.json says of the build (settings, the router's accuracy, parameters stored). Raises
     InputError for whatever is wrong with the inputs, before anything is written.
     """
@@ -76,7 +78,7 @@ def build_twin(recipe: Recipe, directory: Path, *, progress: Progress | None = N
     )
     chosen: dict[str, Any] = {}
     if recipe.router:
-        parts, chosen = _with_routers(recipe, recipe.router, sources, shared, parts, rows, progress)
+        parts, chosen = _with_routers(recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress)
     stored = sum(
         tensor.numel()
         for exclusive in parts.exclusive.values()
@@ -104,6 +106,7 @@ def _with_routers(
     shared: Mapping[str, Tensor],
     parts: Parts,
     rows: Sequence[TaskInput],
+    feature_cache: Path | None,
     progress: Progress,
 ) -> tuple[Parts, dict[str, Any]]:
     """Return the parts with their routers, and how these were chosen."""
@@ -112,6 +115,7 @@ def _with_routers(
     depth = sources.config.num_hidden_layers
     layers = list(range(depth + 1)) if settings.layer == "auto" else [settings.layer]
     twin = twin_class(sources.bones.task_type)(load_model(sources, shared, recipe.dtype), sources.tokenizer, parts)
+    twin.feature_cache = feature_cache
     features = _features(twin, rows, layers, progress, "router features")
     held_out = _held_out(rows, names, settings.held_out, recipe.seed)
     owner = torch.tensor([names.index(row.task) for row in rows])
@@ -137,7 +141,7 @@ def _with_routers(
     }
     test_rows = _test_rows(Path(settings.data), names, settings.max_rows) if settings.paper and parts.paper else []
     if test_rows:
-        paper = _paper_router(recipe, settings, sources, shared, parts, rows, test_rows, progress)
+        paper = _paper_router(recipe, settings, sources, shared, parts, rows, test_rows, feature_cache, progress)
         assert parts.paper is not None
         parts = dataclasses.replace(parts, paper=dataclasses.replace(parts.paper, router=paper.router))
         summary["paper"] = {"layer": -1, "selected_on": "test rows, as the authors do", **_summary(paper)}
@@ -152,11 +156,13 @@ def _paper_router(
     parts: Parts,
     rows: Sequence[TaskInput],
     test_rows: Sequence[TaskInput],
+    feature_cache: Path | None,
     progress: Progress,
 ) -> Trained:
     """Train the authors' router: last layer, pretrained biases, its epoch chosen on the test rows."""
     kind = twin_class(sources.bones.task_type)
     twin = kind(load_model(sources, shared, recipe.dtype), sources.tokenizer, parts, protocol="paper")
+    twin.feature_cache = feature_cache
     names = tuple(recipe.experts)
     both = [*rows, *test_rows]
     hidden = _features(twin, both, [-1], progress, "router features (paper)")[0]
@@ -180,18 +186,16 @@ def _features(
         raise InputError(
             f"router: the tokenizer makes no token of a row of {rows[lengths.index(0)].task}; mend the row"
         )
-    order: list[int] = []
-    chunks: list[list[Tensor]] = [[] for _ in layers]
-    whole = Group(tuple(range(len(rows))), None)
-    rows_a_batch = max(1, min(64, FEATURE_TOKENS // max(lengths)))
-    for batch in progress.track(batches(whole, lengths, rows_a_batch, overhead=twin.batch_overhead), description=what):
-        for kept, hidden in zip(
-            chunks, twin.features(twin.collate([encoded[r] for r in batch.rows]), layers), strict=True
-        ):
-            kept.append(hidden.float().cpu())
-        order += batch.rows
-    restore = torch.argsort(torch.tensor(order))
-    return [torch.cat(kept)[restore] for kept in chunks]
+    kept, place = distinct(encoded)
+    bar = progress.add_task(what, total=len(kept))
+    features = twin.features_of(
+        kept,
+        layers,
+        batch_size=max(1, min(64, FEATURE_TOKENS // max(lengths))),
+        progress=lambda done: progress.advance(bar, done),
+    )
+    progress.update(bar, completed=len(kept))
+    return [hidden.float()[place] for hidden in features]
 
 
 def _sensitivity(twin: TwinModel, rows: Sequence[TaskInput]) -> float:

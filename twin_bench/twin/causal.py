@@ -67,31 +67,29 @@ class TwinCausalLM(TwinModel):
         positions = _positions(inputs["input_ids"], inputs.get("attention_mask"))
         return super().features({**inputs, "position_ids": positions}, layers)
 
-    def _route_each(self, encoded: Sequence[Encoded], batch_size: int) -> Tensor:
-        """Return the router's weights (rows, experts): what rows begin with alike is run once for all of them."""
-        if self.router is None:
-            return super()._route_each(encoded, batch_size)  # says what is missing
-        layer = self.router.config.layer
-        weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
-        inputs = {row: inputs["input_ids"] for row, inputs in enumerate(encoded)}
+    def _feature_batches(
+        self, rows: Sequence[Encoded], layers: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+        """Yield batches of rows and their features: what rows begin with alike is run once for all of them."""
+        inputs = {row: inputs["input_ids"] for row, inputs in enumerate(rows)}
         limits = {row: len(ids) - 1 if self._keeps_prefixes else 0 for row, ids in inputs.items()}
         for shared in shared_prefixes(inputs, limits):
-            begun: Tensor | float = 0.0
+            begun: list[Tensor | float] = [0.0] * len(layers)
             prefix = Prefix(0, None)
             if shared.length:
                 prefix = Prefix(shared.length, DynamicCache(config=self.model.config))
                 ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
                 kept = {"input_ids": ids, "past_key_values": prefix.cache, "use_cache": True}
-                begun = pool(hidden_states(self.model, kept, [layer])[0], None) * shared.length
+                begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
             rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
             lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
             for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
                 given = self._after(prefix, self.collate([rest[row] for row in batch.rows]))
                 count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
-                own = pool(hidden_states(self.model, given, [layer])[0], mask) * count
-                weights[list(batch.rows)] = self.router.weights((begun + own) / (shared.length + count))
-        return weights
+                own = [pool(state, mask) * count for state in hidden_states(self.model, given, layers)]
+                total = shared.length + count
+                yield batch.rows, [(before + after) / total for before, after in zip(begun, own, strict=True)]
 
     def _after(self, prefix: Prefix, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what a forward takes of rows that a prefix stands before."""

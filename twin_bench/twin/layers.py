@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,17 @@ from twin_bench.twin.fusion import Columns, Fusion
 
 ROUNDINGS = 4.0
 """How many roundings of its weights a layer's joint basis may be off by."""
+
+
+def by_row(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Show a twin layer (batch, length, n) of what a model gives it as (batch * length, n): OPT flattens its tokens."""
+
+    def unflattened(layer: Any, x: Tensor) -> Tensor:
+        if x.ndim > 2 or layer.fusion.mode != "rows":
+            return forward(layer, x)
+        return forward(layer, x.reshape(len(layer.fusion.weights), -1, x.shape[1])).flatten(0, 1)
+
+    return unflattened
 
 
 class TwinLayer(nn.Module):
@@ -169,6 +181,7 @@ class TwinLinear(TwinLayer):
         """Return (batch, ..., out) of x (batch, ..., in): the layer without its exclusive vectors."""
         return F.linear(x, weight, bias)
 
+    @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., out) of x (batch, ..., in)."""
         if self.fusion.mode != "rows":
@@ -257,6 +270,7 @@ class TwinLayerNorm(TwinLayer):
         super().__init__(layer, fusion, name, exclusive)
         self.normalized_shape, self.eps = layer.normalized_shape, layer.eps
 
+    @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return x (batch, ..., n), normalised and scaled by each row's own weight and bias."""
         if self.fusion.mode != "rows":
@@ -278,6 +292,7 @@ class TwinRMSNorm(TwinLayer):
         del layer._parameters["weight"]
         self.layer = layer
 
+    @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return x (batch, ..., n), normalised and scaled by each row's own weight."""
         self.layer.weight = self.current()[0].detach() if self.fusion.mode != "rows" else self.row_vector(x.ndim)
@@ -339,6 +354,11 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
         if kind is None:
             known = ", ".join(known.__name__ for known in TWINS)
             raise InputError(f"{names[0]} belongs to a {type(layer).__name__}: twins fuse {known} and RMS norms")
+        if "experts" in path.split("."):
+            raise InputError(
+                f"{names[0]} belongs to one expert of a mixture, which sees tokens without their rows; give experts "
+                "that leave it as it is (adapters on attention, say)"
+            )
         table = layer._parameters["weight"]
         twin = kind(layer, fusion, path, exclusive)
         model.set_submodule(path, twin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from twin_bench.checkpoint import TaskType, context_window
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.feature_cache import backbone_digest, cached, surroundings
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
@@ -72,10 +73,13 @@ class TwinModel(nn.Module, abc.ABC):
 
     Routing says where weights come from that are not given: the `router`; the true `task` (its exclusive
     vector alone, the ceiling of any router; a score under it was told the task); or `none`, theta_s alone.
+
+    `feature_cache`: the directory in which the router's features are kept across runs; None, as at first: in none.
     """
 
     task_type: ClassVar[TaskType]
     max_length: int
+    feature_cache: Path | None = None
 
     def __init__(
         self,
@@ -179,14 +183,10 @@ class TwinModel(nn.Module, abc.ABC):
         A row's weights depend on its own tokens alone: padding does not count. `inputs` are what else the
         model takes (token_type_ids).
         """
-        if self.router is None:
-            raise InputError(
-                "this twin has no router for this protocol; give fusion_weights, or build it with router: data"
-                + (" that holds each task's validation.jsonl" if self.protocol == "paper" else "")
-            )
+        router = self._required_router()
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        features = self.features(present(given), [self.router.config.layer])[0]
-        return self.router.weights(features)
+        features = self.features(present(given), [router.config.layer])[0]
+        return router.weights(features)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
@@ -219,28 +219,69 @@ class TwinModel(nn.Module, abc.ABC):
             if tasks is None:
                 raise InputError("routing=task needs the rows' tasks")
             return self._one_hot(tasks)
-        weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
-        if self.routing == "none" or not self.expert_names:
-            return weights
-        distinct: dict[tuple[int, ...], list[int]] = {}
-        for index, row in enumerate(encoded):
-            distinct.setdefault(identity(row), []).append(index)
-        # Sorted, so that not even the last bit of a weight depends on the order of the rows.
-        groups = [distinct[tokens] for tokens in sorted(distinct)]
-        routed = self._route_each([encoded[rows[0]] for rows in groups], batch_size)
-        for rows, row_weights in zip(groups, routed, strict=True):
-            weights[rows] = row_weights
-        return self.simplest(weights)
+        if not encoded or self.routing == "none" or not self.expert_names:
+            return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
+        router = self._required_router()
+        rows, place = distinct(encoded)
+        features = self.features_of(rows, [router.config.layer], batch_size=batch_size)[0]
+        weights = torch.cat([router.weights(part) for part in features.split(batch_size)])
+        return self.simplest(weights[place.to(weights.device)])
 
-    def _route_each(self, encoded: Sequence[Encoded], batch_size: int) -> Tensor:
-        """Return the router's weights (rows, experts) of encoded rows, batch by batch."""
-        weights = torch.zeros(len(encoded), len(self.expert_names), device=self.device)
-        lengths = [len(row["input_ids"]) for row in encoded]
-        for batch in batches(
-            Group(tuple(range(len(encoded))), None), lengths, batch_size, overhead=self.batch_overhead
-        ):
-            weights[list(batch.rows)] = self.route(**self.collate([encoded[row] for row in batch.rows]))
-        return weights
+    @torch.no_grad()
+    def features_of(
+        self,
+        rows: Sequence[Encoded],
+        layers: Sequence[int],
+        *,
+        batch_size: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """Return what a router on each of `layers` reads of encoded rows: (rows, width) tensors on the CPU.
+
+        Args:
+            rows: one at least, none empty.
+            layers: -1 to the number of blocks.
+            batch_size: rows a forward.
+            progress: called with the number of rows done since the last call; not where `feature_cache` has them.
+        """
+
+        def compute(missing: Sequence[int]) -> list[Tensor]:
+            found: list[list[Tensor]] = [[] for _ in missing]
+            order: list[int] = []
+            for batch, features in self._feature_batches(rows, missing, batch_size):
+                order += batch
+                for kept, own in zip(found, features, strict=True):
+                    kept.append(own.cpu())
+                if progress:
+                    progress(len(batch))
+            place = torch.argsort(torch.tensor(order))
+            return [torch.cat(kept)[place] for kept in found]
+
+        if self.feature_cache is None:
+            return compute(layers)
+        decisive = {
+            **surroundings(self.device),
+            "backbone": self._backbone_digest,
+            "dtype": self.model.dtype,
+            "rows": [identity(row) for row in rows],
+            "batch_size": batch_size,
+        }
+        last = self.model.config.num_hidden_layers
+        return cached(self.feature_cache, decisive, [last if layer == -1 else layer for layer in layers], compute)
+
+    def _feature_batches(
+        self, rows: Sequence[Encoded], layers: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+        """Yield the indices of a batch of rows, and their features on each of `layers`, until all rows are done."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        everything = Group(tuple(range(len(rows))), None)
+        for batch in batches(everything, lengths, batch_size, overhead=self.batch_overhead):
+            yield batch.rows, self.features(self.collate([rows[row] for row in batch.rows]), layers)
+
+    @functools.cached_property
+    def _backbone_digest(self) -> str:
+        """Taken once: a twin's parameters stay as they are."""
+        return backbone_digest(self.model, self.router_overrides)
 
     def fused(self, group: Group, keys: Tensor) -> AbstractContextManager[None]:
         """Run the model inside as `group` of a plan over `keys` asks: with its weights, or each row's own."""
@@ -275,6 +316,14 @@ class TwinModel(nn.Module, abc.ABC):
         if asked and self.expert_names and self.sensitivity is None:
             raise InputError("tolerance: this twin does not say how sensitive it is; build it again, with a router")
         return asked
+
+    def _required_router(self) -> Router:
+        if self.router is None:
+            raise InputError(
+                "this twin has no router for this protocol; give fusion_weights, or build it with router: data"
+                + (" that holds each task's validation.jsonl" if self.protocol == "paper" else "")
+            )
+        return self.router
 
     def _one_hot(self, tasks: Sequence[str]) -> Tensor:
         """Return weight 1 on each row's own expert, (rows, experts)."""
@@ -314,6 +363,17 @@ def present(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 def identity(encoded: Encoded) -> tuple[int, ...]:
     """Return what two encoded inputs have in common if and only if they are the same input."""
     return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
+
+
+def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
+    """Return the distinct ones among encoded rows, and (rows,) each row's place among them.
+
+    They are sorted, so that not even the last bit of a result of theirs depends on the order of the rows.
+    """
+    by_identity = {identity(row): row for row in rows}
+    order = sorted(by_identity)
+    place = {one: index for index, one in enumerate(order)}
+    return [by_identity[one] for one in order], torch.tensor([place[identity(row)] for row in rows])
 
 
 def require_known(tasks: Sequence[str], known: Any, message: str) -> None:

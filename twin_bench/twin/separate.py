@@ -20,6 +20,7 @@ from twin_bench.errors import InputError
 from twin_bench.methods import merge_lazily
 from twin_bench.twin.exclusive import exclusive_rank, truncated_svd
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import by_row
 
 
 class LoraStack(NamedTuple):
@@ -117,8 +118,9 @@ class SeparateLinear(nn.Module):
         pretrained = (layer.weight.float() - merged.to(layer.weight.device)).to(layer.weight.dtype)
         self.register_parameter("weight", nn.Parameter(pretrained, requires_grad=False))
         self.register_parameter("bias", layer.bias)
+        # In the state_dict, unlike other twin layers' factors: the shared expert itself is run through them.
         for side, tensors in (("A", stack.A), ("B", stack.B)):
-            self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight), persistent=False)
+            self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight))
         self.register_buffer("fused_weight", None, persistent=False)
         fusion.layers.append(self)
 
@@ -134,6 +136,7 @@ class SeparateLinear(nn.Module):
         """Return the multiplications that a token's low-rank path takes, whatever its weights."""
         return float(self.A.numel() + self.B.numel())
 
+    @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., m) of x (batch, ..., n)."""
         if self.fusion.mode == "fused":

@@ -193,6 +193,19 @@ def test_sampling_is_seeded(three):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_features_are_kept_where_a_directory_is_named(three, requests, tmp_path, monkeypatch):
+    monkeypatch.delenv("TWIN_BENCH_CACHE", raising=False)
+    without = served(three)
+    asked = scored(requests[0])
+    expected = without.loglikelihood(asked)
+    assert without.twin.feature_cache is None
+    monkeypatch.setenv("TWIN_BENCH_CACHE", str(tmp_path))
+    assert served(three).loglikelihood(asked) == expected
+    monkeypatch.setattr(TwinModel, "_feature_batches", lambda *_: pytest.fail("a row is run for the router"))
+    assert served(three).loglikelihood(asked) == expected
+    assert list((tmp_path / "features").glob("*-2.safetensors"))
+
+
 def test_the_model_says_what_it_is(three):
     info = served(three, protocol="routed").get_model_info()
     assert (info["protocol"], info["fusion"], info["routing"]) == ("routed", "exact", "router")

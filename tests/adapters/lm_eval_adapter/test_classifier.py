@@ -50,6 +50,13 @@ def test_a_twin_directory_is_served_by_the_class_for_its_task_type(tmp_path, loa
     }
 
 
+def test_features_are_kept_where_a_directory_is_named(tmp_path, loaded, monkeypatch):
+    monkeypatch.delenv("TWIN_BENCH_CACHE", raising=False)
+    assert ClassifierTwin(pretrained=tmp_path).twin.feature_cache is None
+    monkeypatch.setenv("TWIN_BENCH_CACHE", str(tmp_path))
+    assert ClassifierTwin(pretrained=tmp_path).twin.feature_cache == tmp_path / "features"
+
+
 def test_the_command_lines_default_device_is_no_error_without_a_gpu(tmp_path, loaded, monkeypatch):
     for gpu, used in ((False, "cpu"), (True, "cuda:0")):
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
