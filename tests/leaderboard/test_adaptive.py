@@ -18,7 +18,8 @@ from tests.methods.test_dawin import interpolated_logits
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.leaderboard.run import _input_digests, _key
-from twin_bench.leaderboard.serve import Served, serve
+from twin_bench.leaderboard.serve import serve
+from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.sources import open_sources
