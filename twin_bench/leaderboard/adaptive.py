@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +18,10 @@ from rich.progress import Progress
 from twin_bench.data import TaskInput, scored_inputs, split_path
 from twin_bench.errors import UnsuitedError
 from twin_bench.glue import GLUE
+from twin_bench.leaderboard.cells import digest
 from twin_bench.leaderboard.served import Served, serve_static, size
 from twin_bench.leaderboard.suite import Entry, Suite
+from twin_bench.learning import Learning
 from twin_bench.methods import merge_lazily
 from twin_bench.methods.adamerging import learn_coefficients, merge_with_coefficients
 from twin_bench.task_vectors import TaskVectors
@@ -36,13 +39,15 @@ from twin_bench.twin.wemoe import install_gates, learn_gates, mlp_layers, part_o
 class Adaptation:
     """What one entry adapts to: the suite's models and, of those that learn, its scored rows without their labels.
 
-    `rows` of each task are scored (None: all).
+    `rows` of each task are scored (None: all). What is learnt is kept in `workspace`, a folder that stands for the
+    models.
     """
 
     entry: Entry
     suite: Suite
     data: Path
     sources: Sources
+    workspace: Path
     rows: int | None
     progress: Progress
 
@@ -71,8 +76,14 @@ class Adaptation:
             for row in scored_inputs(task, self.data, file, self.rows)
         ]
 
-    def batches(self, twin: TwinClassifier, inputs: Sequence[TaskInput]) -> Iterator[Batches]:
-        """Return the batches of `inputs` that learning takes, one a step, and show how far it is."""
+    def learning(self, inputs: Sequence[TaskInput]) -> Learning:
+        """Return what earlier runs have learnt with these settings of these inputs, in whatever files they stood."""
+        method, suite = self.entry.method.name, self.suite
+        decisive = digest([self.settings, suite.tasks, suite.max_length, inputs])
+        return Learning(self.workspace / f"{method}-{decisive[:16]}.safetensors")
+
+    def batches(self, twin: TwinClassifier, inputs: Sequence[TaskInput], *, after: int) -> Iterator[Batches]:
+        """Return the batches of `inputs` that learning takes, one a step, `after` the first so many steps."""
         settings = self.settings
         batches = unlabelled_batches(
             twin,
@@ -81,7 +92,8 @@ class Adaptation:
             seed=settings["seed"],
             max_length=self.suite.max_length,
         )
-        return iter(self.progress.track(batches, total=settings["steps"], description=self.entry.method.name))
+        tracked = self.progress.track(batches, total=settings["steps"], description=self.entry.method.name)
+        return islice(tracked, after, None)
 
 
 def _adamerging(given: Adaptation) -> Served:
@@ -89,16 +101,19 @@ def _adamerging(given: Adaptation) -> Served:
     started = time.perf_counter()
     suite, sources, settings = given.suite, given.sources, given.settings
     inputs = given.inputs()
+    learning = given.learning(inputs)
+    started -= learning.seconds
     in_float32 = suite.model_copy(update={"dtype": "float32"})
     twin = serve_static(sources.base, suite.tasks, "standard", in_float32, sources, started).twin
     assert isinstance(twin, TwinClassifier)
     vectors = TaskVectors(sources.base, sources.experts)
     coefficients = learn_coefficients(
         vectors,
-        entropy_gradient(twin, given.batches(twin, inputs)),
+        entropy_gradient(twin, given.batches(twin, inputs, after=learning.steps)),
         scaling=settings["scaling"],
         steps=settings["steps"],
         learning_rate=settings["learning_rate"],
+        learning=learning,
     )
     merged = merge_with_coefficients(vectors, coefficients)
     served = serve_static(merged, suite.tasks, "standard", suite, sources, started)
@@ -138,6 +153,8 @@ def _wemoe(given: Adaptation) -> Served:
     started = time.perf_counter()
     suite, sources, settings = given.suite, given.sources, given.settings
     inputs = given.inputs()
+    learning = given.learning(inputs)
+    started -= learning.seconds
     base = dict(sources.base.items())
     merged = merge_lazily("task_arithmetic", base, sources.experts, scaling=settings["scaling"])
     model = load_model(sources, base, "float32")
@@ -150,9 +167,10 @@ def _wemoe(given: Adaptation) -> Served:
     learn_gates(
         twin,
         gates,
-        given.batches(twin, inputs),
+        given.batches(twin, inputs, after=learning.steps),
         steps=settings["steps"],
         learning_rate=settings["learning_rate"],
+        learning=learning,
     )
     mixed_parts = [part_of(vector, mixed) for vector in vectors.values()]
     stored = size(base) + sum(map(_stored, mixed_parts)) + sum(p.numel() for p in gates.parameters())

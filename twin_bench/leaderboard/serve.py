@@ -41,7 +41,8 @@ def serve(
 ) -> Iterator[Served]:
     """Yield the models of one entry: one for a merge or a twin, one a task where each has parameters of its own.
 
-    A built twin and experts' statistics are kept in `workspace`, a folder that stands for the inputs they come from.
+    A built twin, experts' statistics and what is learnt at test time are kept in `workspace`, a folder that stands for
+    the inputs they come from.
     `rows` of each task are scored (None: all): what learns at test time sees these and no others.
 
     Raises UnsuitedError where the method can't serve the suite's kind of models, or lacks what it needs.
@@ -49,7 +50,7 @@ def serve(
     if isinstance(entry.options, TwinOptions):
         yield _twin(entry.options, protocol, suite, data, workspace, progress)
     elif entry.method.name in ADAPTIVE:
-        yield ADAPTIVE[entry.method.name](Adaptation(entry, suite, data, sources, rows, progress))
+        yield ADAPTIVE[entry.method.name](Adaptation(entry, suite, data, sources, workspace, rows, progress))
     elif entry.method.function is None:
         for task, expert in sources.experts.items():
             served = serve_static(expert, (task,), protocol, suite, sources, time.perf_counter())
