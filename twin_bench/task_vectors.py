@@ -43,7 +43,10 @@ class TaskVectors(Mapping[str, Tensor]):
         return len(self.base)
 
     def map(self, transform: PerParameter) -> TaskVectors:
-        """Return these task vectors with `transform(name, (T, *shape))` applied when they are read."""
+        """Return these task vectors with `transform(name, (T, *shape))` applied when they are read.
+
+        What it is given is its own: it may work in place.
+        """
         mapped = TaskVectors(self.base, self._experts)
         mapped._transforms = (*self._transforms, transform)
         return mapped

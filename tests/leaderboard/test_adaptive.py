@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from rich.progress import Progress
 from tests.conftest import WORDS, Family
 from tests.leaderboard.test_leaderboard import TASKS, write_rows
 from tests.methods.test_dawin import interpolated_logits
+from twin_bench import learning
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.leaderboard.run import _input_digests, _key
-from twin_bench.leaderboard.serve import Served, serve
+from twin_bench.leaderboard.serve import serve
+from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.sources import open_sources
@@ -111,8 +114,8 @@ def test_labels_of_the_scored_rows_do_not_reach_what_is_learnt(
     suite: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
     relabelled = with_rows(data, tmp_path / "relabelled", lambda task, row: {**row, "label": 0})
-    first = backbone(served(suite, "adamerging", tmp_path))
-    second = backbone(served({**suite, "data": relabelled}, "adamerging", tmp_path))
+    first = backbone(served(suite, "adamerging", tmp_path / "first"))
+    second = backbone(served({**suite, "data": relabelled}, "adamerging", tmp_path / "second"))
     assert all(torch.equal(second[name], parameter) for name, parameter in first.items())
 
 
@@ -122,10 +125,73 @@ def test_rows_that_are_not_scored_are_not_seen(suite: dict[str, Any], data: Path
         return {key: "dog" if beyond and isinstance(value, str) else value for key, value in row.items()}
 
     other = {**suite, "data": with_rows(data, tmp_path / "edited", edited)}
-    limited, again = (backbone(served(s, "adamerging", tmp_path, rows=10)) for s in (suite, other))
+    limited = backbone(served(suite, "adamerging", tmp_path / "first", rows=10))
+    again = backbone(served(other, "adamerging", tmp_path / "second", rows=10))
     assert all(torch.equal(again[name], parameter) for name, parameter in limited.items())
-    whole = backbone(served(other, "adamerging", tmp_path))
+    whole = backbone(served(other, "adamerging", tmp_path / "second"))
     assert any(not torch.equal(whole[name], parameter) for name, parameter in limited.items())
+
+
+@pytest.fixture
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one with each of Adam's steps, of which the run is killed in the sixth."""
+    taken: list[int] = []
+    step = torch.optim.Adam.step
+
+    def counted(adam: torch.optim.Adam) -> None:
+        taken.append(1)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        step(adam)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    monkeypatch.setattr(learning, "STEPS_KEPT", 3)
+    return taken
+
+
+@pytest.mark.parametrize("method", ["adamerging", "wemoe"])
+def test_learning_that_is_killed_goes_on_where_it_was_kept(
+    suite: dict[str, Any], method: str, tmp_path: Path, steps_taken: list[int]
+) -> None:
+    longer = {**suite, "methods": [{method: {"steps": 7, "learning_rate": 0.05, "batch_size": 4}}]}
+    with pytest.raises(KeyboardInterrupt):
+        served(longer, method, tmp_path / "killed")
+    resumed = served(longer, method, tmp_path / "killed")
+    assert len(steps_taken) == 6 + 4  # three were kept
+    unbroken = served(longer, method, tmp_path / "unbroken")
+    assert len(steps_taken) == 10 + 7
+    again = served(longer, method, tmp_path / "killed")
+    assert len(steps_taken) == 17  # all were kept
+    assert again.build_seconds > 0.7  # what learning took counts
+    expected = unbroken.twin.state_dict()
+    for made in (resumed, again):
+        assert made.twin.state_dict().keys() == expected.keys()
+        assert all(torch.equal(made.twin.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("method", ["adamerging", "wemoe"])
+def test_what_decides_what_is_learnt_decides_whether_it_is_learnt_again(
+    suite: dict[str, Any], method: str, tmp_path: Path
+) -> None:
+    def edited(task: str, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, **({"premise": "a dog"} if task == "mnli" and row["idx"] == 0 else {})}
+
+    def files(changes: dict[str, Any], rows: int | None = None) -> int:
+        served({**suite, **changes}, method, tmp_path / "kept", rows=rows)
+        return len(list((tmp_path / "kept").iterdir()))
+
+    first = {method: {"steps": 1, "learning_rate": 0.05}}
+    assert files({"methods": [first]}) == files({"methods": [first]}) == 1
+    assert files({"methods": [first], "dtype": "bfloat16", "batch_size": 3}) == 1  # learnt in float32 all the same
+    longer, slower = ({method: {**first[method], **option}} for option in ({"steps": 2}, {"learning_rate": 0.04}))
+    assert files({"methods": [longer]}) == 2
+    assert files({"methods": [slower]}) == 3
+    assert files({"methods": [first], "seed": 1}) == 4
+    assert files({"methods": [first], "max_length": 5}) == 5
+    assert files({"methods": [first], "data": with_rows(Path(suite["data"]), tmp_path / "edited", edited)}) == 6
+    assert files({"methods": [first]}, rows=20) == 7
+    assert files({"methods": [first], "tasks": ["stsb", "cola", "mnli"]}) == 8  # the same inputs, experts reordered
 
 
 def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, Any], data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from twin_bench.data import TASKS, hub_rows, read_router_rows, split_path
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.hub import model_directory
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, digest, digest_files, write_atomically
-from twin_bench.leaderboard.serve import Served, serve
+from twin_bench.leaderboard.serve import serve
+from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
 from twin_bench.leaderboard.tune import tuned, with_tuned
 from twin_bench.metrics import mean, mean_standard_error

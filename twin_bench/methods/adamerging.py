@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.errors import InputError
+from twin_bench.learning import Learning
 from twin_bench.methods import unmerged_method
 from twin_bench.task_vectors import TaskVectors
 
@@ -38,7 +38,13 @@ unmerged_method(
 
 
 def learn_coefficients(
-    vectors: TaskVectors, gradient: Gradient, *, scaling: float, steps: int, learning_rate: float
+    vectors: TaskVectors,
+    gradient: Gradient,
+    *,
+    scaling: float,
+    steps: int,
+    learning_rate: float,
+    learning: Learning | None = None,
 ) -> dict[str, Tensor]:
     """Return each changed parameter's coefficients, clamped to [0, 1]: (T,) in float32.
 
@@ -53,24 +59,31 @@ def learn_coefficients(
         scaling: where all coefficients start.
         steps: of Adam.
         learning_rate: Adam's.
+        learning: the steps that have been taken; `gradient` is asked for those that follow.
+
+    Raises:
+        InputError: steps is no whole number from 0, or learning_rate not above 0.
     """
-    if steps < 0 or steps != int(steps):
-        raise InputError(f"adamerging: steps must be a whole number from 0, not {steps}")
-    if learning_rate <= 0:
-        raise InputError(f"adamerging: learning_rate must be above 0, not {learning_rate}")
     floats = [name for name in vectors if vectors.base[name].is_floating_point()]
     taus = {name: tau for name in floats if (tau := vectors[name]).any()}
     base = {name: vectors.base[name].to(tau.dtype) for name, tau in taus.items()}
     coefficients = torch.full((len(taus), len(vectors.experts)), float(scaling))
-    optimizer = torch.optim.Adam([coefficients], lr=learning_rate)
-    for _ in range(int(steps) if taus else 0):
+
+    def set_slopes() -> None:
         clamped = coefficients.clamp(0, 1)
         gradients = gradient(
             {name: combined(base[name], tau, row) for row, (name, tau) in zip(clamped, taus.items(), strict=True)}
         )
         slopes = [tau.flatten(1) @ gradients[name].to(tau).flatten() for name, tau in taus.items()]
         coefficients.grad = torch.where(coefficients == clamped, torch.stack(slopes).to(coefficients), 0.0)
-        optimizer.step()
+
+    (learning or Learning()).descend(
+        {"coefficients": coefficients},
+        set_slopes,
+        method="adamerging",
+        steps=steps if taus else 0,
+        learning_rate=learning_rate,
+    )
     return dict(zip(taus, coefficients.clamp(0, 1), strict=True))
 
 

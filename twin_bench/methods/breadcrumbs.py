@@ -32,15 +32,27 @@ def breadcrumbs(
         raise InputError(f"breadcrumbs: gamma must be in [0, 1), not {gamma}")
 
     def trim(name: str, taus: Tensor) -> Tensor:
-        return torch.stack([keep_middle(tau, density, gamma) for tau in taus])
+        for tau in taus:
+            tau.masked_fill_(~middle(tau.abs().flatten(), density, gamma).view(tau.shape), 0.0)
+        return taus
 
     return task_arithmetic(vectors.map(trim), scaling=scaling)
 
 
-def keep_middle(tau: Tensor, density: float, gamma: float) -> Tensor:
-    """Return `tau` with 0 for all but its int(density * n) largest magnitudes after the int(gamma * n) largest."""
-    outliers, count = int(gamma * tau.numel()), max(1, int(density * tau.numel()))
-    order = tau.flatten().abs().argsort(descending=True, stable=True)
-    kept = torch.zeros(tau.numel(), dtype=torch.bool, device=tau.device)
-    kept[order[outliers : outliers + count]] = True
-    return torch.where(kept.view(tau.shape), tau, 0.0)
+def middle(magnitudes: Tensor, density: float, gamma: float) -> Tensor:
+    """Return which int(density * n) of magnitudes (n,) are the largest once the int(gamma * n) largest are gone."""
+    total = len(magnitudes)
+    outliers = int(gamma * total)
+    kept = max(1, int(density * total))
+    return largest(magnitudes, min(total, outliers + kept)) & ~largest(magnitudes, outliers)
+
+
+def largest(magnitudes: Tensor, count: int) -> Tensor:
+    """Return which `count` of magnitudes (n,) are the largest, equal ones by position."""
+    if not count:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    threshold = magnitudes.kthvalue(len(magnitudes) - count + 1).values  # a sort would hold four times as much
+    chosen = magnitudes > threshold
+    equal = (magnitudes == threshold).nonzero().squeeze(1)
+    chosen[equal[: count - int(chosen.sum())]] = True
+    return chosen

@@ -36,11 +36,15 @@ def consensus(
         raise UnsuitedError(f"consensus: {min_tasks} tasks must agree and there are {len(vectors.experts)}")
 
     def share(name: str, taus: Tensor) -> Tensor:
-        return torch.where(tall_masks(taus, mask_lambda).sum(dim=0) >= min_tasks, taus, 0.0)
+        together = taus.sum(dim=0)
+        votes = torch.zeros_like(together, dtype=torch.int32)
+        for tau in taus:
+            votes += tall_mask(tau, together, mask_lambda)
+        return taus.masked_fill_(votes < min_tasks, 0.0)
 
     return task_arithmetic(vectors.map(share), scaling=scaling)
 
 
-def tall_masks(taus: Tensor, mask_lambda: float) -> Tensor:
-    """Return which entries of task vectors (T, *shape) outweigh lambda times what the other tasks add to them."""
-    return taus.abs() > mask_lambda * (taus.sum(dim=0) - taus).abs()
+def tall_mask(tau: Tensor, together: Tensor, mask_lambda: float) -> Tensor:
+    """Return which entries of a task vector outweigh lambda times what the others add to their sum `together`."""
+    return tau.abs() > (together - tau).abs_().mul_(mask_lambda)

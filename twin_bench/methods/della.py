@@ -37,11 +37,10 @@ def della(
         )
 
     def drop(name: str, taus: Tensor) -> Tensor:
-        pruned = []
         for task, tau in zip(vectors.experts, taus, strict=True):
             keep = keep_probabilities(tau, density, epsilon)
-            pruned.append(torch.where(draws(seed, task, name, tau.shape) < keep, tau / keep, 0.0))
-        return torch.stack(pruned)
+            tau.div_(keep).masked_fill_(draws(seed, task, name, tau.shape) >= keep, 0.0)
+        return taus
 
     return ties(vectors.map(drop), scaling=scaling, density=1.0)
 

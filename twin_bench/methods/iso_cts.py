@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.iso_c import isotropic
-from twin_bench.methods.spectral import merged_by_matrix, polar, svd
+from twin_bench.methods.spectral import leading, merged_by_matrix, polar, svd
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -34,15 +34,15 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
     require_fraction("iso_cts", "common_space_fraction", common_space_fraction)
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
-        U, S, V = svd(taus.double().sum(dim=0), name, above=rounding)
-        rank, tasks = len(S), len(taus)
+        total = svd(taus.sum(dim=0, dtype=torch.float64), name, above=rounding)
+        rank, tasks = len(total[1]), len(taus)
         own = min(rank // tasks, round((rank - int(rank * common_space_fraction)) / tasks))
-        common = rank - tasks * own
-        parts = [(U[:, :common], S[:common], V[:, :common])]
-        for tau in taus.double() if own else ():
-            beyond = tau - U[:, :common] @ (U[:, :common].T @ tau)
-            U_t, S_t, V_t = svd(beyond, name, above=rounding)
-            parts.append((U_t[:, :own], S_t[:own], V_t[:, :own]))
+        parts = [leading(total, rank - tasks * own)]
+        del total
+        U = parts[0][0]
+        for tau in taus if own else ():
+            exact = tau.double()
+            parts.append(leading(svd(exact - U @ (U.T @ exact), name, above=rounding), own))
         left, spectrum, right = (torch.cat(factors, dim=-1) for factors in zip(*parts, strict=True))
         return isotropic(polar(left, name), spectrum, polar(right, name))
 

@@ -36,7 +36,7 @@ def pcb(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.1) -> 
     count = len(vectors.experts)
     total = sum(vectors.base[name].numel() for name in vectors.floating())
     low, high = kth_largest(
-        vectors.map(lambda name, taus: taus.abs()),
+        vectors.map(lambda name, taus: taus.abs_()),
         total - int(total * CLIPPED),
         total - max(0, int(total * (1 - CLIPPED) - 1)),
     )
@@ -44,24 +44,27 @@ def pcb(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.1) -> 
     def scores(taus: Tensor) -> Iterator[Tensor]:
         together = taus.sum(dim=0)
         for t, tau in enumerate(taus):
-            within = _norm(tau.abs().clamp(low[t], high[t]), low[t], high[t])
+            within = _norm_(tau.abs().clamp_(low[t], high[t]), low[t], high[t])
             # exp(T (x - 1)): the common factor exp(T) cancels in norm and would overflow for many experts
-            yield torch.exp(count * (within.square() - 1)) * torch.tanh(tau * together)
+            yield within.square_().sub_(1).mul_(count).exp_().mul_((tau * together).tanh_())
 
-    scored = vectors.map(lambda name, taus: torch.stack([*scores(taus)]))
-    threshold, best = kth_largest(scored, max(1, total - int(total * (1 - density))), 1)
+    def scored(name: str, taus: Tensor) -> Tensor:
+        for tau, score in zip(taus, scores(taus), strict=True):  # a score needs the others' sum alone
+            tau.copy_(score)
+        return taus
+
+    threshold, best = kth_largest(vectors.map(scored), max(1, total - int(total * (1 - density))), 1)
 
     def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
         weighted, weights = torch.zeros_like(base), torch.zeros_like(base)
-        for t, score in enumerate(scores(taus)):
-            weight = _norm(score, threshold[t], best[t]).clamp(min=0)
-            weighted += weight * taus[t].sign() * taus[t].abs().clamp(low[t], high[t])
-            weights += weight
-        return base + scaling * weighted / weights.clamp(min=1e-12)
+        for t, weight in enumerate(scores(taus)):
+            weights += _norm_(weight, threshold[t], best[t]).clamp_(min=0)
+            weighted += weight.mul_(taus[t].sign()).mul_(taus[t].abs_().clamp_(low[t], high[t]))
+        return weighted.mul_(scaling).div_(weights.clamp_(min=1e-12)).add_(base)
 
     return vectors.merged(merge)
 
 
-def _norm(entries: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return (entries - low) / (high - low); 0 where the two are equal and so are the entries."""
-    return (entries - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+def _norm_(entries: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return (entries - low) / (high - low), in place; 0 where the two are equal and so are the entries."""
+    return entries.sub_(low).div_((high - low).clamp(min=torch.finfo(torch.float32).tiny))

@@ -62,6 +62,12 @@ def svd(matrix: Tensor, name: str, *, above: float) -> Factors:
     return U[:, :rank] if basis is None else basis @ U[:, :rank], S[:rank], Vh[:rank].T
 
 
+def leading(factors: Factors, count: int) -> Factors:
+    """Return the first `count` singular triplets, as copies: views would hold all of U and V."""
+    U, S, V = factors
+    return U[:, :count].clone(), S[:count], V[:, :count].clone()
+
+
 def polar(columns: Tensor, name: str) -> Tensor:
     """Return the matrix with orthonormal columns nearest to (m, k) `columns` (Procrustes): U V^T of its SVD.
 

@@ -94,6 +94,7 @@ def _ordered_bits(vectors: TaskVectors, of: Callable[[Tensor], Tensor]) -> Itera
     for name in vectors.floating():
         for row, entries in enumerate(vectors[name]):
             yield row, _flip_negatives(of(entries).to(torch.float32).flatten().view(torch.int32))
+        del entries  # a view, which would hold these task vectors while the next ones are read
 
 
 def _flip_negatives(bits: Tensor) -> Tensor:

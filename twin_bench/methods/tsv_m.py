@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method
-from twin_bench.methods.spectral import merged_by_matrix, polar, svd
+from twin_bench.methods.spectral import leading, merged_by_matrix, polar, svd
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -29,10 +29,8 @@ def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
         kept = min(taus.shape[1:]) // len(taus)
-        tasks = [svd(tau, name, above=rounding) for tau in taus]
-        U = polar(torch.cat([U[:, :kept] for U, _, _ in tasks], dim=1), name)
-        S = torch.cat([S[:kept] for _, S, _ in tasks])
-        V = polar(torch.cat([V[:, :kept] for _, _, V in tasks], dim=1), name)
-        return (U * S) @ V.T
+        tasks = [leading(svd(tau, name, above=rounding), kept) for tau in taus]
+        U, S, V = (torch.cat(factors, dim=-1) for factors in zip(*tasks, strict=True))
+        return (polar(U, name) * S) @ polar(V, name).T
 
     return merged_by_matrix(vectors, merge, scaling=scaling)

@@ -40,13 +40,17 @@ def wudi(
         )
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
-        changed = torch.stack([tau for tau in taus.double() if tau.any()])
-        norms = torch.linalg.vector_norm(changed, dim=(1, 2), keepdim=True)
-        units = changed / norms
-        pull = torch.zeros_like(changed[0])
-        for other, unit in zip(changed.sum(dim=0) - changed, units, strict=True):
-            pull += torch.linalg.multi_dot([other, unit.T, unit])
-        times_gram = _gram_product(units.flatten(0, 1), cut=rounding / float(norms.min()), dtype=taus.dtype)
+        together = taus.sum(dim=0, dtype=torch.float64)
+        pull, gram = torch.zeros_like(together), together.new_zeros(2 * together.shape[-1:])
+        norms = []
+        for tau in taus:
+            if tau.any():
+                exact = tau.double()
+                norms.append(torch.linalg.vector_norm(exact))
+                unit = exact / norms[-1]
+                pull += torch.linalg.multi_dot([together - exact, unit.T, unit])
+                gram.addmm_(unit.T, unit)
+        times_gram = _gram_product(gram, cut=rounding / float(min(norms)), dtype=taus.dtype)
         correction, pull = torch.zeros_like(taus[0]), pull.to(taus.dtype)
         adam = torch.optim.Adam([correction], lr=learning_rate, fused=True)
         for _ in range(int(steps)):
@@ -57,12 +61,11 @@ def wudi(
     return merged_by_matrix(vectors, merge, scaling=scaling)
 
 
-def _gram_product(rows: Tensor, *, cut: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return D -> D rows^T rows for D (m, n) and rows (k, n), whose singular values up to `cut` are rounding.
+def _gram_product(gram: Tensor, *, cut: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return D -> D G for D (m, n) and G = X^T X (n, n) of an X whose singular values up to `cut` are rounding.
 
     Where their rank is below n / 2, two products with a factor of that rank are cheaper than one with the whole.
     """
-    gram = rows.T @ rows
     squares, directions = torch.linalg.eigh(gram)
     kept = squares > max(cut**2, len(gram) * torch.finfo(gram.dtype).eps * float(squares[-1]))
     thin = (directions[:, kept] * squares[kept].sqrt()).to(dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twin_bench.errors import InputError, UnsuitedError
+from twin_bench.errors import UnsuitedError
+from twin_bench.learning import Learning
 from twin_bench.methods.wemoe import Gate
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.entropy import Batches, entropy_loss
@@ -67,20 +68,29 @@ def install_gates(model: Any, vectors: Mapping[str, Exclusive], *, scaling: floa
 
 
 def learn_gates(
-    twin: TwinClassifier, gates: nn.ModuleList, batches: Iterator[Batches], *, steps: int, learning_rate: float
+    twin: TwinClassifier,
+    gates: nn.ModuleList,
+    batches: Iterator[Batches],
+    *,
+    steps: int,
+    learning_rate: float,
+    learning: Learning | None = None,
 ) -> None:
-    """Train the gates of `twin` in place: Adam on the sum over tasks of a batch's mean entropy."""
-    if steps < 0 or steps != int(steps):
-        raise InputError(f"wemoe: steps must be a whole number from 0, not {steps}")
-    if learning_rate <= 0:
-        raise InputError(f"wemoe: learning_rate must be above 0, not {learning_rate}")
-    gates.requires_grad_(True)
-    optimizer = torch.optim.Adam(gates.parameters(), lr=learning_rate)
-    for _ in range(int(steps)):
-        optimizer.zero_grad()
+    """Train the gates of `twin` in place: Adam on the sum over tasks of a batch's mean entropy.
+
+    `learning` are the steps that have been taken, `batches` those of the steps that follow. Raises InputError where
+    steps is no whole number from 0, or learning_rate not above 0.
+    """
+
+    def set_gradients() -> None:
+        gates.zero_grad()
         for task, inputs in next(batches).items():
             entropy_loss(twin, task, inputs, {}).backward()
-        optimizer.step()
+
+    gates.requires_grad_(True)
+    (learning or Learning()).descend(
+        dict(gates.named_parameters()), set_gradients, method="wemoe", steps=steps, learning_rate=learning_rate
+    )
     gates.requires_grad_(False)
 
 
