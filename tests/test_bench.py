@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Family, write_generative_rows
-from tests.leaderboard.test_leaderboard import write_rows
+from tests.leaderboard.conftest import write_rows
 from twin_bench.bench import bench, main
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin

@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.progress import Progress
 
 from tests.conftest import WORDS, Family
-from tests.leaderboard.test_leaderboard import TASKS, write_rows
+from tests.leaderboard.conftest import TASKS, rows_of, run
 from tests.methods.test_dawin import interpolated_logits
 from twin_bench import learning
 from twin_bench.errors import UnsuitedError
-from twin_bench.leaderboard.__main__ import main
 from twin_bench.leaderboard.run import _input_digests, _key
 from twin_bench.leaderboard.serve import serve
 from twin_bench.leaderboard.served import Served
@@ -33,19 +31,9 @@ WEMOE = {"wemoe": {"steps": 3, "learning_rate": 0.05}}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "data")
-
-
-@pytest.fixture(scope="module")
-def suite(families: Any, data: Path) -> dict[str, Any]:
-    family: Family = families("bert")
+def suite(tiny: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": "tiny",
-        "base_model": family.recipe["base_model"],
-        "experts": family.recipe["experts"],
-        "data": str(data),
-        "tasks": list(TASKS),
+        **tiny,
         "protocol": ["standard", "routed"],
         "methods": [ADAMERGING, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}, WEMOE],
     }
@@ -78,11 +66,8 @@ def with_rows(data: Path, folder: Path, change: Any) -> str:
 @pytest.fixture(scope="module")
 def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("board")
-    (folder / "suite.yaml").write_text(yaml.safe_dump({**suite, "tasks": list(SCORED)}))
-    assert main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), "--limit", "20"]) == 0
-    rows = json.loads((folder / "out" / "leaderboard.json").read_text())
-    table = (folder / "out" / "leaderboard.md").read_text()
-    return {(row["protocol"], row["method"], row["task"]): row for row in rows}, table
+    assert run({**suite, "tasks": list(SCORED)}, folder, "--limit", "20") == 0
+    return rows_of(folder), (folder / "out" / "leaderboard.md").read_text()
 
 
 def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
@@ -217,10 +202,9 @@ def test_language_models_are_refused_with_the_reason(causal_families: Any, tmp_p
 
 
 def test_a_dawin_of_a_suite_is_the_sample_wise_interpolation(
-    families: Any, suite: dict[str, Any], tmp_path: Path
+    family: Family, suite: dict[str, Any], tmp_path: Path
 ) -> None:
     made = served(suite, "dawin", tmp_path)
-    family: Family = families("bert")
     assert isinstance(made.twin, TwinClassifier)
     texts = [(text, None) for text in ("the cat sat", "who ran", "a small red bird or a big blue dog")]
     for task in TASKS:

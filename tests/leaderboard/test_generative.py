@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import pytest
-import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from tests.conftest import Family, write_generative_rows
-from twin_bench.leaderboard.__main__ import main
+from tests.leaderboard.conftest import rows_of, run
 from twin_bench.paths import tasks_directory
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")
@@ -38,17 +36,11 @@ def suite(wide_llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[
     }
 
 
-def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
-    return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), *arguments])
-
-
 @pytest.fixture(scope="module")
 def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("board")
     assert run(suite, folder) == 0
-    rows = json.loads((folder / "out" / "leaderboard.json").read_text())
-    return folder / "out", {(row["protocol"], row["method"], row["task"]): row for row in rows}
+    return folder / "out", rows_of(folder)
 
 
 def test_every_cell_is_there_and_says_what_it_is(board: Any) -> None:

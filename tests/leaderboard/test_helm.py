@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from lm_eval.api.instance import Instance
 
 from tests.conftest import WORDS, Family, write_generative_rows
-from twin_bench.leaderboard.__main__ import main
+from tests.leaderboard.conftest import rows_of, run
 from twin_bench_lm_eval.causal import CausalTwin
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")
@@ -67,18 +66,12 @@ def suite(wide_llama: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[
     }
 
 
-def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
-    return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), "--harness", "helm", *arguments])
-
-
 @pytest.mark.slow
 def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
     suite: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert run(suite, tmp_path) == 0
-    rows = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
-    cells = {(row["method"], row["task"]): row for row in rows}
+    assert run(suite, tmp_path, "--harness", "helm") == 0
+    cells = {(method, task): row for (_, method, task), row in rows_of(tmp_path).items()}
     assert cells.keys() == {(method, task) for method in ("pretrained", "experts", "twin", "told") for task in TASKS}
     runs = tmp_path / "out" / "helm" / "benchmark_output" / "runs" / "leaderboard"
     metrics = {"mmlu": ("exact_match", "test"), "bbq": ("exact_match", "test"), "twin_cnndm": ("rouge_2", "test")}
@@ -111,7 +104,7 @@ def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
     for task in ("mmlu", "bbq"):  # at full rank the twin that is told the task is the expert
         assert cells["told", task]["score"] == cells["experts", task]["score"]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells-helm").rglob("*.json")}
-    assert run(suite, tmp_path) == 0
+    assert run(suite, tmp_path, "--harness", "helm") == 0
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "cells-helm").rglob("*.json")}
 
 
@@ -127,5 +120,5 @@ def test_what_helm_lacks_is_named(
         ({"helm": str(tmp_path / "nowhere")}, "name a directory of HELM's raw files"),
         ({"tasks": ["cola"], "base_model": bert["base_model"], "experts": bert["experts"]}, "these are classifiers"),
     ):
-        assert run({**suite, **changes}, tmp_path) == 2
+        assert run({**suite, **changes}, tmp_path, "--harness", "helm") == 2
         assert says in capsys.readouterr().err

@@ -9,38 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import twin_bench
 from tests.conftest import Family
-from tests.leaderboard.test_leaderboard import TASKS, score_alone, with_backbone, write_rows
+from tests.leaderboard.conftest import TASKS, rows_of, run, score_alone, with_backbone
 from twin_bench import calibration
 from twin_bench.calibration import calibration_examples, fisher_diagonals, gram_matrices
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard import run as run_module
-from twin_bench.leaderboard.__main__ import main
 from twin_bench.methods import _registry, find_method
 from twin_bench.twin.sources import open_sources
 
 
 @pytest.fixture(scope="module")
-def family(families: Any) -> Family:
-    return families("bert")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "data")
-
-
-@pytest.fixture(scope="module")
-def suite(family: Family, data: Path) -> dict[str, Any]:
+def suite(tiny: dict[str, Any]) -> dict[str, Any]:
     return {
-        "name": "tiny",
-        "base_model": family.recipe["base_model"],
-        "experts": family.recipe["experts"],
-        "data": str(data),
-        "tasks": list(TASKS),
+        **tiny,
         "methods": [
             "emr",
             {"fisher": {"protocol": "standard"}},
@@ -48,17 +32,6 @@ def suite(family: Family, data: Path) -> dict[str, Any]:
         ],
         "calibration_rows": 12,
     }
-
-
-def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
-    folder.mkdir(exist_ok=True)
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
-    return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), *arguments])
-
-
-def rows_of(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    rows = json.loads((folder / "out" / "leaderboard.json").read_text())
-    return {(row["protocol"], row["method"], row["task"]): row for row in rows}
 
 
 def backbones(family: Family) -> tuple[Any, Any]:

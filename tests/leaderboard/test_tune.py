@@ -12,8 +12,7 @@ import torch
 
 import twin_bench
 from tests.conftest import WORDS, Family, tiny_classifier, tiny_tokenizer, write_generative_rows
-from tests.leaderboard.test_leaderboard import with_backbone, write_rows
-from tests.leaderboard.test_tracks import rows_of, run
+from tests.leaderboard.conftest import rows_of, run, with_backbone, write_rows
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.tune import hold_out
 from twin_bench.methods import _registry, find_method
