@@ -13,9 +13,12 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
+
 from twin_bench.errors import UnsuitedError
 from twin_bench.export import merge_to_directory
 from twin_bench.recipe import MergeRecipe
+from twin_bench.singular import right_singular, rows_of
 
 STATUS = Path("/proc/self/status")
 
@@ -47,10 +50,13 @@ class Peak:
             self._largest = max(self._largest, resident("RssAnon"))
 
 
-def main(recipe: str, out: str, *methods: str) -> None:
+def main(recipe: str, out: str, width: str, merges: str) -> None:
+    # BLAS and LAPACK keep buffers of their own, a few MB that do not grow with the matrix: they are taken here.
+    right_singular(rows_of(torch.randn(int(width), int(width))))
     peaks: dict[str, dict[str, int] | None] = {}
-    for method in ("pretrained", *methods):  # a first round, which imports and warms up
-        settings = {**json.loads(recipe), "merge": {"method": method}}
+    for merge in ({"method": "pretrained"}, *json.loads(merges)):  # a first round, which imports and warms up
+        method = merge["method"]
+        settings = {**json.loads(recipe), "merge": merge}
         try:
             with Peak() as peak:
                 merge_to_directory(MergeRecipe.model_validate(settings), Path(out) / method)

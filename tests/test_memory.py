@@ -22,7 +22,7 @@ pytestmark = [
 EXPERTS = ("a", "b", "c", "d")
 STREAMED = [
     *("average", "task_arithmetic", "ties", "dare_task_arithmetic", "dare_ties", "model_stock", "lines"),
-    *("breadcrumbs", "della", "consensus", "pcb"),
+    *("breadcrumbs", "della", "consensus", "pcb", "tsv_m", "iso_c", "iso_cts", "knots"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,9 +35,9 @@ class Sizes(NamedTuple):
 
 
 def save_family(root: Path, *, width: int, layers: int) -> Sizes:
-    """Save a sharded bfloat16 language model and four experts whose matrices are all of one size."""
-    shape = {"hidden_size": width, "intermediate_size": width, "vocab_size": width, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    """Save a sharded bfloat16 language model and four experts; the largest matrices are (width, width)."""
+    shape = {"hidden_size": width, "intermediate_size": width // 4, "vocab_size": width, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
     config = transformers.LlamaConfig(**shape, **heads, tie_word_embeddings=True, pad_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     tiny_causal_tokenizer().save_pretrained(root / "base")
@@ -51,33 +51,38 @@ def save_family(root: Path, *, width: int, layers: int) -> Sizes:
     return Sizes(max(4 * parameter.numel() for parameter in model.parameters()), stored)
 
 
-def peaks(root: Path, methods: list[str]) -> dict[str, dict[str, int]]:
+def peaks(root: Path, width: int, merges: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Return what each method took above the interpreter's own; not of methods that four experts don't suit."""
     recipe = {"base_model": str(root / "base"), "experts": {name: str(root / name) for name in EXPERTS}}
     # One thread, and tensors freed at once: the allocator's own reserves are not what is measured.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.peak_memory", json.dumps(recipe), str(root / "out"), *methods]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.peak_memory",
+        json.dumps(recipe),
+        str(root / "out"),
+        str(width),
+        json.dumps(merges),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured: dict[str, Any] = json.loads(done.stdout)
-    return {method: measured[method] for method in methods if measured[method]}
+    return {merge["method"]: measured[merge["method"]] for merge in merges if measured[merge["method"]]}
 
 
 def test_a_merge_holds_twice_its_largest_stack_of_tensors(tmp_path: Path) -> None:
     """Peak anonymous memory stays below 2 x the largest tensor x (T + 2): less than the models themselves take.
 
-    Methods that decompose matrices can't be among them. They do so in float64, and LAPACK's SVD of one square matrix
-    alone takes 14 float32 tensors of its size: 2 for the matrix, 4 for U and V, 8 for what divide and conquer works in.
-    Of full rank, the limit being 12, iso_c was measured at 19, which are those, the base and four experts; wudi, which
-    decomposes a Gram matrix, at 21; tsv_m and iso_cts, which keep each task's vectors, at 29 and 31; knots, which
-    decomposes all experts side by side, at 56.
+    The experts are of full rank, so that whoever decomposes matrices decomposes them whole.
     """
-    sizes = save_family(tmp_path, width=1024, layers=2)
+    width = 1024
+    sizes = save_family(tmp_path, width=width, layers=2)
     limit = 2 * sizes.largest * (len(EXPERTS) + 2)
     assert limit < sizes.family
-    measured = peaks(tmp_path, STREAMED)
+    measured = peaks(tmp_path, width, [{"method": method} for method in STREAMED] + [{"method": "wudi", "steps": 3}])
     mapped = (len(EXPERTS) + 1) * sizes.largest // 2  # of every model a bfloat16 tensor
-    assert len(measured) == len(STREAMED)
+    assert len(measured) == len(STREAMED) + 1
     for method, peak in measured.items():
         assert sizes.largest < peak["anonymous"] < limit, method
         assert peak["total"] < limit + mapped, method

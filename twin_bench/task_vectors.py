@@ -64,8 +64,8 @@ class TaskVectors(Mapping[str, Tensor]):
         exact = torch.promote_types(base.dtype, torch.float32)
         vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
         for row, task in enumerate(self.experts):
-            vectors[row] = self._expert(task, name, base)
-        vectors -= base.to(exact)
+            vectors[row] = self._expert(task, name, base).detach()
+        vectors -= base.detach().to(exact)
         if not all_finite(vectors):
             culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
             raise InputError(f"{culprit}: tensor {name} holds NaN or inf; mend or retrain that checkpoint")
@@ -104,7 +104,7 @@ class Merged(Mapping[str, Tensor]):
         """Return a floating-point parameter in float32 or better, before it takes the base's dtype."""
         base = self._vectors.base[name]
         exact = torch.promote_types(base.dtype, torch.float32)
-        return self._merge(name, base.to(exact), self._vectors[name])
+        return self._merge(name, base.detach().to(exact), self._vectors[name])
 
     def map(self, transform: Merge) -> Merged:
         """Return this merge with `transform(name, theta_0, theta)` applied to its floating-point parameters."""

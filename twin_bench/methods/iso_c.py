@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method
@@ -26,7 +25,7 @@ def iso_c(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
     """
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
-        return isotropic(*svd(taus.sum(dim=0, dtype=torch.float64), name, above=rounding))
+        return isotropic(*svd(taus.sum(dim=0), name, above=rounding))
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
 

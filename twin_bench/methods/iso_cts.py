@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.iso_c import isotropic
-from twin_bench.methods.spectral import leading, merged_by_matrix, polar, svd
+from twin_bench.methods.spectral import merged_by_matrix, polar, svd
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -29,21 +29,27 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
 
     Where r is min(m, n), as with full fine-tuning, this is the authors' code and FusionBench's. Theirs divide min(m, n)
     whatever the rank, so that the common space of LoRA experts swallows them whole and rounding fills the rest;
-    here what the experts have is divided. A k with T k > r, at which theirs fail, is lowered to r // T.
+    here what the experts have is divided. What they have beyond the common space nearly coincides, so that to round
+    checkpoints to float32 moves the result by 0.002 of its distance from the base (eight experts of MiniLM). A k with
+    T k > r, at which theirs fail, is lowered to r // T.
     """
     require_fraction("iso_cts", "common_space_fraction", common_space_fraction)
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
-        total = svd(taus.sum(dim=0, dtype=torch.float64), name, above=rounding)
+        total = svd(taus.sum(dim=0), name, above=rounding)
         rank, tasks = len(total[1]), len(taus)
         own = min(rank // tasks, round((rank - int(rank * common_space_fraction)) / tasks))
-        parts = [leading(total, rank - tasks * own)]
+        common = rank - tasks * own
+        U = total[0][:, :common]
+        parts = [[U, total[1][:common], total[2][:, :common]]]
         del total
-        U = parts[0][0]
         for tau in taus if own else ():
-            exact = tau.double()
-            parts.append(leading(svd(exact - U @ (U.T @ exact), name, above=rounding), own))
+            tau -= U @ (U.T @ tau.to(U.dtype))
+            parts.append([factor.to(U.dtype) for factor in svd(tau, name, above=rounding, most=own)])
         left, spectrum, right = (torch.cat(factors, dim=-1) for factors in zip(*parts, strict=True))
-        return isotropic(polar(left, name), spectrum, polar(right, name))
+        del parts, U
+        left = polar(left, name)
+        right = polar(right, name)
+        return isotropic(left, spectrum, right)
 
     return merged_by_matrix(vectors, merge, scaling=scaling)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method, require_fraction
-from twin_bench.methods.spectral import rounding, svd
+from twin_bench.methods.spectral import decompose, rounding
 from twin_bench.methods.ties import disjoint_mean, trim, trim_thresholds
+from twin_bench.singular import product, rows_of
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -52,11 +53,24 @@ def align(name: str, base: Tensor, taus: Tensor) -> tuple[Tensor | None, Tensor]
     """Return the joint basis U (m, r) of matrices tau (T, m, n), and A_t = U^T tau_t (T, r, n); None and tau of others.
 
     U is that of the SVD of [tau_1 .. tau_T]. A direction of which an expert has but rounding is 0 in its A_t, lest
-    the signs of rounding vote.
+    the signs of rounding vote. A_t takes the memory of tau.
     """
     if taus.ndim != 3:
         return None, taus
     noise = rounding(base, taus)
-    U = svd(torch.cat(list(taus), dim=1), name, above=noise)[0]
-    factors = U.T @ taus.double()
-    return U, torch.where(torch.linalg.vector_norm(factors, dim=2, keepdim=True) > noise, factors, 0.0)
+    U = _joint_basis(name, taus, noise)
+    factors = taus[:, : U.shape[1]]
+    for factor, tau in zip(factors, taus, strict=True):
+        factor.copy_(U.T @ tau)
+        factor[torch.linalg.vector_norm(factor, dim=1) <= noise] = 0
+    return U, factors
+
+
+def _joint_basis(name: str, taus: Tensor, noise: float) -> Tensor:
+    """Return U (m, r) of the SVD of matrices (T, m, n) side by side, none of which is copied."""
+    tasks, height, width = taus.shape
+    if height <= tasks * width:
+        return decompose([rows for tau in taus for rows in rows_of(tau.T)], name, above=noise)[1].to(taus)
+    rows = rows_of(taus.transpose(0, 1))
+    S, V = decompose(rows, name, above=noise)
+    return product(rows, V, taus.dtype).div_(S.to(taus))

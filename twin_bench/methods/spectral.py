@@ -7,14 +7,14 @@ directions weight, another one on every machine; here they are cut. On matrices 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.singular import Rows, of_low_rank, product, right_singular, rows_of
 from twin_bench.task_vectors import TaskVectors
 
 MatrixMerge = Callable[[str, Tensor, float], Tensor]
@@ -43,29 +43,48 @@ def rounding(base: Tensor, taus: Tensor) -> float:
     return 10 * torch.finfo(taus.dtype).eps * sum(norms)
 
 
-def svd(matrix: Tensor, name: str, *, above: float) -> Factors:
-    """Return U (m, r), S (r), V (n, r) in float64 of an (m, n) matrix = U diag(S) V^T, S falling.
+def svd(matrix: Tensor, name: str, *, above: float, most: int | None = None) -> Factors:
+    """Return U (m, r), S (r), V (n, r) of an (m, n) matrix = U diag(S) V^T, S falling.
 
-    r counts the singular values larger than `above`; a matrix of zeros has none and is not decomposed. Where LAPACK's
-    divide and conquer (gesdd) doesn't converge, its QR iteration (gesvd) is asked; an InputError names the tensor
-    `name` if neither does.
+    r counts the singular values larger than `above`, and is `most` where there are more; a matrix of zeros has none
+    and is not decomposed. Where they are up to a quarter of min(m, n), as a LoRA expert's, all is in float64: its weak
+    directions are what matters there, and they are small. Else it is in the matrix's dtype, at half the memory.
+    An InputError names the tensor `name` if no LAPACK driver converges.
     """
-    if matrix.shape[0] < matrix.shape[1]:  # LAPACK takes several times as long for a wide matrix
-        V, S, U = svd(matrix.T, name, above=above)
+    if matrix.shape[0] < matrix.shape[1]:
+        V, S, U = svd(matrix.T, name, above=above, most=most)
         return U, S, V
-    matrix = matrix.double()
     if not matrix.any():
         return matrix[:, :0], matrix.new_zeros(0), matrix.new_zeros(matrix.shape[1], 0)
-    basis = _column_space(matrix, within=above / 2)
-    U, S, Vh = _economy_svd(matrix if basis is None else basis.T @ matrix, name)
+    rows = rows_of(matrix)
+    S, V = decompose(rows, name, above=above)
+    dtype = torch.float64 if 4 * len(S) <= matrix.shape[1] else matrix.dtype
+    S, V = S[:most], V[:, :most]
+    return product(rows, V, dtype).div_(S.to(dtype)), S.to(dtype), V.to(dtype)
+
+
+def decompose(rows: Rows, name: str, *, above: float) -> tuple[Tensor, Tensor]:
+    """Return S (r) and V (n, r) of a tall matrix, in float64; see `svd`.
+
+    A quarter of its columns are looked for first, which a LoRA expert's rank is within.
+    """
+    columns = rows[0][:1].numel()
+    with converged(name):
+        S, V = of_low_rank(rows, columns // 4, seed=0, noise=lambda _: above / 2) or right_singular(rows)
     rank = int((above < S).sum())
-    return U[:, :rank] if basis is None else basis @ U[:, :rank], S[:rank], Vh[:rank].T
+    return S[:rank], V[:, :rank]
 
 
-def leading(factors: Factors, count: int) -> Factors:
-    """Return the first `count` singular triplets, as copies: views would hold all of U and V."""
-    U, S, V = factors
-    return U[:, :count].clone(), S[:count], V[:, :count].clone()
+@contextmanager
+def converged(name: str) -> Iterator[None]:
+    """Name the tensor `name` in an InputError where it can't be decomposed."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise InputError(
+            f"tensor {name}: the SVD of its task vectors does not converge; merge with a method without one "
+            "(task_arithmetic, ties), or retrain the expert"
+        ) from None
 
 
 def polar(columns: Tensor, name: str) -> Tensor:
@@ -76,34 +95,3 @@ def polar(columns: Tensor, name: str) -> Tensor:
     """
     U, _, V = svd(columns, name, above=max(columns.shape) * torch.finfo(torch.float32).eps)
     return U @ V.T
-
-
-def _column_space(matrix: Tensor, *, within: float) -> Tensor | None:
-    """Return orthonormal Q (m, n // 4) with |matrix - Q Q^T matrix| <= within, None where a matrix has more columns.
-
-    Its product with n // 4 random vectors spans what a LoRA expert's task vector does, once more through the matrix
-    keeps rounding out of the span (Halko et al., arXiv:0909.4061), and Q^T matrix is decomposed in a fraction of the
-    time.
-    """
-    columns = matrix.shape[1]
-    random = torch.randn(columns, columns // 4, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
-    Q = torch.linalg.qr(matrix @ random.to(matrix.device)).Q
-    Q = torch.linalg.qr(matrix @ (matrix.T @ Q)).Q
-    rest = matrix - Q @ (Q.T @ matrix)
-    return Q if torch.linalg.vector_norm(rest) <= within else None
-
-
-def _economy_svd(matrix: Tensor, name: str) -> Factors:
-    try:
-        return torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        pass
-    try:
-        found = scipy.linalg.svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
-    except np.linalg.LinAlgError:
-        raise InputError(
-            f"tensor {name}: the SVD of its task vectors does not converge; merge with a method without one "
-            "(task_arithmetic, ties), or retrain the expert"
-        ) from None
-    U, S, Vh = (torch.from_numpy(factor).to(matrix.device) for factor in found)
-    return U, S, Vh

@@ -28,20 +28,24 @@ def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) ->
 
 
 def trim(taus: Tensor, thresholds: Tensor) -> Tensor:
-    """Return (T, *shape) `taus` with 0 for each expert's entries of a magnitude below its threshold."""
-    limits = thresholds.view(-1, *[1] * (taus.ndim - 1))
-    return torch.where(taus.abs().to(torch.float32) >= limits, taus, 0.0)
+    """Return (T, *shape) `taus`, changed in place: 0 for each expert's entries of a magnitude below its threshold."""
+    for tau, threshold in zip(taus, thresholds, strict=True):
+        tau.masked_fill_(tau.abs().to(torch.float32) < threshold, 0.0)
+    return taus
 
 
 def disjoint_mean(taus: Tensor) -> Tensor:
-    """Return the mean over dim 0 of the entries whose sign is that of the sum; 0 where none is left."""
+    """Return the mean over dim 0 of the entries whose sign is that of the sum; 0 where none is left.
+
+    The other entries of `taus` become 0.
+    """
     elected = taus.sum(dim=0).sign()
     total, count = torch.zeros_like(elected), torch.zeros_like(elected)
     for tau in taus:  # one at a time: temporaries of all of them would double the memory
         agree = tau * elected > 0
-        total += torch.where(agree, tau, 0.0)
         count += agree
-    return total / count.clamp(min=1)
+        total += tau.masked_fill_(~agree, 0.0)
+    return total.div_(count.clamp_(min=1))
 
 
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method
-from twin_bench.methods.spectral import leading, merged_by_matrix, polar, svd
+from twin_bench.methods.spectral import merged_by_matrix, polar, svd
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -29,8 +29,11 @@ def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
         kept = min(taus.shape[1:]) // len(taus)
-        tasks = [leading(svd(tau, name, above=rounding), kept) for tau in taus]
+        tasks = [svd(tau, name, above=rounding, most=kept) for tau in taus]
         U, S, V = (torch.cat(factors, dim=-1) for factors in zip(*tasks, strict=True))
-        return (polar(U, name) * S) @ polar(V, name).T
+        del tasks
+        U = polar(U, name)
+        V = polar(V, name)
+        return U.mul_(S) @ V.T
 
     return merged_by_matrix(vectors, merge, scaling=scaling)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.methods import SCALINGS, merge_method
-from twin_bench.methods.spectral import merged_by_matrix
+from twin_bench.methods.spectral import converged, merged_by_matrix
+from twin_bench.singular import gram, rows_of, spectrum
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -40,36 +41,53 @@ def wudi(
         )
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
-        together = taus.sum(dim=0, dtype=torch.float64)
-        pull, gram = torch.zeros_like(together), together.new_zeros(2 * together.shape[-1:])
-        norms = []
-        for tau in taus:
-            if tau.any():
-                exact = tau.double()
-                norms.append(torch.linalg.vector_norm(exact))
-                unit = exact / norms[-1]
-                pull += torch.linalg.multi_dot([together - exact, unit.T, unit])
-                gram.addmm_(unit.T, unit)
-        times_gram = _gram_product(gram, cut=rounding / float(min(norms)), dtype=taus.dtype)
-        correction, pull = torch.zeros_like(taus[0]), pull.to(taus.dtype)
+        changed = [tau for tau in taus if tau.any()]
+        norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in changed]
+        pull = _pull(taus.sum(dim=0), changed, norms)
+        inner, outer = _factors(name, changed, norms, cut=rounding / min(norms))
+        correction = torch.zeros_like(pull)
+        correction.grad = gradient = torch.empty_like(pull)
         adam = torch.optim.Adam([correction], lr=learning_rate, fused=True)
         for _ in range(int(steps)):
-            correction.grad = 2 * (times_gram(correction) + pull)
+            torch.addmm(pull, correction if inner is None else correction @ inner, outer, out=gradient)
+            gradient *= 2
             adam.step()
-        return taus.sum(dim=0) + correction
+        for tau in taus:
+            correction += tau
+        return correction
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
 
 
-def _gram_product(gram: Tensor, *, cut: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return D -> D G for D (m, n) and G = X^T X (n, n) of an X whose singular values up to `cut` are rounding.
+def _pull(together: Tensor, taus: Sequence[Tensor], norms: Sequence[float]) -> Tensor:
+    """Return B (m, n) of the gradient; exactly 0 of one expert, lest Adam follow its rounding."""
+    pull = torch.zeros_like(together)
+    for tau, norm in zip(taus, norms, strict=True):
+        unit_gram = gram(rows_of(tau), scale=norm**-2)
+        for out, whole, part in zip(rows_of(pull), rows_of(together), rows_of(tau), strict=True):
+            out += (whole.double() - part.double()) @ unit_gram
+        del unit_gram  # not to be held while the next one is made
+    return pull
 
-    Where their rank is below n / 2, two products with a factor of that rank are cheaper than one with the whole.
+
+def _factors(name: str, taus: Sequence[Tensor], norms: Sequence[float], *, cut: float) -> tuple[Tensor | None, Tensor]:
+    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where r is not below n / 2.
+
+    Two thin products are cheaper than one with the whole. Singular values of X up to `cut` are rounding and left out.
     """
-    squares, directions = torch.linalg.eigh(gram)
-    kept = squares > max(cut**2, len(gram) * torch.finfo(gram.dtype).eps * float(squares[-1]))
-    thin = (directions[:, kept] * squares[kept].sqrt()).to(dtype)
-    if 2 * thin.shape[1] < len(gram):
-        return lambda D: D @ thin @ thin.T
-    dense = gram.to(dtype)
-    return lambda D: D @ dense
+
+    def total() -> Tensor:
+        summed = None
+        for tau, norm in zip(taus, norms, strict=True):
+            summed = gram(rows_of(tau), scale=norm**-2, onto=summed)
+        assert summed is not None
+        return summed
+
+    with converged(name):
+        S, V = spectrum(total)
+    rank = int((max(cut, float(S[0]) * (len(S) * torch.finfo(S.dtype).eps) ** 0.5) < S).sum())
+    if 2 * rank >= len(S):
+        del V
+        return None, total().to(taus[0])
+    X = (V[:, :rank] * S[:rank]).to(taus[0])
+    return X, X.T

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.singular import of_low_rank, product, right_singular, rows_of
 
 FULL_SVD_OPERATIONS = 10**10
 """m * n * min(m, n) up to which the Gram matrix is decomposed: about half a second on two cores."""
@@ -57,60 +59,31 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     (4096 x 4096, rank 8: 0.24 s against 11 s). Singular values below the matrix's rounding error are dropped, so a
     LoRA expert's delta keeps no more columns than it has.
 
-    Gram matrices are in float64, which squares singular values to a relative 1e-16: what float32 distinguishes
-    (1e-7) is kept. A matrix in float64 itself is decomposed as it is.
-
     Returns the factors in the matrix's dtype, float32 at least.
     """
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if matrix.shape[0] < matrix.shape[1]:  # the Gram matrix is that of the smaller side
         B, A = truncated_svd(matrix.T, rank, seed=seed)
         return Factors(A.T.contiguous(), B.T.contiguous())
-    exact = matrix.double()
-    found = _of_low_rank(exact, min(2 * rank + 16, *matrix.shape), seed, matrix.dtype) if rank else None
+    noise = partial(_noise, shape=matrix.shape, dtype=matrix.dtype)
+    rows = rows_of(matrix)
+    found = of_low_rank(rows, 2 * rank + 16, seed=seed, noise=noise) if rank else None
     if found is None and matrix.numel() * min(matrix.shape) <= FULL_SVD_OPERATIONS:
-        found = _right_singular(exact, matrix.dtype)
+        found = right_singular(rows)
     elif found is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _, S, V = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
         found = S.double(), V.double()
     S, V = found
-    rank = min(rank, int((_noise(S, matrix.shape, matrix.dtype) < S).sum())) if S.numel() and S[0] > 0 else 0
+    rank = min(rank, int((noise(S) < S).sum())) if S.numel() and S[0] > 0 else 0
     root, V = S[:rank].sqrt(), V[:, :rank]
-    return Factors((exact @ (V / root)).to(matrix), (root * V).T.to(matrix).contiguous())
+    return Factors(product(rows, V / root, matrix.dtype), (root * V).T.to(matrix).contiguous())
 
 
-def _right_singular(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return S (n) and V (n, n), S falling, of a tall float64 matrix (m, n) whose entries came in `dtype`."""
-    if dtype == torch.float64:
-        _, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        return S, Vh.T
-    squares, V = torch.linalg.eigh(matrix.T @ matrix)
-    return squares.flip(0).clamp(min=0).sqrt(), V.flip(1)
-
-
-def _of_low_rank(matrix: Tensor, columns: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Return S and V of a tall float64 matrix (m, n) whose rank is below `columns`, None of any other.
-
-    Its row space is that of `columns` random combinations of its rows (Halko et al., arXiv 0909.4061). What these
-    leave out is a difference of squared norms, which float64 resolves to 1e-8: not for entries that came in float64.
-    """
-    if 2 * columns > matrix.shape[1] or dtype == torch.float64:  # else the whole Gram matrix costs as little
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(columns, matrix.shape[0], dtype=matrix.dtype, generator=generator)
-    Q = torch.linalg.qr((random.to(matrix.device) @ matrix).T).Q
-    sketch = matrix @ Q
-    S, V = _right_singular(sketch, dtype)
-    if matrix.norm() ** 2 - sketch.norm() ** 2 > _noise(S, matrix.shape, dtype) ** 2:
-        return None
-    return S, Q @ V
-
-
-def _noise(S: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _noise(S: Tensor, shape: torch.Size, dtype: torch.dtype) -> float:
     """Return the singular value up to which a matrix of a dtype is rounding: as numpy's matrix_rank has it."""
-    return S[0] * max(shape) * torch.finfo(dtype).eps
+    return float(S[0]) * max(shape) * torch.finfo(dtype).eps
 
 
 def exclusive_vector(
