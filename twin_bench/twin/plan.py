@@ -21,6 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BATCH_TOKENS = 32.0
+"""What a batch costs besides its tokens, in tokens: measured on two cores for a 6-layer, 384-wide encoder."""
+GPU_BATCH_TOKENS = 8192.0
+"""The same on a GPU, which small batches leave idle; a guess."""
+STEP_TOKENS = 16
+"""What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
+EFFICIENT_ROWS = 32
+"""Rows from which on a low-rank group has batches of its own."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -107,17 +116,17 @@ def batches(
     batch_size: int,
     *,
     steps: int = 0,
-    overhead: float | None = None,
+    overhead: float = BATCH_TOKENS,
 ) -> list[Group]:
     """Cut a group into batches of at most `batch_size` rows, longest first, at the least cost.
 
-    A batch costs its tokens, padding included, and an `overhead` (BATCH_TOKENS for None); where `steps` are to be
-    generated, these as well. Cutting where rows are of another length saves padding and costs another batch: of all
-    ways to cut the rows in order of their length, the cheapest is found by dynamic programming.
+    A batch costs its tokens, padding included, and an `overhead`; where `steps` are to be generated, these as well.
+    Cutting where rows are of another length saves padding and costs another batch: of all ways to cut the rows in
+    order of their length, the cheapest is found by dynamic programming.
     """
     rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
     lengths = np.array([tokens[row] for row in rows], dtype=np.float64)
-    each = (BATCH_TOKENS if overhead is None else overhead) + steps * STEP_TOKENS
+    each = overhead + steps * STEP_TOKENS
     least = np.zeros(len(rows) + 1)
     start_of = np.zeros(len(rows) + 1, dtype=int)
     for end in range(1, len(rows) + 1):
@@ -131,14 +140,3 @@ def batches(
         cut.append(Group(tuple(rows[start_of[end] : end]), group.weights))
         end = start_of[end]
     return cut[::-1]
-
-
-BATCH_TOKENS = 32.0
-"""What a batch costs besides its tokens, in tokens: measured on two cores for a 6-layer, 384-wide encoder."""
-GPU_BATCH_TOKENS = 8192.0
-"""The same on a GPU, which small batches leave idle; a guess."""
-STEP_TOKENS = 16
-"""What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
-
-EFFICIENT_ROWS = 32
-"""Rows from which on a low-rank group has batches of its own."""
