@@ -82,7 +82,7 @@ def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) 
 
 @torch.no_grad()
 def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
-    """Return X^T X / n of the n inputs X (n, in) of each linear layer, (in, in) in float32.
+    """Return X^T X / n of the n inputs X (n, in) of each linear layer, (in, in) in float32; summed up in float64.
 
     It has the weight's name where the weight is stored (out, in), and that name with ".T" where it is stored (in, out):
     GPT-2's Conv1D. n counts tokens, as in the authors' code, so that a task of long texts weighs no more than one of
@@ -96,12 +96,15 @@ def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
     }
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    last: list[Tensor] = []  # an input and its product: queries, keys and values read the same one
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).double()
-            sums[name] = sums.get(name, 0) + x.T @ x
-            counts[name] = counts.get(name, 0) + len(x)
+            if not last or last[0] is not args[0]:
+                x = args[0].flatten(0, -2).float()
+                last[:] = args[0], x.T @ x
+            sums[name] = sums[name].add_(last[1]) if name in sums else last[1].double()
+            counts[name] = counts.get(name, 0) + args[0].shape[:-1].numel()
 
         return module.register_forward_pre_hook(hook)
 
