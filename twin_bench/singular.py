@@ -3,7 +3,8 @@
 A Gram matrix squares singular values, and float64 keeps squares to a relative 1e-16: of float32 entries, which tell
 1e-7 apart, nothing is lost. Matrices whose entries are float64 themselves are decomposed as they are.
 
-All functions take a tall matrix (m, n), m >= n, as `Rows`: views of its rows, made float64 one block at a time.
+A matrix X (m, n) is taken as `Rows`: views of its rows, made float64 one block at a time. Its Gram matrix is
+(n, n): whoever decomposes a wide one gives its columns.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from twin_bench.finite import all_finite
+
 Rows = Sequence[Tensor]
 """Blocks (b, ...) of a matrix's rows, their further dimensions counting as one."""
 Decomposed = tuple[Tensor, Tensor]
-"""S (n), falling, and V (n, n)."""
+"""S (k), falling, and V (n, k): all n, or the first ones."""
 BLOCK = 2**18
 """Entries of a block: 2 MB in float64."""
-LARGE = 1024
+LARGE = 512
 """Columns from which a Gram matrix is decomposed in place."""
 
 
@@ -103,10 +106,13 @@ def _exact(block: Tensor) -> Tensor:
 
 def _first_to_converge(drivers: Sequence[Callable[[Tensor], Decomposed]], make: Callable[[], Tensor]) -> Decomposed:
     for driver in drivers:
+        made = make()
+        if not all_finite(made):
+            raise torch.linalg.LinAlgError("an entry is not finite")  # type: ignore[attr-defined]
         try:
-            return driver(make())
-        except (torch.linalg.LinAlgError, np.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined]
-            continue
+            return driver(made)
+        except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]
+            del made  # not to be held while the next one is made
     raise torch.linalg.LinAlgError("no LAPACK driver converges")  # type: ignore[attr-defined]
 
 
@@ -126,7 +132,7 @@ def _in_place(gram: Tensor) -> bool:
 def _relatively_robust(gram: Tensor) -> Decomposed:
     """By LAPACK's syevr, which works in place of the Gram matrix."""
     falling = gram.neg_().cpu().numpy().T  # eigenvalues come rising; .T is LAPACK's own layout
-    squares, V = scipy.linalg.eigh(falling, driver="evr", overwrite_a=True)
+    squares, V = scipy.linalg.eigh(falling, driver="evr", overwrite_a=True, check_finite=False)
     return torch.from_numpy(-squares).clamp(min=0).sqrt().to(gram), torch.from_numpy(V).to(gram)
 
 
@@ -143,5 +149,5 @@ def _torch_svd(matrix: Tensor) -> Decomposed:
 
 def _scipy_svd(matrix: Tensor) -> Decomposed:
     """By LAPACK's QR iteration (gesvd), where divide and conquer (gesdd) does not converge."""
-    _, S, Vh = scipy.linalg.svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+    _, S, Vh = scipy.linalg.svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False)
     return torch.from_numpy(S).to(matrix), torch.from_numpy(Vh).to(matrix).T

@@ -77,11 +77,11 @@ def test_iso_cts_is_the_papers_formula(count: int, fraction: float, dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_iso_cts_divides_the_rank_that_lora_experts_have(dtype: torch.dtype) -> None:
-    """Tasks' directions that nearly coincide tell float32's rounding of them apart: in `tall` by some hundred times."""
+    """Tasks' directions that nearly coincide strengthen the rounding of what is left of float32 task vectors."""
     base, experts = random_experts(3, rank=3, dtype=dtype)
     merged = twin_bench.merge("iso_cts", base, experts, common_space_fraction=0.5)
     for name in MATRICES:
-        assert_moved(merged[name], base[name], iso_cts(deltas(base, experts, name), 9, 0.5), loosened=5)
+        assert_moved(merged[name], base[name], iso_cts(deltas(base, experts, name), 9, 0.5), loosened=2)
 
 
 def test_iso_cts_without_room_for_tasks_is_iso_c() -> None:

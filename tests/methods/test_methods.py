@@ -212,6 +212,7 @@ def test_live_parameters_merge_as_their_values_do(name: str) -> None:
     expected = twin_bench.merge(name, base, tuned)
     merged = twin_bench.merge(name, {n: torch.nn.Parameter(tensor) for n, tensor in base.items()}, live)
     assert all(torch.equal(merged[tensor], expected[tensor]) for tensor in base)
+    assert not any(tensor.requires_grad for tensor in merged.values())
 
 
 def test_errors() -> None:

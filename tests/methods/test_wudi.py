@@ -9,6 +9,8 @@ from torch import Tensor
 import twin_bench
 from tests.methods.examples import MATRICES, random_experts
 from twin_bench import InputError
+from twin_bench.methods.spectral import rounding
+from twin_bench.methods.wudi import _factors
 
 
 def loss(merged: Tensor, taus: Tensor) -> Tensor:
@@ -60,6 +62,36 @@ def test_experts_of_low_rank_end_without_interference() -> None:
     for name in MATRICES:
         taus = stacked(base, experts, name)
         assert loss(merged[name] - base[name], taus) < 1e-4 * loss(taus.sum(dim=0), taus)
+
+
+@pytest.mark.parametrize("shape", [(80, 64), (64, 80)])
+def test_lora_experts_take_two_thin_products_a_step(shape: tuple[int, int]) -> None:
+    """Three experts of rank 2 have six inputs; float32's rounding of the parameters they were added to has the rest."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator)
+    moves = [
+        torch.randn(shape[0], 2, generator=generator) @ torch.randn(2, shape[1], generator=generator) for _ in "abc"
+    ]
+    experts = {f"task{index}": {"w": base + (index + 1) * move} for index, move in enumerate(moves)}
+    taus = torch.stack([expert["w"] - base for expert in experts.values()])
+    norms = [float(tau.norm()) for tau in taus]
+    X, transposed = _factors("w", list(taus), norms, noise=rounding(base, taus))
+    assert X is not None
+    assert X.shape == (shape[1], 6)
+    units = [tau / norm for tau, norm in zip(taus, norms, strict=True)]
+    torch.testing.assert_close(X @ transposed, sum(unit.T @ unit for unit in units), rtol=1e-4, atol=1e-5)
+    merged = twin_bench.merge("wudi", {"w": base}, experts, learning_rate=5e-3, steps=100)["w"]
+    torch.testing.assert_close(merged.double(), base.double() + minimised(taus.double(), 5e-3, 100), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_that_cancel_leave_the_base(dtype: torch.dtype) -> None:
+    """Adam moves by its learning rate whatever the size of a gradient: there must be none."""
+    base, experts = random_experts(1, dtype=dtype)
+    base = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+    opposite = {name: -tensor for name, tensor in experts["task0"].items()}
+    merged = twin_bench.merge("wudi", base, {**experts, "opposite": opposite}, learning_rate=1.0, steps=20)
+    assert all(torch.equal(merged[name], base[name]) for name in MATRICES)
 
 
 def test_without_steps_it_is_task_arithmetic() -> None:

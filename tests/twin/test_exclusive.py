@@ -71,6 +71,16 @@ def test_weak_directions_are_as_exact_as_the_dtype(shape: tuple[int, int], dtype
     assert (B @ A - (U[:, :50] * values[:50] @ V[:, :50].T).to(dtype)).norm() < 10 * error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(60, 40), (700, 600)])
+def test_live_parameters_are_read_as_their_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = truncated_svd(matrix, 3)
+    for found, plain in zip(truncated_svd(matrix.clone().requires_grad_(), 3), expected, strict=True):
+        assert torch.equal(found, plain)
+        assert not found.requires_grad
+
+
 def test_a_difference_that_is_not_finite_names_its_tensor() -> None:
     shared = {"layer.weight": torch.zeros(8, 8)}
     with pytest.raises(InputError, match=r"tensor layer\.weight"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from twin_bench.methods import SCALINGS, merge_method, require_fraction
 from twin_bench.methods.iso_c import isotropic
 from twin_bench.methods.spectral import merged_by_matrix, polar, svd
+from twin_bench.singular import rows_of
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -40,11 +41,11 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
         rank, tasks = len(total[1]), len(taus)
         own = min(rank // tasks, round((rank - int(rank * common_space_fraction)) / tasks))
         common = rank - tasks * own
-        U = total[0][:, :common]
-        parts = [[U, total[1][:common], total[2][:, :common]]]
+        parts = [[factor[..., :common].clone() for factor in total]]  # views would hold all of it
         del total
+        U = parts[0][0]
         for tau in taus if own else ():
-            tau -= U @ (U.T @ tau.to(U.dtype))
+            _project_out(U, tau)
             parts.append([factor.to(U.dtype) for factor in svd(tau, name, above=rounding, most=own)])
         left, spectrum, right = (torch.cat(factors, dim=-1) for factors in zip(*parts, strict=True))
         del parts, U
@@ -53,3 +54,14 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
         return isotropic(left, spectrum, right)
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
+
+
+def _project_out(U: Tensor, tau: Tensor) -> None:
+    """Turn tau (m, n) into tau - U U^T tau, in place and in float64: what is left may be small."""
+    blocks = rows_of(tau)
+    beside = U.split([len(block) for block in blocks])
+    inside = torch.zeros(U.shape[1], tau.shape[1], dtype=torch.float64, device=tau.device)
+    for block, u in zip(blocks, beside, strict=True):
+        inside.addmm_(u.double().T, block.double())
+    for block, u in zip(blocks, beside, strict=True):
+        block.copy_(block.double().addmm_(u.double(), inside, alpha=-1))

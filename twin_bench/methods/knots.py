@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.methods import SCALINGS, merge_method, require_fraction
-from twin_bench.methods.spectral import decompose, rounding
+from twin_bench.methods.spectral import decompose, rounding, sketch_size
 from twin_bench.methods.ties import disjoint_mean, trim, trim_thresholds
 from twin_bench.singular import product, rows_of
 from twin_bench.task_vectors import TaskVectors
@@ -69,8 +69,9 @@ def align(name: str, base: Tensor, taus: Tensor) -> tuple[Tensor | None, Tensor]
 def _joint_basis(name: str, taus: Tensor, noise: float) -> Tensor:
     """Return U (m, r) of the SVD of matrices (T, m, n) side by side, none of which is copied."""
     tasks, height, width = taus.shape
+    sketch = sketch_size(taus[0])
     if height <= tasks * width:
-        return decompose([rows for tau in taus for rows in rows_of(tau.T)], name, above=noise)[1].to(taus)
+        return decompose([rows for tau in taus for rows in rows_of(tau.T)], name, sketch, above=noise)[1].to(taus)
     rows = rows_of(taus.transpose(0, 1))
-    S, V = decompose(rows, name, above=noise)
+    S, V = decompose(rows, name, sketch, above=noise)
     return product(rows, V, taus.dtype).div_(S.to(taus))

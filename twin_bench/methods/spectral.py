@@ -32,7 +32,7 @@ def merged_by_matrix(vectors: TaskVectors, merge: MatrixMerge, *, scaling: float
         if not taus.any():
             return base
         merged = merge(name, taus, rounding(base, taus)) if base.ndim == 2 else taus.mean(dim=0)
-        return base + scaling * merged
+        return base.add(merged.to(base), alpha=scaling)
 
     return vectors.merged(merge_parameter)
 
@@ -57,20 +57,21 @@ def svd(matrix: Tensor, name: str, *, above: float, most: int | None = None) -> 
     if not matrix.any():
         return matrix[:, :0], matrix.new_zeros(0), matrix.new_zeros(matrix.shape[1], 0)
     rows = rows_of(matrix)
-    S, V = decompose(rows, name, above=above)
+    S, V = decompose(rows, name, sketch_size(matrix), above=above)
     dtype = torch.float64 if 4 * len(S) <= matrix.shape[1] else matrix.dtype
-    S, V = S[:most], V[:, :most]
+    S, V = S[:most], V[:, :most].clone()  # a view would hold all of V
     return product(rows, V, dtype).div_(S.to(dtype)), S.to(dtype), V.to(dtype)
 
 
-def decompose(rows: Rows, name: str, *, above: float) -> tuple[Tensor, Tensor]:
-    """Return S (r) and V (n, r) of a tall matrix, in float64; see `svd`.
+def sketch_size(matrix: Tensor) -> int:
+    """Return how many directions of an (m, n) task vector to look for before all: a LoRA expert's rank is within."""
+    return min(matrix.shape) // 4 + 8
 
-    A quarter of its columns are looked for first, which a LoRA expert's rank is within.
-    """
-    columns = rows[0][:1].numel()
+
+def decompose(rows: Rows, name: str, sketch: int, *, above: float) -> tuple[Tensor, Tensor]:
+    """Return S (r) and V (n, r) of a tall matrix, in float64; see `svd`. `sketch` directions are looked for first."""
     with converged(name):
-        S, V = of_low_rank(rows, columns // 4, seed=0, noise=lambda _: above / 2) or right_singular(rows)
+        S, V = of_low_rank(rows, sketch, seed=0, noise=lambda _: above / 2) or right_singular(rows)
     rank = int((above < S).sum())
     return S[:rank], V[:, :rank]
 
@@ -94,4 +95,4 @@ def polar(columns: Tensor, name: str) -> Tensor:
     columns' rank, where an SVD's full U and V would add directions that no column has.
     """
     U, _, V = svd(columns, name, above=max(columns.shape) * torch.finfo(torch.float32).eps)
-    return U @ V.T
+    return (U @ V.T).to(columns)  # U's and V's own precision depends on their rank

@@ -32,6 +32,8 @@ def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
         tasks = [svd(tau, name, above=rounding, most=kept) for tau in taus]
         U, S, V = (torch.cat(factors, dim=-1) for factors in zip(*tasks, strict=True))
         del tasks
+        if 4 * len(S) > min(taus.shape[1:]):  # in float64 each by itself, too many together
+            U, S, V = U.to(taus), S.to(taus), V.to(taus)
         U = polar(U, name)
         V = polar(V, name)
         return U.mul_(S) @ V.T

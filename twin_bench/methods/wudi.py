@@ -9,8 +9,8 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.methods import SCALINGS, merge_method
-from twin_bench.methods.spectral import converged, merged_by_matrix
-from twin_bench.singular import gram, rows_of, spectrum
+from twin_bench.methods.spectral import converged, merged_by_matrix, sketch_size
+from twin_bench.singular import gram, of_low_rank, product, rows_of, spectrum
 from twin_bench.task_vectors import TaskVectors
 
 
@@ -44,7 +44,7 @@ def wudi(
         changed = [tau for tau in taus if tau.any()]
         norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in changed]
         pull = _pull(taus.sum(dim=0), changed, norms)
-        inner, outer = _factors(name, changed, norms, cut=rounding / min(norms))
+        inner, outer = _factors(name, changed, norms, noise=rounding)
         correction = torch.zeros_like(pull)
         correction.grad = gradient = torch.empty_like(pull)
         adam = torch.optim.Adam([correction], lr=learning_rate, fused=True)
@@ -61,33 +61,36 @@ def wudi(
 
 def _pull(together: Tensor, taus: Sequence[Tensor], norms: Sequence[float]) -> Tensor:
     """Return B (m, n) of the gradient; exactly 0 of one expert, lest Adam follow its rounding."""
-    pull = torch.zeros_like(together)
+    pull = torch.zeros_like(together, dtype=torch.float64)
     for tau, norm in zip(taus, norms, strict=True):
-        unit_gram = gram(rows_of(tau), scale=norm**-2)
+        unit = tau.to(torch.float64, copy=True).div_(norm)
         for out, whole, part in zip(rows_of(pull), rows_of(together), rows_of(tau), strict=True):
-            out += (whole.double() - part.double()) @ unit_gram
-        del unit_gram  # not to be held while the next one is made
-    return pull
+            out += (whole.double() - part.double()) @ unit.T @ unit
+        del unit  # not to be held while the next one is made
+    return pull.to(together.dtype)
 
 
-def _factors(name: str, taus: Sequence[Tensor], norms: Sequence[float], *, cut: float) -> tuple[Tensor | None, Tensor]:
-    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where r is not below n / 2.
+def _factors(
+    name: str, taus: Sequence[Tensor], norms: Sequence[float], *, noise: float
+) -> tuple[Tensor | None, Tensor]:
+    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where the rank is not low.
 
-    Two thin products are cheaper than one with the whole. Singular values of X up to `cut` are rounding and left out.
+    Two thin products are cheaper than one with the whole. What experts have up to `noise` is rounding and left out.
     """
-
-    def total() -> Tensor:
-        summed = None
-        for tau, norm in zip(taus, norms, strict=True):
-            summed = gram(rows_of(tau), scale=norm**-2, onto=summed)
-        assert summed is not None
-        return summed
-
+    rows = [block for tau in taus for block in rows_of(tau)]
+    summed: Tensor | None = None
     with converged(name):
-        S, V = spectrum(total)
-    rank = int((max(cut, float(S[0]) * (len(S) * torch.finfo(S.dtype).eps) ** 0.5) < S).sum())
-    if 2 * rank >= len(S):
-        del V
-        return None, total().to(taus[0])
-    X = (V[:, :rank] * S[:rank]).to(taus[0])
+        found = of_low_rank(rows, sketch_size(taus[0]), seed=0, noise=lambda _: noise)
+        if found is None:
+            for tau, norm in zip(taus, norms, strict=True):
+                summed = gram(rows_of(tau), scale=norm**-2, onto=summed)
+            assert summed is not None
+            return None, summed.to(taus[0])
+        S, V = found
+        V = V[:, noise < S]
+        for tau, norm in zip(taus, norms, strict=True):
+            summed = gram([product(rows_of(tau), V, torch.float64)], scale=norm**-2, onto=summed)
+        assert summed is not None
+        S, directions = spectrum(summed.clone)
+    X = (V @ (directions * S)).to(taus[0])
     return X, X.T

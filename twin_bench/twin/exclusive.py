@@ -61,7 +61,7 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
 
     Returns the factors in the matrix's dtype, float32 at least.
     """
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     if matrix.shape[0] < matrix.shape[1]:  # the Gram matrix is that of the smaller side
         B, A = truncated_svd(matrix.T, rank, seed=seed)
         return Factors(A.T.contiguous(), B.T.contiguous())
