@@ -74,10 +74,10 @@ def peaks(root: Path, width: int, merges: list[dict[str, Any]]) -> dict[str, dic
 def test_a_merge_holds_twice_its_largest_stack_of_tensors(tmp_path: Path) -> None:
     """Peak anonymous memory stays below 2 x the largest tensor x (T + 2): less than the models themselves take.
 
-    The experts are of full rank, so that whoever decomposes matrices decomposes them whole; the largest are square. With
-    fewer experts the decomposition, some 7 tensors, does not fit in (9.5 for two, where the limit is 8), nor do KnOTS'
-    m x m basis of a tall matrix and WUDI's n x n Gram matrix of a wide one where such a matrix is the largest (23 and
-    18 for 1 to 4).
+    The experts are of full rank, so that whoever decomposes matrices decomposes them whole. The largest matrices are
+    square: where such a one is the largest, KnOTS' m x m basis of a tall matrix and WUDI's n x n Gram matrix of a wide
+    one do not fit in (23 and 18 for 1 to 4). Nor does a decomposition, some 7 tensors, with fewer experts (9.5 for
+    two, where the limit is 8).
     """
     width = 1024
     sizes = save_family(tmp_path, width=width, layers=2)
