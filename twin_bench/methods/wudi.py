@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.methods import SCALINGS, merge_method
-from twin_bench.methods.spectral import converged, merged_by_matrix, sketch_size
+from twin_bench.methods.spectral import converged, merged_by_matrix
 from twin_bench.singular import gram, of_low_rank, product, rows_of, spectrum
 from twin_bench.task_vectors import TaskVectors
 
@@ -73,14 +73,14 @@ def _pull(together: Tensor, taus: Sequence[Tensor], norms: Sequence[float]) -> T
 def _factors(
     name: str, taus: Sequence[Tensor], norms: Sequence[float], *, noise: float
 ) -> tuple[Tensor | None, Tensor]:
-    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where the rank is not low.
+    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where r is above min(m, n) / 2.
 
     Two thin products are cheaper than one with the whole. What experts have up to `noise` is rounding and left out.
     """
     rows = [block for tau in taus for block in rows_of(tau)]
     summed: Tensor | None = None
     with converged(name):
-        found = of_low_rank(rows, sketch_size(taus[0]), seed=0, noise=lambda _: noise)
+        found = of_low_rank(rows, min(taus[0].shape) // 2, seed=0, noise=lambda _: noise)
         if found is None:
             for tau, norm in zip(taus, norms, strict=True):
                 summed = gram(rows_of(tau), scale=norm**-2, onto=summed)
