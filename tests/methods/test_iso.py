@@ -9,6 +9,7 @@ import torch
 import twin_bench
 from tests.methods.examples import MATRICES, assert_moved, deltas, random_experts
 from twin_bench import InputError
+from twin_bench.methods.iso_cts import _project_out
 
 
 def orthogonal_factor(matrix: np.ndarray) -> np.ndarray:
@@ -106,3 +107,13 @@ def test_iso_cts_refuses_a_fraction_out_of_range(fraction: float) -> None:
     base, experts = random_experts(2)
     with pytest.raises(InputError, match=r"iso_cts: common_space_fraction must be in \(0, 1\]"):
         twin_bench.merge("iso_cts", base, experts, common_space_fraction=fraction)
+
+
+def test_what_lies_beyond_the_common_space_is_found_under_float32s_rounding() -> None:
+    """A task vector nearly all of which is common: what is left is a difference of numbers a million times larger."""
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(40, 6, generator=generator)).Q
+    tau = U @ torch.randn(6, 30, generator=generator) + 1e-6 * torch.randn(40, 30, generator=generator)
+    expected = tau.double() - U.double() @ (U.double().T @ tau.double())
+    _project_out(U, tau)
+    torch.testing.assert_close(tau.double(), expected, rtol=1e-6, atol=0)
