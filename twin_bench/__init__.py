@@ -4,7 +4,7 @@
 """
 
 from twin_bench.errors import InputError
-from twin_bench.methods import merge, methods
+from twin_bench.merging.registry import merge, methods
 from twin_bench.twin.model import TwinModel
 
 __all__ = ["InputError", "TwinModel", "merge", "methods"]

@@ -74,9 +74,9 @@ def _build(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from twin_bench.recipe import read_recipe
-    from twin_bench.twin.build import build_twin
-    from twin_bench.twin.feature_cache import named_directory
+    from twin_bench.twin.builder import build_twin
+    from twin_bench.twin.cache import named_directory
+    from twin_bench.twin.recipe import read_recipe
 
     recipe = read_recipe(options.recipe)
     with Progress(console=Console(stderr=True)) as progress:
@@ -92,8 +92,8 @@ def _merge(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from twin_bench.export import merge_to_directory
-    from twin_bench.recipe import read_merge_recipe
+    from twin_bench.merging.export import merge_to_directory
+    from twin_bench.merging.recipe import read_merge_recipe
 
     recipe, difference = read_merge_recipe(options.recipe)
     if difference:
@@ -104,7 +104,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from twin_bench.gguf import convert
+    from twin_bench.checkpoints.gguf import convert
 
     convert(options.gguf, options.directory)
     print(f"{options.directory}: an ordinary checkpoint, float32")
@@ -137,8 +137,8 @@ def _methods(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from twin_bench.catalogue import markdown
-    from twin_bench.methods import methods
+    from twin_bench.merging.catalogue import markdown
+    from twin_bench.merging.registry import methods
 
     if options.markdown:
         print(markdown(), end="")

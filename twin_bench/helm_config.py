@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from twin_bench.checkpoint import context_window, read_config
+from twin_bench.checkpoints.skeleton import context_window, read_config
 from twin_bench.errors import InputError
-from twin_bench.leaderboard.cells import write_atomically
+from twin_bench.files import write_text
 from twin_bench.twin.directory import read_manifest
 
 PLUGINS_SINCE = (0, 5, 12)
@@ -117,7 +117,7 @@ def write_helm_config(
             raise InputError(f"{path}: {full} is there already; give another --name, or remove it")
         written[path] = yaml.safe_dump({key: [*listed, entry]}, sort_keys=False)
     for path, text in written.items():
-        write_atomically(path, text)
+        write_text(path, text)
     return list(written)
 
 

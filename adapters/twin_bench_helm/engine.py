@@ -26,7 +26,8 @@ from transformers.generation.logits_process import (
 
 from twin_bench.errors import InputError
 from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.model import PROTOCOLS, Protocol, TwinModel
+from twin_bench.twin.model import TwinModel
+from twin_bench.twin.parts import PROTOCOLS, Protocol
 from twin_bench.twin.plan import Group
 
 GATHER_SECONDS = 0.01

@@ -19,7 +19,9 @@ from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerS
 from helm.common.authentication import Authentication
 
 import twin_bench_helm.plugin  # noqa: F401 (registers twin_cnndm)
-from twin_bench.data import TASKS, Row, read_rows, split_path
+from twin_bench.data import TASKS
+from twin_bench.data.rows import read_rows, split_path
+from twin_bench.data.task import Row
 from twin_bench.errors import InputError
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench_helm.engine import hold

@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from twin_bench.checkpoint import context_window, read_config
+from twin_bench.checkpoints.dtypes import known_dtype
+from twin_bench.checkpoints.skeleton import context_window, read_config
 from twin_bench.errors import InputError, nearest
+from twin_bench.twin.cache import named_directory
 from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.directory import known_dtype, load_parts
-from twin_bench.twin.feature_cache import named_directory
-from twin_bench.twin.model import PROTOCOLS, Protocol
+from twin_bench.twin.directory import load_parts
+from twin_bench.twin.parts import PROTOCOLS, Protocol
 from twin_bench.twin.plan import plan
 from twin_bench_lm_eval.model import TwinMerged, positive, usable
 
@@ -74,7 +75,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
             fusion: exact, the only mode.
             data: not used here but by this project's tasks, as are `split` and `shots`: where their rows are.
             split: which rows.
-            shots: how many solved examples a prompt has.
+            shots: how many few-shot examples a prompt has.
             **options: HFLM's own (dtype, max_length, add_bos_token, ...).
 
         Raises:

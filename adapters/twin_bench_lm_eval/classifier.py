@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from twin_bench.data import TaskInput, joined
+from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
+from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench.twin.feature_cache import named_directory
 from twin_bench_lm_eval.model import TwinMerged, positive, usable
 
 

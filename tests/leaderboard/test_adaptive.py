@@ -12,17 +12,17 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from tests.adaptive.test_dawin import interpolated_logits
 from tests.conftest import WORDS, Family
 from tests.leaderboard.conftest import TASKS, rows_of, run
-from tests.methods.test_dawin import interpolated_logits
-from twin_bench import learning
+from twin_bench.adaptive import learning
+from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.run import _input_digests, _key
 from twin_bench.leaderboard.serve import serve
 from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.classifier import TwinClassifier
-from twin_bench.twin.sources import open_sources
 
 ADAMERGING = {"adamerging": {"steps": 3, "learning_rate": 0.05}}
 

@@ -13,12 +13,12 @@ import pytest
 import twin_bench
 from tests.conftest import Family
 from tests.leaderboard.conftest import TASKS, rows_of, run, score_alone, with_backbone
-from twin_bench import calibration
-from twin_bench.calibration import calibration_examples, fisher_diagonals, gram_matrices
+from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard import run as run_module
-from twin_bench.methods import _registry, find_method
-from twin_bench.twin.sources import open_sources
+from twin_bench.merging import calibration
+from twin_bench.merging.calibration import calibration_examples, fisher_diagonals, gram_matrices
+from twin_bench.merging.registry import _registry, find_method
 
 
 @pytest.fixture(scope="module")

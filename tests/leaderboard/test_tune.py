@@ -15,7 +15,7 @@ from tests.conftest import WORDS, Family, tiny_classifier, tiny_tokenizer, write
 from tests.leaderboard.conftest import rows_of, run, with_backbone, write_rows
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.tune import hold_out
-from twin_bench.methods import _registry, find_method
+from twin_bench.merging.registry import _registry, find_method
 
 GRID = (0.1, 1.0, 3.0)
 

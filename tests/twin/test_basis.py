@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.basis import joint_basis
-from twin_bench.twin.exclusive import Exclusive, truncated_svd
+from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import TwinConv1D, TwinLinear
 

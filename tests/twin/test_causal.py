@@ -17,11 +17,12 @@ from tests.conftest import CAUSAL_VOCABULARY as VOCABULARY
 from tests.conftest import Family
 from tests.twin.test_exactness import mixes
 from twin_bench import InputError, TwinModel
-from twin_bench.recipe import Recipe
-from twin_bench.twin.build import build_twin
+from twin_bench.checkpoints.factors import Factors
+from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.exclusive import Exclusive, Factors
+from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.layers import install
+from twin_bench.twin.recipe import Recipe
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
 SCALING, DENSITY = 0.29, 0.5

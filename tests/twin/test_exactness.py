@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.conftest import Family
 from twin_bench import TwinModel
-from twin_bench.recipe import Recipe
-from twin_bench.twin.build import build_twin
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.recipe import Recipe
 
 KINDS = ["bert", "roberta", "distilbert", "gpt2"]
 SCALING, DENSITY = 0.29, 0.5

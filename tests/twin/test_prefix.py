@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from twin_bench.recipe import Recipe
-from twin_bench.twin.build import build_twin
+from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.prefix import Sharing, shared_prefixes
+from twin_bench.twin.recipe import Recipe
 
 A, B = tuple(range(100, 140)), tuple(range(200, 260))
 

@@ -10,9 +10,9 @@ import torch
 
 from tests.twin.test_exactness import batch
 from twin_bench import InputError, TwinModel
-from twin_bench.data import TaskInput
-from twin_bench.recipe import Recipe
-from twin_bench.twin.build import _held_out, build_twin
+from twin_bench.data.task import TaskInput
+from twin_bench.twin.builder import _held_out, build_twin
+from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.router import Router, RouterConfig, fusion_weights, train_router
 
 

@@ -22,8 +22,8 @@ import torch
 from twin_bench.bench.causal import causal_cases
 from twin_bench.bench.classifier import classifier_cases
 from twin_bench.bench.measure import measure
+from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.classifier import TwinClassifier
-from twin_bench.twin.exclusive import truncated_svd
 from twin_bench.twin.layers import TwinLinear
 from twin_bench.twin.model import TwinModel
 

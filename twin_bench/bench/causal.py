@@ -10,9 +10,9 @@ from torch import Tensor
 
 from twin_bench.bench.harness import lm_eval_cases
 from twin_bench.bench.measure import Case, Cases, finished
-from twin_bench.data import solved_examples, task_rows
+from twin_bench.data.generative import GENERATIVE
+from twin_bench.data.rows import few_shot_pool, task_rows
 from twin_bench.errors import InputError
-from twin_bench.generative import GENERATIVE
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.directory import load_twin
 
@@ -35,7 +35,7 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
     if task is None:
         raise InputError("bench: the twin has no expert of a multiple-choice task to take prompts of")
     kind = GENERATIVE[task]
-    examples = solved_examples(kind, data)
+    examples = few_shot_pool(kind, data)
     asked = task_rows(kind, split, data)[:rows]
     prompts = [twin.tokenizer(kind.prompt(row, kind.examples(row, examples)))["input_ids"] for row in asked]
     letters = [twin.tokenizer.encode(f" {letter}", add_special_tokens=False)[:1] for letter in LETTERS]

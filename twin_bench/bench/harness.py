@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from twin_bench.bench.measure import Case
-from twin_bench.data import task_rows
-from twin_bench.generative import GENERATIVE
+from twin_bench.data.generative import GENERATIVE
+from twin_bench.data.rows import task_rows
 from twin_bench.paths import tasks_directory
 from twin_bench.twin.causal import TwinCausalLM
 

@@ -15,24 +15,26 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from twin_bench.data import TaskInput, scored_inputs, split_path
+from twin_bench.adaptive._dawin_model import DawinClassifier, whole_task_vector
+from twin_bench.adaptive._smile_model import install_smile
+from twin_bench.adaptive._wemoe_model import install_gates, learn_gates, mlp_layers, part_of
+from twin_bench.adaptive.adamerging import learn_coefficients, merge_with_coefficients
+from twin_bench.adaptive.entropy import Batches, entropy_gradient, unlabelled_batches
+from twin_bench.adaptive.learning import Learning
+from twin_bench.checkpoints.sources import Sources, load_model
+from twin_bench.data.glue import GLUE
+from twin_bench.data.rows import scored_inputs, split_path
+from twin_bench.data.task import TaskInput
 from twin_bench.errors import UnsuitedError
-from twin_bench.glue import GLUE
-from twin_bench.leaderboard.cells import digest
+from twin_bench.files import digest
 from twin_bench.leaderboard.served import Served, serve_static, size
 from twin_bench.leaderboard.suite import Entry, Suite
-from twin_bench.learning import Learning
-from twin_bench.methods import merge_lazily
-from twin_bench.methods.adamerging import learn_coefficients, merge_with_coefficients
-from twin_bench.task_vectors import TaskVectors
+from twin_bench.merging.registry import merge_lazily
+from twin_bench.merging.task_vectors import TaskVectors
 from twin_bench.twin.classifier import TwinClassifier
-from twin_bench.twin.dawin import DawinClassifier, whole_task_vector
-from twin_bench.twin.entropy import Batches, entropy_gradient, unlabelled_batches
 from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.model import Parts, twin_class
-from twin_bench.twin.smile import install_smile
-from twin_bench.twin.sources import Sources, load_model
-from twin_bench.twin.wemoe import install_gates, learn_gates, mlp_layers, part_of
+from twin_bench.twin.model import twin_class
+from twin_bench.twin.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _dawin(given: Adaptation) -> Served:
     base = dict(sources.base.items())
     parts = Parts(
         heads={task: expert.head() for task, expert in sources.experts.items()},
-        exclusive={task: whole_task_vector(expert, base, sources.bones) for task, expert in sources.experts.items()},
+        exclusive={task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()},
     )
     model = load_model(sources, base, suite.dtype)
     twin = DawinClassifier(model, sources.tokenizer, parts, scaling=given.settings["scaling"])
@@ -143,8 +145,8 @@ def _smile(given: Adaptation) -> Served:
     base = dict(sources.base.items())
     model = load_model(sources, base, suite.dtype)
     added = install_smile(model, TaskVectors(base, sources.experts), **given.settings)
-    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.bones.head})
-    twin = twin_class(sources.bones.task_type)(model, sources.tokenizer, parts, routing="none")
+    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.skeleton.head})
+    twin = twin_class(sources.skeleton.task_type)(model, sources.tokenizer, parts, routing="none")
     return Served(twin, tuple(suite.tasks), time.perf_counter() - started, size(base) + added, {})
 
 
@@ -160,7 +162,7 @@ def _wemoe(given: Adaptation) -> Served:
     model = load_model(sources, base, "float32")
     mixed = {f"{path}.{kind}" for layers in mlp_layers(model) for path in layers for kind in ("weight", "bias")}
     model.load_state_dict({name: merged[name] for name in base if name not in mixed}, strict=False)
-    vectors = {task: whole_task_vector(expert, base, sources.bones) for task, expert in sources.experts.items()}
+    vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
     gates = install_gates(model, vectors, scaling=settings["scaling"], seed=settings["seed"])
     heads = {task: expert.head() for task, expert in sources.experts.items()}
     twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from twin_bench.files import write_text
 
 
 @dataclass(frozen=True)
@@ -57,23 +56,6 @@ class Board(NamedTuple):
     skipped: Sequence[Skipped] = ()
 
 
-def digest(value: Any) -> str:
-    """Return the sha256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def digest_files(path: Path) -> str:
-    """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
-    )
-    lines = []
-    for file in files:
-        with file.open("rb") as stream:
-            lines.append(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}")
-    return digest(lines)
-
-
 class Cells:
     """The finished cells of one leaderboard directory."""
 
@@ -90,17 +72,7 @@ class Cells:
 
     def write(self, cell: Cell) -> None:
         """Write a cell atomically: it is there whole or not at all."""
-        write_atomically(self._file(cell.protocol, cell.method, cell.task), json.dumps(asdict(cell), indent=2) + "\n")
+        write_text(self._file(cell.protocol, cell.method, cell.task), json.dumps(asdict(cell), indent=2) + "\n")
 
     def _file(self, protocol: str, method: str, task: str) -> Path:
         return self.directory / protocol / method / f"{task}.json"
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write `text` to a temporary name beside `file`, then rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, file)

@@ -16,18 +16,20 @@ from typing import Any, Literal, NamedTuple
 from rich.progress import Progress
 
 from twin_bench import demo
-from twin_bench.data import TASKS, hub_rows, read_router_rows, split_path
+from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.sources import open_sources
+from twin_bench.data import TASKS
+from twin_bench.data.metrics import mean, mean_standard_error
+from twin_bench.data.rows import hub_rows, read_router_rows, split_path
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.hub import model_directory
-from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, digest, digest_files, write_atomically
+from twin_bench.files import digest, digest_files, write_text
+from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped
 from twin_bench.leaderboard.serve import serve
 from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
 from twin_bench.leaderboard.tune import tuned, with_tuned
-from twin_bench.metrics import mean, mean_standard_error
 from twin_bench.twin.causal import TwinCausalLM
-from twin_bench.twin.model import Protocol
-from twin_bench.twin.sources import open_sources
+from twin_bench.twin.parts import Protocol
 
 Harness = Literal["lm-eval", "helm"]
 PAPER_ROWS = {"routed": 1000}
@@ -74,7 +76,7 @@ def run_suite(
         entries = with_tuned(entries)
     data = _rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
-    if sources.bones.task_type != suite.task_type:
+    if sources.skeleton.task_type != suite.task_type:
         raise InputError(f"suite {suite.name}: {suite.tasks[0]} needs {suite.task_type} experts, these are not")
     inputs = _input_digests(suite, data)
     if any(entry.track == "routed" and entry.method.name == "twin" for entry in entries):
@@ -260,7 +262,7 @@ def _rows_directory(suite: Suite, out: Path) -> Path:
                 file = split_path(directory, task, split)
                 if not file.is_file():
                     rows = hub_rows(TASKS[task], split)
-                    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+                    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         return directory
     directory = Path(suite.data)
     for task in suite.tasks:

@@ -12,20 +12,20 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor
 
-from twin_bench.calibration import calibrate
-from twin_bench.checkpoint import read_json
+from twin_bench.checkpoints.sources import Sources
 from twin_bench.errors import UnsuitedError
+from twin_bench.files import digest, read_json, write_text
 from twin_bench.leaderboard.adaptive import ADAPTIVE, Adaptation
-from twin_bench.leaderboard.cells import digest, write_atomically
 from twin_bench.leaderboard.served import Served, serve_static
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.methods import StatisticsKind, merge_lazily
-from twin_bench.recipe import Recipe
-from twin_bench.twin.build import ORACLE_PARAMETERS, build_twin
+from twin_bench.merging.calibration import calibrate
+from twin_bench.merging.registry import StatisticsKind, merge_lazily
+from twin_bench.twin.builder import ORACLE_PARAMETERS, build_twin
 from twin_bench.twin.directory import read_manifest
-from twin_bench.twin.model import Protocol, TwinModel
-from twin_bench.twin.separate import merge_separately
-from twin_bench.twin.sources import Sources
+from twin_bench.twin.model import TwinModel
+from twin_bench.twin.paper import merge_separately
+from twin_bench.twin.parts import Protocol
+from twin_bench.twin.recipe import Recipe
 
 
 def serve(
@@ -76,7 +76,7 @@ def _calibrated(
     progress: Progress,
 ) -> Served:
     """Merge with statistics of training rows, which are kept in `workspace` and serve every entry of their kind."""
-    if protocol == "paper" and not sources.bones.head:
+    if protocol == "paper" and not sources.skeleton.head:
         raise UnsuitedError(
             f"protocol paper merges A and B of LoRA adapters, and {entry.method.name} has statistics of whole weights"
         )
@@ -111,7 +111,7 @@ def _merged(
     started = time.perf_counter()
     options = {**entry.settings(suite.seed), **inputs}
     base: Mapping[str, Tensor] = sources.base
-    if protocol == "paper" and not sources.bones.head:
+    if protocol == "paper" and not sources.skeleton.head:
         merged = merge_separately(entry.method.name, sources.base, sources.experts, **options)
     else:
         if protocol == "paper":  # biases are not merged; the true task's expert supplies them
@@ -139,7 +139,7 @@ def _twin(
     if not directory.is_dir():
         started = time.perf_counter()
         build_twin(recipe, directory, feature_cache=feature_cache, progress=progress)
-        write_atomically(took, json.dumps({"build_seconds": time.perf_counter() - started}) + "\n")
+        write_text(took, json.dumps({"build_seconds": time.perf_counter() - started}) + "\n")
     manifest = read_manifest(directory)
     routing = "task" if options.weights == "task" else "router"
     twin = TwinModel.from_pretrained(

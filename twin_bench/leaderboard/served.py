@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from twin_bench.checkpoints.sources import Sources, load_model
 from twin_bench.leaderboard.suite import Suite
-from twin_bench.twin.build import ORACLE_PARAMETERS
+from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.model import PaperParts, Parts, Protocol, TwinModel, twin_class
-from twin_bench.twin.sources import Sources, load_model
+from twin_bench.twin.model import TwinModel, twin_class
+from twin_bench.twin.parts import PaperParts, Parts, Protocol
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ def serve_static(
     """Serve one set of parameters under the heads (and, under `paper`, the biases) of the experts of `tasks`."""
     parameters = dict(parameters.items())
     exclusive: dict[str, Exclusive] = {}
-    if protocol == "paper" and sources.bones.head:
+    if protocol == "paper" and sources.skeleton.head:
         biases = [name for name in parameters if ORACLE_PARAMETERS.search(name)]
         exclusive = {
             task: Exclusive({}, {n: sources.experts[task][n].float() - parameters[n].float() for n in biases})
             for task in tasks
         }
     parts = Parts(
-        heads={task: sources.experts[task].head() for task in tasks if sources.bones.head},
+        heads={task: sources.experts[task].head() for task in tasks if sources.skeleton.head},
         exclusive=exclusive,
         paper=PaperParts(),
     )
-    kind = twin_class(sources.bones.task_type)
+    kind = twin_class(sources.skeleton.task_type)
     twin = kind(
         load_model(sources, parameters, suite.dtype), sources.tokenizer, parts, protocol=protocol, routing="none"
     )

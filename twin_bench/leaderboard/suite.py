@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from twin_bench.calibration import ROWS
-from twin_bench.checkpoint import TaskType
-from twin_bench.data import TASKS, task_type_of
+from twin_bench.config import Dtype, Settings, locate, parse, read_yaml
+from twin_bench.data import TASKS
+from twin_bench.data.glue import GLUE
+from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
-from twin_bench.glue import GLUE
-from twin_bench.methods import Method, Track, find_method, methods
+from twin_bench.merging.calibration import ROWS
+from twin_bench.merging.recipe import Shared
+from twin_bench.merging.registry import Method, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
-from twin_bench.recipe import Dtype, ExclusiveSettings, RouterSettings, Settings, Shared, locate, parse, read_yaml
-from twin_bench.twin.model import PROTOCOLS, Protocol
+from twin_bench.twin.parts import PROTOCOLS, Protocol
+from twin_bench.twin.recipe import ExclusiveSettings, RouterSettings
 
 BOUNDS = ("pretrained", "experts")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -110,7 +112,7 @@ class Suite(Settings):
         for task in tasks:
             if task not in TASKS:
                 raise InputError(f"unknown task {task!r}{nearest(task, TASKS)}")
-            if task_type_of(task) != task_type_of(tasks[0]):
+            if TASKS[task].task_type != TASKS[tasks[0]].task_type:
                 raise InputError(
                     f"{tasks[0]} needs a classifier or {task} does, and the other a language model; split it"
                 )
@@ -119,7 +121,7 @@ class Suite(Settings):
     @property
     def task_type(self) -> TaskType:
         """What kind of models the suite compares."""
-        return task_type_of(self.tasks[0])
+        return TASKS[self.tasks[0]].task_type
 
     @property
     def expert_paths(self) -> dict[str, str]:

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from twin_bench.data import TASKS, read_rows, split_path
+from twin_bench.data import TASKS
+from twin_bench.data.generative import shuffled
+from twin_bench.data.rows import read_rows, split_path
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.generative import shuffled
-from twin_bench.leaderboard.cells import Board, digest, digest_files, write_atomically
+from twin_bench.files import digest, digest_files, write_text
+from twin_bench.leaderboard.cells import Board
 from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.twin.model import Protocol
+from twin_bench.twin.parts import Protocol
 
 HELD_OUT = 256
 """Rows of a task that choose, at most."""
@@ -109,7 +111,7 @@ def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed
         if not count:
             raise UnsuitedError(f"{file}: one row; options are chosen on held-out training rows, and one must stay")
         for split, own in (("validation", rows[-count:]), ("train", rows[:-count])):
-            write_atomically(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
+            write_text(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
         if (dev := file.with_name("dev.jsonl")).is_file():
-            write_atomically(split_path(directory, task, "dev"), dev.read_text(encoding="utf-8"))
+            write_text(split_path(directory, task, "dev"), dev.read_text(encoding="utf-8"))
     return directory

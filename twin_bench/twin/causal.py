@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
-from twin_bench.checkpoint import TaskType, context_window
+from twin_bench.checkpoints.skeleton import context_window
+from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.model import Encoded, Parts, Text, TwinModel, present
+from twin_bench.twin.model import Encoded, Text, TwinModel, present
+from twin_bench.twin.paper import install_separate
+from twin_bench.twin.parts import Parts
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import Prefix, shared_in_group, shared_prefixes
-from twin_bench.twin.separate import install_separate
 
 
 class Scored(NamedTuple):
@@ -38,7 +40,7 @@ class TwinCausalLM(TwinModel):
 
     Fusion weights come from the *context* alone: never from the text that is scored, never from padding.
     There is no head to choose, so `routed` is `standard`. Under `paper` the experts' LoRA factors A and B are merged,
-    truncated and fused separately (see `twin_bench.twin.separate`), and the router is the one chosen on test rows.
+    truncated and fused separately (see `twin_bench.twin.paper`), and the router is the one chosen on test rows.
     """
 
     task_type: ClassVar[TaskType] = "causal_lm"

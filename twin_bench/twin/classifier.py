@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from twin_bench.checkpoint import TaskType, context_window
+from twin_bench.checkpoints.skeleton import default_max_length
+from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.heads import heads_in_use, install_heads
-from twin_bench.twin.model import (
-    Encoded,
-    PaperParts,
-    Parts,
-    Text,
-    TwinModel,
-    identity,
-    present,
-    require_known,
-)
+from twin_bench.twin.model import Encoded, Text, TwinModel, identity, present, require_known
+from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.plan import Costs, Group, batches, plan
-
-MAX_LENGTH = 128
-"""Tokens of an input where nothing else is said: the paper's."""
 
 
 class Prediction(NamedTuple):
@@ -48,7 +38,7 @@ class TwinClassifier(TwinModel):
     def _complete(self, parts: Parts) -> None:
         self.heads = install_heads(self.model, parts.heads)
         self.num_labels = {task: head.num_labels for task, head in self.heads.items()}
-        self.max_length = parts.max_length or min(MAX_LENGTH, context_window(self.model.config))
+        self.max_length = parts.max_length or default_max_length(self.model.config, self.task_type)
         if self.protocol == "paper":
             self._use_paper_protocol(parts.paper)
 

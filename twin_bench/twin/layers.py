@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import InputError
 from twin_bench.twin.basis import JointBasis, joint_basis
-from twin_bench.twin.exclusive import Exclusive, Factors
+from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Columns, Fusion
 
 ROUNDINGS = 4.0

@@ -6,63 +6,26 @@ import abc
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from twin_bench.checkpoint import TaskType, context_window
+from twin_bench.checkpoints.skeleton import context_window
+from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
-from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.feature_cache import backbone_digest, cached, surroundings
+from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
+from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, Protocol, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches
 from twin_bench.twin.router import Router
-from twin_bench.twin.separate import SeparateParts
 from twin_bench.twin.tolerance import simplified
 
-Protocol = Literal["standard", "paper", "routed"]
-PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
-Routing = Literal["router", "task", "none"]
-ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 Text = tuple[str, str | None]
 Encoded = Mapping[str, list[int]]
-
-
-@dataclass(frozen=True)
-class PaperParts:
-    """What only the authors' protocol needs.
-
-    Of classifiers the pretrained biases, with which their router's features are taken; of language models whose
-    experts are adapters these, to be merged as the authors do; and, where test rows were given to select it,
-    their router.
-    """
-
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
-    router: Router | None = None
-    separate: SeparateParts | None = None
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A twin without its shared expert: what TwinModel adds to a Hugging Face model.
-
-    A static merge is a twin with heads and no exclusive vectors; a language model's has no heads either.
-    `max_length`: tokens that an input is truncated to where nothing else is said (None: the kind's own default).
-    `sensitivity`: how far logits move with the weights (`twin_bench.twin.tolerance`), None where nobody measured it.
-    """
-
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    exclusive: Mapping[str, Exclusive] = field(default_factory=dict)
-    router: Router | None = None
-    paper: PaperParts | None = None
-    max_length: int | None = None
-    sensitivity: float | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 class TwinModel(nn.Module, abc.ABC):

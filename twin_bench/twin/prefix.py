@@ -1,6 +1,6 @@
 """Shared prefixes: which rows begin with the same tokens, so that one pass over those serves them all.
 
-Few-shot prompts begin with the same solved examples, and the choices of one question with the same question. Rows
+Few-shot prompts begin with the same few-shot examples, and the choices of one question with the same question. Rows
 that are fused with the same weights can share the keys and values of what they have in common.
 """
 

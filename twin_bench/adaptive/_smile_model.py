@@ -1,0 +1,109 @@
+"""SMILE's layers: a linear layer with the truncated task vectors of all experts, one of which each token takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twin_bench.adaptive.smile import gate
+from twin_bench.checkpoints.factors import Factors
+from twin_bench.errors import InputError
+from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.merging.task_vectors import TaskVectors
+
+
+class SmileLinear(nn.Module):
+    """A linear layer (weight (m, n)) whose tokens are routed one by one; see `twin_bench.adaptive.smile`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    V: Tensor
+    owner: Tensor
+    gate_owner: Tensor
+    bias_vectors: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Sequence[Factors],
+        bias_vectors: Tensor | None,
+        *,
+        rank: int,
+        gate_rank: int,
+        top_k: int,
+    ) -> None:
+        """Make a layer of the base's weight and bias, each expert's SVD as factors, and bias_vectors (T, m)."""
+        super().__init__()
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.experts, self.top_k = len(factors), top_k
+        self.register_buffer("A", torch.cat([f.A[:rank] for f in factors]).to(weight))
+        self.register_buffer("B", torch.cat([f.B[:, :rank] for f in factors], dim=1).to(weight))
+        rows = [F.normalize(f.A[:gate_rank], dim=1) for f in factors]  # A = sqrt(S) V^T
+        self.register_buffer("V", torch.cat(rows))
+        self.register_buffer("owner", _owners([len(f.A[:rank]) for f in factors]))
+        self.register_buffer("gate_owner", _owners([len(own) for own in rows]))
+        self.register_buffer("bias_vectors", None if bias_vectors is None else bias_vectors.to(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., m) of x (..., n), each token by the experts that its own gate chooses."""
+        weights = gate(x.to(self.V), self.V, self.gate_owner, self.experts, self.top_k).to(x)
+        y = F.linear(x, self.weight, self.bias)
+        y = y + F.linear(F.linear(x, self.A) * weights[..., self.owner], self.B)
+        return y if self.bias_vectors is None else y + weights @ self.bias_vectors
+
+
+def install_smile(model: nn.Module, vectors: TaskVectors, *, rank: int, gate_rank: int, top_k: int) -> int:
+    """Replace every linear layer of `model` that an expert changes; return how many numbers the experts add.
+
+    Args:
+        model: holds the base model; changed in place.
+        vectors: the task vectors, under `model`'s parameter names.
+        rank: singular values kept of each expert.
+        gate_rank: right singular vectors that route.
+        top_k: experts a token takes.
+
+    Raises:
+        InputError: an option out of its range.
+    """
+    experts = len(vectors.experts)
+    for option, value, most in (("rank", rank, None), ("gate_rank", gate_rank, None), ("top_k", top_k, experts)):
+        if value < 1 or value != int(value) or (most is not None and value > most):
+            limit = f"from 1 to {most}, the number of experts" if most else "from 1"
+            raise InputError(f"smile: {option} must be a whole number {limit}, not {value}")
+    added = 0
+    for path, layer in list(model.named_modules()):
+        if type(layer) not in (nn.Linear, Conv1D) or f"{path}.weight" not in vectors:
+            continue
+        taus, bias_taus = vectors[f"{path}.weight"], _changed(vectors, f"{path}.bias")
+        if not taus.any() and bias_taus is None:
+            continue
+        weight, taus = (layer.weight.T, taus.mT) if type(layer) is Conv1D else (layer.weight, taus)
+        factors = [truncated_svd(tau, int(max(rank, gate_rank))) if tau.any() else _nothing(tau) for tau in taus]
+        smile = SmileLinear(
+            weight, layer.bias, factors, bias_taus, rank=int(rank), gate_rank=int(gate_rank), top_k=int(top_k)
+        )
+        model.set_submodule(path, smile)
+        kept = (smile.A, smile.B, smile.V, smile.bias_vectors)
+        added += sum(tensor.numel() for tensor in kept if tensor is not None)
+    return added
+
+
+def _changed(vectors: TaskVectors, name: str) -> Tensor | None:
+    taus = vectors.get(name)
+    return taus if taus is not None and taus.any() else None
+
+
+def _nothing(tau: Tensor) -> Factors:
+    return Factors(tau.new_zeros(len(tau), 0), tau.new_zeros(0, tau.shape[1]))
+
+
+def _owners(ranks: Sequence[int]) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))

@@ -1,0 +1,1 @@
+"""Merge methods: task vectors, the registry, and what merging needs."""
