@@ -17,9 +17,9 @@ from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.checkpoint import context_window
+from twin_bench.compat import Conv1D
 from twin_bench.data import TASKS, read_rows, solved_examples, split_path, text_pair
 from twin_bench.errors import UnsuitedError
 from twin_bench.generative import GenerativeTask, shuffled

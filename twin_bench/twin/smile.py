@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from twin_bench.compat import Conv1D
 from twin_bench.errors import InputError
 from twin_bench.methods.smile import gate
 from twin_bench.task_vectors import TaskVectors

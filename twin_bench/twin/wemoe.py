@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from twin_bench.compat import Conv1D
 from twin_bench.errors import UnsuitedError
 from twin_bench.learning import Learning
 from twin_bench.methods.wemoe import Gate
