@@ -12,9 +12,11 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from tests.adaptive.test_dawin import interpolated_logits
-from tests.conftest import WORDS, Family
-from tests.leaderboard.conftest import TASKS, rows_of, run
+from tests.support.dense import interpolated_logits
+from tests.support.families import Family
+from tests.support.models import WORDS
+from tests.support.rows import TASKS
+from tests.support.suites import rows_of, run
 from twin_bench.adaptive import learning
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
