@@ -29,7 +29,7 @@ from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite, supports
 from twin_bench.leaderboard.tune import tuned, with_tuned
 from twin_bench.twin.causal import TwinCausalLM
-from twin_bench.twin.parts import Protocol
+from twin_bench.twin.parts import ProtocolName
 
 Harness = Literal["lm-eval", "helm"]
 PAPER_ROWS = {"routed": 1000}
@@ -95,7 +95,7 @@ def run_suite(
     work = [(p, entry) for p in suite.protocol for entry in entries if supports(entry, p)]
     bar = progress.add_task("cells", total=len(work) * len(suite.tasks))
     for listed, given in work:
-        protocol: Protocol = "standard" if _same_as_standard(given, suite, listed) else listed
+        protocol: ProtocolName = "standard" if _same_as_standard(given, suite, listed) else listed
         done: dict[str, Cell | None] = {}
         try:
             entry = tuned(given, protocol, bounded, data, out / "tuning", trial) if given.to_tune else given
@@ -140,7 +140,7 @@ class Evaluated(NamedTuple):
 
 
 def _through_lm_eval(
-    served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, data: Path, limit: int | None
+    served: Served, entry: Entry, protocol: ProtocolName, suite: Suite, task: str, data: Path, limit: int | None
 ) -> Evaluated:
     """Score a task through lm-eval and the adapter, as the command line runs it."""
     from lm_eval import simple_evaluate
@@ -181,7 +181,7 @@ def _through_lm_eval(
 
 
 def _through_helm(
-    served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, out: Path, limit: int | None
+    served: Served, entry: Entry, protocol: ProtocolName, suite: Suite, task: str, out: Path, limit: int | None
 ) -> Evaluated:
     """Score a task through HELM's own run specs and statistics: its rows, prompts and sampling."""
     from twin_bench_helm.evaluate import evaluate
@@ -208,7 +208,7 @@ def _through_helm(
 
 
 def _cell(
-    evaluated: Evaluated, served: Served, entry: Entry, protocol: Protocol, suite: Suite, task: str, key: str
+    evaluated: Evaluated, served: Served, entry: Entry, protocol: ProtocolName, suite: Suite, task: str, key: str
 ) -> Cell:
     return Cell(
         suite=suite.name,
@@ -230,7 +230,7 @@ def _cell(
     )
 
 
-def _same_as_standard(entry: Entry, suite: Suite, protocol: Protocol) -> bool:
+def _same_as_standard(entry: Entry, suite: Suite, protocol: ProtocolName) -> bool:
     """Return whether an entry has nothing that `protocol` changes.
 
     The bounds have no router to name a head, and no factors of a language model's to add; a language model has no
@@ -241,7 +241,7 @@ def _same_as_standard(entry: Entry, suite: Suite, protocol: Protocol) -> bool:
     return protocol == "paper" and entry.track == "bound" and suite.task_type == "causal_lm"
 
 
-def _row_limit(entry: Entry, protocol: Protocol, suite: Suite, limit: int | None) -> int | None:
+def _row_limit(entry: Entry, protocol: ProtocolName, suite: Suite, limit: int | None) -> int | None:
     limit = suite.rows if limit is None else limit
     if protocol != "paper" or suite.task_type != "sequence_classification":
         return limit
@@ -308,7 +308,7 @@ def _helm_digests(suite: Suite, data: Path, out: Path) -> dict[str, str]:
 def _key(
     suite: Suite,
     entry: Entry,
-    protocol: Protocol,
+    protocol: ProtocolName,
     task: str,
     inputs: dict[str, Any],
     limit: int | None,

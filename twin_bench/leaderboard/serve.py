@@ -23,14 +23,14 @@ from twin_bench.merging.registry import StatisticsKind, merge_lazily
 from twin_bench.twin.builder import ORACLE_PARAMETERS, build_twin
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.paper import merge_separately
-from twin_bench.twin.parts import Protocol
+from twin_bench.twin.paper import merge_lora_factors
+from twin_bench.twin.parts import ProtocolName
 from twin_bench.twin.recipe import Recipe
 
 
 def serve(
     entry: Entry,
-    protocol: Protocol,
+    protocol: ProtocolName,
     suite: Suite,
     data: Path,
     sources: Sources,
@@ -68,7 +68,7 @@ def serve(
 def _calibrated(
     entry: Entry,
     kind: StatisticsKind,
-    protocol: Protocol,
+    protocol: ProtocolName,
     suite: Suite,
     data: Path,
     sources: Sources,
@@ -102,7 +102,7 @@ def _calibrated(
 def _merged(
     entry: Entry,
     tasks: Sequence[str],
-    protocol: Protocol,
+    protocol: ProtocolName,
     suite: Suite,
     sources: Sources,
     inputs: Mapping[str, Any],
@@ -112,7 +112,7 @@ def _merged(
     options = {**entry.settings(suite.seed), **inputs}
     base: Mapping[str, Tensor] = sources.base
     if protocol == "paper" and not sources.skeleton.head:
-        merged = merge_separately(entry.method.name, sources.base, sources.experts, **options)
+        merged = merge_lora_factors(entry.method.name, sources.base, sources.experts, **options)
     else:
         if protocol == "paper":  # biases are not merged; the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
@@ -126,7 +126,7 @@ def _merged(
 
 def _twin(
     options: TwinOptions,
-    protocol: Protocol,
+    protocol: ProtocolName,
     suite: Suite,
     data: Path,
     workspace: Path,

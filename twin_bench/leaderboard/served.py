@@ -14,7 +14,7 @@ from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import TwinModel, twin_class
-from twin_bench.twin.parts import PaperParts, Parts, Protocol
+from twin_bench.twin.parts import PaperParts, Parts, ProtocolName
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Served:
 def serve_static(
     parameters: Mapping[str, Tensor],
     tasks: Sequence[str],
-    protocol: Protocol,
+    protocol: ProtocolName,
     suite: Suite,
     sources: Sources,
     started: float,

@@ -19,7 +19,7 @@ from twin_bench.merging.calibration import ROWS
 from twin_bench.merging.recipe import Shared
 from twin_bench.merging.registry import Method, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
-from twin_bench.twin.parts import PROTOCOLS, Protocol
+from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.recipe import ExclusiveSettings, RouterSettings
 
 BOUNDS = ("pretrained", "experts")
@@ -55,7 +55,7 @@ class Entry:
     label: str
     method: Method
     options: dict[str, Any] | TwinOptions
-    protocols: tuple[Protocol, ...] | None = None
+    protocols: tuple[ProtocolName, ...] | None = None
     to_tune: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ class Suite(Settings):
     data: str
     tasks: list[str] = Field(default=list(GLUE), min_length=1)
     methods: list[MethodItem] = Field(default_factory=lambda: list[MethodItem](methods()))
-    protocol: list[Protocol] = Field(default=["standard"], min_length=1)
+    protocol: list[ProtocolName] = Field(default=["standard"], min_length=1)
     seed: int = 0
     split: str = "validation"
     max_length: int | None = Field(default=None, ge=2)
@@ -180,7 +180,7 @@ def read_suite(name_or_file: str) -> Suite:
     return suite
 
 
-def supports(entry: Entry, protocol: Protocol) -> bool:
+def supports(entry: Entry, protocol: ProtocolName) -> bool:
     """Return whether an entry runs under a protocol: only a router can name a head (`routed`).
 
     The bounds stand beside every protocol. What is neither a static merge nor a twin reads the predictions under a

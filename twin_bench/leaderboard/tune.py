@@ -17,7 +17,7 @@ from twin_bench.files import digest, digest_files, write_text
 from twin_bench.leaderboard.cells import Board
 from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.twin.parts import Protocol
+from twin_bench.twin.parts import ProtocolName
 
 HELD_OUT = 256
 """Rows of a task that choose, at most."""
@@ -40,7 +40,7 @@ def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def tuned(
-    entry: Entry, protocol: Protocol, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
+    entry: Entry, protocol: ProtocolName, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
 ) -> Entry:
     """Return `entry` with those options of its method's grid that do best on held-out training rows.
 
