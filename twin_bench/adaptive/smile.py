@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.sources import load_model
+from twin_bench.compat import Conv1D
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
 from twin_bench.errors import InputError

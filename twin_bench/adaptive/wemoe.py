@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.adaptive.learning import Learning
 from twin_bench.adaptive.unlabelled import (
@@ -21,6 +20,7 @@ from twin_bench.adaptive.unlabelled import (
 )
 from twin_bench.adaptive.vectors import part_of, stored_numbers, whole_task_vector
 from twin_bench.checkpoints.sources import load_model
+from twin_bench.compat import Conv1D
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
 from twin_bench.errors import UnsuitedError

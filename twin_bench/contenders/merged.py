@@ -15,7 +15,7 @@ from twin_bench.files import digest
 from twin_bench.merging.calibration import calibrate
 from twin_bench.merging.registry import MergeMethod, StatisticsKind, merge_lazily
 from twin_bench.twin.builder import ORACLE_PARAMETERS
-from twin_bench.twin.paper import merge_separately
+from twin_bench.twin.paper import merge_lora_factors
 
 
 def merged_contenders(method: MergeMethod, context: Context) -> Iterator[Contender]:
@@ -35,7 +35,7 @@ def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs:
     sources, options = context.sources, {**context.settings, **inputs}
     merged: Mapping[str, Tensor]
     if context.protocol == "paper" and not sources.skeleton.head:
-        merged = merge_separately(method.name, sources.base, sources.experts, **options)
+        merged = merge_lora_factors(method.name, sources.base, sources.experts, **options)
     else:
         base: Mapping[str, Tensor] = sources.base
         if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
