@@ -92,8 +92,7 @@ def _merge(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from twin_bench.merging.export import merge_to_directory
-    from twin_bench.merging.recipe import read_merge_recipe
+    from twin_bench.merging.export import merge_to_directory, read_merge_recipe
 
     recipe, difference = read_merge_recipe(options.recipe)
     if difference:

@@ -17,7 +17,7 @@ import torch
 from twin_bench.errors import InputError
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.parts import PROTOCOLS, Protocol
+from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Sampling
 
@@ -148,7 +148,7 @@ def engine(
     *,
     device: str | None,
     dtype: str | None,
-    protocol: Protocol,
+    protocol: ProtocolName,
     tolerance: float | None,
     batch_size: int,
 ) -> Engine:

@@ -22,7 +22,7 @@ from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.directory import load_parts
-from twin_bench.twin.parts import PROTOCOLS, Protocol
+from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.base import ServedTwin, positive, usable
@@ -77,7 +77,7 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         task: str | None = None,
         device: str | None = None,
         batch_size: int | str | None = 1,
-        protocol: Protocol = "standard",
+        protocol: ProtocolName = "standard",
         tolerance: float | None = None,
         fusion: str = "exact",
         data: str | Path | None = None,

@@ -16,9 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", default="demo", help="a suite file, or a name in leaderboards/ (default: demo)")
     parser.add_argument("--methods", help="labels or method names, comma-separated; the bounds run in any case")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results go (default: results)")
-    parser.add_argument(
-        "--harness", default="lm-eval", choices=("lm-eval", "helm"), help="who scores (default: lm-eval)"
-    )
+    parser.add_argument("--harness", default="lm-eval", help="which harness scores: lm-eval or helm (default: lm-eval)")
     parser.add_argument("--limit", type=_positive, help="score the first N rows of each task")
     parser.add_argument(
         "--tune",

@@ -21,7 +21,7 @@ from twin_bench.errors import InputError
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.model import Encoded, Text, TwinModel, present
-from twin_bench.twin.paper import install_separate
+from twin_bench.twin.paper import install_paper_layers
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_prefixes
@@ -51,12 +51,12 @@ class TwinCausalLM(TwinModel):
     def _install(self, model: Any, parts: Parts) -> Fusion:
         if self.protocol != "paper" or not parts.exclusive:
             return super()._install(model, parts)
-        if parts.paper is None or parts.paper.separate is None:
+        if parts.paper is None or parts.paper.factors is None:
             raise InputError(
                 "protocol paper adds the factors of LoRA adapters: build the twin from adapters of one rank on the "
                 "same matrices, with shared: task_arithmetic"
             )
-        return install_separate(model, parts.paper.separate)
+        return install_paper_layers(model, parts.paper.factors)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
