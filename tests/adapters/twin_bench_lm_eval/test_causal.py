@@ -143,13 +143,13 @@ def test_each_request_is_its_own_dense_model(three, causal_families, requests):
 def test_other_answers_change_no_weight(three, monkeypatch):
     model = served(three, batch_size=4)
     seen = []
-    sharing = model.twin.sharing
+    route_all = model.twin.route_all
 
-    def spied(weights, *rest):
-        seen.append(weights)
-        return sharing(weights, *rest)
+    def spied(*arguments, **options):
+        seen.append(route_all(*arguments, **options))
+        return seen[-1]
 
-    monkeypatch.setattr(model.twin, "sharing", spied)
+    monkeypatch.setattr(model.twin, "route_all", spied)
     for answers in ((" cat", " dog"), (" under the bird", " is")):
         model.loglikelihood(scored([("the small cat", answer) for answer in answers]))
     assert torch.equal(seen[0], seen[1])
@@ -167,13 +167,82 @@ def test_a_batch_size_is_looked_for_once(three, monkeypatch):
 
 
 def test_a_prompt_is_encoded_as_it_would_be_alone(three):
+    """HFLM adds a bos token, or leaves it out, by what the first prompt of a batch begins with."""
     model = served(three, batch_size=2, add_bos_token=True)
-    together, mask = model.tok_batch_encode(["[CLS]the cat", "a dog sat on"])
-    for row, string in enumerate(["[CLS]the cat", "a dog sat on"]):
-        alone = model.tok_batch_encode([string])[0][0]
-        assert torch.equal(together[row][mask[row].bool()], alone)
     prompts = ["[CLS]the cat", "a dog sat on", "[CLS]a bird", "is it"]
     assert model.generate_until(generated(prompts))[1] == model.generate_until(generated(prompts[1:2]))[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"max_gen_toks": 1},
+        {"max_gen_toks": 5, "until": ["a", "dog"]},
+        {"repetition_penalty": 2.0},
+        {"do_sample": None, "temperature": 0.0},
+    ],
+)
+def test_texts_are_hflms_whatever_the_options(alone, causal_families, options):
+    """Few-shot examples are in front of the prompts, so those of one token share a prefix."""
+    rng = random.Random(3)
+    prompts = [*(f"{text(random.Random(4), 12)} {text(rng, 3 + row)}" for row in range(4)), "the cat"]
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    found = served(alone, batch_size=3).generate_until(generated(prompts, **options))
+    assert found == hf.generate_until(generated(prompts, **options))
+    assert len(set(found)) > 1
+
+
+def test_a_penalty_of_the_models_own_holds_for_one_token_too(alone, causal_families):
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    model, prompts = served(alone, batch_size=3), ["the cat the cat", "a dog", "is it or is it"]
+    plain = model.generate_until(generated(prompts, max_gen_toks=1))
+    for served_model in (hf.model, model.twin.model):
+        served_model.generation_config.suppress_tokens = model.tok_encode(plain[2])
+    found = model.generate_until(generated(prompts, max_gen_toks=1))
+    assert found == hf.generate_until(generated(prompts, max_gen_toks=1))
+    assert found != plain
+
+
+@pytest.mark.parametrize("kind", [str, int])
+def test_what_a_model_thinks_is_cut_as_hflm_cuts_it(alone, causal_families, kind):
+    prompts = [text(random.Random(6), size) for size in (3, 5, 7)]
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    model = served(alone, batch_size=3)
+    plain = hf.generate_until(generated(prompts, until=[]))
+    ids = torch.tensor([hf.tok_encode(prompts[0])])
+    token = int(hf.model.generate(ids, max_new_tokens=4, do_sample=False)[0, -1])
+    think = token if kind is int else hf.tok_decode([token])
+    model.think_end_token = hf.think_end_token = think
+    found = hf.generate_until(generated(prompts, until=[]))
+    assert model.generate_until(generated(prompts, until=[])) == found != plain
+
+
+def test_a_length_of_prompt_and_text_counts_no_padding(three, alone, causal_families):
+    prompts = [text(random.Random(7), size) for size in (3, 6)]
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32", batch_size=1)
+    asked = generated(prompts, max_length=20)
+    assert served(alone, batch_size=2).generate_until(asked) == hf.generate_until(asked)
+
+
+def test_hflms_own_calls_are_routed(three, causal_families):
+    """`_model_call` and `_model_generate` of prompts that no request list held, with a mask and without one."""
+    model, twin = served(three), TwinModel.from_pretrained(three)
+    prompts = [model.tok_encode("the cat sat"), model.tok_encode("a small dog is")]
+    length = max(map(len, prompts))
+    padded = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    logits = model._model_call(padded, attn_mask=mask)
+    for row, ids in enumerate(prompts):
+        reference = dense(causal_families("llama"), twin.route(torch.tensor([ids]))[0])
+        with torch.no_grad():
+            expected = reference(torch.tensor([ids])).logits[0].float()
+        torch.testing.assert_close(logits[row, length - len(ids) :], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model._model_call(torch.tensor([ids]))[0], expected, rtol=1e-4, atol=1e-4)
+    until = model.generate_until(generated(["the cat sat", "a small dog is"], until=[], max_gen_toks=6))
+    for options in ({"attention_mask": mask}, {}):
+        texts = model._model_generate(padded, length + 6, ["dog"], do_sample=False, **options)
+        assert [model.tok_decode(ids[length:].tolist()) for ids in texts] == until
 
 
 def test_beams_have_their_prompts_weights(three):
@@ -236,6 +305,8 @@ def test_requests_that_cannot_be_answered(three):
         model.generate_until(generated([""]))
     with pytest.raises(InputError, match="max_gen_toks 64 leaves no room in a window of 64"):
         model.generate_until(generated(["the cat"], max_gen_toks=64))
+    with pytest.raises(InputError, match="num_return_sequences: lm-eval takes one text"):
+        model.generate_until(generated(["the cat"], num_return_sequences=2, num_beams=2))
     with pytest.raises(InputError, match="no chat template; leave out"):
         model.chat_template(True)
     assert not model.chat_template(False)
