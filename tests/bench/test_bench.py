@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import Family, write_generative_rows
 from tests.leaderboard.conftest import write_rows
-from twin_bench.bench import bench, main
+from twin_bench.bench.__main__ import main
+from twin_bench.bench.run import bench
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 

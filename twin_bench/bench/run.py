@@ -1,4 +1,4 @@
-"""python -m twin_bench.bench: fusion against the plain model, the authors' per-sample merge and PEFT, in one run.
+"""A twin measured: fusion against the plain model, the authors' per-sample merge and PEFT, in one run.
 
 All cases answer the same encoded rows on the same machine in turn, round after round, after a warm-up; the
 figures are medians, and ratios are taken against the plain model of the same round.
@@ -6,12 +6,10 @@ figures are medians, and ratios are taken against the plain model of the same ro
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,24 +24,6 @@ from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.layers import TwinLinear
 from twin_bench.twin.model import TwinModel
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark command; return the exit status."""
-    from twin_bench.cli import reporting_errors
-
-    parser = argparse.ArgumentParser(prog="python -m twin_bench.bench", description="Measure a twin's fusion.")
-    parser.add_argument("--twin", type=Path, required=True, help="a twin directory")
-    parser.add_argument("--data", type=Path, required=True, help="a directory of TASK/SPLIT.jsonl")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--rows", type=int, default=512, help="rows, drawn evenly from the tasks and shuffled")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--merged-rows", type=int, default=16, help="rows for the per-sample merge, which is slow")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", help="float32, bfloat16, ... (default: the twin's own)")
-    parser.add_argument("--out", type=Path, help="write the JSON here")
-    return reporting_errors(lambda: _run(parser.parse_args(arguments)))
 
 
 def bench(
@@ -134,30 +114,3 @@ def _median_seconds(run: Callable[[], object]) -> float:
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor() or 'cpu'}"
-
-
-def _run(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    result = bench(
-        options.twin,
-        options.data,
-        split=options.split,
-        rows=options.rows,
-        batch_size=options.batch_size,
-        rounds=options.rounds,
-        merged_rows=options.merged_rows,
-        device=options.device,
-        dtype=options.dtype,
-    )
-    table = Table("case", "a second", "ratio", "against", box=None)
-    for name, case in result["cases"].items():
-        table.add_row(name, f"{case['per_second']:.1f}", f"{case['ratio']:.3f}", case["against"])
-    Console().print(table)
-    text = json.dumps(result, indent=1)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
-    else:
-        print(text)
