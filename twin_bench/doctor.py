@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -36,8 +37,8 @@ HELM_PLUGINS_SINCE = "0.5.12"
 AUTOLOAD = "twin_bench_lm_eval._autoload"
 """What the .pth file imports at an interpreter's start, and nobody else does."""
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""How transformers' models call their keys and values: since 5.24, and before."""
+PLUGIN_GROUPS = ("twin_bench.commands", "twin_bench.harnesses", "twin_bench.methods")
+"""The entry-point groups through which the library finds its own parts and other people's plugins."""
 
 FOLDERS = {
     "TWIN_BENCH_DATA": "tasks read their rows from the Hugging Face hub, and tests on real rows are left out",
@@ -89,6 +90,7 @@ def checks(
 ) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
     """Yield the checks in the order they are printed, each with its title."""
     yield "packages", packages
+    yield "plugins", plugins
     yield "lm-eval", lambda: lm_eval(variables, hooked=AUTOLOAD in sys.modules)
     yield "HELM", helm
     yield "device", device
@@ -102,6 +104,19 @@ def packages() -> list[Finding]:
     """Return each package's version, and how to get those that are missing or too old."""
     wanted = _requirements()
     return [_package(name, wanted.get(name), name in REQUIRED) for name in (*REQUIRED, *OPTIONAL)]
+
+
+def plugins() -> list[Finding]:
+    """Return the plugins that are installed, by entry-point group; a group that is empty is an outdated install."""
+    findings = []
+    for group in PLUGIN_GROUPS:
+        names = sorted({point.name for point in entry_points(group=group)})
+        if names:
+            findings.append(Finding("ok", f"{group}: {', '.join(names)}"))
+        else:
+            says = f"no entry point of group {group} is installed: the installation is older than the code"
+            findings.append(Finding("problem", says, "install twin-bench again"))
+    return findings
 
 
 def lm_eval(variables: Mapping[str, str], *, hooked: bool) -> list[Finding]:
@@ -173,30 +188,30 @@ def fast_paths() -> list[Finding]:
         return [broken]
     try:
         from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+        from twin_bench import compat
     except Exception as error:
         says = f"transformers can't be imported ({first_line(error)})"
         return [Finding("problem", says, "install it again: pip install --force-reinstall --no-deps transformers")]
-    return forward_paths(LlamaForCausalLM.forward, f"transformers {_version('transformers')}")
+    forward = LlamaForCausalLM.forward
+    return allowed_paths(compat.cache_argument(forward), "logits_to_keep" in inspect.signature(forward).parameters)
 
 
-def forward_paths(forward: Callable[..., Any], owner: str) -> list[Finding]:
-    """Return which fast paths a language model's forward allows; `owner` says whose it is."""
-    import inspect
-
-    takes = inspect.signature(forward).parameters
-    cache = next((name for name in CACHE_ARGUMENTS if name in takes), None)
+def allowed_paths(cache: str | None, takes_logits_to_keep: bool) -> list[Finding]:
+    """Return what transformers' Llama allows; `cache` is the name under which it takes keys and values, if any."""
+    owner = f"Llama in transformers {_version('transformers')}"
     findings = []
     if cache:
         findings.append(Finding("ok", f"prompts that begin alike share one pass ({owner} takes {cache})"))
     else:
-        says = f"prompts that begin alike are each run whole: {owner} takes none of {', '.join(CACHE_ARGUMENTS)}"
+        says = f"prompts that begin alike are each run whole ({owner} takes no keys and values)"
         findings.append(Finding("note", says, "results stay the same, only slower"))
-    if "logits_to_keep" in takes:
+    if takes_logits_to_keep:
         findings.append(
             Finding("ok", f"only the logits that are asked for are computed ({owner} takes logits_to_keep)")
         )
     else:
-        says = f"the logits of all tokens are computed, which takes memory: {owner} takes no logits_to_keep"
+        says = f"the logits of all tokens are computed, which takes memory ({owner} takes no logits_to_keep)"
         findings.append(Finding("note", says, "a smaller batch size helps"))
     return findings
 
@@ -246,7 +261,7 @@ def twin(directory: Path) -> list[Finding]:
 def protocols(task_type: str, parts: Parts) -> list[str]:
     """Return the protocols that a twin of these parts serves."""
     causal, paper = task_type == "causal_lm", parts.paper
-    has_paper = paper is not None and (paper.separate is not None or not causal)
+    has_paper = paper is not None and (paper.factors is not None or not causal)
     routed = causal or parts.router is not None
     served = {"standard": True, "paper": has_paper or not parts.exclusive, "routed": routed}
     return [name for name, serves in served.items() if serves]

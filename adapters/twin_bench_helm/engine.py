@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
 from twin_bench.errors import InputError
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.parts import PROTOCOLS, Protocol
+from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.plan import Group
 
 GATHER_SECONDS = 0.01
@@ -293,7 +293,7 @@ def engine(
     *,
     device: str | None,
     dtype: str | None,
-    protocol: Protocol,
+    protocol: ProtocolName,
     tolerance: float | None,
     batch_size: int,
 ) -> Engine:

@@ -21,7 +21,7 @@ from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.directory import load_parts
-from twin_bench.twin.parts import PROTOCOLS, Protocol
+from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.plan import plan
 from twin_bench_lm_eval.model import TwinMerged, positive, usable
 
@@ -54,7 +54,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         task: str | None = None,
         device: str | None = None,
         batch_size: int | str | None = 1,
-        protocol: Protocol = "standard",
+        protocol: ProtocolName = "standard",
         tolerance: float | None = None,
         fusion: str = "exact",
         data: str | Path | None = None,

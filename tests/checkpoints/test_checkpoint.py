@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_classifier, tiny_tokenizer
+from tests.support.models import tiny_classifier, tiny_tokenizer
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint

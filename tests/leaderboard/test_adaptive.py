@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from rich.progress import Progress
+from twin_bench.leaderboard.serve import serve
+from twin_bench.leaderboard.served import Served
 
-from tests.adaptive.test_dawin import interpolated_logits
-from tests.conftest import WORDS, Family
-from tests.leaderboard.conftest import TASKS, rows_of, run
+from tests.support.dense import interpolated_logits
+from tests.support.families import Family
+from tests.support.models import WORDS
+from tests.support.rows import TASKS
+from tests.support.suites import rows_of, run
 from twin_bench.adaptive import learning
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.run import _input_digests, _key
-from twin_bench.leaderboard.serve import serve
-from twin_bench.leaderboard.served import Served
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.classifier import TwinClassifier
 

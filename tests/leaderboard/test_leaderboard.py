@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 import twin_bench
-from tests.conftest import Family
-from tests.leaderboard.conftest import TASKS, score_alone, with_backbone
+from tests.support.families import Family
+from tests.support.rows import TASKS
+from tests.support.suites import score_alone, with_backbone
 from twin_bench import TwinModel
 from twin_bench.leaderboard import run as run_module
 from twin_bench.leaderboard.__main__ import main

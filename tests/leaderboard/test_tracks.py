@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import twin_bench
-from tests.conftest import Family
-from tests.leaderboard.conftest import TASKS, rows_of, run, score_alone, with_backbone
+from tests.support.families import Family
+from tests.support.rows import TASKS
+from tests.support.suites import rows_of, run, score_alone, with_backbone
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard import run as run_module

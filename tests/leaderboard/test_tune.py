@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import twin_bench
-from tests.conftest import WORDS, Family, tiny_classifier, tiny_tokenizer, write_generative_rows
-from tests.leaderboard.conftest import rows_of, run, with_backbone, write_rows
+from tests.support.families import Family
+from tests.support.models import WORDS, tiny_classifier, tiny_tokenizer
+from tests.support.rows import write_generative_rows, write_rows
+from tests.support.suites import rows_of, run, with_backbone
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.tune import hold_out
 from twin_bench.merging.registry import _registry, find_method

@@ -18,7 +18,7 @@ from twin_bench import InputError, TwinModel
 from twin_bench.twin import builder as build
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.cache import backbone_digest
-from twin_bench.twin.paper import LoraStack, SeparateParts, install_separate
+from twin_bench.twin.paper import AdapterStack, PaperFactors, install_paper_layers
 from twin_bench.twin.recipe import Recipe
 
 TEXTS = [("the cat sat on a big red dog", None), ("why who", "a bird"), ("the cat sat on a big red bird", None)] * 2
@@ -206,8 +206,8 @@ def test_factors_that_the_shared_expert_runs_through_are_in_its_digest(causal_fa
     """Under `paper` a language model's shared expert is W_0 + B_s A_s: other factors, other features."""
     name = "model.layers.0.mlp.up_proj.weight"
     model = copy.deepcopy(causal_families("llama").base)
-    stack = LoraStack(torch.randn(2, 3, 24), torch.randn(2, 40, 3), 1.0)
-    install_separate(model, SeparateParts({name: stack}, 0.3, None, 1))
+    stack = AdapterStack(torch.randn(2, 3, 24), torch.randn(2, 40, 3), 1.0)
+    install_paper_layers(model, PaperFactors({name: stack}, 0.3, None, 1))
     before = backbone_digest(model, {})
     assert backbone_digest(copy.deepcopy(model), {}) == before
     model.model.layers[0].mlp.up_proj.A[0] *= 2

@@ -13,9 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.conftest import CAUSAL_VOCABULARY as VOCABULARY
-from tests.conftest import Family
-from tests.twin.test_exactness import mixes
+from tests.support.dense import dense, mixes
+from tests.support.models import CAUSAL_VOCABULARY as VOCABULARY
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.twin.builder import build_twin
@@ -25,7 +24,6 @@ from twin_bench.twin.layers import install
 from twin_bench.twin.recipe import Recipe
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
-SCALING, DENSITY = 0.29, 0.5
 
 
 @pytest.fixture(scope="session")
@@ -39,26 +37,6 @@ def twins(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any
         return built[kind]
 
     return directory
-
-
-def dense(family: Family, weights: Tensor) -> Any:
-    """Return one sample's model, every parameter fused for it in float64, from the paper's formulas."""
-    theta_0 = {name: p.detach().double() for name, p in family.base.named_parameters()}
-    thetas = {task: dict(model.named_parameters()) for task, model in family.experts.items()}
-    model = copy.deepcopy(family.base).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shared = theta_0[name] + SCALING * sum(theta[name].double() - theta_0[name] for theta in thetas.values())
-            fused = shared.clone()
-            for weight, theta in zip(weights.double(), thetas.values(), strict=True):
-                v = theta[name].double() - shared
-                if v.ndim == 2:
-                    rank = int(DENSITY * min(v.shape))
-                    U, S, Vh = torch.linalg.svd(v)
-                    v = U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
-                fused += weight * v
-            parameter.copy_(fused)
-    return model
 
 
 def prompts(rows: int, seed: int = 0, pad: str = "left") -> dict[str, Tensor]:

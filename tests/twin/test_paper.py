@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import CAUSAL_VOCABULARY, Family
-from tests.twin.test_exactness import mixes
+from tests.support.dense import mixes
+from tests.support.families import Family
+from tests.support.models import CAUSAL_VOCABULARY
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.data import TASKS
 from twin_bench.twin.builder import build_twin
-from twin_bench.twin.paper import LoraStack, SeparateParts, install_separate, merge_separately
+from twin_bench.twin.paper import AdapterStack, PaperFactors, install_paper_layers, merge_lora_factors
 from twin_bench.twin.recipe import Recipe
 
 RANK, ALPHA, SCALING = 4, 6, 0.3
@@ -123,7 +124,7 @@ def test_the_router_reads_the_authors_shared_expert_and_is_chosen_on_test_rows(l
 def test_static_merges_square_lambda(lora: Any) -> None:
     family, root, factors = lora
     sources = open_sources(family.recipe["base_model"], {task: str(root / task) for task in TASKS_HERE})
-    merged = merge_separately("task_arithmetic", sources.base, sources.experts, scaling=SCALING)
+    merged = merge_lora_factors("task_arithmetic", sources.base, sources.experts, scaling=SCALING)
     base = dict(family.base.named_parameters())
     for name, tensor in merged.items():
         expected = base[name].detach().double()
@@ -140,10 +141,10 @@ def test_experts_that_cannot_be_added(lora: Any, causal_families: Any, tmp_path:
     peft.get_peft_model(copy.deepcopy(family.base), config).save_pretrained(tmp_path / "other")
     sources = open_sources(family.recipe["base_model"], {"mmlu": str(root / "mmlu"), "bbq": str(tmp_path / "other")})
     with pytest.raises(InputError, match="the adapters differ in rank or scale"):
-        merge_separately("average", sources.base, sources.experts)
+        merge_lora_factors("average", sources.base, sources.experts)
     full = open_sources(family.recipe["base_model"], family.recipe["experts"])
     with pytest.raises(InputError, match="needs adapters on the same matrices"):
-        merge_separately("average", full.base, full.experts)
+        merge_lora_factors("average", full.base, full.experts)
     build_twin(Recipe.model_validate({**family.recipe, "router": None}), tmp_path / "twin")
     with pytest.raises(InputError, match="protocol paper adds the factors of LoRA adapters"):
         TwinModel.from_pretrained(tmp_path / "twin", protocol="paper")
@@ -153,8 +154,8 @@ def test_tokens_that_come_flattened_keep_their_rows() -> None:
     """OPT gives its MLP (batch * length, n); a single token a row is (batch, n)."""
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.ModuleDict({"x": torch.nn.Linear(6, 5)})
-    stack = LoraStack(torch.randn(2, 3, 6, generator=generator), torch.randn(2, 5, 3, generator=generator), 1.0)
-    fusion = install_separate(model, SeparateParts({"x.weight": stack}, 0.3, None, 2))
+    stack = AdapterStack(torch.randn(2, 3, 6, generator=generator), torch.randn(2, 5, 3, generator=generator), 1.0)
+    fusion = install_paper_layers(model, PaperFactors({"x.weight": stack}, 0.3, None, 2))
     x = torch.randn(3, 4, 6, generator=generator)
     with torch.no_grad(), fusion.per_row(torch.randn(3, 2, generator=generator)):
         whole = model["x"](x)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.twin.test_exactness import batch
+from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
 from twin_bench.data.task import TaskInput
 from twin_bench.twin.builder import _held_out, build_twin

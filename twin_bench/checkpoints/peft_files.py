@@ -78,8 +78,8 @@ def load_adapter(folder: Path, skeleton: Skeleton) -> dict[str, Factors]:
             stored[key],
             stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")],
         )
-        turned = name in skeleton.embeddings or name in skeleton.transposed
-        factors[name] = Factors(first.T.contiguous(), second.T.contiguous()) if turned else Factors(second, first)
+        transposed = name in skeleton.embeddings or name in skeleton.transposed
+        factors[name] = Factors(first.T.contiguous(), second.T.contiguous()) if transposed else Factors(second, first)
     return factors
 
 

@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Merge, and print the result's size; InputError for what is wrong with the recipe."""
     from twin_bench.console import progress_bars
-    from twin_bench.merging.export import merge_to_directory
-    from twin_bench.merging.recipe import read_merge_recipe
+    from twin_bench.merging.export import merge_to_directory, read_merge_recipe
 
     recipe, difference = read_merge_recipe(options.recipe)
     if difference:

@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--harness",
         default="lm-eval",
-        choices=("lm-eval", "helm"),
-        help="the harness that scores: lm-eval or helm (default: lm-eval)",
+        help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
     )
     parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(

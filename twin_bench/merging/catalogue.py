@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from itertools import groupby
 
 from twin_bench.merging.registry import Method, methods
@@ -34,10 +32,4 @@ def _entry(method: Method) -> str:
         f"defaults `{defaults}`" if defaults else "",
     ]
     line = " · ".join(fact for fact in facts if fact)
-    return f"\n### {method.name}: {method.title}\n\n" + (f"{line}\n\n" if line else "") + f"{formula(method)}\n"
-
-
-def formula(method: Method) -> str:
-    """Return a method's docstring's first paragraph, or its module's where it is no function."""
-    documented = method.function or importlib.import_module(f"twin_bench.merging.registry.{method.name}")
-    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
+    return f"\n### {method.name}: {method.title}\n\n" + (f"{line}\n\n" if line else "") + f"{method.formula}\n"

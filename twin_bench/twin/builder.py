@@ -25,7 +25,7 @@ from twin_bench.merging.registry import find_method, merge_lazily
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.model import Encoded, TwinModel, distinct, twin_class
-from twin_bench.twin.paper import SeparateParts, lora_stacks
+from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.router import RouterConfig, Trained, train_router
@@ -270,12 +270,12 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     if adapted & (sources.skeleton.transposed | sources.skeleton.embeddings):
         return None
     try:
-        stacks = lora_stacks(sources.experts)
+        stacks = stack_adapters(sources.experts)
     except InputError:  # adapters of several ranks: a twin all the same, under the other protocols
         return None
     scaling = {**find_method("task_arithmetic").defaults, **recipe.shared.options}["scaling"]
     limits = recipe.exclusive
-    return PaperParts(separate=SeparateParts(stacks, scaling, limits.density, limits.rank))
+    return PaperParts(factors=PaperFactors(stacks, scaling, limits.density, limits.rank))
 
 
 def _require_writable(directory: Path) -> None:

@@ -32,7 +32,7 @@ from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.files import digest_file, written_at_once
 from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.paper import LoraStack, SeparateParts
+from twin_bench.twin.paper import AdapterStack, PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.router import Router, RouterConfig
 
@@ -66,10 +66,10 @@ def save_twin(
             _save_router(root / "router", parts.router)
         if parts.paper is not None:
             (root / "router" / "paper").mkdir(parents=True, exist_ok=True)
-            if parts.paper.separate is None:
+            if parts.paper.factors is None:
                 save_tensors(parts.paper.biases, root / "router" / "paper" / "biases.safetensors")
             else:
-                _save_adapters(parts.paper.separate.adapters, root / "router" / "paper" / "lora.safetensors")
+                _save_adapters(parts.paper.factors.adapters, root / "router" / "paper" / "lora.safetensors")
             if parts.paper.router is not None:
                 _save_router(root / "router" / "paper", parts.paper.router)
         files = {
@@ -177,21 +177,21 @@ def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
     if (folder / "lora.safetensors").is_file():
         limits = manifest["exclusive"]
         adapters = _load_adapters(folder / "lora.safetensors")
-        separate = SeparateParts(adapters, manifest["shared"]["scaling"], limits.get("density"), limits.get("rank"))
-        return PaperParts(router=router, separate=separate)
+        factors = PaperFactors(adapters, manifest["shared"]["scaling"], limits.get("density"), limits.get("rank"))
+        return PaperParts(router=router, factors=factors)
     biases = folder / "biases.safetensors"
     return PaperParts(load_file(biases), router) if biases.is_file() else None
 
 
-def _save_adapters(adapters: Mapping[str, LoraStack], file: Path) -> None:
+def _save_adapters(adapters: Mapping[str, AdapterStack], file: Path) -> None:
     tensors = {f"{name}.{side}": getattr(stack, side) for name, stack in adapters.items() for side in ("A", "B")}
     save_tensors({**tensors, **{f"{name}.scale": torch.tensor(stack.scale) for name, stack in adapters.items()}}, file)
 
 
-def _load_adapters(file: Path) -> dict[str, LoraStack]:
+def _load_adapters(file: Path) -> dict[str, AdapterStack]:
     stored = load_file(file)
     names = [key.removesuffix(".scale") for key in stored if key.endswith(".scale")]
-    return {n: LoraStack(stored[f"{n}.A"], stored[f"{n}.B"], float(stored[f"{n}.scale"])) for n in names}
+    return {n: AdapterStack(stored[f"{n}.A"], stored[f"{n}.B"], float(stored[f"{n}.scale"])) for n in names}
 
 
 def _verify(directory: Path, manifest: Mapping[str, Any]) -> None:

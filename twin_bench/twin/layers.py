@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.checkpoints.factors import Factors
+from twin_bench.compat import Conv1D
 from twin_bench.errors import InputError
-from twin_bench.twin.basis import JointBasis, joint_basis
+from twin_bench.twin.basis import JointBasis, find_joint_basis
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Columns, Fusion
 
@@ -153,7 +153,7 @@ class TwinLinear(TwinLayer):
         each = [owner == k for k, rank in enumerate(self.ranks) if rank]
         norms = [(B[:, own] @ A[own]).norm() for own in each] + [self.weight.detach().float().norm().cpu()]
         noise = ROUNDINGS * torch.finfo(torch.float32).eps * float(max(norms))
-        joint = joint_basis(*self.flow(B, A), owner, self.fusion.experts, noise=noise)
+        joint = find_joint_basis(*self.flow(B, A), owner, self.fusion.experts, noise=noise)
         if joint is None:
             super()._keep(B, A)
             return

@@ -19,7 +19,7 @@ from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
-from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, Protocol, Routing
+from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches
 from twin_bench.twin.router import Router
 from twin_bench.twin.tolerance import simplified
@@ -50,7 +50,7 @@ class TwinModel(nn.Module, abc.ABC):
         tokenizer: Any,
         parts: Parts,
         *,
-        protocol: Protocol = "standard",
+        protocol: ProtocolName = "standard",
         routing: Routing = "router",
         tolerance: float | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class TwinModel(nn.Module, abc.ABC):
             raise InputError(f"unknown routing {routing!r}{nearest(routing, ROUTINGS)}")
         if protocol == "routed" and routing != "router":
             raise InputError(f"protocol routed takes the head from the router, and routing is {routing}")
-        self.protocol: Protocol = protocol
+        self.protocol: ProtocolName = protocol
         self.routing: Routing = routing
         self.tokenizer = tokenizer
         self.expert_names = tuple(parts.exclusive)
@@ -95,7 +95,7 @@ class TwinModel(nn.Module, abc.ABC):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        protocol: Protocol = "standard",
+        protocol: ProtocolName = "standard",
         routing: Routing = "router",
         tolerance: float | None = None,
         trust_remote_code: bool = False,

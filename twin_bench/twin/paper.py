@@ -24,7 +24,7 @@ from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import by_row
 
 
-class LoraStack(NamedTuple):
+class AdapterStack(NamedTuple):
     """One matrix's adapters: A (T, r, n) and B (T, m, r) of the experts in their order, and the scale of all."""
 
     A: Tensor
@@ -33,23 +33,23 @@ class LoraStack(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SeparateParts:
+class PaperFactors:
     """What a twin needs to run as the authors': its experts' adapters, and how they are merged and truncated."""
 
-    adapters: Mapping[str, LoraStack]
+    adapters: Mapping[str, AdapterStack]
     scaling: float
     density: float | None
     rank: int | None
 
 
-def lora_stacks(experts: Mapping[str, Checkpoint]) -> dict[str, LoraStack]:
+def stack_adapters(experts: Mapping[str, Checkpoint]) -> dict[str, AdapterStack]:
     """Return the adapters of all experts by parameter name.
 
     Raises InputError unless every expert is a LoRA adapter and nothing else, all of one rank and scale on the
     same matrices: A and B of other shapes can't be added.
     """
     first = next(iter(experts.values()))
-    stacks: dict[str, LoraStack] = {}
+    stacks: dict[str, AdapterStack] = {}
     for task, expert in experts.items():
         if not expert.low_rank or expert.replaced or expert.low_rank.keys() != first.low_rank.keys():
             raise InputError(
@@ -61,18 +61,18 @@ def lora_stacks(experts: Mapping[str, Checkpoint]) -> dict[str, LoraStack]:
         A, B = [pair.A().float() for pair in own], [pair.B().float() for pair in own]
         if len({(a.shape, pair.scale) for a, pair in zip(A, own, strict=True)}) > 1:
             raise InputError(f"tensor {name}: the adapters differ in rank or scale; protocol paper can't add them")
-        stacks[name] = LoraStack(torch.stack(A), torch.stack(B), lora.scale)
+        stacks[name] = AdapterStack(torch.stack(A), torch.stack(B), lora.scale)
     return stacks
 
 
-def merge_separately(
+def merge_lora_factors(
     method: str, base: Checkpoint, experts: Mapping[str, Checkpoint], **options: Any
 ) -> dict[str, Tensor]:
     """Return a static merge as the authors make it: `method` on A and on B, then W_0 + s B A.
 
-    Raises InputError as `lora_stacks` does.
+    Raises InputError as `stack_adapters` does.
     """
-    stacks = lora_stacks(experts)
+    stacks = stack_adapters(experts)
     zeros = {key: torch.zeros_like(tensor[0]) for key, tensor in _sides(stacks).items()}
     own = {task: {key: tensor[t] for key, tensor in _sides(stacks).items()} for t, task in enumerate(experts)}
     merged = merge_lazily(method, zeros, own, **options)
@@ -83,7 +83,7 @@ def merge_separately(
     return parameters
 
 
-def install_separate(model: nn.Module, parts: SeparateParts) -> Fusion:
+def install_paper_layers(model: nn.Module, parts: PaperFactors) -> Fusion:
     """Replace the adapted layers of `model` and return what drives them.
 
     `model` holds theta_s = theta_0 + lambda sum_t tau_t, from which theta_0 is had back. Raises
@@ -97,11 +97,11 @@ def install_separate(model: nn.Module, parts: SeparateParts) -> Fusion:
         layer = modules.get(path)
         if type(layer) is not nn.Linear:
             raise InputError(f"{name} belongs to a {type(layer).__name__}; protocol paper adapts Linear layers only")
-        model.set_submodule(path, SeparateLinear(layer, fusion, stack, parts))
+        model.set_submodule(path, PaperLinear(layer, fusion, stack, parts))
     return fusion
 
 
-class SeparateLinear(nn.Module):
+class PaperLinear(nn.Module):
     """nn.Linear whose adapters are fused side by side: A (1 + T, r, n) and B (1 + T, m, r), the shared one first."""
 
     weight: Tensor
@@ -111,7 +111,7 @@ class SeparateLinear(nn.Module):
     fused_weight: Tensor | None
     is_matrix = True
 
-    def __init__(self, layer: nn.Linear, fusion: Fusion, stack: LoraStack, parts: SeparateParts) -> None:
+    def __init__(self, layer: nn.Linear, fusion: Fusion, stack: AdapterStack, parts: PaperFactors) -> None:
         super().__init__()
         self.fusion, self.scale = fusion, stack.scale
         self.ranks = (2 * stack.A.shape[1],) * len(stack.A)
@@ -153,7 +153,7 @@ class SeparateLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * F.linear(spread, self.B.transpose(0, 1).flatten(1))
 
 
-def _shared_and_exclusive(tensors: Tensor, parts: SeparateParts) -> Tensor:
+def _shared_and_exclusive(tensors: Tensor, parts: PaperFactors) -> Tensor:
     """Return [lambda sum_t X_t, SVD_r(X_t - that) of every t] of experts' matrices (T, p, q): (1 + T, p, q)."""
     shared = parts.scaling * tensors.sum(dim=0)
     rank = exclusive_rank(shared.shape, density=parts.density, rank=parts.rank)
@@ -169,5 +169,5 @@ def _with_shared(weights: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(weights[..., :1]), weights], dim=-1)
 
 
-def _sides(stacks: Mapping[str, LoraStack]) -> dict[str, Tensor]:
+def _sides(stacks: Mapping[str, AdapterStack]) -> dict[str, Tensor]:
     return {f"{name}.{side}": getattr(stack, side) for name, stack in stacks.items() for side in ("A", "B")}

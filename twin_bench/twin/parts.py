@@ -8,12 +8,13 @@ from typing import Literal
 
 from torch import Tensor
 
+from twin_bench.merging.registry import PROTOCOLS, ProtocolName
 from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.paper import SeparateParts
+from twin_bench.twin.paper import PaperFactors
 from twin_bench.twin.router import Router
 
-Protocol = Literal["standard", "paper", "routed"]
-PROTOCOLS: tuple[Protocol, ...] = ("standard", "paper", "routed")
+__all__ = ["PROTOCOLS", "ROUTINGS", "PaperParts", "Parts", "ProtocolName", "Routing"]
+
 Routing = Literal["router", "task", "none"]
 ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 
@@ -29,7 +30,7 @@ class PaperParts:
 
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     router: Router | None = None
-    separate: SeparateParts | None = None
+    factors: PaperFactors | None = None
 
 
 @dataclass(frozen=True)

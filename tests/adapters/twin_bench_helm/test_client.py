@@ -17,8 +17,8 @@ from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.request import Request
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
-from tests.conftest import WORDS
-from tests.twin.test_causal import dense
+from tests.support.dense import dense
+from tests.support.models import WORDS
 from twin_bench import TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe

@@ -16,8 +16,8 @@ from helm.benchmark.presentation.run_entry import read_run_entries
 from helm.benchmark.scenarios.scenario import create_scenario
 from helm.common.object_spec import parse_object_spec
 
-from tests.conftest import WORDS
 from tests.support.interpreter import ADAPTERS, ROOT
+from tests.support.models import WORDS
 from twin_bench import InputError
 from twin_bench.cli import main
 from twin_bench.twin.builder import build_twin

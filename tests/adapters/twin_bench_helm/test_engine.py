@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import WORDS, tiny_causal_tokenizer
+from tests.support.models import WORDS, tiny_causal_tokenizer
 from twin_bench import TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import tokens

@@ -14,9 +14,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.conftest import WORDS, write_generative_rows
+from tests.support.dense import dense
 from tests.support.interpreter import ADAPTERS, ROOT
-from tests.twin.test_causal import dense
+from tests.support.models import WORDS
+from tests.support.rows import write_generative_rows
 from twin_bench import InputError, TwinModel
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.paths import tasks_directory
