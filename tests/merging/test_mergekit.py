@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +216,7 @@ def test_a_base_model_has_no_parameters(tmp_path: Path) -> None:
         read(raw, tmp_path)
 
 
-def test_slerp_takes_the_base_model_as_one_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a header of that name, whether or not this version has the method."""
-    header = twin_bench.methods()["task_arithmetic"]
-    slerp = dataclasses.replace(header, name="slerp", title="SLERP", defaults={"t": 0.5})
-    known = {**twin_bench.methods(), "slerp": slerp}
-    monkeypatch.setattr("twin_bench.merging.mergekit.methods", lambda: known)
-    monkeypatch.setattr("twin_bench.twin.recipe.find_method", known.__getitem__)
+def test_slerp_takes_the_base_model_as_one_end(tmp_path: Path) -> None:
     raw = configuration("slerp", parameters={"t": 0.3})
     raw["models"] = [{"model": "org/expert-0"}, {"model": "org/base"}]
     recipe, _ = read(raw, tmp_path)
