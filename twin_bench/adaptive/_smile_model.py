@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.adaptive.smile import gate
 from twin_bench.checkpoints.factors import Factors
+from twin_bench.compat import Conv1D
 from twin_bench.errors import InputError
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.task_vectors import TaskVectors

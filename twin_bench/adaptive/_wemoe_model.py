@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.adaptive.entropy import Batches, entropy_loss
 from twin_bench.adaptive.learning import Learning
 from twin_bench.adaptive.wemoe import Gate
+from twin_bench.compat import Conv1D
 from twin_bench.errors import UnsuitedError
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.exclusive import Exclusive

@@ -20,6 +20,7 @@ from twin_bench.checkpoints.checkpoint import (
     with_shape,
 )
 from twin_bench.checkpoints.skeleton import Skeleton
+from twin_bench.compat import pattern_of
 from twin_bench.errors import InputError
 from twin_bench.files import read_json
 
@@ -42,7 +43,6 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
     delta (DoRA, lora_bias, other adapter types) is an InputError that says so.
     """
     from peft import LoraConfig, PeftConfig
-    from peft.utils.other import get_pattern_key
 
     read_json(directory / "adapter_config.json")
     config = PeftConfig.from_pretrained(str(directory))
@@ -75,7 +75,7 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
     def scale_of(parameter: str, rank: int) -> float:
         alphas = config.alpha_pattern or {}
         module = parameter.removesuffix(".weight")
-        alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+        alpha = alphas.get(pattern_of(list(alphas), module), config.lora_alpha)
         return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
     def adapted(parameter: str, lora: LowRank) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
-from transformers.pytorch_utils import Conv1D
 
+from twin_bench.compat import Conv1D
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.checkpoints.sources import Sources, load_expert
+from twin_bench.compat import Conv1D
 from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
 from twin_bench.data.rows import few_shot_pool, read_rows, split_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
+from twin_bench import compat
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
@@ -74,14 +74,14 @@ class TwinCausalLM(TwinModel):
     ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
         """Yield batches of rows and their features: what rows begin with alike is run once for all of them."""
         inputs = {row: inputs["input_ids"] for row, inputs in enumerate(rows)}
-        limits = {row: len(ids) - 1 if self._keeps_prefixes else 0 for row, ids in inputs.items()}
+        limits = {row: len(ids) - 1 if self._prefix_argument else 0 for row, ids in inputs.items()}
         for shared in shared_prefixes(inputs, limits):
             begun: list[Tensor | float] = [0.0] * len(layers)
             prefix = Prefix(0, None)
             if shared.length:
                 prefix = Prefix(shared.length, DynamicCache(config=self.model.config))
                 ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
-                kept = {"input_ids": ids, "past_key_values": prefix.cache, "use_cache": True}
+                kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}
                 begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
             rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
             lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
@@ -104,7 +104,7 @@ class TwinCausalLM(TwinModel):
             **inputs,
             "attention_mask": seen,
             "position_ids": places,  # a router on the embeddings leaves the cache empty, which would count as none
-            "past_key_values": prefix.of(len(mask)),
+            self._prefix_argument: prefix.of(len(mask)),
             "use_cache": False,
         }
 
@@ -230,7 +230,7 @@ class TwinCausalLM(TwinModel):
         lengths = [len(inputs[row]) for row in rows]
         for planned in plan(weights[rows], lengths, self.costs, steps=steps, batch_size=batch_size):
             group = Group(tuple(rows[row] for row in planned.rows), planned.weights)
-            may = limits if self._keeps_prefixes else dict.fromkeys(limits, 0)
+            may = limits if self._prefix_argument else dict.fromkeys(limits, 0)
             for one in shared_in_group(group, weights, inputs, may):
                 first = Group(one.rows[:1], group.weights)
                 prefix = Prefix(one.length, self._keys_and_values(inputs[one.rows[0]][: one.length], first, weights))
@@ -247,7 +247,8 @@ class TwinCausalLM(TwinModel):
             return None
         cache = DynamicCache(config=self.model.config)
         with self.fused(group, weights):
-            self.model.base_model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True)
+            kept = {self._prefix_argument: cache, "use_cache": True}
+            self.model.base_model(torch.tensor([list(ids)], device=self.device), **kept)
         return cache
 
     @torch.no_grad()
@@ -340,16 +341,14 @@ class TwinCausalLM(TwinModel):
             return self.model(**inputs).logits[:, positions]
 
     @functools.cached_property
-    def _keeps_prefixes(self) -> bool:
-        """Whether the model's keys and values can be kept and given to several rows: not those of a state-space one."""
-        layers = DynamicCache(config=self.model.config).layers
-        takes = inspect.signature(self.model.base_model.forward).parameters
-        return "past_key_values" in takes and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)
+    def _prefix_argument(self) -> str:
+        """The model's name for the keys and values of what rows begin with alike; empty where they can't share them."""
+        return compat.prefix_argument(self.model) or ""
 
     @functools.cached_property
     def _selects_logits(self) -> bool:
         """Whether the model can leave out the logits that nobody asks for, which are most of its memory."""
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return compat.selects_logits(self.model)
 
     def _weights_of(
         self,

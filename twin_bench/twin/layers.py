@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from twin_bench.checkpoints.factors import Factors
+from twin_bench.compat import Conv1D
 from twin_bench.errors import InputError
 from twin_bench.twin.basis import JointBasis, joint_basis
 from twin_bench.twin.exclusive import Exclusive

@@ -1,0 +1,161 @@
+"""What depends on a version of transformers or peft: either version's names, and one line where a fast path is off."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import tiny_causal
+from twin_bench import compat
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.recipe import Recipe
+
+CONTEXT = [*range(4, 24)]
+REQUESTS = [([*CONTEXT, 5 + row], [6, 7]) for row in range(3)]
+
+
+@pytest.fixture
+def twin(causal_families: Any, tmp_path: Path) -> TwinCausalLM:
+    build_twin(Recipe.model_validate({**causal_families("llama").recipe, "router": None}), tmp_path / "twin")
+    return TwinCausalLM.from_pretrained(tmp_path / "twin")
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    compat._say_once.cache_clear()
+    caplog.set_level(logging.WARNING, logger=compat.__name__)
+    return caplog
+
+
+def scores(twin: TwinCausalLM) -> torch.Tensor:
+    weights = torch.eye(len(twin.expert_names))[:1].repeat(len(REQUESTS), 1)
+    scored = twin.log_likelihoods(REQUESTS, fusion_weights=weights, batch_size=4)
+    return torch.stack([one.log_probs for one in scored])
+
+
+def test_the_cache_goes_by_either_name() -> None:
+    assert compat.cache_argument(lambda input_ids, cache=None: None) == "cache"
+    assert compat.cache_argument(lambda input_ids, past_key_values=None: None) == "past_key_values"
+    assert compat.cache_argument(lambda input_ids, past_key_values=None, cache=None: None) == "cache"
+    assert compat.cache_argument(lambda input_ids: None) is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2", "opt"])
+def test_installed_models_share_prefixes_and_select_logits_without_a_word(
+    kind: str, said: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_causal(kind)
+    assert compat.prefix_argument(model) in compat.CACHE_ARGUMENTS
+    assert compat.selects_logits(model)
+    assert not said.records
+
+
+def renamed(module: Any, name: str) -> None:
+    """Have a module's forward take the cache under `name` alone, as in the version that calls it so."""
+    forward, own = module.forward, compat.cache_argument(module.forward)
+    assert own
+
+    def cache(input_ids: Any = None, *, cache: Any = None, logits_to_keep: Any = 0, **rest: Any) -> Any:
+        return run(input_ids, cache, logits_to_keep, rest)
+
+    def past_key_values(
+        input_ids: Any = None, *, past_key_values: Any = None, logits_to_keep: Any = 0, **rest: Any
+    ) -> Any:
+        return run(input_ids, past_key_values, logits_to_keep, rest)
+
+    def run(input_ids: Any, kept: Any, logits_to_keep: Any, rest: Any) -> Any:
+        given = {own: kept} if kept is not None else {}
+        if isinstance(logits_to_keep, torch.Tensor):
+            given["logits_to_keep"] = logits_to_keep
+        return forward(input_ids, **given, **rest)
+
+    module.forward = {"cache": cache, "past_key_values": past_key_values}[name]
+
+
+@pytest.mark.parametrize("name", compat.CACHE_ARGUMENTS)
+def test_prefixes_are_shared_under_either_name(
+    twin: TwinCausalLM, name: str, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    expected = scores(twin)
+    twin.__dict__.pop("_prefix_argument")
+    renamed(twin.model.base_model, name)
+    renamed(twin.model, name)
+    passes: list[int] = []
+    keys_and_values = twin._keys_and_values
+
+    def watched(ids: Any, *rest: Any) -> Any:
+        passes.append(len(ids))
+        return keys_and_values(ids, *rest)
+
+    monkeypatch.setattr(twin, "_keys_and_values", watched)
+    torch.testing.assert_close(scores(twin), expected)
+    assert twin._prefix_argument == name
+    assert passes == [len(CONTEXT)]
+    assert not said.records
+
+
+def test_no_name_is_deprecated(twin: TwinCausalLM) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        scores(twin)
+        rows = [{"input_ids": context, "attention_mask": [1] * len(context)} for context, _ in REQUESTS]
+        assert [batch for batch, _ in twin._feature_batches(rows, [-1], 4)]
+
+
+def test_a_model_without_either_name_shares_nothing_and_says_so_once(
+    twin: TwinCausalLM, said: pytest.LogCaptureFixture
+) -> None:
+    expected = scores(twin)
+    forward = twin.model.base_model.forward
+    twin.model.base_model.forward = lambda *args, **options: forward(*args, **options)
+    for _ in range(2):
+        twin.__dict__.pop("_prefix_argument")
+        torch.testing.assert_close(scores(twin), expected, rtol=1e-4, atol=1e-5)
+    (record,) = said.records
+    assert record.name == "twin_bench.compat"
+    assert record.levelno == logging.WARNING
+    assert record.message == (
+        f"LlamaForCausalLM (transformers {transformers.__version__}) takes none of cache, past_key_values: "
+        "what rows begin with alike is run for each of them"
+    )
+
+
+def test_a_model_that_computes_all_logits_says_so_once(twin: TwinCausalLM, said: pytest.LogCaptureFixture) -> None:
+    expected = scores(twin)
+    forward = twin.model.forward
+    assert twin._prefix_argument
+    twin.model.forward = lambda *args, **options: forward(*args, **options)
+    for _ in range(2):
+        twin.__dict__.pop("_selects_logits")
+        torch.testing.assert_close(scores(twin), expected, rtol=1e-4, atol=1e-5)
+    (record,) = said.records
+    assert "takes no logits_to_keep: the logits of all tokens are computed" in record.message
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])
+def test_a_state_that_is_no_keys_and_values_is_not_shared(kind: str, said: pytest.LogCaptureFixture) -> None:
+    """Falcon-H1's layers keep both: repeating its keys and values alone would leave its state at one row."""
+    shape: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2}
+    config = {
+        "mamba": lambda: transformers.MambaConfig(**shape, state_size=4),
+        "falcon_h1": lambda: transformers.FalconH1Config(
+            **shape, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, mamba_d_ssm=16, mamba_n_heads=2
+        ),
+    }[kind]()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert compat.prefix_argument(model) is None
+    assert compat.prefix_argument(model) is None
+    (record,) = said.records
+    assert "keeps a state that is no keys and values" in record.message
+
+
+def test_a_lora_config_s_patterns() -> None:
+    assert compat.pattern_of(["layers.1.q_proj", "v_proj"], "model.layers.1.q_proj") == "layers.1.q_proj"
+    assert compat.pattern_of(["v_proj"], "model.layers.1.q_proj") == "model.layers.1.q_proj"
