@@ -139,7 +139,7 @@ def test_features_are_kept_and_shared(
     shutil.copytree(board[0], out)
     for again in ("twins", "cells/standard/twin", "cells/routed/twin"):
         shutil.rmtree(out / again)
-    monkeypatch.setattr(TwinModel, "_feature_batches", lambda *_: pytest.fail("a row is run for the router"))
+    monkeypatch.setattr(TwinModel, "features", lambda *_: pytest.fail("a row is run for the router"))
     assert main(["--suite", str(suite_file), "--out", str(out)]) == 0
     for row in json.loads((out / "leaderboard.json").read_text()):
         whole = board[1][row["protocol"], row["method"], row["task"]]
