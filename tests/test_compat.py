@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import tiny_causal
+from tests.support.models import tiny_causal
 from twin_bench import compat
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM, tokens

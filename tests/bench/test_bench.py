@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.families import Family
 from tests.support.rows import write_generative_rows, write_rows
-from twin_bench.bench import bench, main
+from twin_bench.bench.__main__ import main
+from twin_bench.bench.run import bench
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM
@@ -37,10 +40,21 @@ def test_a_row_does_not_shorten_what_others_share_for_less() -> None:
     assert shared_prefixes(rows, limits) == [Sharing((0, 1, 2), 40), Sharing((3,), 0)]
 
 
+@contextmanager
+def tokens_run(twin: TwinCausalLM) -> Iterator[list[int]]:
+    """Collect the tokens of every forward of the backbone, padding included."""
+    run: list[int] = []
+
+    def count(_: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        run.append((args[0] if args else inputs["input_ids"]).numel())
+
+    hook = twin.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    yield run
+    hook.remove()
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
-def test_scores_with_a_shared_prefix_are_those_without(
-    causal_families: Any, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_with_a_shared_prefix_are_those_without(causal_families: Any, tmp_path: Path, kind: str) -> None:
     family = causal_families(kind)
     build_twin(Recipe.model_validate({**family.recipe, "router": None}), tmp_path / "twin")
     twin = TwinCausalLM.from_pretrained(tmp_path / "twin")
@@ -51,17 +65,9 @@ def test_scores_with_a_shared_prefix_are_those_without(
     requests = [Score(context, draw(1 + row % 3)) for row, context in enumerate(contexts)]
     experts = len(twin.expert_names)
     weights = torch.eye(experts)[0].repeat(len(requests), 1)
-    together = score(twin, requests, fusion_weights=weights, batch_size=4)
-    passes = []
-    prefix = twin.prefix
-
-    def watched(ids: Any, *rest: Any) -> Any:
-        passes.append(len(ids))
-        return prefix(ids, *rest)
-
-    monkeypatch.setattr(twin, "prefix", watched)
-    score(twin, requests, fusion_weights=weights, batch_size=4)
-    assert max(passes) >= 24
+    with tokens_run(twin) as run:
+        together = score(twin, requests, fusion_weights=weights, batch_size=4)
+    assert sum(run) <= sum(len(one.context) + len(one.continuation) for one in requests) - 4 * 24
     for request, row_weights, found in zip(requests, weights, together, strict=True):
         (alone,) = score(twin, [request], fusion_weights=row_weights[None])
         torch.testing.assert_close(found.log_probs, alone.log_probs, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""python -m twin_bench.leaderboard: run a suite and print its table; with no arguments, the embedded demo."""
+"""twin-bench leaderboard, which is also python -m twin_bench.leaderboard."""
 
 from __future__ import annotations
 
@@ -7,37 +7,47 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the leaderboard command; return the exit status."""
-    from twin_bench.cli import reporting_errors
 
-    parser = argparse.ArgumentParser(prog="python -m twin_bench.leaderboard", description=__doc__)
-    parser.add_argument("--suite", default="demo", help="a suite file, or a name in leaderboards/ (default: demo)")
-    parser.add_argument("--methods", help="labels or method names, comma-separated; the bounds run in any case")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where results go (default: results)")
-    parser.add_argument("--harness", default="lm-eval", help="which harness scores: lm-eval or helm (default: lm-eval)")
-    parser.add_argument("--limit", type=_positive, help="score the first N rows of each task")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "--suite", default="demo", help="a suite: a YAML file, or a name in leaderboards/ (default: demo)"
+    )
+    parser.add_argument(
+        "--methods",
+        help="run these methods only: the suite's labels or method names, with commas between them. The pretrained "
+        "model and the experts run in any case",
+    )
+    parser.add_argument(
+        "--out", metavar="DIRECTORY", type=Path, default=Path("results"), help="where results go (default: results)"
+    )
+    parser.add_argument(
+        "--harness",
+        default="lm-eval",
+        help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
+    )
+    parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(
         "--tune",
         action="store_true",
         help="add a row NAME+tuned: the method with options chosen on held-out training rows, never on scored ones",
     )
-    options = parser.parse_args(arguments)
-    return reporting_errors(lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
+    """Run the suite, write its results and print its table; InputError for what is wrong with the suite."""
     from rich.console import Console
-    from rich.progress import Progress
 
+    from twin_bench.console import progress_bars
     from twin_bench.leaderboard.report import leaderboard_rows, print_leaderboard, write_leaderboard
     from twin_bench.leaderboard.run import run_suite
     from twin_bench.leaderboard.suite import read_suite
 
     suite = read_suite(options.suite)
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
-    with Progress(console=Console(stderr=True)) as progress:
+    with progress_bars(options) as progress:
         board = run_suite(
             suite,
             options.out,
@@ -53,6 +63,13 @@ def _run(options: argparse.Namespace) -> None:
         console.width = 110
     print_leaderboard(leaderboard_rows(board.cells), table, console, board.skipped)
     print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html, skipped.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `twin-bench leaderboard`; return the exit status."""
+    from twin_bench import cli
+
+    return cli.main(["leaderboard", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def _positive(text: str) -> int:

@@ -20,9 +20,9 @@ from tests.support.interpreter import ADAPTERS, ROOT
 from tests.support.models import WORDS
 from twin_bench import InputError
 from twin_bench.cli import main
-from twin_bench.helm_config import write_helm_config
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
+from twin_bench_helm.config import write_helm_config
 from twin_bench_helm.plugin import cnndm
 
 
