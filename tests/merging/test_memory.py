@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from tests.support.interpreter import python, side_by_side
 from tests.support.models import tiny_causal_tokenizer
 
 pytestmark = [
@@ -24,7 +23,6 @@ STREAMED = [
     *("average", "task_arithmetic", "ties", "dare_task_arithmetic", "dare_ties", "model_stock", "lines"),
     *("breadcrumbs", "della", "consensus", "pcb", "tsv_m", "iso_c", "iso_cts", "knots"),
 ]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Sizes(NamedTuple):
@@ -54,21 +52,20 @@ def save_family(root: Path, *, width: int, layers: int) -> Sizes:
 def peaks(root: Path, width: int, merges: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Return what each method took above the interpreter's own; not of methods that four experts don't suit."""
     recipe = {"base_model": str(root / "base"), "experts": {name: str(root / name) for name in EXPERTS}}
-    # One thread, and tensors freed at once: the allocator's own reserves are not what is measured.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.peak_memory",
-        json.dumps(recipe),
-        str(root / "out"),
-        str(width),
-        json.dumps(merges),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    measured: dict[str, Any] = json.loads(done.stdout)
-    return {merge["method"]: measured[merge["method"]] for merge in merges if measured[merge["method"]]}
+
+    def half(start: int) -> dict[str, dict[str, int] | None]:
+        """Measure every other merge in a process of its own."""
+        arguments = [json.dumps(recipe), str(root / "out"), str(width), json.dumps(merges[start::2])]
+        # One thread, and tensors freed at once: the allocator's own reserves are not what is measured.
+        environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        done = python("-m", "tests.support.peak_memory", *arguments, **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    measured = {
+        method: peak for peaks in side_by_side(partial(half, 0), partial(half, 1)) for method, peak in peaks.items()
+    }
+    return {merge["method"]: peak for merge in merges if (peak := measured[merge["method"]])}
 
 
 def test_a_merge_holds_twice_its_largest_stack_of_tensors(tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 import twin_bench
+from tests.support.interpreter import python, side_by_side
 from tests.support.merges import EXPERTS, STATIC, models
 from twin_bench import InputError
 from twin_bench.merging.methods.ties import trim_thresholds
@@ -142,22 +142,19 @@ def test_one_expert_at_scale_one_comes_back(name: str) -> None:
 
 
 def test_a_seed_draws_the_same_in_another_process() -> None:
-    script = (
-        "import torch, twin_bench;"
-        "base={'w': torch.zeros(9, 9)}; tuned={'a': {'w': torch.ones(9, 9)}};"
-        "print((twin_bench.merge('dare_task_arithmetic', base, tuned, seed=SEED)['w'] != 0).int().flatten().tolist())"
+    script = """
+import torch, twin_bench
+base, tuned = {"w": torch.zeros(9, 9)}, {"a": {"w": torch.ones(9, 9)}}
+for seed in (7, 8):
+    print((twin_bench.merge("dare_task_arithmetic", base, tuned, seed=seed)["w"] != 0).int().flatten().tolist())
+"""
+    (seven, eight), again = (
+        done.stdout.splitlines()
+        for done in side_by_side(*(partial(python, "-c", script, PYTHONHASHSEED=hashes) for hashes in ("1", "2")))
     )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", script.replace("SEED", seed)],
-            env={"PYTHONHASHSEED": hash_seed, "PATH": ""},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed, hash_seed in (("7", "1"), ("7", "2"), ("8", "1"))
-    ]
-    assert outputs[0] == outputs[1] != outputs[2]
+    assert seven
+    assert seven != eight
+    assert again == [seven, eight]
 
 
 def test_untouched_parameters_and_integers_stay_bit_for_bit() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import twin_bench_lm_eval
@@ -35,6 +36,12 @@ def python(*arguments, path=(), **environment):
         text=True,
         check=False,
     )
+
+
+def side_by_side(*calls):
+    """Return what each call returns, two made at a time: for calls that wait for an interpreter that starts."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 HEAVY = frozenset(

@@ -1,4 +1,4 @@
-"""Merge by each method that is named and print what each took: run by test_memory.py in a process of its own.
+"""Merge by each method that is named and print what each took: run by test_memory.py in processes of their own.
 
 Anonymous memory is what counts. The inputs' pages are mapped from files: they are the page cache's, and the kernel
 takes them back when it is short of memory. `total`, the kernel's own high-water mark, counts those that a merge holds
@@ -59,7 +59,7 @@ def main(recipe: str, out: str, width: str, merges: str) -> None:
         settings = {**json.loads(recipe), "merge": merge}
         try:
             with Peak() as peak:
-                merge_to_directory(MergeRecipe.model_validate(settings), Path(out) / method)
+                merge_to_directory(MergeRecipe.model_validate(settings), Path(out) / str(os.getpid()) / method)
             peaks[method] = {"anonymous": peak.anonymous, "total": peak.total}
         except UnsuitedError:
             peaks[method] = None

@@ -1,11 +1,13 @@
 """`lm_eval --model twin_merged` as a user runs it, and how a user's mistake ends."""
 
+import itertools
 import json
 import re
+from functools import partial
 
 import pytest
 
-from tests.support.interpreter import ROOT, START, python
+from tests.support.interpreter import ROOT, START, python, side_by_side
 
 MISTAKES = {
     "no twin": (
@@ -19,20 +21,31 @@ MISTAKES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("program", ["script", "module"])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_status_2(mistake, program, tmp_path):
-    arguments, says = MISTAKES[mistake]
-    script = tmp_path / "lm_eval"  # what pip writes
+PROGRAMS = ("script", "module")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Return how lm-eval ended after each mistake, however it was started."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    script = folder / "lm_eval"  # what pip writes
     script.write_text(
         "import sys\nfrom lm_eval.__main__ import cli_evaluate\n"
         "if __name__ == '__main__':\n    sys.exit(cli_evaluate())\n"
     )
-    (tmp_path / "sitecustomize.py").write_text(START)
-    run = [str(script)] if program == "script" else ["-m", "lm_eval"]
+    (folder / "sitecustomize.py").write_text(START)
+    started = {"script": [str(script)], "module": ["-m", "lm_eval"]}
     tasks = ["--include_path", str(ROOT / "tasks"), "--tasks", "twin_cola"]
-    done = python(*run, *arguments, *tasks, path=[tmp_path])
+    runs = list(itertools.product(MISTAKES, PROGRAMS))
+    calls = [partial(python, *started[how], *MISTAKES[what][0], *tasks, path=[folder]) for what, how in runs]
+    return dict(zip(runs, side_by_side(*calls), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_status_2(mistake, program, ended):
+    done, says = ended[mistake, program], MISTAKES[mistake][1]
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -41,15 +54,15 @@ def test_a_mistake_ends_in_one_line_and_status_2(mistake, program, tmp_path):
     assert done.stderr.count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_in_other_programs_the_exception_is_the_callers_and_other_errors_keep_their_traceback():
     model = "from twin_bench_lm_eval.model import TwinMerged\n"
-    done = python("-c", model + "TwinMerged(pretrained='nowhere')")
-    assert (done.returncode, "Traceback" in done.stderr) == (1, True)
-    on_command_line = "cli_evaluate = None\n" + model
-    done = python("-c", on_command_line + "TwinMerged(pretrained='nowhere')")
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    done = python("-c", on_command_line + "1 / 0")
-    assert (done.returncode, "ZeroDivisionError" in done.stderr) == (1, True)
+    on_command_line, mistake = "cli_evaluate = None\n" + model, "TwinMerged(pretrained='nowhere')"
+    programs = (model + mistake, on_command_line + mistake, on_command_line + "1 / 0")
+    elsewhere, there, other = side_by_side(*(partial(python, "-c", program) for program in programs))
+    assert (elsewhere.returncode, "Traceback" in elsewhere.stderr) == (1, True)
+    assert (there.returncode, "Traceback" in there.stderr) == (2, False)
+    assert (other.returncode, "ZeroDivisionError" in other.stderr) == (1, True)
 
 
 @pytest.mark.slow
