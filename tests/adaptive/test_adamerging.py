@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from twin_bench.adaptive.entropy import entropy_gradient, unlabelled_batches
 
 from tests.support.setting import Setting
 from twin_bench import InputError
-from twin_bench.adaptive.adamerging import entropy, learn_coefficients, merge_with_coefficients
+from twin_bench.adaptive.adamerging import entropy_gradient, learn_coefficients, merge_with_coefficients
+from twin_bench.adaptive.unlabelled import entropy, unlabelled_batches
 from twin_bench.errors import UnsuitedError
 from twin_bench.merging.task_vectors import TaskVectors
 

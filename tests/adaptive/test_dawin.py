@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from twin_bench.adaptive._dawin_model import DawinClassifier, whole_task_vector
 
 from tests.support.dense import interpolated_logits
 from tests.support.models import WORDS, tiny_classifier, tiny_tokenizer
 from twin_bench import InputError
-from twin_bench.adaptive.dawin import confidence_weights
+from twin_bench.adaptive.dawin import DawinClassifier, confidence_weights
+from twin_bench.adaptive.vectors import whole_task_vector
 from twin_bench.checkpoints.sources import Sources, load_model, open_sources
 from twin_bench.twin.parts import Parts
 

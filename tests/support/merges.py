@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 import twin_bench
+from twin_bench.merging.registry import MergeMethod
 
-STATIC = sorted(name for name, method in twin_bench.methods().items() if method.function and not method.inputs)
+STATIC = sorted(
+    name for name, method in twin_bench.methods().items() if isinstance(method, MergeMethod) and not method.inputs
+)
 SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16), "layers.1.norm": (11,)}
 EXPERTS = {name: 4 for name in STATIC} | {"slerp": 2}
 

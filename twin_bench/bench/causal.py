@@ -15,6 +15,7 @@ from twin_bench.errors import InputError
 from twin_bench.leaderboard.harness import DEFAULT, find_harness
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.directory import load_twin
+from twin_bench.twin.requests import Score, score
 
 GENERATED = 32
 PROMPT_TOKENS = 64
@@ -63,19 +64,20 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
             inputs = twin.collate([tokens(ids) for ids in prompts[first : first + batch_size]])
             finished(plain(**inputs, use_cache=False, logits_to_keep=1).logits)
 
-    def score(weights: Tensor | None) -> None:
-        requests = [(ids, letter) for ids in prompts for letter in letters]
+    def score_letters(weights: Tensor | None) -> None:
+        requests = [Score(ids, letter) for ids in prompts for letter in letters]
         given = None if weights is None else weights.repeat(len(requests), 1)
-        twin.log_likelihoods(requests, fusion_weights=given, batch_size=batch_size)
+        score(twin, requests, fusion_weights=given, batch_size=batch_size)
 
+    routed = Case(lambda: score_letters(None), len(prompts), "plain_letters")
     whole = harness_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
     return Cases(
         {
             "plain": Case(generate_plain, batch_size * GENERATED),
             "generate_diffuse": Case(generate_diffuse, batch_size * GENERATED),
             "plain_letters": Case(plain_letters, len(prompts), "plain_letters"),
-            "letters": Case(lambda: score(own), len(prompts), "plain_letters"),
-            **({"letters_routed": Case(lambda: score(None), len(prompts), "plain_letters")} if twin.router else {}),
+            "letters": Case(lambda: score_letters(own), len(prompts), "plain_letters"),
+            **({"letters_routed": routed} if twin.router else {}),
             **whole,
         },
         {"task": task, "mean_tokens": sum(map(len, prompts)) / len(prompts), "tolerance": twin.tolerance},

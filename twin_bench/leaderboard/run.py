@@ -127,11 +127,11 @@ def run_suite(
     entries = suite.entries(None if only is None else list(only))
     suite = run_inputs.located(suite)
     scorer = find_harness(harness)
-    scorer.check(suite)
     if tune and scorer.scores_own_rows:
         raise InputError(
-            f"--tune chooses options on held-out training rows, which {harness} does not score; leave it out"
+            f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
         )
+    scorer.check(suite)
     entries = with_tuned(entries) if tune else entries
     run = _prepared(suite, out, scorer, suite.rows if limit is None else limit, progress or Progress(disable=True))
     if any("training rows" in entry.method.sees and entry.track == "per-input" for entry in entries):

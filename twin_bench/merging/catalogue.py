@@ -9,10 +9,12 @@ from twin_bench.merging.registry import Method, methods
 _INTRODUCTION = """\
 # Merge methods
 
-Made by `twin-bench methods --markdown` from the headers in [twin_bench/methods/](../twin_bench/methods/), not by hand.
+This page is made by `twin-bench methods --markdown`, not by hand. It shows the headers of the methods in
+[twin_bench/merging/methods/](../twin_bench/merging/methods/), [twin_bench/contenders/](../twin_bench/contenders/) and
+[twin_bench/adaptive/](../twin_bench/adaptive/).
 
-theta_0 is the base model, theta_t the expert of task t (t = 1..T), tau_t = theta_t - theta_0 its task vector. What the
-authors' code and other libraries do otherwise stands in each method's docstring.
+theta_0 is the base model, theta_t the expert of task t (t = 1..T), and tau_t = theta_t - theta_0 its task vector. Each
+method's docstring says how the authors' code and other libraries differ.
 """
 
 

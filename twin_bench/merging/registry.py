@@ -162,7 +162,8 @@ class ServedMethod(Method):
     serve: ServeFunction
 
 
-_registry: dict[str, Method] = {}
+REGISTRY: dict[str, Method] = {}
+"""The methods that have been registered, by name. `methods` loads the modules that register them first."""
 
 
 def merge_method(
@@ -231,16 +232,16 @@ def register(method: Method) -> None:
 
     Raises InputError where another method has its name already. The same module may be loaded twice.
     """
-    known = _registry.get(method.name)
+    known = REGISTRY.get(method.name)
     if known is not None and known.origin != method.origin:
         raise InputError(f"two methods are named {method.name}: in {known.origin} and {method.origin}; rename one")
-    _registry[method.name] = method
+    REGISTRY[method.name] = method
 
 
 def methods() -> Mapping[str, Method]:
     """Return every method's header by name, bounds first, then by track and name."""
     _load_all()
-    ordered = sorted(_registry.values(), key=lambda method: (TRACKS.index(method.track), method.name))
+    ordered = sorted(REGISTRY.values(), key=lambda method: (TRACKS.index(method.track), method.name))
     return MappingProxyType({method.name: method for method in ordered})
 
 
@@ -330,8 +331,9 @@ def _load_all() -> None:
 def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """Return a function's keywords: those with a default, which are options, and the names of the others."""
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    defaults = MappingProxyType({p.name: p.default for p in keywords if p.default is not p.empty})
-    return defaults, tuple(p.name for p in keywords if p.default is p.empty)
+    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in defaults.items()}
+    return MappingProxyType(plain), tuple(p.name for p in keywords if p.default is p.empty)
 
 
 def _header(
