@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 from twin_bench.errors import InputError, first_line, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+    from types import FrameType
 
 COMMANDS: Mapping[str, str] = {
     "build": "twin_bench.commands.build",
@@ -66,21 +70,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def reporting_errors(run: Callable[[], None]) -> int:
     """Run a command; return 0, 2 after an InputError or an OSError (one line on stderr), or 130 after an interrupt."""
-    try:
-        run()
-        sys.stdout.flush()
-    except InputError as error:
-        return _report(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        return _report(f"{error.filename}: {error.strerror}" if named else str(error))
+    with _interruptible_imports():
+        try:
+            run()
+            sys.stdout.flush()
+        except InputError as error:
+            return _report(" ".join(str(error).split()))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            named = error.filename is not None and error.strerror is not None
+            return _report(f"{error.filename}: {error.strerror}" if named else str(error))
     return 0
+
+
+@contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, with status 130, while a module is being imported.
+
+    A KeyboardInterrupt would not do: numpy swallows one in its import and fails later, and torch's import aborts.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
+                print(f"{shown}interrupted", file=sys.stderr, flush=True)
+                os._exit(130)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()  # only this one may set a handler
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _report(message: str) -> int:
@@ -143,6 +174,8 @@ def _dispatch(given: Sequence[str]) -> None:
         return
     if place == len(given):
         top.error("no command is named")
+    if options.verbose:
+        _show_messages(options.verbose)  # already of what is wrong with a command that can't be loaded
     name = given[place]
     command = _load(name)
     parser = _Parser(f"twin-bench {name}", command.SUMMARY)
@@ -159,16 +192,26 @@ def _run(name: str, command: Command, options: argparse.Namespace) -> None:
     import logging
     import time
 
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
-    messages = logging.StreamHandler()
-    messages.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("twin_bench"))
-    messages.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[messages])
+    _show_messages(options.verbose)
     if options.quiet:  # tqdm and huggingface_hub read these when they are imported
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     started = time.perf_counter()
     command.run(options)
     logging.getLogger(__name__).info("%s took %.1f s", name, time.perf_counter() - started)
+
+
+def _show_messages(verbose: int) -> None:
+    """Show log messages on stderr: everyone's warnings, and with -v and -vv what this project's packages say besides.
+
+    Nothing is changed where messages are shown already.
+    """
+    import logging
+
+    messages = logging.StreamHandler()
+    messages.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("twin_bench"))
+    messages.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, handlers=[messages])
 
 
 def _load(name: str) -> Command:
