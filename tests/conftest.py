@@ -27,8 +27,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 CAUSAL_VOCABULARY = 300  # the bytes, the special tokens and some merges
 
 
-def tiny_tokenizer() -> Any:
-    """Return a word-level tokenizer that wraps texts and pairs as BERT's does."""
+def tiny_tokenizer(kind: str = "bert") -> Any:
+    """Return a word-level tokenizer that wraps texts and pairs as BERT's does; DistilBERT takes no token types."""
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -44,7 +44,7 @@ def tiny_tokenizer() -> Any:
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=["input_ids", *([] if kind == "distilbert" else ["token_type_ids"]), "attention_mask"],
     )
 
 
@@ -110,7 +110,7 @@ def make_family(root: Path, kind: str, labels: dict[str, int] | None = None) -> 
     base = tiny_classifier(kind)
     experts = {task: tiny_classifier(kind, n, seed, like=base) for seed, (task, n) in enumerate(labels.items(), 1)}
     base.save_pretrained(root / "base")
-    tiny_tokenizer().save_pretrained(root / "base")
+    tiny_tokenizer(kind).save_pretrained(root / "base")
     for task, expert in experts.items():
         expert.save_pretrained(root / task)
     write_router_rows(root / "router.jsonl", list(labels))

@@ -20,6 +20,8 @@ from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
 from twin_bench.twin.sources import open_sources
 
+pytestmark = pytest.mark.versions
+
 
 def opened(directory: Path, kind: str) -> tuple[Checkpoint, Skeleton]:
     bones = skeleton(read_config(directory), "sequence_classification")

@@ -23,6 +23,8 @@ from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.exclusive import Exclusive, Factors
 from twin_bench.twin.layers import install
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
 SCALING, DENSITY = 0.29, 0.5
 

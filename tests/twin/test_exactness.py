@@ -16,6 +16,8 @@ from twin_bench import TwinModel
 from twin_bench.recipe import Recipe
 from twin_bench.twin.build import build_twin
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["bert", "roberta", "distilbert", "gpt2"]
 SCALING, DENSITY = 0.29, 0.5
 

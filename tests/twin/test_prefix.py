@@ -14,6 +14,8 @@ from twin_bench.twin.build import build_twin
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.prefix import Sharing, shared_prefixes
 
+pytestmark = pytest.mark.versions
+
 A, B = tuple(range(100, 140)), tuple(range(200, 260))
 
 

@@ -25,6 +25,8 @@ from twin_bench.twin.build import build_twin
 from twin_bench_helm import engine as engine_module
 from twin_bench_helm.client import TwinClient
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture(scope="module")
 def three(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,8 @@ from twin_bench.twin.build import build_twin
 from twin_bench.twin.causal import tokens
 from twin_bench_helm.engine import Ask, Completion, Engine
 
+pytestmark = pytest.mark.versions
+
 ONE_TOKEN = Ask((), max_tokens=1, temperature=0.0, top_p=1.0, completions=1, stop=(), seed="s")
 DRAWN = dataclasses.replace(ONE_TOKEN, temperature=3.0)
 SEVERAL = dataclasses.replace(DRAWN, completions=3)

@@ -27,6 +27,8 @@ from twin_bench_lm_eval.model import TwinMerged
 
 from .interpreter import ADAPTERS, ROOT
 
+pytestmark = pytest.mark.versions
+
 GREEDY = {"until": ["dog"], "max_gen_toks": 12, "do_sample": False}
 
 
