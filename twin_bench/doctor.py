@@ -34,7 +34,8 @@ OPTIONAL = ("lm-eval", "crfm-helm", "datasets", "accelerate")
 """What only the harnesses need: lm-eval brings datasets and accelerate with it."""
 
 HELM_PLUGINS_SINCE = "0.5.12"
-AUTOLOAD = "twin_bench_lm_eval._autoload"
+LM_EVAL_ADAPTER = "twin_bench_lm_eval"
+AUTOLOAD = f"{LM_EVAL_ADAPTER}._autoload"
 """What the .pth file imports at an interpreter's start, and nobody else does."""
 
 PLUGIN_GROUPS = ("twin_bench.commands", "twin_bench.harnesses", "twin_bench.methods")
