@@ -18,8 +18,7 @@ from twin_bench.leaderboard.run import run_suite
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.merging.registry import REGISTRY
 from twin_bench.twin.exclusive import Exclusive
-from twin_bench.twin.layers import install as layers_install
-from twin_bench.twin.layers.install import TWINS
+from twin_bench.twin.layers import TWINS, install
 
 
 def recipe(heading: str, **given: Any) -> dict[str, Any]:
@@ -102,13 +101,13 @@ class Scale(nn.Module):
 
 def test_a_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = recipe("Add a kind of layer", Scale=Scale)["TwinScale"]
-    monkeypatch.setitem(layers_install.__globals__, "TWINS", (*TWINS, kind))
+    monkeypatch.setattr("twin_bench.twin.layers.kinds.TWINS", (*TWINS, kind))
     torch.manual_seed(0)
     model = nn.Sequential(Scale(5), Scale(5))
     before = [layer.weight.clone() for layer in model]
     moves = {name: torch.randn(5, dtype=torch.float64) for name in ("a", "b")}
     exclusive = {name: Exclusive({}, {"1.weight": move}) for name, move in moves.items()}
-    fusion = layers_install(model, exclusive)
+    fusion = install(model, exclusive)
     x, weights = torch.randn(3, 4, 5, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
     dense = torch.stack(
         [
