@@ -81,6 +81,12 @@ class TwinModel(nn.Module, abc.ABC):
         self.requires_grad_(False)
         self.eval()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make a class that names its `task_type` the one that serves such models."""
+        super().__init_subclass__(**options)
+        if "task_type" in cls.__dict__:
+            _KINDS[cls.task_type] = cls
+
     @abc.abstractmethod
     def _complete(self, parts: Parts) -> None:
         """Add the attributes of this kind of twin: at least `max_length`."""
@@ -341,12 +347,13 @@ class TwinModel(nn.Module, abc.ABC):
         return keys[..., :experts], keys[..., -experts:] if experts else keys
 
 
+_KINDS: dict[TaskType, type[TwinModel]] = {}
+"""The kinds of twins by what they serve. `twin_bench.twin` imports their modules, which fills this."""
+
+
 def twin_class(task_type: TaskType) -> type[TwinModel]:
     """Return the class of twins that serves models of `task_type`."""
-    from twin_bench.twin.causal import TwinCausalLM
-    from twin_bench.twin.classifier import TwinClassifier
-
-    return TwinClassifier if task_type == "sequence_classification" else TwinCausalLM
+    return _KINDS[task_type]
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

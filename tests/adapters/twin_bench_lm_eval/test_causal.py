@@ -27,6 +27,8 @@ from twin_bench.twin.recipe import Recipe
 from twin_bench_lm_eval.causal import CausalTwin
 from twin_bench_lm_eval.model import TwinMerged
 
+pytestmark = pytest.mark.versions
+
 GREEDY = {"until": ["dog"], "max_gen_toks": 12, "do_sample": False}
 
 
