@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twin_bench.data import solved_examples, task_rows
-from twin_bench.generative import GENERATIVE, shuffled
-from twin_bench.metrics import mean, rouge_2
-from twin_bench.metrics import mean_standard_error as mean_stderr
+from twin_bench.data.generative import GENERATIVE, shuffled
+from twin_bench.data.metrics import mean, rouge_2
+from twin_bench.data.metrics import mean_standard_error as mean_stderr
+from twin_bench.data.rows import few_shot_pool, task_rows
 from twin_bench_lm_eval.errors import one_line_errors
 
 __all__ = ["dataset", "mean", "mean_stderr", "process_results"]
@@ -28,7 +28,7 @@ def dataset(
     """Return a task's documents as {"rows": Dataset} with columns prompt, answer, options, task and idx.
 
     `data`, `split` and `shots` come from the model's arguments or from --metadata: a directory of
-    TASK/SPLIT.jsonl (else TWIN_BENCH_DATA, else the hub), the split (validation) and the number of solved
+    TASK/SPLIT.jsonl (else TWIN_BENCH_DATA, else the hub), the split (validation) and the number of few-shot
     examples (the task's own: five, none for a summary). The rows come in an order drawn from a seed, so that
     --limit N takes a fair sample.
     """
@@ -38,13 +38,13 @@ def dataset(
     named = data or os.environ.get("TWIN_BENCH_DATA")
     directory = Path(named) if named else None
     rows = shuffled(enumerate(task_rows(task, split or "validation", directory)))
-    solved = solved_examples(task, directory) if (task.shots if shots is None else shots) else []
+    pool = few_shot_pool(task, directory, shots)
     documents = []
     for position, row in rows:
         item = task.item(row)
         documents.append(
             {
-                "prompt": task.prompt(row, task.examples(row, solved, shots)),
+                "prompt": task.prompt(row, task.examples(row, pool, shots)),
                 "answer": item.answer,
                 "options": item.options,
                 "task": task.name,

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from twin_bench.data import Row, hub_rows, joined, read_rows, split_path, text_pair
-from twin_bench.glue import GLUE, GlueTask
-from twin_bench.metrics import score, standard_error
+from twin_bench.data.glue import GLUE, GlueTask
+from twin_bench.data.metrics import score, standard_error
+from twin_bench.data.rows import hub_rows, read_rows, split_path
+from twin_bench.data.task import Row, joined
 from twin_bench_lm_eval.errors import one_line_errors
 
 one_line_errors()
@@ -37,7 +38,7 @@ def dataset(glue_task: str, data: str | None = None, split: str | None = None, *
 
 
 def _document(row: Row, position: int, task: GlueTask) -> dict[str, Any]:
-    text, pair = text_pair(row, task)
+    text, pair = task.texts(row)
     label = float(row["label"]) if task.is_regression else row["label"]
     return {
         "text": text,

@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from twin_bench.checkpoints.hub import model_directory
+from twin_bench.data.glue import GLUE
+from twin_bench.data.metrics import score
 from twin_bench.demo import BASE_MODEL, TASKS, experts_directory, train, write_data
 from twin_bench.demo.sentences import SPLITS, Draw, rows, texts
 from twin_bench.demo.train import outputs
 from twin_bench.errors import InputError
-from twin_bench.glue import GLUE
-from twin_bench.hub import model_directory
-from twin_bench.metrics import score
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin import exclusive
-from twin_bench.twin.exclusive import exclusive_vector, truncated_svd
+from twin_bench.twin.exclusive import exclusive_vector
 
 
 def best(matrix: Tensor, rank: int) -> np.ndarray:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.twin.test_exactness import batch
+from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
-from twin_bench.recipe import Recipe
-from twin_bench.twin.build import build_twin
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.recipe import Recipe
 
 LEFT_OUT = (re.compile(r".*classifier.*"), re.compile(r".*bias.*"))
 

@@ -71,8 +71,8 @@ def test_sensitivity_is_the_largest_derivative_over_the_logits_size() -> None:
 
 def test_errors(families, tmp_path) -> None:  # type: ignore[no-untyped-def]
     from twin_bench import TwinModel
-    from twin_bench.recipe import Recipe
-    from twin_bench.twin.build import build_twin
+    from twin_bench.twin.builder import build_twin
+    from twin_bench.twin.recipe import Recipe
 
     family = families("bert")
     build_twin(Recipe.model_validate({**family.recipe, "router": None}), tmp_path / "twin")

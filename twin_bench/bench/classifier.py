@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from twin_bench.bench.measure import Case, Cases, finished
-from twin_bench.data import read_rows, split_path, text_pair
+from twin_bench.data.glue import GLUE
+from twin_bench.data.rows import read_rows, split_path
 from twin_bench.errors import InputError
-from twin_bench.glue import GLUE
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.directory import load_twin
 from twin_bench.twin.model import Encoded
@@ -107,7 +107,7 @@ def _stream(twin: TwinClassifier, data: Path, split: str, rows: int) -> tuple[li
     if not known:
         raise InputError("bench: the twin has no expert of a GLUE task to take rows of")
     drawn = [
-        (text_pair(row, GLUE[task]), task)
+        (GLUE[task].texts(row), task)
         for task in known
         for row in read_rows(split_path(data, task, split), GLUE[task])[: -(-rows // len(known))]
     ]

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from twin_bench.cli import reporting_errors
+from twin_bench.checkpoints.hub import model_directory
+from twin_bench.console import reporting_errors
+from twin_bench.data.glue import GLUE
+from twin_bench.data.metrics import score
 from twin_bench.demo import BASE_MODEL, TASKS
 from twin_bench.demo.sentences import Row, rows, texts
-from twin_bench.glue import GLUE
-from twin_bench.hub import model_directory
-from twin_bench.metrics import score
 
 RANK, BATCH, RATE, EPOCHS = 4, 16, 2e-3, 10
 MAX_LENGTH = 128

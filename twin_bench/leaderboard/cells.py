@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from twin_bench.files import read_record, write_record
+
+FORMAT = 2
+"""The format of a cell's file. It is raised with every change of a cell's fields or of what they mean."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Cell:
     n: int
     seed: int
     seconds: float
-    build_seconds: float
+    build_seconds: float | None
     parameters: int
     settings: Mapping[str, Any]
     notes: Mapping[str, Any]
@@ -57,23 +58,6 @@ class Board(NamedTuple):
     skipped: Sequence[Skipped] = ()
 
 
-def digest(value: Any) -> str:
-    """Return the sha256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def digest_files(path: Path) -> str:
-    """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
-    )
-    lines = []
-    for file in files:
-        with file.open("rb") as stream:
-            lines.append(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}")
-    return digest(lines)
-
-
 class Cells:
     """The finished cells of one leaderboard directory."""
 
@@ -81,26 +65,16 @@ class Cells:
         self.directory = directory
 
     def read(self, protocol: str, method: str, task: str, key: str) -> Cell | None:
-        """Return a finished cell, or None where there is none or what decides its score has changed."""
-        try:
-            stored = json.loads(self._file(protocol, method, task).read_text())
-        except (OSError, json.JSONDecodeError):
-            return None
-        return Cell(**stored) if stored.get("key") == key else None
+        """Return a finished cell; None where there is none, or what decides its score has changed.
+
+        A cell of an older format, or a damaged one, is None as well: it is run again.
+        """
+        stored = read_record(self._file(protocol, method, task), format_number=FORMAT)
+        return Cell(**stored) if stored is not None and stored["key"] == key else None
 
     def write(self, cell: Cell) -> None:
         """Write a cell atomically: it is there whole or not at all."""
-        write_atomically(self._file(cell.protocol, cell.method, cell.task), json.dumps(asdict(cell), indent=2) + "\n")
+        write_record(self._file(cell.protocol, cell.method, cell.task), asdict(cell), format_number=FORMAT)
 
     def _file(self, protocol: str, method: str, task: str) -> Path:
         return self.directory / protocol / method / f"{task}.json"
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write `text` to a temporary name beside `file`, then rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, file)

@@ -15,7 +15,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from twin_bench.leaderboard.cells import Board, Cell, Skipped, write_atomically
+from twin_bench.files import write_text
+from twin_bench.leaderboard.cells import Board, Cell, Skipped
 
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
 PACKAGES = ("twin-bench", "torch", "transformers", "lm-eval", "peft")
@@ -75,11 +76,11 @@ def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
     """Write leaderboard.json, .csv, .md, index.html and skipped.json to `out`, each atomically; return the summary."""
     rows = leaderboard_rows(board.cells)
     table = summary(rows)
-    write_atomically(out / "leaderboard.json", json.dumps(rows, indent=1) + "\n")
-    write_atomically(out / "leaderboard.csv", pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False))
-    write_atomically(out / "leaderboard.md", markdown(rows, table, board.skipped))
-    write_atomically(out / "index.html", page(rows, table, board.skipped))
-    write_atomically(out / "skipped.json", json.dumps([asdict(method) for method in board.skipped], indent=1) + "\n")
+    write_text(out / "leaderboard.json", json.dumps(rows, indent=1) + "\n")
+    write_text(out / "leaderboard.csv", pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False))
+    write_text(out / "leaderboard.md", markdown(rows, table, board.skipped))
+    write_text(out / "index.html", page(rows, table, board.skipped))
+    write_text(out / "skipped.json", json.dumps([asdict(method) for method in board.skipped], indent=1) + "\n")
     return table
 
 

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from twin_bench.data import TASKS, read_rows, split_path
+from twin_bench.data import TASKS
+from twin_bench.data.generative import shuffled
+from twin_bench.data.rows import read_rows, split_path
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.generative import shuffled
-from twin_bench.leaderboard.cells import Board, digest, digest_files, write_atomically
+from twin_bench.files import digest, digest_files, write_text
+from twin_bench.leaderboard.cells import Board
 from twin_bench.leaderboard.report import leaderboard_rows, summary
-from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.twin.model import Protocol
+from twin_bench.leaderboard.suite import Entry, Suite
+from twin_bench.merging.registry import ProtocolName
 
 HELD_OUT = 256
 """Rows of a task that choose, at most."""
@@ -26,7 +28,7 @@ def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
     listed: list[Entry] = []
     for entry in entries:
         listed.append(entry)
-        if entry.method.tune and not isinstance(entry.options, TwinOptions):
+        if entry.method.tune:
             listed.append(dataclasses.replace(entry, label=f"{entry.label}+tuned", to_tune=True))
     labels = [entry.label for entry in listed]
     for label in labels:
@@ -38,7 +40,7 @@ def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def tuned(
-    entry: Entry, protocol: Protocol, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
+    entry: Entry, protocol: ProtocolName, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
 ) -> Entry:
     """Return `entry` with those options of its method's grid that do best on held-out training rows.
 
@@ -59,7 +61,6 @@ def tuned(
     rows = hold_out(suite.tasks, data, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
     names, values = zip(*entry.method.tune.items(), strict=True)
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
-    assert not isinstance(entry.options, TwinOptions)
     trials = {f"{entry.label}.{index}": {**entry.options, **point} for index, point in enumerate(points)}
     board = run(
         suite.model_copy(
@@ -109,7 +110,7 @@ def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed
         if not count:
             raise UnsuitedError(f"{file}: one row; options are chosen on held-out training rows, and one must stay")
         for split, own in (("validation", rows[-count:]), ("train", rows[:-count])):
-            write_atomically(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
+            write_text(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
         if (dev := file.with_name("dev.jsonl")).is_file():
-            write_atomically(split_path(directory, task, "dev"), dev.read_text(encoding="utf-8"))
+            write_text(split_path(directory, task, "dev"), dev.read_text(encoding="utf-8"))
     return directory

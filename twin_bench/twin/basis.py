@@ -25,7 +25,7 @@ class JointBasis(NamedTuple):
     up: Tensor
 
 
-def joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise: float) -> JointBasis | None:
+def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise: float) -> JointBasis | None:
     """Return a joint basis of factors side by side, None where it would cost as much as they do.
 
     Experts of LoRA rank r over one shared expert differ from it within the T r directions of all of them, and

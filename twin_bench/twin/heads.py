@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twin_bench.checkpoint import meta_model, skeleton
+from twin_bench.checkpoints.skeleton import meta_model, skeleton_of
 from twin_bench.errors import InputError
 
 
@@ -65,13 +65,13 @@ def heads_in_use(heads: Any, tasks: Sequence[str]) -> Iterator[None]:
 
 def install_heads(model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> Any:
     """Put a HeadSwitch where `model` has its head; return the tasks' heads as a ModuleDict."""
-    bones = skeleton(model.config, "sequence_classification")
+    skeleton = skeleton_of(model.config, "sequence_classification")
     built: dict[str, TaskHead] = {}
-    names = sorted({name.partition(".")[0] for name in bones.head})
+    names = sorted({name.partition(".")[0] for name in skeleton.head})
     for task, tensors in heads.items():
-        if tensors.keys() != bones.head or bones.head_output is None:
-            raise InputError(f"expert {task!r}: its head holds {sorted(tensors)}, not {sorted(bones.head)}")
-        labels = tensors[bones.head_output].shape[0]
+        if tensors.keys() != skeleton.head or skeleton.head_output is None:
+            raise InputError(f"expert {task!r}: its head holds {sorted(tensors)}, not {sorted(skeleton.head)}")
+        labels = tensors[skeleton.head_output].shape[0]
         blank = meta_model(model.config, "sequence_classification", num_labels=labels)
         blank.load_state_dict({k: v.to(model.dtype) for k, v in tensors.items()}, strict=False, assign=True)
         built[task] = TaskHead({name: getattr(blank, name) for name in names}, labels)

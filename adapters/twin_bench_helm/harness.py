@@ -1,0 +1,244 @@
+"""HELM as a harness of the leaderboard: its rows, prompts and statistics on a model that is in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar
+
+from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
+from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
+from helm.benchmark.presentation.run_entry import RunEntry
+from helm.benchmark.run import run_benchmarking, run_entries_to_run_specs
+from helm.benchmark.runner import set_benchmark_output_path
+from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec, register_tokenizer_config
+from helm.common.authentication import Authentication
+
+import twin_bench_helm.plugin  # noqa: F401 (registers twin_cnndm)
+from twin_bench.contenders import Contender
+from twin_bench.data import TASKS
+from twin_bench.data.metrics import mean, mean_standard_error
+from twin_bench.data.rows import read_rows, split_path
+from twin_bench.data.task import Row
+from twin_bench.errors import InputError
+from twin_bench.files import digest, digest_files
+from twin_bench.leaderboard.harness import Evaluated, Harness, Job
+from twin_bench.leaderboard.suite import Suite
+from twin_bench.twin.causal import TwinCausalLM
+from twin_bench_helm.engine import hold
+
+SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail": "test"}
+"""Which of HELM's splits each task is scored on."""
+
+
+class Helm(Harness):
+    """HELM. It scores language models on the rows of its own scenarios."""
+
+    name: ClassVar[str] = "helm"
+    scores_own_rows: ClassVar[bool] = True
+
+    def check(self, suite: Suite) -> None:
+        """Raise an InputError for a suite of classifiers, or one that does not say where HELM's raw files are."""
+        if suite.task_type != "causal_lm":
+            raise InputError(f"suite {suite.name}: --harness helm asks for text, and these are classifiers")
+        if suite.helm is None or not Path(suite.helm).is_dir():
+            raise InputError(
+                f"suite {suite.name}: helm: {suite.helm}; name a directory of HELM's raw files, as they lie under "
+                "benchmark_output/scenarios"
+            )
+
+    def input_digests(self, suite: Suite, data: Path, workspace: Path) -> dict[str, str]:
+        """Return the digest of HELM's raw files for each task; InputError that names a file that is missing."""
+        assert suite.helm is not None
+        raw, scenarios = Path(suite.helm), workspace / "benchmark_output" / "scenarios"
+        copy_scenarios(raw, data, scenarios)
+        for task in suite.tasks:
+            run_entries(task, scenarios)  # says which file is missing
+        # The sources: HELM adds files of its own to the copies.
+        files = [file for file in sorted(raw.rglob("*")) if file.is_file()]
+        found = digest([f"{file.relative_to(raw)}:{digest_files(file)}" for file in files])
+        return dict.fromkeys((f"{task}/helm" for task in suite.tasks), found)
+
+    def score(self, contender: Contender, job: Job) -> Evaluated:
+        """Score a contender on one task."""
+        assert isinstance(contender.twin, TwinCausalLM)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            scored = evaluate(
+                contender.twin,
+                job.name,
+                job.task,
+                TASKS[job.task].metric,
+                workspace=job.workspace,
+                rows=job.rows,
+                batch_size=job.suite.batch_size,
+            )
+        return Evaluated(
+            score=mean(scored.values),
+            stderr=mean_standard_error(scored.values),
+            n=len(scored.values),
+            notes={"harness": f"crfm-helm {version('crfm-helm')}"},
+        )
+
+
+@dataclass(frozen=True)
+class HelmScores:
+    """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows."""
+
+    values: list[float]
+    means: dict[str, tuple[float, int]]
+
+
+def copy_scenarios(scenarios: Path, data: Path, into: Path) -> None:
+    """Copy HELM's raw files to where HELM looks for them, once.
+
+    CNN/DailyMail's pickle, where it is not among them, is made of `data`'s own rows: train.jsonl as HELM's train,
+    validation.jsonl as its test rows.
+    """
+    if into.is_dir():
+        return
+    partial = into.with_name(f".{into.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(scenarios, partial, copy_function=shutil.copyfile)
+    summaries, task = partial / "summarization" / "data" / "cnndm.pk", TASKS["cnn_dailymail"]
+    files = {split: split_path(data, task.name, split) for split in ("train", "validation")}
+    if not summaries.is_file() and all(file.is_file() for file in files.values()):
+        rows = {split: [_article(row) for row in read_rows(file, task)] for split, file in files.items()}
+        summaries.parent.mkdir(parents=True, exist_ok=True)
+        summaries.write_bytes(pickle.dumps({"train": rows["train"], "validation": [], "test": rows["validation"]}))
+    partial.rename(into)
+
+
+def _article(row: Row) -> Row:
+    return {key: row[key] for key in ("article", "highlights")}
+
+
+def run_entries(task: str, scenarios: Path) -> list[str]:
+    """Return a task's run entries, of the raw files that are in `scenarios` (as under benchmark_output/scenarios).
+
+    Raises InputError that names the file that is missing and where it belongs.
+    """
+    folder, pattern = {
+        "mmlu": (scenarios / "mmlu" / "data" / "test", "*_test.csv"),
+        "truthfulqa": (scenarios / "truthful_qa" / "data", "TruthfulQA.csv"),
+        "bbq": (scenarios / "bbq" / "data", "*"),
+        "cnn_dailymail": (scenarios / "summarization" / "data", "cnndm.pk"),
+    }[task]
+    files = sorted(file for file in folder.glob(pattern) if file.suffix != ".lock")  # HELM's, beside what it reads
+    if not files:
+        raise InputError(f"{folder / pattern}: no such file; HELM's raw file of {task} belongs there")
+    if task == "mmlu":
+        return [f"mmlu:subject={file.stem.removesuffix('_test')}" for file in files]
+    if task == "bbq":
+        return [f"bbq:subject={file.name}" for file in files]
+    return ["truthful_qa:task=mc_single"] if task == "truthfulqa" else ["twin_cnndm:temperature=0.3"]
+
+
+def evaluate(
+    twin: TwinCausalLM,
+    name: str,
+    task: str,
+    metric: str,
+    *,
+    workspace: Path,
+    rows: int | None,
+    batch_size: int,
+) -> HelmScores:
+    """Run a task's entries on a twin, whole lists at a time and without HELM's cache, and read HELM's statistics.
+
+    Args:
+        twin: the twin.
+        name: twin_merged/NAME in HELM's files.
+        task: mmlu, truthfulqa, bbq or cnn_dailymail.
+        metric: HELM's name of what is read: exact_match or rouge_2.
+        workspace: where HELM writes, with its raw files in benchmark_output/scenarios (`copy_scenarios`).
+        rows: of the task at most, evenly over its entries, drawn as HELM draws them.
+        batch_size: requests a forward.
+    """
+    logging.getLogger("helm").setLevel(logging.ERROR)
+    output, full = workspace / "benchmark_output", f"twin_merged/{name}"
+    entries = run_entries(task, output / "scenarios")
+    _register(twin, full, workspace, batch_size, task)
+    set_benchmark_output_path(str(output))
+    each = 10**9 if rows is None else -(-rows // len(entries))
+    scored = f"model={full},eval_split={SPLITS[task]}"  # MMLU would draw from its valid rows as well
+    specs = run_entries_to_run_specs([RunEntry(f"{entry},{scored}") for entry in entries], max_eval_instances=each)
+    run_benchmarking(
+        run_specs=specs,
+        auth=Authentication(""),
+        url=None,
+        local_path=str(workspace / "prod_env"),
+        num_threads=1,
+        output_path=str(output),
+        suite="leaderboard",
+        dry_run=False,
+        skip_instances=False,
+        cache_instances=False,
+        cache_instances_only=False,
+        skip_completed_runs=False,
+        exit_on_error=True,
+        runner_class_name="twin_bench_helm.client.BatchRunner",
+        disable_cache=True,
+    )
+    return _read([output / "runs" / "leaderboard" / spec.name for spec in specs], metric, SPLITS[task])
+
+
+def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, task: str) -> None:
+    """Make a twin in memory a deployment of its own, with its tokenizer."""
+    hold(full, twin, batch_size, task)
+    folder = workspace / "tokenizer"
+    twin.tokenizer.save_pretrained(folder)
+    end = twin.tokenizer.eos_token
+    spec = TokenizerSpec(
+        class_name="helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
+        args={"pretrained_model_name_or_path": str(folder)},
+    )
+    register_tokenizer_config(TokenizerConfig(full, spec, end, twin.tokenizer.bos_token or end))
+    register_model_metadata(
+        ModelMetadata(
+            name=full,
+            creator_organization_name="twin-bench",
+            display_name=full,
+            description="",
+            access="open",
+            release_date=None,
+            tags=["TEXT_MODEL_TAG"],
+        )
+    )
+    client = ClientSpec(class_name="twin_bench_helm.client.TwinClient", args={"twin": full, "batch_size": batch_size})
+    window = twin.max_length - len(twin.tokenizer("")["input_ids"])
+    register_model_deployment(
+        ModelDeployment(
+            full,
+            client,
+            full,
+            tokenizer_name=full,
+            max_sequence_length=window,
+            max_sequence_and_generated_tokens_length=window,
+        )
+    )
+
+
+def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
+    values: list[float] = []
+    means: dict[str, tuple[float, int]] = {}
+    for run in runs:
+        own = [
+            stat["mean"]
+            for instance in json.loads((run / "per_instance_stats.json").read_text())
+            if not instance.get("perturbation")
+            for stat in instance["stats"]
+            if stat["name"]["name"] == metric and stat["name"].get("split") == split
+        ]
+        stats = json.loads((run / "stats.json").read_text())
+        mean = next(stat["mean"] for stat in stats if stat["name"] == {"name": metric, "split": split})
+        values += own
+        means[run.name] = mean, len(own)
+    return HelmScores(values, means)

@@ -1,0 +1,280 @@
+"""HELM's client of a twin: against HELM's own HuggingFaceClient, dense models, and itself in other batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helm.clients.huggingface_client import HuggingFaceClient
+from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
+from helm.common.request import Request
+from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+
+from tests.support.dense import dense
+from tests.support.models import WORDS
+from twin_bench import TwinModel
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.recipe import Recipe
+from twin_bench_helm.client import TwinClient
+from twin_bench_helm.engine import Engine
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.fixture(scope="module")
+def three(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("helm") / "twin"
+    build_twin(Recipe.model_validate(causal_families("llama").recipe), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a twin of one expert, at full rank: its router can say nothing but 1."""
+    family, root = causal_families("llama"), tmp_path_factory.mktemp("helm-alone")
+    lines = (family.root / "router.jsonl").read_text().splitlines()
+    (root / "rows.jsonl").write_text("\n".join(line for line in lines if '"mmlu"' in line))
+    recipe = {
+        **family.recipe,
+        "experts": {"mmlu": family.recipe["experts"]["mmlu"]},
+        "exclusive": {"density": 1.0},
+        "router": {"data": str(root / "rows.jsonl"), "epochs": 1},
+    }
+    build_twin(Recipe.model_validate(recipe), root / "twin")
+    return root / "twin"
+
+
+def client(twin: Path, cache: Any = None, **options: Any) -> TwinClient:
+    return TwinClient(cache or BlackHoleCacheConfig(), str(twin), device="cpu", **options)
+
+
+def asks(count: int = 9, **changes: Any) -> list[Request]:
+    draw = random.Random(0)
+    request = Request(model="twin_merged/tiny", model_deployment="twin_merged/tiny", temperature=0.0, max_tokens=6)
+    request = dataclasses.replace(request, **changes)
+    return [
+        dataclasses.replace(request, prompt=" ".join(draw.choices(WORDS, k=draw.randint(2, 9)))) for _ in range(count)
+    ]
+
+
+Told = list[tuple[str, list[str], list[float]]]
+
+
+def told(result: Any) -> Told:
+    """Return each completion's text, tokens and their log-probabilities."""
+    assert result.success, result.error
+    return [
+        (out.text, [token.text for token in out.tokens], [token.logprob for token in out.tokens])
+        for out in result.completions
+    ]
+
+
+def same(found: list[Told], expected: list[Told]) -> bool:
+    """Return whether answers are the same, log-probabilities to rounding."""
+    for ours, theirs in zip(found, expected, strict=True):
+        for (text, pieces, log_probs), (other, others, expected_log_probs) in zip(ours, theirs, strict=True):
+            if (text, pieces) != (other, others) or log_probs != pytest.approx(expected_log_probs, abs=1e-4):
+                return False
+    return True
+
+
+def answers_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of requests that an engine is asked to answer, with each list of them."""
+    answered: list[int] = []
+    answer = Engine.answer
+
+    def counted(engine: Engine, requests: Any) -> Any:
+        answered.append(len(requests))
+        return answer(engine, requests)
+
+    monkeypatch.setattr(Engine, "answer", counted)
+    return answered
+
+
+def test_it_answers_as_helms_own_client(alone: Path, causal_families: Any) -> None:
+    """Texts at temperature 0, and the log-probabilities of prompts, on the same weights."""
+    expert = causal_families("llama").recipe["experts"]["mmlu"]
+    tokenizer = HuggingFaceTokenizer(BlackHoleCacheConfig(), "twin/tiny", pretrained_model_name_or_path=expert)
+    theirs = HuggingFaceClient(
+        BlackHoleCacheConfig(), tokenizer, pretrained_model_name_or_path=expert, apply_chat_template=False, device="cpu"
+    )
+    ours = client(alone)
+    for request in (*asks(), *asks(3, stop_sequences=["dog"]), *asks(3, max_tokens=1, top_k_per_token=5)):
+        found, expected = (served.make_request(request).completions[0] for served in (ours, theirs))
+        assert found.text == expected.text
+        assert [token.text for token in found.tokens] == [token.text for token in expected.tokens]
+    for request in asks(5, echo_prompt=True, max_tokens=0):
+        found, expected = (served.make_request(request).completions[0] for served in (ours, theirs))
+        assert found.text == expected.text
+        assert [t.logprob for t in found.tokens] == pytest.approx([t.logprob for t in expected.tokens], abs=1e-4)
+
+
+def test_log_probabilities_are_the_dense_models(three: Path, causal_families: Any) -> None:
+    """Of generated tokens, under each prompt's own fused model, in float64; and of the prompt."""
+    ours, twin = client(three), TwinModel.from_pretrained(three)
+    for generated, scored in zip(asks(5), asks(5, echo_prompt=True, max_tokens=0), strict=True):
+        ids = twin.tokenizer(generated.prompt)["input_ids"]
+        model = dense(causal_families("llama"), twin.route(torch.tensor([ids]))[0])
+        found = ours.make_request(generated).completions[0]
+        text = torch.tensor([ids])
+        for token in found.tokens:
+            with torch.no_grad():
+                log_probs = model(text).logits[0, -1].log_softmax(dim=-1)
+            best = int(log_probs.argmax())
+            assert token.text == twin.tokenizer.decode([best])
+            assert token.logprob == pytest.approx(float(log_probs[best]), abs=1e-4)
+            text = torch.cat([text, torch.tensor([[best]])], dim=1)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        expected = [0.0, *(float(logits[place, token]) for place, token in enumerate(ids[1:]))]
+        told_of = ours.make_request(scored).completions[0]
+        assert [token.logprob for token in told_of.tokens] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0.7, "random": "1"}, {"num_completions": 3, "temperature": 2.0}]
+)
+def test_threads_lists_and_single_requests_agree(
+    three: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = asks(**changes)
+    one_by_one = [told(client(three, batch_size=1).make_request(request)) for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        together = client(three, batch_size=8)
+        assert same(list(map(told, pool.map(together.make_request, requests[::-1]))), one_by_one[::-1])
+    whole = client(three, batch_size=4)
+    answered = answers_of(monkeypatch)
+    whole.prepare(requests)
+    assert answered == [len(requests)]
+    assert same([told(whole.make_request(request)) for request in requests], one_by_one)
+    assert answered == [len(requests)]  # they were ready
+    assert same([told(whole.make_request(request)) for request in requests], one_by_one)
+    assert sum(answered) == 2 * len(requests)  # and were given away with that
+    assert len({str(answer) for answer in one_by_one}) > 1
+    if changes.get("num_completions"):
+        assert len({text for answer in one_by_one for text, _, _ in answer}) > len(requests)
+
+
+def test_random_draws_again(three: Path) -> None:
+    ours = client(three)
+    first, again, other = (asks(6, temperature=1.5, random=seed) for seed in ("1", "1", "2"))
+    drawn = [[told(ours.make_request(request)) for request in requests] for requests in (first, again, other)]
+    assert same(drawn[0], drawn[1])
+    assert not same(drawn[0], drawn[2])
+
+
+def test_one_engine_is_loaded_whatever_the_threads(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(three, tmp_path / "twin")  # which no other test has loaded
+    loads = []
+    load = TwinModel.from_pretrained
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        loads.append(arguments)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(TwinModel, "from_pretrained", counted)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda request: client(tmp_path / "twin").make_request(request), asks(8)))
+    assert all(result.success for result in results)
+    assert len(loads) == 1
+
+
+def test_the_cache_serves_the_same_twin_and_no_other(
+    three: Path, causal_families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SqliteCacheConfig(str(tmp_path / "cache.sqlite"))
+    requests = asks(3)
+    cold = [client(three, cache).make_request(request) for request in requests]
+    warm = [client(three, cache).make_request(request) for request in requests]
+    assert [result.cached for result in (*cold, *warm)] == [False] * 3 + [True] * 3
+    assert list(map(told, cold)) == list(map(told, warm))
+    answered = answers_of(monkeypatch)
+    client(three, cache).prepare(requests)
+    assert not sum(answered)  # nothing is computed that the cache holds
+    recipe = causal_families("llama").recipe
+    recipe = {**recipe, "router": {**recipe["router"], "epochs": 3}}
+    build_twin(Recipe.model_validate(recipe), tmp_path / "other-router")
+    assert not client(tmp_path / "other-router", cache).make_request(requests[0]).cached
+    assert not client(three, cache, protocol="routed").make_request(requests[0]).cached
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": "cat " * 80}, "the model's window is 64"),
+        ({"prompt": ""}, "an empty prompt"),
+        ({"max_tokens": 0}, "a request for no tokens"),
+        ({"messages": [{"role": "user", "content": "cat"}], "prompt": ""}, "apply_chat_template: false"),
+    ],
+)
+def test_what_cannot_succeed_fails_once_with_its_reason(three: Path, changes: dict[str, Any], says: str) -> None:
+    ours = client(three)
+    request = dataclasses.replace(asks(1)[0], **changes)
+    with ThreadPoolExecutor(2) as pool:  # beside a request that can be answered
+        failed, fine = pool.map(ours.make_request, [request, asks(1)[0]])
+    assert fine.success
+    assert not failed.success
+    assert says in failed.error
+    assert failed.error_flags.is_fatal
+    assert failed.error_flags.is_retriable is False
+
+
+def test_a_twin_that_is_damaged_or_none(three: Path, families: Any, tmp_path: Path) -> None:
+    shutil.copytree(three, tmp_path / "damaged")
+    (tmp_path / "damaged" / "router" / "config.json").write_text("{}")
+    build_twin(Recipe.model_validate({**families("bert").recipe, "router": None}), tmp_path / "classifier")
+    for name, says in (
+        ("damaged", "edited or damaged"),
+        ("nothing", "no twin there"),
+        ("classifier", "does not generate"),
+    ):
+        result = client(tmp_path / name).make_request(asks(1)[0])
+        assert not result.success
+        assert says in result.error
+        assert result.error_flags.is_retriable is False
+
+
+def test_a_chat_template_is_a_users_turn(three: Path, tmp_path: Path) -> None:
+    ours = client(three, apply_chat_template=True)
+    result = ours.make_request(asks(1)[0])
+    assert "no chat template" in result.error
+    tokenizer = ours.engine.twin.tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    try:
+        by_turn = told(ours.make_request(dataclasses.replace(asks(1)[0], prompt="cat")))
+        by_messages = told(
+            ours.make_request(dataclasses.replace(asks(1)[0], prompt="", messages=[{"role": "user", "content": "cat"}]))
+        )
+        assert (
+            by_turn
+            == by_messages
+            == told(client(three).make_request(dataclasses.replace(asks(1)[0], prompt="user cat ")))
+        )
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_cached_answers_are_plain_data(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = client(three)
+    kept = []
+    get = ours.cache.get
+
+    def watched(key: Any, compute: Any) -> Any:
+        response, cached = get(key, compute)
+        kept.append(response)
+        return response, cached
+
+    monkeypatch.setattr(ours.cache, "get", watched)
+    assert ours.make_request(asks(1)[0]).success
+    (response,) = kept
+    assert response["completions"]
+    assert json.loads(json.dumps(response)) == response

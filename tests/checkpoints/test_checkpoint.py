@@ -1,0 +1,207 @@
+"""Checkpoints: full, sharded, bare backbones, PEFT adapters; each error names its tensor or file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import tiny_classifier, tiny_tokenizer
+from twin_bench import InputError, TwinModel
+from twin_bench.checkpoints.adapter import open_expert
+from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from twin_bench.checkpoints.skeleton import Skeleton, read_config, skeleton_of
+from twin_bench.checkpoints.sources import open_sources
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.recipe import Recipe
+
+pytestmark = pytest.mark.versions
+
+
+def opened(directory: Path, kind: str) -> tuple[Checkpoint, Skeleton]:
+    skeleton = skeleton_of(read_config(directory), "sequence_classification")
+    return open_checkpoint(directory, skeleton), skeleton
+
+
+def assert_holds(checkpoint: Checkpoint, model: Any) -> None:
+    parameters = {n: p for n, p in model.named_parameters() if n in checkpoint}
+    assert parameters.keys() == set(checkpoint)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(checkpoint[name].double(), parameter.detach().double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "gpt2"])
+def test_full_checkpoints_whole_sharded_and_bare(tmp_path: Path, kind: str) -> None:
+    model = tiny_classifier(kind)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    model.base_model.save_pretrained(tmp_path / "bare")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for form in ("whole", "shards", "bare"):
+        checkpoint, skeleton = opened(tmp_path / form, kind)
+        assert_holds(checkpoint, model)
+        heads = {} if form == "bare" else {n: p for n, p in model.named_parameters() if n in skeleton.head}
+        assert checkpoint.head().keys() == heads.keys()
+        assert all(torch.equal(tensor, heads[name]) for name, tensor in checkpoint.head().items())
+
+
+ADAPTERS: dict[str, Any] = {
+    "plain": {"target_modules": ["query", "value", "dense"], "r": 4, "lora_alpha": 6},
+    "rslora": {"target_modules": ["query"], "r": 4, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {
+        "target_modules": ["query", "key"],
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"layer.1.attention.self.query": 2},
+        "alpha_pattern": {"layer.0.attention.self.key": 3},
+    },
+    "embedding": {"target_modules": ["word_embeddings", "query"], "r": 3, "lora_alpha": 6},
+    "saved": {"target_modules": ["value"], "r": 2, "modules_to_save": ["classifier", "LayerNorm"]},
+    "biases": {"target_modules": ["value"], "r": 2, "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_adapters_are_what_peft_merges(tmp_path: Path, kind: str, name: str) -> None:
+    check_adapter(tmp_path, kind, ADAPTERS[name])
+
+
+def test_conv1d_adapters_are_what_peft_merges(tmp_path: Path) -> None:
+    check_adapter(tmp_path, "gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 3, "lora_alpha": 7})
+
+
+def check_adapter(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    base = tiny_classifier(kind)
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        tiny_classifier(kind, like=base, noise=0.0), peft.LoraConfig(task_type="SEQ_CLS", **settings)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    checkpoint, skeleton = opened(tmp_path / "base", kind)
+    expert = open_expert(tmp_path / "adapter", checkpoint, skeleton)
+    assert_holds(expert, merged)
+    heads = {name: p for name, p in merged.named_parameters() if name in skeleton.head}
+    assert expert.head().keys() == heads.keys()
+    assert all(torch.equal(tensor, heads[name]) for name, tensor in expert.head().items())
+    changed = [name for name in expert if not torch.equal(expert[name], checkpoint[name])]
+    assert changed
+    assert len(changed) < len(expert) or settings.get("bias") == "all"
+
+
+def test_published_layout_of_roberta_experts(tmp_path: Path) -> None:
+    """{task}/roberta-base_lr1e-05/ beside a base saved with its masked-LM head, as on the hub."""
+    base = tiny_classifier("roberta")
+    masked = transformers.RobertaForMaskedLM(base.config)
+    masked.roberta.load_state_dict(base.roberta.state_dict())
+    masked.save_pretrained(tmp_path / "roberta-base")
+    tiny_tokenizer().save_pretrained(tmp_path / "roberta-base")
+    experts = {}
+    for seed, (task, labels) in enumerate({"cola": 2, "stsb": 1, "mnli": 3}.items(), 1):
+        experts[task] = tiny_classifier("roberta", labels, seed, like=base)
+        experts[task].save_pretrained(tmp_path / "roberta-glue" / task / "roberta-base_lr1e-05")
+    paths = {task: str(tmp_path / "roberta-glue" / task / "roberta-base_lr1e-05") for task in experts}
+    recipe = {"base_model": str(tmp_path / "roberta-base"), "experts": paths, "exclusive": {"density": 1.0}}
+    build_twin(Recipe.model_validate(recipe), tmp_path / "twin")
+    twin = TwinModel.from_pretrained(tmp_path / "twin")
+    assert twin.num_labels == {"cola": 2, "stsb": 1, "mnli": 3}
+    ids = torch.randint(4, 26, (3, 8), generator=torch.Generator().manual_seed(0))
+    for index, (task, expert) in enumerate(experts.items()):
+        with torch.no_grad():
+            expected = expert(input_ids=ids).logits
+        found = twin(ids, fusion_weights=torch.eye(3)[index].repeat(3, 1), task=task).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_checkpoints(tmp_path: Path) -> None:
+    base = tiny_classifier("bert")
+    base.save_pretrained(tmp_path / "base")
+    checkpoint, skeleton = opened(tmp_path / "base", "bert")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    word = "bert.embeddings.word_embeddings.weight"
+    cases = {
+        "short": (
+            {**weights, word: weights[word][:-1].clone()},
+            rf"short: tensor {word} is \(27, 24\).*\(28, 24\).*vocab",
+        ),
+        "nan": ({**weights, word: weights[word] * torch.nan}, rf"nan: tensor {word} holds NaN or inf"),
+        "lacking": ({n: t for n, t in weights.items() if n != word}, rf"lacking: tensor {word} is missing"),
+    }
+    for name, (tensors, message) in cases.items():
+        shutil.copytree(tmp_path / "base", tmp_path / name)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        with pytest.raises(InputError, match=message):
+            dict(open_expert(tmp_path / name, checkpoint, skeleton).items())
+    shutil.copytree(tmp_path / "base", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(InputError, match=r"cut/model\.safetensors: not a readable safetensors file"):
+        open_expert(tmp_path / "cut", checkpoint, skeleton)
+    with pytest.raises(InputError, match=r"no model\.safetensors there"):
+        open_expert(tmp_path, checkpoint, skeleton)
+
+
+def test_pickles_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    base = tiny_classifier("bert")
+    base.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(base.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    skeleton = skeleton_of(base.config, "sequence_classification")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: a pickle can run code.*save_pretrained"):
+        open_checkpoint(tmp_path / "pickled", skeleton)
+    assert_holds(open_checkpoint(tmp_path / "pickled", skeleton, allow_pickle=True), base)
+
+
+def test_a_shard_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    base = tiny_classifier("bert")
+    base.save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][next(iter(content["weight_map"]))] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="leaves the directory"):
+        open_checkpoint(tmp_path / "base", skeleton_of(base.config, "sequence_classification"))
+
+
+def test_adapters_that_are_no_lora_delta_are_refused(tmp_path: Path) -> None:
+    base = tiny_classifier("bert")
+    base.save_pretrained(tmp_path / "base")
+    checkpoint, skeleton = opened(tmp_path / "base", "bert")
+    dora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], use_dora=True)
+    peft.get_peft_model(base, dora).save_pretrained(tmp_path / "dora")
+    with pytest.raises(InputError, match=r"use_dora adapter is not a plain LoRA delta.*merge_and_unload"):
+        open_expert(tmp_path / "dora", checkpoint, skeleton)
+    wider = transformers.BertConfig(hidden_size=48, num_attention_heads=2, num_hidden_layers=2, intermediate_size=40)
+    other = transformers.AutoModelForSequenceClassification.from_config(wider)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    peft.get_peft_model(other, lora).save_pretrained(tmp_path / "wide")
+    with pytest.raises(InputError, match=r"query\.weight is \(48, 48\), the base model's is \(24, 24\)"):
+        dict(open_expert(tmp_path / "wide", checkpoint, skeleton).items())
+
+
+def test_experts_of_other_kinds_are_refused(tmp_path: Path, families: Any) -> None:
+    family = families("bert")
+    causal = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+    causal.save_pretrained(tmp_path / "causal")
+    with pytest.raises(InputError, match=r"'x': model_type is gpt2, the base model's is bert"):
+        open_sources(family.recipe["base_model"], {"x": str(tmp_path / "causal")})
+    both = {"cola": family.recipe["experts"]["cola"], "x": str(tmp_path / "causal")}
+    with pytest.raises(InputError, match="'x' is a causal_lm model and 'cola' a sequence_classification one"):
+        open_sources(family.recipe["base_model"], both)
+    family.base.base_model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(InputError, match=r"'x': .*BertModel; twins are made of"):
+        open_sources(family.recipe["base_model"], {"x": str(tmp_path / "headless")})
+    with pytest.raises(InputError, match="letters, digits"):
+        open_sources(family.recipe["base_model"], {"../x": str(tmp_path / "causal")})

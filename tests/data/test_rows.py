@@ -1,0 +1,142 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from twin_bench.data.glue import GLUE
+from twin_bench.data.rows import read_router_rows, read_rows, split_path
+from twin_bench.data.task import TaskInput, joined
+from twin_bench.errors import InputError
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_rows_come_in_order_with_other_fields_kept(tmp_path):
+    rows = [{"sentence": "Née\u2028là", "label": 1, "idx": 7}, {"sentence": "", "label": 0, "more": None}]
+    assert read_rows(write(tmp_path / "r.jsonl", rows[0], "", rows[1]), GLUE["cola"]) == rows
+
+
+def test_unescaped_line_separator_does_not_end_a_line(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"sentence": "a\u2028b", "label": 1}\n', encoding="utf-8")
+    assert read_rows(path, GLUE["cola"]) == [{"sentence": "a\u2028b", "label": 1}]
+
+
+GOOD = {"sentence": "x", "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected a JSON object"),
+        ({"sentense": "x", "label": 1}, "no field 'sentence'; did you mean 'sentense'?"),
+        ({"sentence": 3, "label": 1}, "field 'sentence' is not a text but 3"),
+        ({"sentence": "x"}, "label None; cola needs one of: 0 unacceptable, 1 acceptable"),
+        ({"sentence": "x", "label": 2}, "label 2; cola"),
+        ({"sentence": "x", "label": -1}, "label -1; cola"),
+        ({"sentence": "x", "label": 1.0}, "label 1.0; cola"),
+        ({"sentence": "x", "label": True}, "label True; cola"),
+        ({"sentence": "x", "label": "1"}, "label '1'; cola"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, bad, says):
+    path = write(tmp_path / "r.jsonl", GOOD, "", bad)
+    with pytest.raises(InputError) as error:
+        read_rows(path, GLUE["cola"])
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", [None, "2.5", True, float("nan"), float("inf")])
+def test_a_regression_label_is_a_finite_number(label):
+    row = {"sentence1": "a", "sentence2": "b", "label": label}
+    with pytest.raises(InputError, match=r"here: label .*; stsb needs a number"):
+        GLUE["stsb"].check(row, "here")
+    for good in (0, 2.5, -1):
+        GLUE["stsb"].check(row | {"label": good}, "here")
+
+
+def test_what_is_wrong_with_a_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file; .*DATA/TASK/SPLIT\.jsonl"):
+        read_rows(tmp_path / "none.jsonl", GLUE["cola"])
+    with pytest.raises(InputError, match=r"r\.jsonl: empty"):
+        read_rows(write(tmp_path / "r.jsonl", "", " "), GLUE["cola"])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_rows(tmp_path, GLUE["cola"])
+    (tmp_path / "latin.jsonl").write_bytes(b'{"sentence": "\xe9", "label": 1}')
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        read_rows(tmp_path / "latin.jsonl", GLUE["cola"])
+
+
+def test_text_pair_takes_the_tasks_fields_in_order():
+    row = {"question": "q", "sentence": "s", "label": 0}
+    assert GLUE["qnli"].texts(row) == ("q", "s")
+    assert GLUE["sst2"].texts(row) == ("s", None)
+    assert joined("q", "s") == "q\ns"
+    assert joined("s", None) == "s"
+
+
+@pytest.mark.parametrize("split", ["../x", "a/b", "", ".", "train.jsonl"])
+def test_a_split_is_a_name_and_never_a_path(split):
+    assert split_path(Path("d"), "cola", "validation_matched") == Path("d/cola/validation_matched.jsonl")
+    with pytest.raises(InputError, match="split"):
+        split_path(Path("d"), "cola", split)
+
+
+def test_router_rows_of_a_directory_in_the_glue_schema(tmp_path):
+    write(tmp_path / "cola/train.jsonl", {"sentence": "x"})  # no label: it is not needed
+    write(tmp_path / "rte/train.jsonl", {"sentence1": "a", "sentence2": "b", "label": 0})
+    write(tmp_path / "sst2/train.jsonl", "nonsense of a task that is not asked for")
+    rows = read_router_rows(tmp_path, ["rte", "cola"])
+    assert rows == [TaskInput("a", "b", "rte"), TaskInput("x", None, "cola")]
+    with pytest.raises(InputError, match="no router rows for mnli, my_task; every expert needs some"):
+        read_router_rows(tmp_path, ["cola", "mnli", "my_task"])
+
+
+def test_router_rows_of_a_file_or_of_a_directory_of_files(tmp_path):
+    first = write(tmp_path / "1.jsonl", {"text": "x", "task": "law"}, {"text": "y", "text_pair": "z", "task": "code"})
+    write(tmp_path / "2.jsonl", {"text": "v", "text_pair": None, "task": "law"})
+    rows = [TaskInput("x", None, "law"), TaskInput("y", "z", "code"), TaskInput("v", None, "law")]
+    assert read_router_rows(first, ["code", "law"]) == rows[:2]
+    assert read_router_rows(tmp_path, ["code", "law"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"text": "x", "task": "lav"}, "line 2: no expert is named 'lav'; did you mean 'law'?"),
+        ({"text": "x"}, "line 2: no field 'task'"),
+        ({"task": "law"}, "line 2: no field 'text'"),
+        ({"text": "x", "text_pair": 1, "task": "law"}, "line 2: field 'text_pair' is not a text but 1"),
+    ],
+)
+def test_a_bad_router_row_is_named_by_file_and_line(tmp_path, bad, says):
+    path = write(tmp_path / "r.jsonl", {"text": "x", "task": "law"}, bad)
+    with pytest.raises(InputError) as error:
+        read_router_rows(path, ["law"])
+    assert says in str(error.value)
+
+
+def test_a_directory_without_router_rows_says_what_belongs_there(tmp_path):
+    with pytest.raises(InputError, match=r"no router rows; put \{task\}/train.jsonl"):
+        read_router_rows(tmp_path, ["cola"])
+
+
+@pytest.mark.real
+@pytest.mark.skipif("TWIN_BENCH_DATA" not in os.environ, reason="needs TWIN_BENCH_DATA")
+@pytest.mark.parametrize("task", GLUE.values(), ids=GLUE)
+def test_real_rows(task):
+    data = Path(os.environ["TWIN_BENCH_DATA"])
+    rows = read_rows(split_path(data, task.name), task)
+    assert len(rows) >= 250
+    assert len({row["label"] for row in rows}) >= task.num_labels
+    assert all(text and (pair is None) == (len(task.fields) == 1) for text, pair in (task.texts(r) for r in rows))
+    router_rows = read_router_rows(data, [task.name])
+    assert len(router_rows) == len(read_rows(split_path(data, task.name, "train"), task))

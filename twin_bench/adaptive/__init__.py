@@ -1,0 +1,1 @@
+"""Methods that adapt to what they are given: a row, a token, or the unlabelled test inputs."""

@@ -1,0 +1,155 @@
+"""AdaMerging (Yang et al., 2024), layer-wise: coefficients learnt from the entropy of predictions on test inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from twin_bench.adaptive.learning import Learning
+from twin_bench.adaptive.unlabelled import (
+    Batches,
+    adapted_note,
+    earlier_learning,
+    entropy_loss,
+    learning_batches,
+    unlabelled_inputs,
+)
+from twin_bench.contenders import Contender, Context
+from twin_bench.contenders.context import static_contender
+from twin_bench.merging.registry import served_method
+from twin_bench.merging.task_vectors import TaskVectors
+from twin_bench.twin.classifier import TwinClassifier
+
+Gradient = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From parameters to the gradient of the loss at them."""
+
+
+@served_method(
+    title="AdaMerging, layer-wise",
+    paper="arXiv:2310.02575",
+    track="test-time",
+    needs=("unlabelled test inputs", "seed"),
+    sees=("scored rows",),
+)
+def adamerging(
+    context: Context,
+    *,
+    scaling: float = 0.3,
+    steps: int = 500,
+    learning_rate: float = 1e-3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Iterator[Contender]:
+    """theta_0 + sum_t clamp(lambda_t^l, 0, 1) tau_t^l, lambda learnt from the entropy on unlabelled test inputs.
+
+    lambda minimises the sum over tasks of the mean entropy of the merged model's predictions on batches of *test*
+    inputs, each under its own task's head. A layer l is a parameter tensor, as in the authors' layer-wise code and in
+    FusionBench's: a weight and its bias have coefficients of their own.
+
+    The clamp is the authors' code's (the paper has none), as are lambda's start (`scaling`, 0.3), Adam with 1e-3 and
+    500 steps. A step takes one batch of `batch_size` inputs of every task, as the paper and FusionBench have it; the
+    authors' loop takes two. Nothing is chosen by a label. A regression's head has no entropy: such a task adds no loss,
+    and its coefficients follow the other tasks' losses. Learning runs in float32.
+    """
+    started = time.perf_counter()
+    inputs = unlabelled_inputs(context)
+    learning = earlier_learning(context, inputs)
+    started -= learning.seconds
+    base = context.sources.base
+    learner = static_contender(base, context.tasks, context, started=started, dtype="float32").twin
+    assert isinstance(learner, TwinClassifier)
+    vectors = TaskVectors(base, context.sources.experts)
+    coefficients = learn_coefficients(
+        vectors,
+        entropy_gradient(learner, learning_batches(context, learner, inputs, after=learning.steps)),
+        scaling=scaling,
+        steps=steps,
+        learning_rate=learning_rate,
+        learning=learning,
+    )
+    merged = merge_with_coefficients(vectors, coefficients)
+    contender = static_contender(merged, context.tasks, context, started=started)
+    yield dataclasses.replace(contender, notes=adapted_note(inputs))
+
+
+def entropy_gradient(twin: TwinClassifier, batches: Iterator[Batches]) -> Gradient:
+    """Return the function from parameters of `twin` to the gradient of the next batches' loss at them.
+
+    The loss is the sum over tasks of the mean entropy over a batch; the other parameters stay the twin's.
+    """
+
+    def gradient(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        for task, inputs in next(batches).items():
+            entropy_loss(twin, task, inputs, leaves).backward()
+        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+    return gradient
+
+
+def learn_coefficients(
+    vectors: TaskVectors,
+    gradient: Gradient,
+    *,
+    scaling: float,
+    steps: int,
+    learning_rate: float,
+    learning: Learning | None = None,
+) -> dict[str, Tensor]:
+    """Return each changed parameter's coefficients, clamped to [0, 1]: (T,) in float32.
+
+    The loss is never differentiated through the sum over experts: its gradient G^l at the merged parameters gives
+    d loss / d lambda_t^l = <G^l, tau_t^l>, so that one model's activations are held. All task vectors of the
+    parameters that some expert changed are held as well.
+
+    Args:
+        vectors: the task vectors.
+        gradient: from the merged parameters that some expert changed to the loss's gradient at them; asked once a
+            step, so that it can draw the next batch.
+        scaling: where all coefficients start.
+        steps: of Adam.
+        learning_rate: Adam's.
+        learning: the steps that have been taken; `gradient` is asked for those that follow.
+
+    Raises:
+        InputError: steps is no whole number from 0, or learning_rate not above 0.
+    """
+    floats = [name for name in vectors if vectors.base[name].is_floating_point()]
+    taus = {name: tau for name in floats if (tau := vectors[name]).any()}
+    base = {name: vectors.base[name].to(tau.dtype) for name, tau in taus.items()}
+    coefficients = torch.full((len(taus), len(vectors.experts)), float(scaling))
+
+    def set_slopes() -> None:
+        clamped = coefficients.clamp(0, 1)
+        gradients = gradient(
+            {name: combined(base[name], tau, row) for row, (name, tau) in zip(clamped, taus.items(), strict=True)}
+        )
+        slopes = [tau.flatten(1) @ gradients[name].to(tau).flatten() for name, tau in taus.items()]
+        coefficients.grad = torch.where(coefficients == clamped, torch.stack(slopes).to(coefficients), 0.0)
+
+    (learning or Learning()).descend(
+        {"coefficients": coefficients},
+        set_slopes,
+        method="adamerging",
+        steps=steps if taus else 0,
+        learning_rate=learning_rate,
+    )
+    return dict(zip(taus, coefficients.clamp(0, 1), strict=True))
+
+
+def merge_with_coefficients(vectors: TaskVectors, coefficients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """theta_0^l + sum_t lambda_t^l tau_t^l of given coefficients (T,); a parameter without any is theta_0's."""
+
+    def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
+        return combined(base, taus, coefficients[name]) if name in coefficients else base
+
+    return vectors.merged(merge)
+
+
+def combined(base: Tensor, taus: Tensor, coefficients: Tensor) -> Tensor:
+    """Return base + sum_t coefficients[t] taus[t]."""
+    return base + torch.tensordot(coefficients.to(taus), taus, dims=1)

@@ -1,0 +1,85 @@
+"""Steps of Adam that are kept in a file as they are taken, so that learning outlives the run it was begun in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.files import read_tensors, write_tensors
+
+FORMAT = 1
+"""The format of stored learning. It is raised with every change of what is learnt and how."""
+STEPS_KEPT = 50
+"""A run that is killed loses fewer steps than these."""
+
+
+class Learning:
+    """What Adam has learnt: how many `steps` it has taken and in how many `seconds`, the earlier runs' included.
+
+    Where `file` is given it is read if it is there, and written every 50 steps and after the last one. It must stand
+    for all that decides what is learnt.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self._file = file
+        self._state: dict[str, Tensor] = {}
+        stored = read_tensors(file, format_number=FORMAT) if file is not None else None
+        if stored is not None:
+            self._state = dict(stored)
+            self.steps, self.seconds = int(stored.notes["steps"]), float(stored.notes["seconds"])
+
+    def descend(
+        self,
+        parameters: Mapping[str, Tensor],
+        set_gradients: Callable[[], None],
+        *,
+        method: str,
+        steps: int,
+        learning_rate: float,
+    ) -> None:
+        """Take what is left of `steps` on named parameters, in place: as if none had been taken before, bit for bit.
+
+        Args:
+            parameters: where learning starts; where steps have been taken, their result takes its place.
+            set_gradients: sets each parameter's gradient; asked once a step, of which the first is number `self.steps`.
+            method: whose steps they are, for errors.
+            steps: of Adam, those that have been taken included.
+            learning_rate: Adam's.
+
+        Raises:
+            InputError: steps is no whole number from 0, or learning_rate not above 0.
+        """
+        if steps < 0 or steps != int(steps):
+            raise InputError(f"{method}: steps must be a whole number from 0, not {steps}")
+        if learning_rate <= 0:
+            raise InputError(f"{method}: learning_rate must be above 0, not {learning_rate}")
+        started = time.perf_counter() - self.seconds
+        adam = torch.optim.Adam(parameters.values(), lr=learning_rate)
+        for key, tensor in self._state.items():
+            part, name = key.split("/", 1)
+            if part == "parameter":
+                parameters[name].detach().copy_(tensor)
+            else:
+                adam.state[parameters[name]][part] = tensor
+        while self.steps < steps:
+            set_gradients()
+            adam.step()
+            self.steps += 1
+            self.seconds = time.perf_counter() - started
+            if self._file is not None and (self.steps == steps or self.steps % STEPS_KEPT == 0):
+                self._write(self._file, parameters, adam)
+
+    def _write(self, file: Path, parameters: Mapping[str, Tensor], adam: torch.optim.Adam) -> None:
+        state = {
+            f"{part}/{name}": tensor.detach()
+            for name, parameter in parameters.items()
+            for part, tensor in {"parameter": parameter, **adam.state[parameter]}.items()
+        }
+        taken = {"steps": str(self.steps), "seconds": str(self.seconds)}
+        write_tensors(file, state, format_number=FORMAT, notes=taken)

@@ -1,0 +1,17 @@
+"""A low-rank matrix as the product of two factors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """A matrix as B @ A, with B of shape (m, r) and A of shape (r, n).
+
+    Of a truncated SVD they are B = U sqrt(S) and A = sqrt(S) V^T.
+    """
+
+    B: Tensor
+    A: Tensor

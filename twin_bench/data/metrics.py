@@ -1,0 +1,196 @@
+"""The tasks' metrics and their standard errors.
+
+GLUE's `score` and `standard_error` are in points: 0 to 100, and down to -100 for the correlations. Scores are those of
+scikit-learn and scipy. Bootstrapped errors compute the same metrics for all draws at once, from counts.
+
+A class is any integer. An answer that is none of the task's labels (the routed protocol can choose a head that lacks
+them) is a class of its own that never equals a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+Array = NDArray[np.float64]
+
+
+def score(metric: str, references: Sequence[float], predictions: Sequence[float]) -> float:
+    """Return the score in points.
+
+    `metric` is `mcc` (Matthews correlation, any number of classes), `acc`, `acc_f1` (mean of accuracy and the
+    F1 of class 1) or `pearson_spearman` (mean of the two correlations). `references` holds a label for each
+    row, `predictions` a predicted class, or a number for `pearson_spearman`.
+
+    A correlation (Matthews' too) with constant references or predictions is 0, not NaN, as is the F1 of a
+    class that is neither there nor predicted. Raises ValueError for an unknown metric, no rows, lists of
+    different lengths, or numbers that are not finite.
+    """
+    references_, predictions_ = _prepare(metric, references, predictions)
+    return float(100 * _SCORES[metric](references_, predictions_))
+
+
+def standard_error(
+    metric: str,
+    references: Sequence[float],
+    predictions: Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> float:
+    """Return the standard error of `score` over draws of the rows, in the same points.
+
+    Accuracy has the closed form sqrt(p (1 - p) / (n - 1)); the others are bootstrapped: the standard
+    deviation of the score over `resamples` draws of n rows with replacement, the same for the same `seed`.
+    One row alone gives 0. Arguments and errors as for `score`.
+    """
+    samples = _prepare(metric, references, predictions)
+    rows = samples.shape[1]
+    if rows == 1:
+        return 0.0
+    if metric == "acc":
+        accuracy = float(np.mean(samples[0] == samples[1]))
+        return float(100 * np.sqrt(accuracy * (1 - accuracy) / (rows - 1)))
+    rng = np.random.default_rng(seed)
+    if metric == "pearson_spearman":
+        weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    else:
+        # A draw of rows is a draw of (reference, prediction) cells, and there are only a few distinct ones.
+        samples, counts = np.unique(samples, axis=1, return_counts=True)
+        weights = rng.multinomial(rows, counts / rows, size=resamples)
+    return float(100 * np.std(RESAMPLED[metric](samples, weights.astype(np.float64)), ddof=1))
+
+
+def rouge_2(reference: str, prediction: str) -> float:
+    """Return the F1 of shared bigrams, 0 to 1, words stemmed: ROUGE-2 as HELM takes it (Lin 2004; rouge-score)."""
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rouge2"], use_stemmer=True)
+    return float(scorer.score(reference, prediction)["rouge2"].fmeasure)
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of rows' own scores."""
+    return float(np.mean(np.asarray(values, dtype=np.float64)))
+
+
+def mean_standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of `mean` over draws of the rows: s / sqrt(n); one row alone gives 0."""
+    sample = np.asarray(values, dtype=np.float64)
+    return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
+
+
+def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> Array:
+    """Return (2, n) references over predictions; ValueError for what no metric can be computed of."""
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+    if len(references) != len(predictions) or len(references) == 0:
+        raise ValueError(f"{metric} of {len(references)} references and {len(predictions)} predictions")
+    samples = np.asarray([references, predictions], dtype=np.float64)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{metric}: references and predictions must be finite")
+    return samples
+
+
+def _matthews_correlation(references: Array, predictions: Array) -> float:
+    if len(np.unique([references, predictions])) < 2:
+        return 0.0  # as scikit-learn has it, which warns
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
+    f1 = f1_score(references == 1, predictions == 1, zero_division=0.0)
+    return (float(accuracy_score(references, predictions)) + float(f1)) / 2
+
+
+def _mean_of_correlations(references: Array, predictions: Array) -> float:
+    if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
+        return 0.0  # scipy's is NaN
+    return float(pearsonr(references, predictions).statistic + spearmanr(references, predictions).statistic) / 2
+
+
+_SCORES: dict[str, Callable[[Array, Array], float]] = {
+    "mcc": _matthews_correlation,
+    "acc": accuracy_score,
+    "acc_f1": _mean_of_accuracy_and_f1,
+    "pearson_spearman": _mean_of_correlations,
+}
+METRICS: tuple[str, ...] = tuple(_SCORES)
+
+Resampled = Callable[[Array, Array], Array]
+"""From samples (2, n), references over predictions, and weights (draws, n), how often each row counts in each draw, to
+one value a draw, (draws,)."""
+
+
+def _accuracy(samples: Array, weights: Array) -> Array:
+    return np.asarray(weights @ (samples[0] == samples[1]) / weights.sum(axis=1))
+
+
+def _matthews(samples: Array, weights: Array) -> Array:
+    classes = np.unique(samples)[:, None]
+    true, predicted = (weights @ (samples[side] == classes).T for side in (0, 1))  # (draws, classes)
+    rows = weights.sum(axis=1)
+    covariance = rows * (weights @ (samples[0] == samples[1])) - (true * predicted).sum(axis=1)
+    spread = (rows**2 - (true**2).sum(axis=1)) * (rows**2 - (predicted**2).sum(axis=1))
+    return _ratio(covariance, np.sqrt(spread))
+
+
+def _f1(samples: Array, weights: Array) -> Array:
+    true, predicted = samples == 1
+    return _ratio(2 * weights @ (true & predicted), weights @ true + weights @ predicted)
+
+
+def _accuracy_f1(samples: Array, weights: Array) -> Array:
+    return (_accuracy(samples, weights) + _f1(samples, weights)) / 2
+
+
+def _pearson_spearman(samples: Array, weights: Array) -> Array:
+    x, y = samples
+    pearson = _pearson(x, y, weights)
+    spearman = _pearson(_ranks(x, weights), _ranks(y, weights), weights)
+    return (pearson + spearman) / 2
+
+
+def _pearson(x: Array, y: Array, weights: Array) -> Array:
+    """Correlate x and y, each (n,) or (draws, n)."""
+    x, y = _standardised(x), _standardised(y)
+
+    def mean(values: Array) -> Array:
+        return np.asarray((weights * values).mean(axis=1) / weights.mean(axis=1))
+
+    mean_x, mean_y = mean(x), mean(y)
+    spread_x, spread_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
+    # After standardising, less than this is a draw of equal values and its rounding.
+    varies = np.minimum(spread_x, spread_y) > 1e-12
+    return _ratio(mean(x * y) - mean_x * mean_y, np.sqrt(np.where(varies, spread_x * spread_y, 0)))
+
+
+def _standardised(x: Array) -> Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    deviation = x.std(axis=-1, keepdims=True)
+    return np.where(np.ptp(x, axis=-1, keepdims=True) > 0, centred / np.where(deviation > 0, deviation, 1), 0.0)
+
+
+def _ranks(x: Array, weights: Array) -> Array:
+    """Return each value's average rank within each draw, (draws, n): rows drawn twice are ties."""
+    _, group = np.unique(x, return_inverse=True)
+    counts = np.zeros((len(weights), group.max() + 1))
+    np.add.at(counts.T, group, weights.T)
+    return np.asarray((np.cumsum(counts, axis=1) - (counts - 1) / 2)[:, group])
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
+
+
+RESAMPLED: dict[str, Resampled] = {
+    "mcc": _matthews,
+    "acc": _accuracy,
+    "acc_f1": _accuracy_f1,
+    "pearson_spearman": _pearson_spearman,
+}
+"""Each metric of all draws at once. A draw in which every row counts once gives the metric's score."""

@@ -1,0 +1,145 @@
+"""Rows of the tasks, from JSON lines on disk or from the hub, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from twin_bench.data import TASKS
+from twin_bench.data.generative import shuffled
+from twin_bench.data.glue import text_field
+from twin_bench.data.task import Row, Task, TaskInput
+from twin_bench.errors import InputError, nearest
+
+
+def split_path(data: Path, task: str, split: str = "validation") -> Path:
+    """Return `data`/`task`/`split`.jsonl, a task's rows; InputError for a split that is no plain name."""
+    if not split.replace("_", "").replace("-", "").isalnum():
+        raise InputError(f"split {split!r}: expected the name of a split, such as validation")
+    return data / task / f"{split}.jsonl"
+
+
+def read_rows(path: Path, task: Task) -> list[Row]:
+    """Read the labelled rows of one task.
+
+    The file holds JSON lines in the schema that the task's data set has on the hub (GLUE's, or see
+    `twin_bench.data.generative`). Blank lines are skipped and other fields kept.
+
+    Raises:
+        InputError: names the file and the line of a missing, empty or malformed file, a missing or non-text field, or
+            a label that is not one of the task's.
+    """
+    rows = []
+    for where, row in _read_json_lines(path):
+        task.check(row, where)
+        rows.append(row)
+    return rows
+
+
+def hub_rows(task: Task, split: str) -> list[Row]:
+    """Read a task's rows from the hub; InputError with the remedy where it can't be reached."""
+    import datasets
+
+    source = task.hub_split(split)
+    try:
+        rows = list(datasets.load_dataset(source.dataset, source.configuration, split=source.split))
+    except (OSError, ValueError) as error:  # offline, unreachable, no such split
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{task.name}: the hub's {source.dataset} cannot be read ({reason}); "
+            "set TWIN_BENCH_DATA to a directory of TASK/SPLIT.jsonl"
+        ) from error
+    kept = task.of_hub_split(rows, split)
+    for number, row in enumerate(kept):
+        task.check(row, f"{source.dataset} {source.configuration}, row {number}")
+    return kept
+
+
+def task_rows(task: Task, split: str, directory: Path | None) -> list[Row]:
+    """Read a task's rows from `directory`/TASK/SPLIT.jsonl, or from the hub where no directory is named."""
+    return read_rows(split_path(directory, task.name, split), task) if directory else hub_rows(task, split)
+
+
+def few_shot_pool(task: Task, directory: Path | None, shots: int | None = None) -> list[Row]:
+    """Return the rows that few-shot examples are taken from, in their order: dev.jsonl, else train, shuffled.
+
+    There are none where no examples are asked for: `shots`, by default the task's own number.
+    """
+    if not (task.shots if shots is None else shots):
+        return []
+    if directory and split_path(directory, task.name, "dev").is_file():
+        return read_rows(split_path(directory, task.name, "dev"), task)
+    return shuffled(task_rows(task, "train", directory))
+
+
+def scored_inputs(task: Task, directory: Path, file: Path, limit: int | None) -> list[TaskInput]:
+    """Return what a model reads of the first `limit` rows of a file (None: all), in the order they are scored in."""
+    rows = task.scoring_order(read_rows(file, task))[:limit]
+    return task.inputs(rows, few_shot_pool(task, directory))
+
+
+def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]:
+    """Read the training inputs of a router; labels are not read.
+
+    Args:
+        path: a directory of {task}/train.jsonl in the tasks' own schemas, of which those named in `expert_names` are
+            read. Or a file, or a directory of .jsonl files, with rows {"text": ..., "task": ...} and an optional
+            "text_pair".
+        expert_names: the experts, each of which needs rows.
+
+    Raises:
+        InputError: an expert without rows, a row of an unknown task, and whatever is malformed.
+    """
+    train_files = {name: split_path(path, name, "train") for name in expert_names if name in TASKS}
+    if any(file.is_file() for file in train_files.values()):
+        rows = [
+            row
+            for name, file in train_files.items()
+            if file.is_file()
+            for row in TASKS[name].training_inputs(_read_json_lines(file), few_shot_pool(TASKS[name], path))
+        ]
+    else:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise InputError(
+                f"{path}: no router rows; put {{task}}/train.jsonl in the data set's own schema there, "
+                'or .jsonl files of {"text": ..., "task": ...} rows'
+            )
+        rows = [_router_row(row, expert_names, where) for file in files for where, row in _read_json_lines(file)]
+    missing = [name for name in expert_names if name not in {row.task for row in rows}]
+    if missing:
+        raise InputError(f"{path}: no router rows for {', '.join(missing)}; every expert needs some")
+    return rows
+
+
+def _router_row(row: Row, expert_names: Sequence[str], where: str) -> TaskInput:
+    task = text_field(row, "task", where)
+    if task not in expert_names:
+        raise InputError(f"{where}: no expert is named {task!r}{nearest(task, expert_names)}")
+    pair = text_field(row, "text_pair", where) if row.get("text_pair") is not None else None
+    return TaskInput(text_field(row, "text", where), pair, task)
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield ("file, line n", row) for every line that is not blank."""
+    try:
+        # Not splitlines: it would also cut at U+2028, which JSON allows inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; rows are read from DATA/TASK/SPLIT.jsonl") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not any(line.strip() for line in lines):
+        raise InputError(f"{path}: empty; expected one JSON object a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected a JSON object, found {line.strip()[:40]!r}")
+        yield where, row

@@ -1,0 +1,219 @@
+"""Files: atomic writes, folders that appear whole, checksums. Everything that is written goes through this module.
+
+A file is written under a temporary name of its own, flushed to the disk and renamed, so that a reader sees the old file
+or the new one and two processes never share a temporary name. A record is JSON that says which format it has and which
+checksum its content has; a file of tensors says the same in its metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twin_bench.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file atomically: it is there whole or not at all, also after a power failure."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _flush_directory(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_json(file: Path, value: Any, *, indent: int = 2) -> None:
+    """Write plain data as JSON, atomically."""
+    write_text(file, json.dumps(value, indent=indent) + "\n")
+
+
+def write_json_lines(file: Path, rows: Iterator[Any] | list[Any]) -> None:
+    """Write one JSON value a line, atomically."""
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`; InputError that names it where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: can't be read as JSON ({first_line(error)})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def write_record(file: Path, content: Mapping[str, Any], *, format_number: int) -> None:
+    """Write plain data with the number of its format and its checksum, atomically."""
+    write_json(file, {"format": format_number, "sha256": digest(content), "content": dict(content)})
+
+
+def read_record(file: Path, *, format_number: int) -> dict[str, Any] | None:
+    """Return what `write_record` wrote; None where there is no file, or one of another format.
+
+    A damaged file is None as well, with a warning that names it: whoever asks computes its content again.
+    """
+    try:
+        stored = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _warn_damaged(file, first_line(error))
+        return None
+    if not isinstance(stored, dict) or stored.get("format") != format_number:
+        return None
+    content = stored.get("content")
+    if not isinstance(content, dict) or stored.get("sha256") != digest(content):
+        _warn_damaged(file, "its checksum does not match its content")
+        return None
+    return content
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], *, format_number: int, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors with the number of their format, notes and their checksum, atomically."""
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    notes = {"twin_bench_format": str(format_number), **(notes or {})}
+    write_bytes(file, save(contiguous, metadata={**notes, "sha256": digest_tensors(contiguous, notes)}))
+
+
+class StoredTensors(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file, each read when it is asked for, and the file's `notes`."""
+
+    def __init__(self, file: Path) -> None:
+        from safetensors import safe_open
+
+        self._file = file
+        with safe_open(file, framework="pt") as stored:
+            self._names = tuple(stored.keys())
+            self.notes: dict[str, str] = dict(stored.metadata() or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._file, framework="pt") as stored:
+            return stored.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_tensors(file: Path, *, format_number: int) -> StoredTensors | None:
+    """Return the tensors that `write_tensors` wrote, their checksum verified; None as for `read_record`."""
+    from safetensors import SafetensorError
+
+    try:
+        stored = StoredTensors(file)
+        if stored.notes.get("twin_bench_format") != str(format_number):
+            return None
+        said = stored.notes.pop("sha256", None)
+        if said == digest_tensors(stored, stored.notes):
+            return stored
+        _warn_damaged(file, "its checksum does not match its content")
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        _warn_damaged(file, first_line(error))
+    return None
+
+
+@contextmanager
+def written_at_once(directory: Path) -> Iterator[Path]:
+    """Give a folder to write to. It becomes `directory` at the end of the block, or nothing does after an error.
+
+    Raises InputError where `directory` exists already.
+    """
+    if directory.exists():
+        raise InputError(f"{directory}: exists already; give another name, or remove it first")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        for path in partial.rglob("*"):
+            _flush_directory(path)
+        os.rename(partial, directory)
+        _flush_directory(directory.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_file(file: Path) -> str:
+    """Return the sha256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_files(path: Path) -> str:
+    """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
+    )
+    return digest([f"{file.name}:{digest_file(file)}" for file in files])
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
+    """Return one sha256 of tensors' names, dtypes, shapes and values, and of notes that belong to them."""
+    import torch
+
+    found = hashlib.sha256(json.dumps(notes or {}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _warn_damaged(file: Path, reason: str) -> None:
+    _log.warning("%s: damaged (%s); its content is computed again", file, reason)
+
+
+def _flush_directory(path: Path) -> None:
+    """Ask the system to write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

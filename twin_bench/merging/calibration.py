@@ -1,0 +1,210 @@
+"""Statistics of training inputs for the methods that need them: Fisher diagonals and Gram matrices.
+
+They are taken of an expert with its own head, in float32, over rows of {task}/train.jsonl alone, one row at a time:
+no padding, no dropout, no dependence on a batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from twin_bench.checkpoints.skeleton import default_max_length
+from twin_bench.checkpoints.sources import Sources, load_expert
+from twin_bench.compat import Conv1D
+from twin_bench.data import TASKS
+from twin_bench.data.generative import shuffled
+from twin_bench.data.rows import few_shot_pool, read_rows, split_path
+from twin_bench.data.task import TaskInput
+from twin_bench.errors import UnsuitedError
+from twin_bench.files import StoredTensors, read_tensors, write_tensors
+from twin_bench.merging.registry import Statistics, StatisticsKind
+
+FORMAT = 1
+"""The format of stored statistics. It is raised with every change of what they hold or how they are computed."""
+ROWS = 256
+"""Training rows of a task where nothing else is said: what the authors of both methods find to be enough."""
+
+
+class Example(NamedTuple):
+    """One training row as the model takes it, (1, length) tensors by name.
+
+    `answer`: how many of its last tokens are the row's answer; 0 for a classifier.
+    """
+
+    inputs: Mapping[str, Tensor]
+    answer: int = 0
+
+
+class Calibration(NamedTuple):
+    """The experts' statistics, how many rows of each task gave them, and how long that took."""
+
+    statistics: Statistics
+    rows: Mapping[str, int]
+    seconds: float
+
+
+def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) -> dict[str, Tensor]:
+    """Return the diagonal of the model's Fisher information by parameter name, each in the parameter's shape.
+
+    F = mean_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2], the labels being the model's own.
+
+    Of a classifier the expectation is exact, a backward pass a label. A regression head (one label, STS-B's) is read
+    as the mean of a normal distribution of unit variance, whose Fisher is (d f(x) / d theta)^2: the row's own label
+    plays no part. Of a language model p(y|x) is that of the answer's tokens given the prompt: one label is drawn by
+    `seed` at each position of the row's answer, given the answer before it, and F is the square of the gradient of
+    their joint log-probability; its expectation is the sum of the positions' Fishers.
+
+    The authors' code is the classifier's. RegMean's, MergeLM's and FusionBench's square the gradient of a *sum* over
+    labels (and rows of a batch), which has cross terms, and use the true labels for a regression.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    generator = torch.Generator().manual_seed(seed)
+    rows = 0
+    for example in examples:
+        rows += 1
+        for weight, log_probability in _log_probabilities(model, example, generator):
+            gradients = torch.autograd.grad(
+                log_probability, list(parameters.values()), retain_graph=True, allow_unused=True
+            )
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient, gradient, value=weight)
+    return {name: (total / rows) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
+    """Return X^T X / n of the n inputs X (n, in) of each linear layer, (in, in) in float32; summed up in float64.
+
+    It has the weight's name where the weight is stored (out, in), and that name with ".T" where it is stored (in, out):
+    GPT-2's Conv1D. n counts tokens, as in the authors' code, so that a task of long texts weighs no more than one of
+    short ones; theirs counts padding, of which there is none here.
+    """
+    names = dict(model.named_parameters())
+    layers = {
+        f"{path}.weight.T" if isinstance(module, Conv1D) else f"{path}.weight": module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names  # an output layer that is tied is not
+    }
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    last: list[Tensor] = []  # an input and its product: queries, keys and values read the same one
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not last or last[0] is not args[0]:
+                x = args[0].flatten(0, -2).float()
+                last[:] = args[0], x.T @ x
+            sums[name] = sums[name].add_(last[1]) if name in sums else last[1].double()
+            counts[name] = counts.get(name, 0) + args[0].shape[:-1].numel()
+
+        return module.register_forward_pre_hook(hook)
+
+    hooks = [watch(name, module) for name, module in layers.items()]
+    try:
+        for example in examples:
+            model(**example.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / counts[name]).float() for name, total in sums.items()}
+
+
+def calibration_examples(
+    task: str, data: Path, sources: Sources, *, rows: int = ROWS, seed: int = 0, max_length: int | None = None
+) -> list[Example]:
+    """Return at most `rows` rows of a task's train.jsonl, drawn by the seed, as its expert reads them.
+
+    A generative task's row is its prompt, few-shot examples included, with its answer behind; of one that is too long
+    the last `max_length` tokens stay. Raises UnsuitedError where there is no such file, InputError where it is
+    malformed.
+    """
+    file = split_path(data, task, "train")
+    if not file.is_file():
+        raise UnsuitedError(f"{file}: no such file; statistics are taken of training rows")
+    kind = TASKS[task]
+    drawn = shuffled(read_rows(file, kind), seed)[:rows]
+    inputs = kind.inputs(drawn, few_shot_pool(kind, data))
+    limit = max_length or default_max_length(sources.config, kind.task_type)
+    return [_example(sources.tokenizer, text, kind.answer(row), limit) for text, row in zip(inputs, drawn, strict=True)]
+
+
+def _example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -> Example:
+    """Return a row as tokens; a language model's is followed by its answer, and its last `limit` tokens are kept."""
+    if answer is None:
+        return Example(
+            dict(tokenizer(asked.text, asked.text_pair, truncation=True, max_length=limit, return_tensors="pt"))
+        )
+    whole = tokenizer(f"{asked.text} {answer}")["input_ids"]
+    ids = whole[-limit:]
+    answered = len(whole) - len(tokenizer(asked.text)["input_ids"])
+    return Example({"input_ids": torch.tensor([ids])}, min(answered, len(ids) - 1))
+
+
+def calibrate(
+    kind: StatisticsKind,
+    sources: Sources,
+    data: Path,
+    folder: Path,
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Return the statistics of all experts, each read from `folder`/TASK.safetensors when it is asked for.
+
+    Those that are not there yet are computed; `folder` must stand for all that decides them. Raises as
+    `calibration_examples` does, before anything is computed.
+    """
+    progress = progress or Progress(disable=True)
+    examples = {
+        task: calibration_examples(task, data, sources, rows=rows, seed=seed, max_length=max_length)
+        for task in sources.experts
+    }
+    stored: dict[str, StoredTensors] = {}
+    for task, own in examples.items():
+        file = folder / f"{task}.safetensors"
+        found = read_tensors(file, format_number=FORMAT)
+        if found is None:
+            started = time.perf_counter()
+            tensors = _statistics(kind, sources, task, own, seed, progress)
+            took = {"rows": str(len(own)), "seconds": str(time.perf_counter() - started)}
+            write_tensors(file, tensors, format_number=FORMAT, notes=took)
+            found = StoredTensors(file)
+        stored[task] = found
+    counts = {task: int(own.notes["rows"]) for task, own in stored.items()}
+    return Calibration(stored, counts, sum(float(own.notes["seconds"]) for own in stored.values()))
+
+
+def _statistics(
+    kind: StatisticsKind, sources: Sources, task: str, examples: Sequence[Example], seed: int, progress: Progress
+) -> dict[str, Tensor]:
+    """Return one expert's statistics, taken with its own head."""
+    model = load_expert(sources, task, "float32")
+    watched = progress.track(examples, description=f"{kind} {task}")
+    found = fisher_diagonals(model, watched, seed=seed) if kind == "fisher" else gram_matrices(model, watched)
+    return {name: tensor for name, tensor in found.items() if name.removesuffix(".T") in sources.skeleton.backbone}
+
+
+def _log_probabilities(model: Any, example: Example, generator: torch.Generator) -> Iterator[tuple[float, Tensor]]:
+    """Yield (weight, log-probability), of whose squared gradients a row's Fisher is the weighted sum."""
+    logits = model(**example.inputs).logits[0]
+    if example.answer:
+        asked = logits[-example.answer - 1 : -1].log_softmax(dim=-1)
+        drawn = torch.multinomial(asked.detach().exp(), 1, generator=generator)
+        yield 1.0, asked.gather(1, drawn).sum()
+    elif len(logits) == 1:
+        yield 1.0, logits[0]
+    else:
+        log_probabilities = logits.log_softmax(dim=-1)
+        for log_probability in log_probabilities:
+            yield log_probability.detach().exp().item(), log_probability

@@ -1,0 +1,56 @@
+"""DELLA (Deep et al., 2024): drop the small more often than the large, rescale, then elect and fuse as TIES does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.merging.methods.dare import draws
+from twin_bench.merging.methods.ties import ties
+from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
+from twin_bench.merging.task_vectors import TaskVectors
+
+
+@merge_method(title="DELLA", paper="arXiv:2406.11617", track="data-free", needs=("seed",), tune=SCALINGS)
+def della(
+    vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.3, epsilon: float = 0.15, seed: int = 0
+) -> Mapping[str, Tensor]:
+    """TIES' sign election and disjoint mean on tau_t * Bernoulli(p) / p, p growing with an entry's rank in its row.
+
+    The entries of a row (a matrix's last axis; all of a vector) are kept with probabilities that rise linearly
+    from density - epsilon for the smallest magnitude to density + epsilon for the largest, as in the authors'
+    code, whose window_size is 2 epsilon (the paper divides by n where it divides by n - 1; a row of one entry is kept
+    with probability `density`). What is kept is divided by its probability, as in both; today's mergekit restores
+    the tensor's norm instead. Where the sum is exactly 0 the entry is dropped, where both elect +. With epsilon
+    0 this is DARE + TIES, draw by draw. The authors have no defaults; these are DARE's and mergekit's.
+
+    Raises InputError unless 0 < density <= 1, epsilon >= 0 and density +- epsilon is in (0, 1].
+    """
+    require_fraction("della", "density", density)
+    if not (epsilon >= 0 and density - epsilon > 0 and density + epsilon <= 1):
+        raise InputError(
+            f"della: density - epsilon and density + epsilon must be in (0, 1] and epsilon at least 0, "
+            f"not density {density} and epsilon {epsilon}"
+        )
+
+    def drop(name: str, taus: Tensor) -> Tensor:
+        for task, tau in zip(vectors.experts, taus, strict=True):
+            keep = keep_probabilities(tau, density, epsilon)
+            tau.div_(keep).masked_fill_(draws(seed, task, name, tau.shape) >= keep, 0.0)
+        return taus
+
+    return ties(vectors.map(drop), scaling=scaling, density=1.0)
+
+
+def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
+    """Return each entry's probability to be kept, linear in its magnitude's rank in its row; equals by position."""
+    rows = tau.reshape(-1, tau.shape[-1] if tau.ndim else 1)
+    length = rows.shape[1]
+    ladder = torch.linspace(density - epsilon, density + epsilon, length, dtype=tau.dtype, device=tau.device)
+    if length == 1:
+        ladder.fill_(density)
+    order = rows.abs().argsort(dim=1, stable=True)
+    return torch.empty_like(rows).scatter_(1, order, ladder.expand_as(rows)).view(tau.shape)

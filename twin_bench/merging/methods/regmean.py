@@ -1,0 +1,74 @@
+"""RegMean (Jin et al., 2023): each linear layer's weights by a least-squares regression to all experts' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.merging.registry import Statistics, merge_method, require_fraction, statistics_of
+from twin_bench.merging.task_vectors import TaskVectors
+
+
+@merge_method(
+    title="RegMean",
+    paper="arXiv:2212.09849",
+    track="calibration",
+    needs=("training inputs", "seed"),
+    statistics="gram",
+)
+def regmean(vectors: TaskVectors, *, statistics: Statistics, alpha: float = 0.9) -> Mapping[str, Tensor]:
+    """(sum_t G_t)^-1 sum_t G_t W_t for the weights W (in, out) of a linear layer; the mean of all other parameters.
+
+    `statistics[t][name]` is G_t (in, in), the Gram matrix X^T X of the inputs X of expert t's layer with weights
+    `name`, stored (out, in); for weights stored (in, out), GPT-2's Conv1D, it is `statistics[t][name + ".T"]`: a
+    square weight does not show which it is. See `twin_bench.merging.calibration.gram_matrices`. Off-diagonal entries of
+    G_t are multiplied by `alpha` (the authors' 0.9; FusionBench has 0.6 for GPT-2); at 1 the result is the joint
+    least-squares solution. Layers without a Gram matrix (embeddings, norms, biases) are averaged.
+
+    Written as mean tau + (sum_t G_t)^+ sum_t G_t (tau_t - mean tau), the same where the sum is regular. Where it is
+    singular (features that are always 0; with alpha = 1 fewer inputs than features) the pseudo-inverse, taken with
+    features scaled to unit variance so that a small one counts like a large one, leaves the mean in the directions
+    that no input reaches. The authors' code and FusionBench invert the sum as it is and fail there.
+
+    Raises InputError unless alpha is in (0, 1], and for Gram matrices that are missing for some experts, of another
+    shape or not finite.
+    """
+    require_fraction("regmean", "alpha", alpha)
+    known = {name for task in vectors.experts for name in statistics[task]}
+
+    def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
+        mean = taus.mean(dim=0)
+        if name in known:
+            grams = _grams(vectors, statistics, name, base.shape[-1], alpha)
+            return base + mean + _regressed(name, grams, taus - mean)
+        if f"{name}.T" in known:
+            grams = _grams(vectors, statistics, f"{name}.T", base.shape[0], alpha)
+            return base + mean + _regressed(name, grams, (taus - mean).mT).T
+        return base + mean
+
+    return vectors.merged(merge)
+
+
+def _grams(vectors: TaskVectors, statistics: Statistics, name: str, width: int, alpha: float) -> Tensor:
+    """Return the experts' Gram matrices (T, in, in) in float64, their off-diagonal entries times alpha."""
+    shape = torch.Size((width, width))
+    grams = torch.stack([statistics_of("regmean", statistics, t, name, shape).double() for t in vectors.experts])
+    return torch.where(torch.eye(width, dtype=torch.bool), grams, alpha * grams)
+
+
+def _regressed(name: str, grams: Tensor, taus: Tensor) -> Tensor:
+    """Return (sum_t tau_t G_t) (sum_t G_t)^+ of taus (T, out, in) and Gram matrices (T, in, in)."""
+    total = grams.sum(dim=0)
+    variance = total.diagonal()
+    scale = torch.where(variance > 0, variance, torch.inf).rsqrt()
+    # The statistics are in single precision: what is smaller than its rounding is no direction of the inputs'.
+    rounding = len(total) * torch.finfo(torch.float32).eps
+    try:
+        inverse = torch.linalg.pinv(scale[:, None] * total * scale, rtol=rounding, hermitian=True)
+    except RuntimeError as error:
+        raise InputError(f"regmean: the Gram matrices of {name} can't be inverted ({error}); take other rows") from None
+    right = torch.einsum("toi,tij->oj", taus.double(), grams)
+    return ((right * scale) @ inverse * scale).to(taus.dtype)

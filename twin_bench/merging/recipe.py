@@ -1,0 +1,56 @@
+"""Merge recipes: the YAML that says what a merged checkpoint is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from twin_bench.config import Dtype, Settings
+from twin_bench.errors import InputError, nearest
+from twin_bench.merging.registry import find_method
+
+
+class Shared(BaseModel):
+    """A static merge method and its options: a twin's shared expert, or the whole of a merge."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = "task_arithmetic"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options that were given."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> Shared:
+        header = find_method(self.method).given(self.options)
+        header.require_weights_alone()
+        header.checked(self.options)
+        return self
+
+
+class MergeRecipe(Settings):
+    """A merged checkpoint: base model, experts and a static merge method.
+
+    `head`: the expert whose head a merged classifier gets; without it the backbone alone is written. `as_adapter`:
+    write one PEFT LoRA adapter on the base model, which experts that are adapters allow under a method that sums
+    task vectors. `dtype`: of what is written; by default the base model's. Sums are taken in float32 or better.
+    """
+
+    base_model: str
+    experts: dict[str, str] = Field(min_length=1)
+    merge: Shared
+    head: str | None = None
+    as_adapter: bool = False
+    seed: int = 0
+    dtype: Dtype | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _known_head(self) -> MergeRecipe:
+        if self.head is not None and self.head not in self.experts:
+            raise InputError(f"head: no expert {self.head!r}{nearest(self.head, self.experts)}")
+        return self

@@ -1,0 +1,98 @@
+"""What methods share that merge matrix by matrix: the walk over parameters, and an SVD that ends where rounding begins.
+
+A LoRA expert's task vector has few singular values and a thousand directions of pure rounding, which LAPACK returns
+as singular vectors all the same. A method that orthogonalises vectors or flattens a spectrum would give those
+directions weight, another one on every machine; here they are cut. On matrices of full rank nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.merging.linear_algebra import Rows, of_low_rank, product, right_singular, rows_of
+from twin_bench.merging.task_vectors import TaskVectors
+
+MatrixMerge = Callable[[str, Tensor, float], Tensor]
+"""(name, tau (T, m, n), their rounding) -> the merged task vector (m, n)."""
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def merged_by_matrix(vectors: TaskVectors, merge: MatrixMerge, *, scaling: float) -> Mapping[str, Tensor]:
+    """theta_0 + scaling * merge(tau) for matrices, theta_0 + scaling * mean_t tau_t for tensors of other dimensions.
+
+    A parameter that no expert changed stays the base's.
+    """
+
+    def merge_parameter(name: str, base: Tensor, taus: Tensor) -> Tensor:
+        if not taus.any():
+            return base
+        merged = merge(name, taus, rounding(base, taus)) if base.ndim == 2 else taus.mean(dim=0)
+        return base.add(merged.to(base), alpha=scaling)
+
+    return vectors.merged(merge_parameter)
+
+
+def rounding(base: Tensor, taus: Tensor) -> float:
+    """Return a bound, with a factor of ten to spare, on the norm of what in tau = theta_t - theta_0 is rounding."""
+    norms = (float(torch.linalg.vector_norm(tensor, dtype=taus.dtype)) for tensor in (base, taus))
+    return 10 * torch.finfo(taus.dtype).eps * sum(norms)
+
+
+def svd(matrix: Tensor, name: str, *, above: float, most: int | None = None) -> Factors:
+    """Return U (m, r), S (r), V (n, r) of an (m, n) matrix = U diag(S) V^T, S falling.
+
+    r counts the singular values larger than `above`, and is `most` where there are more; a matrix of zeros has none
+    and is not decomposed. Where they are up to a quarter of min(m, n), as a LoRA expert's, all is in float64: its weak
+    directions are what matters there, and they are small. Else it is in the matrix's dtype, at half the memory.
+    An InputError names the tensor `name` if no LAPACK driver converges.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        V, S, U = svd(matrix.T, name, above=above, most=most)
+        return U, S, V
+    if not matrix.any():
+        return matrix[:, :0], matrix.new_zeros(0), matrix.new_zeros(matrix.shape[1], 0)
+    rows = rows_of(matrix)
+    S, V = decompose(rows, name, sketch_size(matrix), above=above)
+    dtype = torch.float64 if 4 * len(S) <= matrix.shape[1] else matrix.dtype
+    S, V = S[:most], V[:, :most].clone()  # a view would hold all of V
+    return product(rows, V, dtype).div_(S.to(dtype)), S.to(dtype), V.to(dtype)
+
+
+def sketch_size(matrix: Tensor) -> int:
+    """Return how many directions of an (m, n) task vector to look for before all: a LoRA expert's rank is within."""
+    return min(matrix.shape) // 4 + 8
+
+
+def decompose(rows: Rows, name: str, sketch: int, *, above: float) -> tuple[Tensor, Tensor]:
+    """Return S (r) and V (n, r) of a tall matrix, in float64; see `svd`. `sketch` directions are looked for first."""
+    with converged(name):
+        S, V = of_low_rank(rows, sketch, seed=0, noise=lambda _: above / 2) or right_singular(rows)
+    rank = int((above < S).sum())
+    return S[:rank], V[:, :rank]
+
+
+@contextmanager
+def converged(name: str) -> Iterator[None]:
+    """Name the tensor `name` in an InputError where it can't be decomposed."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise InputError(
+            f"tensor {name}: the SVD of its task vectors does not converge; merge with a method without one "
+            "(task_arithmetic, ties), or retrain the expert"
+        ) from None
+
+
+def polar(columns: Tensor, name: str) -> Tensor:
+    """Return the matrix with orthonormal columns nearest to (m, k) `columns` (Procrustes): U V^T of its SVD.
+
+    Columns that coincide to float32's rounding share one direction: the result is then a partial isometry of the
+    columns' rank, where an SVD's full U and V would add directions that no column has.
+    """
+    U, _, V = svd(columns, name, above=max(columns.shape) * torch.finfo(torch.float32).eps)
+    return (U @ V.T).to(columns)  # U's and V's own precision depends on their rank

@@ -1,0 +1,118 @@
+"""Task vectors: tau_t = theta_t - theta_0, read lazily, one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from twin_bench.checkpoints.finite import all_finite
+from twin_bench.errors import InputError
+
+PerParameter = Callable[[str, Tensor], Tensor]
+Merge = Callable[[str, Tensor, Tensor], Tensor]
+
+
+class TaskVectors(Mapping[str, Tensor]):
+    """The stacked task vectors of T experts over one base model.
+
+    `vectors[name]` is a (T, *shape) tensor in float32 (float64 where the base is float64), computed when
+    asked for; rows follow `experts`. Only floating-point parameters have one. The base's names count: a
+    tensor missing in an expert, or of another shape, is an InputError that names it.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if not experts:
+            raise InputError("there is no expert to merge; name at least one")
+        self.base = base
+        self.experts = tuple(experts)
+        self._experts = experts
+        self._transforms: tuple[PerParameter, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        vectors = self._differences(name)
+        for transform in self._transforms:
+            vectors = transform(name, vectors)
+        return vectors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def map(self, transform: PerParameter) -> TaskVectors:
+        """Return these task vectors with `transform(name, (T, *shape))` applied when they are read.
+
+        What it is given is its own: it may work in place.
+        """
+        mapped = TaskVectors(self.base, self._experts)
+        mapped._transforms = (*self._transforms, transform)
+        return mapped
+
+    def floating(self) -> list[str]:
+        """Return the names of the parameters that have a task vector: the floating-point ones."""
+        return [name for name in self if self.base[name].is_floating_point()]
+
+    def merged(self, merge: Merge) -> Merged:
+        """Return the lazy mapping of `merge(name, theta_0, tau)` over all parameters."""
+        return Merged(self, merge)
+
+    def _differences(self, name: str) -> Tensor:
+        base = self.base[name]
+        exact = torch.promote_types(base.dtype, torch.float32)
+        vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
+        for row, task in enumerate(self.experts):
+            vectors[row] = self._expert(task, name, base).detach()
+        vectors -= base.detach().to(exact)
+        if not all_finite(vectors):
+            culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
+            raise InputError(f"{culprit}: tensor {name} holds NaN or inf; mend or retrain that checkpoint")
+        return vectors
+
+    def _expert(self, task: str, name: str, base: Tensor) -> Tensor:
+        expert = self._experts[task]
+        if name not in expert:
+            raise InputError(f"expert {task!r} has no tensor {name}; was it trained from another base model?")
+        tensor = expert[name]
+        if tensor.shape != base.shape:
+            raise InputError(
+                f"expert {task!r}: tensor {name} is {tuple(tensor.shape)}, the base model's is "
+                f"{tuple(base.shape)}; resize the vocabulary, or drop the head from both and merge the backbone only"
+            )
+        return tensor
+
+
+class Merged(Mapping[str, Tensor]):
+    """A merged model as a lazy mapping: a parameter is computed when it is read, in the base's dtype.
+
+    Parameters that are not floating point (position ids and the like) are the base's own.
+    """
+
+    def __init__(self, vectors: TaskVectors, merge: Merge) -> None:
+        self._vectors = vectors
+        self._merge = merge
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._vectors.base[name]
+        if not base.is_floating_point():
+            return base.clone()
+        return self.exact(name).to(base.dtype)
+
+    def exact(self, name: str) -> Tensor:
+        """Return a floating-point parameter in float32 or better, before it takes the base's dtype."""
+        base = self._vectors.base[name]
+        exact = torch.promote_types(base.dtype, torch.float32)
+        return self._merge(name, base.detach().to(exact), self._vectors[name])
+
+    def map(self, transform: Merge) -> Merged:
+        """Return this merge with `transform(name, theta_0, theta)` applied to its floating-point parameters."""
+        merge = self._merge
+        return Merged(self._vectors, lambda name, base, taus: transform(name, base, merge(name, base, taus)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)

@@ -1,0 +1,23 @@
+"""Layers with exclusive vectors: the modules that replace a model's own, one file for each kind.
+
+`install` replaces the layers of a model. `TWINS` (in `install.py`) lists the kinds.
+"""
+
+from twin_bench.twin.layers.base import TwinLayer, by_row
+from twin_bench.twin.layers.embedding import TiedLinear, TwinEmbedding
+from twin_bench.twin.layers.install import TWINS, install
+from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
+from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
+
+__all__ = [
+    "TWINS",
+    "TiedLinear",
+    "TwinConv1D",
+    "TwinEmbedding",
+    "TwinLayer",
+    "TwinLayerNorm",
+    "TwinLinear",
+    "TwinRMSNorm",
+    "by_row",
+    "install",
+]

@@ -1,0 +1,152 @@
+"""TwinLayer: what all kinds of layers with exclusive vectors have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from twin_bench.checkpoints.factors import Factors
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.fusion import Columns, Fusion
+
+
+class TwinLayer(nn.Module):
+    """A layer that adds the fused exclusive vectors of all experts to the shared expert's layer.
+
+    A subclass stands for one kind of layer. It names the modules that it replaces in `replaces`, or overrides
+    `stands_for`, and defines `forward` for the three modes of `Fusion`. `twin_bench.twin.layers.install.TWINS`
+    lists the subclasses.
+
+    `weight` and `bias` are the shared expert's parameters. `bias` is None in a layer without one.
+    `B` (m, R) and `A` (R, n) are the factors of all experts side by side. `ranks` holds each expert's number of
+    columns, and `owner` (R,) each column's expert. `vectors` and `bias_vectors`, both (experts, n), hold the
+    differences of 1-D weights and of biases. They are None if no expert changes that parameter.
+    Factors and vectors have the weight's dtype. They are not part of the state dict.
+    """
+
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
+    is_matrix = False
+    weight: Tensor
+    bias: Tensor | None
+    vectors: Tensor | None
+    bias_vectors: Tensor | None
+    fused_weight: Tensor | None
+    fused_bias: Tensor | None
+    B: Tensor
+    A: Tensor
+    owner: Tensor
+
+    @classmethod
+    def stands_for(cls, layer: nn.Module) -> bool:
+        """Return whether this kind replaces `layer`: whether its class is in `replaces`, subclasses not included."""
+        return type(layer) in cls.replaces
+
+    def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        """Take the parameters of `layer`, and the factors and vectors that the experts hold under its `name`."""
+        super().__init__()
+        self.fusion = fusion
+        self.register_parameter("weight", layer._parameters["weight"])
+        self.register_parameter("bias", layer._parameters.get("bias"))
+        self._register_factors([e.factors.get(f"{name}.weight") for e in exclusive.values()])
+        self._register_vectors("vectors", self.weight, [e.vectors.get(f"{name}.weight") for e in exclusive.values()])
+        self._register_vectors("bias_vectors", self.bias, [e.vectors.get(f"{name}.bias") for e in exclusive.values()])
+        self.register_buffer("fused_weight", None, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
+        fusion.layers.append(self)
+
+    def _register_factors(self, factors: list[Factors | None]) -> None:
+        given = [f for f in factors if f is not None]
+        self.ranks = tuple(0 if f is None else f.A.shape[0] for f in factors)
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        self.register_buffer("owner", owner.to(self.weight.device), persistent=False)
+        if given:
+            self._store(torch.cat([f.B for f in given], dim=1), torch.cat([f.A for f in given], dim=0))
+
+    def _store(self, B: Tensor, A: Tensor) -> None:
+        """Store all experts' factors, B (m, R) and A (R, n)."""
+        self.register_buffer("B", B.to(self.weight), persistent=False)
+        self.register_buffer("A", A.to(self.weight), persistent=False)
+
+    def _register_vectors(self, buffer: str, parameter: Tensor | None, vectors: list[Tensor | None]) -> None:
+        stacked = None
+        if parameter is not None and any(vector is not None for vector in vectors):
+            zero = torch.zeros_like(parameter)
+            stacked = torch.stack([zero if v is None else v.to(zero) for v in vectors])
+        self.register_buffer(buffer, stacked, persistent=False)
+
+    def factors(self, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return B (m, r) and A (r, n) of the columns whose indices are in `used`, or of all R columns for None."""
+        return (self.B, self.A) if used is None else (self.B[:, used], self.A[used])
+
+    def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
+        """Compute the fused weight and bias from the shared ones, for weights and bias weights (experts,)."""
+        if sum(self.ranks):
+            scale = weights.to(self.weight)[self.owner]
+            used = scale.nonzero().squeeze(1)
+            B, A = self.factors(None if len(used) == len(scale) else used)
+            if self.fused_weight is None:
+                self.fused_weight = torch.empty_like(self.weight)
+            torch.addmm(self.weight, B * scale[used], A, out=self.fused_weight)
+        elif self.vectors is not None:
+            self.fused_weight = self.weight + weights.to(self.vectors) @ self.vectors
+        else:
+            self.fused_weight = self.weight.detach()
+        if self.bias is not None:
+            self.fused_bias = self.bias.detach()
+            if self.bias_vectors is not None:
+                self.fused_bias = self.bias + bias_weights.to(self.bias_vectors) @ self.bias_vectors
+
+    def joint_cost(self) -> float:
+        """Return an upper bound of the multiplications that a token's exclusive vectors cost, for any weights."""
+        return float(sum(self.ranks) * sum(self.weight.shape))
+
+    def row_columns(self, dims: int) -> Columns:
+        """Return the columns in use and each row's weights over them, (batch, 1, ..., r) with `dims` dimensions."""
+        used, scale = self.fusion.columns(self.owner, self.ranks)
+        return Columns(used, broadcastable(scale.to(self.weight), dims))
+
+    def row_bias(self, dims: int) -> Tensor | None:
+        """Return each row's bias, (batch, 1, ..., n) with `dims` dimensions, or (n,) if all rows share it."""
+        if self.bias is None or self.bias_vectors is None:
+            return self.bias
+        weights = self.fusion.bias_weights
+        assert weights is not None
+        return broadcastable(torch.addmm(self.bias, weights.to(self.bias_vectors), self.bias_vectors), dims)
+
+    def row_vector(self, dims: int) -> Tensor:
+        """Return each row's 1-D weight, (batch, 1, ..., n) with `dims` dimensions, or (n,) if all rows share it."""
+        if self.vectors is None:
+            return self.weight
+        weights = self.fusion.weights
+        assert weights is not None
+        return broadcastable(torch.addmm(self.weight, weights.to(self.vectors), self.vectors), dims)
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias that all rows share in the modes `shared` and `fused`."""
+        if self.fusion.mode == "shared":
+            return self.weight, self.bias
+        assert self.fused_weight is not None
+        return self.fused_weight, self.fused_bias
+
+
+def by_row(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Make a layer's forward accept flattened tokens, (batch * length, n), which OPT passes to its MLP.
+
+    The layer needs to know which tokens belong to a row only if rows have their own weights. Then the wrapper
+    restores (batch, length, n) before `forward` runs, and flattens the result again.
+    """
+
+    def unflattened(layer: Any, x: Tensor) -> Tensor:
+        if x.ndim > 2 or layer.fusion.mode != "rows":
+            return forward(layer, x)
+        return forward(layer, x.reshape(len(layer.fusion.weights), -1, x.shape[1])).flatten(0, 1)
+
+    return unflattened
+
+
+def broadcastable(rows: Tensor, dims: int) -> Tensor:
+    """Return (batch, n) as (batch, 1, ..., n) with `dims` dimensions."""
+    return rows.view(rows.shape[0], *[1] * (dims - 2), rows.shape[1])

@@ -1,0 +1,77 @@
+"""Embedding tables, and output layers that share a table's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers.base import TwinLayer, broadcastable
+
+
+class TwinEmbedding(TwinLayer):
+    """nn.Embedding with exclusive vectors, weight (vocabulary, width).
+
+    Only the rows of the tokens in a batch are fused, in every mode. A token then costs R * width multiplications;
+    a fused copy of the table would cost that for every token of the vocabulary.
+    transformers' scaled embeddings (Gemma's) multiply the result by `embed_scale`.
+    """
+
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+    embed_scale: Tensor | None
+
+    @classmethod
+    def stands_for(cls, layer: nn.Module) -> bool:
+        """Return whether `layer` is an nn.Embedding or one of transformers' scaled embeddings."""
+        scaled = isinstance(layer, nn.Embedding) and type(layer).__name__.endswith("ScaledWordEmbedding")
+        return scaled or super().stands_for(layer)
+
+    def __init__(self, layer: nn.Embedding, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        self.padding_idx = layer.padding_idx
+        scale = getattr(layer, "embed_scale", None)
+        self.register_buffer("embed_scale", None if scale is None else torch.as_tensor(scale), persistent=False)
+
+    def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
+        """Store the weights (experts,) of the factors' columns. `forward` fuses the rows of the table that it reads."""
+        self.fused_weight = weights.to(self.A)[self.owner]
+
+    def scale(self, dims: int) -> Tensor:
+        """Return the columns' weights: (R,), or in mode `rows` (batch, 1, ..., R) with `dims` dimensions."""
+        if self.fusion.mode == "fused":
+            return self.current()[0]
+        assert self.fusion.weights is not None
+        return broadcastable(self.fusion.weights[:, self.owner].to(self.A), dims)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (batch, length, width) of token ids (batch, length)."""
+        embedded = F.embedding(ids, self.weight)
+        if self.fusion.mode != "shared" and len(self.owner):
+            embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A
+        return embedded if self.embed_scale is None else embedded * self.embed_scale.to(embedded)
+
+
+class TiedLinear(nn.Module):
+    """An output layer whose weight is the embedding table. It is fused from the table's factors."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Module, table: TwinEmbedding) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer._parameters["weight"])
+        self.register_parameter("bias", layer._parameters["bias"])
+        self._table = (table,)  # The model owns the table. The tuple keeps it from being registered here as well.
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (batch, ..., vocabulary) for x (batch, ..., width)."""
+        (table,) = self._table
+        y = F.linear(x, self.weight, self.bias)
+        if table.fusion.mode == "shared" or not len(table.owner):
+            return y
+        return y + F.linear(F.linear(x, table.A) * table.scale(x.ndim), table.B)

@@ -1,0 +1,58 @@
+"""Norms: each row is scaled by its own weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers.base import TwinLayer, by_row
+
+
+class TwinLayerNorm(TwinLayer):
+    """nn.LayerNorm over the last dimension, with exclusive vectors."""
+
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
+
+    def __init__(self, layer: nn.LayerNorm, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        self.normalized_shape, self.eps = layer.normalized_shape, layer.eps
+
+    @by_row
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (batch, ..., n), normalised and then scaled by each row's own weight and bias."""
+        if self.fusion.mode != "rows":
+            return F.layer_norm(x, self.normalized_shape, *self.current(), self.eps)
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.row_vector(x.ndim)
+        bias = self.row_bias(x.ndim)
+        return y if bias is None else y + bias
+
+
+class TwinRMSNorm(TwinLayer):
+    """An RMS norm with exclusive vectors: any module named ...RMSNorm whose one parameter is a weight (n,).
+
+    Llama's, Qwen's and Gemma's norms differ in how they apply the weight, so the original module computes the
+    result. Its weight is replaced before each forward; a weight per row is broadcast over the row's tokens.
+    """
+
+    @classmethod
+    def stands_for(cls, layer: nn.Module) -> bool:
+        """Return whether `layer` is named ...RMSNorm and has one parameter, a weight of one dimension."""
+        parameters = [(name, weight.ndim) for name, weight in layer._parameters.items() if weight is not None]
+        return parameters == [("weight", 1)] and type(layer).__name__.endswith("RMSNorm")
+
+    def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
+        super().__init__(layer, fusion, name, exclusive)
+        del layer._parameters["weight"]
+        self.layer = layer
+
+    @by_row
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (batch, ..., n), normalised and then scaled by each row's own weight."""
+        self.layer.weight = self.current()[0].detach() if self.fusion.mode != "rows" else self.row_vector(x.ndim)
+        normed: Tensor = self.layer(x)
+        return normed

@@ -1,0 +1,173 @@
+"""The authors' arithmetic for LoRA experts: A and B are merged, truncated and fused as matrices of their own.
+
+W(x) = W_0 + s B(x) A(x), with A(x) = A_s + sum_t w_t(x) v^A_t, where A_s is the merge of all A_t and v^A_t the
+truncated SVD of A_t - A_s, and B(x) likewise. The product has cross terms between experts that the fusion of
+delta W = s B A lacks, and the shared expert's lambda acts squared. Protocol `paper` alone does this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twin_bench.checkpoints.checkpoint import Checkpoint
+from twin_bench.errors import InputError
+from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.merging.registry import merge_lazily
+from twin_bench.twin.exclusive import exclusive_rank
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import by_row
+
+
+class AdapterStack(NamedTuple):
+    """One matrix's adapters: A (T, r, n) and B (T, m, r) of the experts in their order, and the scale of all."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class PaperFactors:
+    """What a twin needs to run as the authors': its experts' adapters, and how they are merged and truncated."""
+
+    adapters: Mapping[str, AdapterStack]
+    scaling: float
+    density: float | None
+    rank: int | None
+
+
+def stack_adapters(experts: Mapping[str, Checkpoint]) -> dict[str, AdapterStack]:
+    """Return the adapters of all experts by parameter name.
+
+    Raises InputError unless every expert is a LoRA adapter and nothing else, all of one rank and scale on the
+    same matrices: A and B of other shapes can't be added.
+    """
+    first = next(iter(experts.values()))
+    stacks: dict[str, AdapterStack] = {}
+    for task, expert in experts.items():
+        if not expert.low_rank or expert.replaced or expert.low_rank.keys() != first.low_rank.keys():
+            raise InputError(
+                f"expert {task!r}: protocol paper adds A and B of LoRA adapters; it needs adapters on the same "
+                "matrices, and nothing else trained"
+            )
+    for name, lora in first.low_rank.items():
+        own = [expert.low_rank[name] for expert in experts.values()]
+        A, B = [pair.A().float() for pair in own], [pair.B().float() for pair in own]
+        if len({(a.shape, pair.scale) for a, pair in zip(A, own, strict=True)}) > 1:
+            raise InputError(f"tensor {name}: the adapters differ in rank or scale; protocol paper can't add them")
+        stacks[name] = AdapterStack(torch.stack(A), torch.stack(B), lora.scale)
+    return stacks
+
+
+def merge_lora_factors(
+    method: str, base: Checkpoint, experts: Mapping[str, Checkpoint], **options: Any
+) -> dict[str, Tensor]:
+    """Return a static merge as the authors make it: `method` on A and on B, then W_0 + s B A.
+
+    Raises InputError as `stack_adapters` does.
+    """
+    stacks = stack_adapters(experts)
+    zeros = {key: torch.zeros_like(tensor[0]) for key, tensor in _sides(stacks).items()}
+    own = {task: {key: tensor[t] for key, tensor in _sides(stacks).items()} for t, task in enumerate(experts)}
+    merged = merge_lazily(method, zeros, own, **options)
+    parameters = dict(base.items())
+    for name, stack in stacks.items():
+        delta = stack.scale * merged[f"{name}.B"] @ merged[f"{name}.A"]
+        parameters[name] = (parameters[name].float() + delta).to(parameters[name].dtype)
+    return parameters
+
+
+def install_paper_layers(model: nn.Module, parts: PaperFactors) -> Fusion:
+    """Replace the adapted layers of `model` and return what drives them.
+
+    `model` holds theta_s = theta_0 + lambda sum_t tau_t, from which theta_0 is had back. Raises
+    InputError for an adapted layer that is not nn.Linear.
+    """
+    experts = len(next(iter(parts.adapters.values())).A)
+    fusion = Fusion(experts)
+    modules = dict(model.named_modules())
+    for name, stack in parts.adapters.items():
+        path = name.removesuffix(".weight")
+        layer = modules.get(path)
+        if type(layer) is not nn.Linear:
+            raise InputError(f"{name} belongs to a {type(layer).__name__}; protocol paper adapts Linear layers only")
+        model.set_submodule(path, PaperLinear(layer, fusion, stack, parts))
+    return fusion
+
+
+class PaperLinear(nn.Module):
+    """nn.Linear whose adapters are fused side by side: A (1 + T, r, n) and B (1 + T, m, r), the shared one first."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    fused_weight: Tensor | None
+    is_matrix = True
+
+    def __init__(self, layer: nn.Linear, fusion: Fusion, stack: AdapterStack, parts: PaperFactors) -> None:
+        super().__init__()
+        self.fusion, self.scale = fusion, stack.scale
+        self.ranks = (2 * stack.A.shape[1],) * len(stack.A)
+        merged = parts.scaling * stack.scale * torch.einsum("tmr,trn->mn", stack.B, stack.A)
+        pretrained = (layer.weight.float() - merged.to(layer.weight.device)).to(layer.weight.dtype)
+        self.register_parameter("weight", nn.Parameter(pretrained, requires_grad=False))
+        self.register_parameter("bias", layer.bias)
+        # In the state_dict, unlike other twin layers' factors: the shared expert itself is run through them.
+        for side, tensors in (("A", stack.A), ("B", stack.B)):
+            self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight))
+        self.register_buffer("fused_weight", None, persistent=False)
+        fusion.layers.append(self)
+
+    def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
+        """Build the fused weight for weights (experts,); biases are no expert's here."""
+        share = _with_shared(weights).to(self.A)
+        A, B = torch.einsum("t,trn->rn", share, self.A), torch.einsum("t,tmr->mr", share, self.B)
+        if self.fused_weight is None:
+            self.fused_weight = torch.empty_like(self.weight)
+        torch.addmm(self.weight, self.scale * B, A, out=self.fused_weight)
+
+    def joint_cost(self) -> float:
+        """Return the multiplications that a token's low-rank path takes, whatever its weights."""
+        return float(self.A.numel() + self.B.numel())
+
+    @by_row
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, ..., m) of x (batch, ..., n)."""
+        if self.fusion.mode == "fused":
+            assert self.fused_weight is not None
+            return F.linear(x, self.fused_weight, self.bias)
+        weights = self.fusion.weights if self.fusion.mode == "rows" else x.new_zeros(1, self.fusion.experts)
+        assert weights is not None
+        share = _with_shared(weights).to(x)
+        share = share.view(len(share), *[1] * (x.ndim - 2), -1, 1)  # (batch, 1, ..., 1 + T, 1)
+        count, rank = self.A.shape[:2]
+        reduced = (F.linear(x, self.A.flatten(0, 1)).unflatten(-1, (count, rank)) * share).sum(dim=-2)
+        spread = (reduced.unsqueeze(-2) * share).flatten(-2)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(spread, self.B.transpose(0, 1).flatten(1))
+
+
+def _shared_and_exclusive(tensors: Tensor, parts: PaperFactors) -> Tensor:
+    """Return [lambda sum_t X_t, SVD_r(X_t - that) of every t] of experts' matrices (T, p, q): (1 + T, p, q)."""
+    shared = parts.scaling * tensors.sum(dim=0)
+    rank = exclusive_rank(shared.shape, density=parts.density, rank=parts.rank)
+    kept = [torch.zeros_like(shared)] * len(tensors)
+    if rank:
+        factors = [truncated_svd(tensor - shared, rank) for tensor in tensors]
+        kept = [B @ A for B, A in factors]
+    return torch.stack([shared, *kept])
+
+
+def _with_shared(weights: Tensor) -> Tensor:
+    """Return weights (..., T) with the shared part's 1 in front."""
+    return torch.cat([torch.ones_like(weights[..., :1]), weights], dim=-1)
+
+
+def _sides(stacks: Mapping[str, AdapterStack]) -> dict[str, Tensor]:
+    return {f"{name}.{side}": getattr(stack, side) for name, stack in stacks.items() for side in ("A", "B")}
