@@ -1,10 +1,43 @@
 """twin-bench: twin-merged models inside evaluation harnesses, and a leaderboard of merge methods.
 
-`merge` and `methods` are the merge methods, `TwinModel` the model that fuses experts per input.
+`merge` and `methods` are the merge methods, `TwinModel` the model that fuses experts per input. `merge_method` and
+`TaskVectors` are what a new merge method is written with. A user's mistake raises `InputError`.
+
+`import twin_bench` imports no other module. A name below is imported when it is first asked for (PEP 562), because
+torch and transformers take seconds to import.
 """
 
-from twin_bench.errors import InputError
-from twin_bench.merging.registry import merge, methods
-from twin_bench.twin.model import TwinModel
+from __future__ import annotations
 
-__all__ = ["InputError", "TwinModel", "merge", "methods"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twin_bench.errors import InputError
+    from twin_bench.merging.registry import merge, merge_method, methods
+    from twin_bench.merging.task_vectors import TaskVectors
+    from twin_bench.twin.model import TwinModel
+
+__all__ = ["InputError", "TaskVectors", "TwinModel", "merge", "merge_method", "methods"]
+
+_HOMES = {
+    "InputError": "twin_bench.errors",
+    "TaskVectors": "twin_bench.merging.task_vectors",
+    "TwinModel": "twin_bench.twin.model",
+    "merge": "twin_bench.merging.registry",
+    "merge_method": "twin_bench.merging.registry",
+    "methods": "twin_bench.merging.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that `name` lives in and return it; AttributeError for a name that is not exported."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, those that are not imported yet among them."""
+    return sorted({*globals(), *__all__})

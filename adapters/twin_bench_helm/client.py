@@ -1,4 +1,4 @@
-"""HELM's client of a twin, and the runner that hands it whole lists of requests."""
+"""HELM's client of a twin, and a runner that gives the client whole lists of requests."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from helm.common.request import (
 )
 
 from twin_bench.errors import InputError
-from twin_bench_helm.engine import Ask, Completion, Engine, engine
+from twin_bench.twin.sampling import Completion
+from twin_bench_helm.engine import Ask, Engine, engine
 
 
 class TwinClient(CachingClient):  # type: ignore[misc]
-    """Answers HELM's requests with a twin: completions, log-probabilities of generated and of prompt tokens.
+    """Answers HELM's requests with a twin: completions, and log-probabilities of generated and of prompt tokens.
 
-    The engine loads on the first request, once a process. The cache's key holds the digests of the shared expert,
-    the experts and the router besides all settings, so another twin's answers are never served. A request that
-    can't succeed fails at once and for good.
+    The engine is loaded by the first request, once in a process. The cache key holds all settings and the digests of
+    the shared expert, the experts and the router, so another twin's answers are never served. A request that can't
+    succeed fails at once, and HELM does not retry it.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         batch_size: int = 8,
         apply_chat_template: bool = False,
     ) -> None:
-        """Make a client of the twin in the directory `twin`; the other arguments are `twin-bench helm-config`'s."""
+        """Make a client of the twin in the directory `twin`. `twin-bench helm-config` has the same other arguments."""
         super().__init__(cache_config=cache_config)
         self._settings: dict[str, Any] = {
             "device": device,
@@ -57,11 +58,11 @@ class TwinClient(CachingClient):  # type: ignore[misc]
 
     @property
     def engine(self) -> Engine:
-        """The process' engine; InputError for what is wrong with the twin."""
+        """The process's engine. Getting it raises an InputError if the twin can't be loaded."""
         return engine(self._directory, **self._settings)
 
     def make_request(self, request: Request) -> RequestResult:
-        """Answer one request, from the cache where it holds it."""
+        """Answer one request, from the cache if it holds the answer."""
         if request.embedding:
             return EMBEDDING_UNAVAILABLE_REQUEST_RESULT
         try:
@@ -85,7 +86,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         )
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Answer in one list all requests that the cache does not hold; `make_request` then finds them ready."""
+        """Answer, in one list, all requests whose answers the cache does not hold. `make_request` then returns them."""
         asks: dict[str, Ask] = {}
         for request in requests:
             try:
@@ -95,11 +96,11 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             except _Miss:
                 asks[repr(key)] = ask
             except InputError:
-                continue  # make_request says it
+                continue  # make_request reports the error
         try:
             answers = self.engine.answer(list(asks.values()))
         except InputError:
-            return  # one of them can't be answered: then each is asked for itself
+            return  # one request can't be answered, so make_request answers each separately
         self._ready.update({key: self._raw(answer) for key, answer in zip(asks, answers, strict=True)})
 
     def _ask(self, request: Request) -> Ask:
@@ -148,7 +149,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         return {"completions": [{"tokens": found.tokens, "log_probs": found.log_probs} for found in completions]}
 
     def _output(self, raw: dict[str, Any], request: Request) -> GeneratedOutput:
-        """Return a completion as HELM has it, cut at the first stop sequence; after an echoed prompt if asked."""
+        """Return a completion in HELM's form: cut at the first stop sequence, or after the prompt if it is echoed."""
         tokenizer = self.engine.twin.tokenizer
         ids, log_probs = raw["tokens"], raw["log_probs"]
         output = GeneratedOutput(
@@ -166,7 +167,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
 
 
 class BatchExecutor(Executor):  # type: ignore[misc]
-    """Hands a scenario's whole list of requests to their twin before HELM's threads ask one by one."""
+    """Gives a twin a scenario's whole list of requests, before HELM's threads send them one by one."""
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         """Answer all requests of a scenario."""
@@ -174,7 +175,7 @@ class BatchExecutor(Executor):  # type: ignore[misc]
             asked: dict[str, list[Request]] = {}
             for state in scenario_state.request_states:
                 asked.setdefault(state.request.model_deployment, []).append(state.request)
-            context: Any = self.context  # a LocalContext where HELM runs by itself; a remote one has no clients
+            context: Any = self.context  # a LocalContext has clients, a remote context has none
             for deployment, requests in asked.items() if hasattr(context, "client") else ():
                 client = context.client._get_client(deployment)
                 if isinstance(client, TwinClient):
@@ -183,7 +184,7 @@ class BatchExecutor(Executor):  # type: ignore[misc]
 
 
 class BatchRunner(Runner):  # type: ignore[misc]
-    """`helm-run --runner-class-name twin_bench_helm.client.BatchRunner`: batches are fixed by construction."""
+    """The runner of `helm-run --runner-class-name twin_bench_helm.client.BatchRunner`. Its batches do not vary."""
 
     def __init__(self, execution_spec: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(execution_spec, *arguments, **named)
@@ -191,7 +192,7 @@ class BatchRunner(Runner):  # type: ignore[misc]
 
 
 class _Miss(Exception):  # noqa: N818 (a signal, not an error)
-    """The cache does not hold it."""
+    """The cache does not hold the answer."""
 
 
 def _miss() -> dict[str, Any]:

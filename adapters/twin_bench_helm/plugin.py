@@ -1,6 +1,6 @@
-"""What HELM loads through its entry-point group: this project's run spec. Free of torch.
+"""The module of HELM's entry-point group: it registers this project's run spec. It does not import torch.
 
-Models, tokenizers and deployments come from the files that `twin-bench helm-config` writes.
+`twin-bench helm-config` writes the files that name models, tokenizers and deployments.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from helm.benchmark.scenarios.scenario import ScenarioSpec
 
 @run_spec_function("twin_cnndm")  # type: ignore[untyped-decorator]
 def cnndm(temperature: float = 0.3) -> RunSpec:
-    """Return the paper's CNN/DailyMail: HELM's summarization_cnndm, scored by ROUGE alone.
+    """Return the run spec of the paper's CNN/DailyMail: HELM's summarization_cnndm, scored only by ROUGE.
 
-    HELM's own also wants BERTScore and summ-eval, which do not install beside today's torch.
+    HELM's own run spec also needs BERTScore and summ-eval, which can't be installed with a current torch.
     """
     scenario = ScenarioSpec(
         class_name="twin_bench_helm.scenario.CnnDailyMail",

@@ -1,4 +1,4 @@
-"""HELM's CNN/DailyMail, which says where its file belongs."""
+"""HELM's CNN/DailyMail scenario, with an error that says where its file belongs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from twin_bench.errors import InputError
 
 
 class CnnDailyMail(SummarizationScenario):  # type: ignore[misc]
-    """HELM's SummarizationScenario; a file that is missing and can't be downloaded is named."""
+    """HELM's SummarizationScenario. A file that is missing and can't be downloaded is an InputError that names it."""
 
     def get_instances(self, output_path: str) -> list[Instance]:
-        """Return HELM's instances of the file in `output_path`/data."""
+        """Return the instances that HELM makes of the file in `output_path`/data."""
         try:
             instances: list[Instance] = super().get_instances(output_path)
         except Exception as error:

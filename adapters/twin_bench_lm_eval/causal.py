@@ -1,16 +1,17 @@
-"""A language model's twin as an lm-eval model: HFLM, with every request answered by its own fused weights."""
+"""A language model's twin as an lm-eval model: HFLM whose requests are each answered with their own fusion weights."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
@@ -19,31 +20,53 @@ from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.skeleton import context_window, read_config
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
-from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.directory import load_parts
 from twin_bench.twin.parts import PROTOCOLS, ProtocolName
-from twin_bench.twin.plan import plan
-from twin_bench_lm_eval.model import TwinMerged, positive, usable
+from twin_bench.twin.requests import Generate, Score, generate, score
+from twin_bench.twin.sampling import Completion, Decoding
+from twin_bench_lm_eval.base import ServedTwin, positive, usable
 
 REFUSED = (
     *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder", "tokenizer"),
     *("parallelize", "tp_plan", "softmax_dtype", "mixed_precision_dtype"),
 )
-"""HFLM's arguments for other checkpoints, for one model on several devices (a twin's layers are on one), or for
-precisions beside `dtype`: log-softmax is taken in float32 in any case."""
+"""Arguments of HFLM that a twin can't take. They load other checkpoints, or put one model on several devices (a twin's
+layers are on one), or set a precision besides `dtype` (log-softmax is always taken in float32)."""
 CPU_BATCH = 16
-"""What batch_size=auto is on a CPU, where there is no memory limit to find."""
+"""The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
 
 Request = tuple[Any, list[int], list[int]]
 
 
-class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
-    """Serves any lm-eval task that HFLM serves, whose options it takes.
+@dataclass(frozen=True, eq=False)
+class HFLMDecoding(Decoding):
+    """The generation arguments of some requests, applied as HFLM applies them.
 
-    The router reads a request's context, as the model reads it: not the continuation that is scored, nor
-    padding. All requests of a list are routed first, equal contexts once; then grouped by their weights,
-    fused once a group, and answered in the order asked. `loglikelihood_rolling` has no context: the prefix
-    token is routed on, so that one set of weights scores a whole document.
+    `until` are the strings that end a text. `arguments` are the other ones: options of transformers' `generate`.
+    """
+
+    until: tuple[str, ...]
+    arguments: Mapping[str, Any]
+
+    def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
+        """Return the options of transformers' `generate` for one batch. The seeds are not used, as in HFLM."""
+        options = {"use_cache": True, **self.arguments}
+        temperature = options.setdefault("temperature", 0.0)
+        if temperature == 0.0 and options.get("do_sample") is None:
+            options["do_sample"] = False
+        if temperature == 0.0 and options["do_sample"] is False:
+            del options["temperature"]
+        criteria = stop_sequences_criteria(tokenizer, list(self.until), length, len(seeds))
+        return {**options, "stopping_criteria": criteria}
+
+
+class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
+    """Serves any lm-eval task that HFLM serves, and takes HFLM's options.
+
+    The router reads a request's context. It does not read the continuation that is scored, or padding. A list of
+    requests is answered as a whole by `twin_bench.twin.requests`. `loglikelihood_rolling` has no context, so the router
+    reads the prefix token, and one set of weights scores a whole document.
     """
 
     def __init__(
@@ -62,24 +85,24 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         shots: int | None = None,
         **options: Any,
     ) -> None:
-        """Load a twin directory, or serve a twin that is loaded already.
+        """Load a twin directory, or serve a twin in memory.
 
         Args:
-            pretrained: the twin's directory, or
-            twin: the twin itself, with its own protocol, device and dtype.
-            task: the task of all requests, where the twin's routing is `task`.
-            device: where it runs; the CPU in place of a CUDA device that is not there.
-            batch_size: requests a forward; `auto` is the largest that fits a GPU, and 16 on a CPU.
+            pretrained: the twin's directory.
+            twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
+            task: the task of all requests. It is needed only where the twin's routing is `task`.
+            device: the device to run on. The CPU replaces a CUDA device that the machine does not have.
+            batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see the README.
-            tolerance: of the logits, relative to their size; by default 0 in float32: see the README.
-            fusion: exact, the only mode.
-            data: not used here but by this project's tasks, as are `split` and `shots`: where their rows are.
-            split: which rows.
-            shots: how many few-shot examples a prompt has.
-            **options: HFLM's own (dtype, max_length, add_bos_token, ...).
+            tolerance: the allowed relative error of the logits; by default 0 in float32: see the README.
+            fusion: exact is the only mode.
+            data: where this project's tasks find their rows. The model does not use it.
+            split: the split of those rows. The model does not use it.
+            shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
+            **options: HFLM's own options (dtype, max_length, add_bos_token, ...).
 
         Raises:
-            InputError: an unknown argument, a value it can't have, or whatever is wrong with the twin.
+            InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
         known = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwargs"}
         for name in options:
@@ -95,24 +118,29 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
-        self._routed: dict[tuple[int, ...], Tensor] = {}
         self._detected: int | None = None
         if twin is None:
-            if pretrained is None:
-                raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
-            self._directory = Path(str(pretrained))
-            self._parts = load_parts(self._directory, trust_remote_code=bool(options.get("trust_remote_code")))
-            options["dtype"] = known_dtype(options.get("dtype")) or "auto"
-            options["max_length"] = self._window(options.get("max_length") or self._parts.max_length)
-            given = {"device": usable(device) or "cpu", "batch_size": batch_size}
-            super().__init__(pretrained=str(self._directory / "model"), **given, **options)
+            self._load(pretrained, device, batch_size, options)
         else:
             self.twin = twin
             super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **options)
         self.twin.tokenizer = self.tokenizer
 
+    def _load(
+        self, pretrained: str | Path | None, device: str | None, batch_size: int | str | None, options: dict[str, Any]
+    ) -> None:
+        """Have HFLM load the shared expert and its tokenizer. `_create_model` then adds the experts and the router."""
+        if pretrained is None:
+            raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
+        self._directory = Path(str(pretrained))
+        self._parts = load_parts(self._directory, trust_remote_code=bool(options.get("trust_remote_code")))
+        options["dtype"] = known_dtype(options.get("dtype")) or "auto"
+        options["max_length"] = self._window(options.get("max_length") or self._parts.max_length)
+        given = {"device": usable(device) or "cpu", "batch_size": batch_size}
+        super().__init__(pretrained=str(self._directory / "model"), **given, **options)
+
     def _window(self, max_length: Any) -> int | None:
-        """Return the tokens of an input asked for, None for the model's window; InputError for more than that."""
+        """Return `max_length` as a number, None for the model's window. Raise an InputError for more than that."""
         if max_length is None:
             return None
         window = context_window(read_config(self._directory / "model"))
@@ -132,70 +160,109 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy answer) of (key, context, continuation) requests."""
         rolling = [self.prefix_token_id]
+        asked = [
+            Score(context, continuation, rolling if key is None else context, self._task)
+            for key, context, continuation in requests
+        ]
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running the twin") as bar:
-            scores = self.twin.log_likelihoods(
-                [(context, continuation) for _, context, continuation in requests],
-                routed_on=[rolling if key is None else context for key, context, _ in requests],
-                tasks=self._tasks(len(requests)),
+            scores = score(
+                self.twin,
+                asked,
                 batch_size=override_bs or self._rows_a_batch(),
                 max_length=self.max_length,
                 progress=bar.update,
             )
-        return [(float(score.log_probs.sum()), score.greedy) for score in scores]
+        return [(float(one.log_probs.sum()), one.greedy) for one in scores]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the texts generated, as HFLM does, prompts with equal weights together."""
-        prompts, steps = [], 0
+        """Return the generated texts, in order: those that HFLM generates with each prompt's own fused model."""
+        decodings: dict[str, HFLMDecoding] = {}
+        asked, ends = [], []
         for request in requests:
-            context, given = request.args
-            if not context:
-                raise InputError(f"task {request.task_name!r}: an empty context; nothing to continue or to route on")
-            limit = normalize_gen_kwargs(given, self.max_gen_toks)["max_gen_toks"]
-            if limit >= self.max_length:
-                raise InputError(
-                    f"task {request.task_name!r}: max_gen_toks {limit} leaves no room in a window of {self.max_length}"
-                )
-            ids, _ = self.tok_batch_encode(
-                [context], left_truncate_len=self.max_length - limit, truncation=self.truncation
+            prompt, decoding, limit = self._translated(request)
+            decoding = decodings.setdefault(repr((decoding.until, sorted(decoding.arguments.items()))), decoding)
+            asked.append(Generate(prompt, limit, decoding, task=self._task))
+            ends.append(decoding.until)
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running the twin") as bar:
+            answers = generate(
+                self.twin,
+                asked,
+                batch_size=self._rows_a_batch(),
+                max_length=self.max_length,
+                log_probs=False,
+                progress=bar.update,
             )
-            prompts.append(tuple(ids[0].tolist()))
-            steps = max(steps, limit)
-        weights = self.twin.route_all(
-            [tokens(ids) for ids in prompts], self._tasks(len(prompts)), batch_size=self._rows_a_batch()
-        )
-        self._routed = dict(zip(prompts, weights, strict=True))
-        answers: dict[int, str] = {}
-        lengths = [len(ids) for ids in prompts]
-        groups = plan(weights, lengths, self.twin.costs, steps=steps, batch_size=self._rows_a_batch())
-        for group in groups:
-            texts = super().generate_until([requests[row] for row in group.rows], disable_tqdm=disable_tqdm)
-            answers.update(zip(group.rows, texts, strict=True))
-        return [answers[row] for row in range(len(requests))]
+        return [self._text(found, until) for (found,), until in zip(answers, ends, strict=True)]
 
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        """Generate a batch with the weights of its own prompts."""
-        mask: Tensor = options["attention_mask"]
-        prompts = [tuple(ids[kept.bool()].tolist()) for ids, kept in zip(context, mask, strict=True)]
-        weights = torch.stack([self._routed[ids] for ids in prompts])
-        with self.twin.generating(weights, context.shape[1], max_length - context.shape[1], options):
-            generated: Tensor = super()._model_generate(context, max_length, stop, **options)
-        return generated
+    def _translated(self, request: Any) -> tuple[list[int], HFLMDecoding, int]:
+        """Return a request's prompt, how to decode, and the number of tokens to generate, as HFLM reads them.
 
-    def tok_batch_encode(
+        HFLM counts the option `max_length` with the padding of its batch. Here it counts the prompt's own tokens.
+        """
+        context, given = request.args
+        task = request.task_name
+        if not context:
+            raise InputError(f"task {task!r}: an empty context; nothing to continue or to route on")
+        arguments: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = tuple(handle_stop_sequences(arguments.pop("until", None), eos=end))
+        limit = int(arguments.pop("max_gen_toks"))
+        if limit >= self.max_length:
+            raise InputError(f"task {task!r}: max_gen_toks {limit} leaves no room in a window of {self.max_length}")
+        if int(arguments.get("num_return_sequences") or 1) > 1:
+            raise InputError(f"task {task!r}: num_return_sequences: lm-eval takes one text a request; leave it out")
+        ids, _ = self.tok_batch_encode([context], left_truncate_len=self.max_length - limit, truncation=self.truncation)
+        prompt = ids[0].tolist()
+        if "max_length" in arguments:
+            limit = int(arguments.pop("max_length")) - len(prompt)
+        return prompt, HFLMDecoding(until, arguments), limit
+
+    def _text(self, found: Completion, until: Sequence[str]) -> str:
+        """Return a completion as text, cut where HFLM cuts it."""
+        ids = found.tokens if found.end_token is None else [*found.tokens, found.end_token]
+        think_end = self.think_end_token
+        if isinstance(think_end, int) and think_end in ids:
+            ids = ids[len(ids) - ids[::-1].index(think_end) :]
+        text = self.tok_decode(ids)
+        if isinstance(think_end, int):
+            text = text.lstrip()
+        cut: str = postprocess_generated_text(text, list(until), think_end if isinstance(think_end, str) else None)
+        return cut
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Return the logits (batch, length, vocabulary) of a batch. The router reads each whole row.
+
+        Without `attn_mask` (batch, length) every token counts as the row's own. `labels` are not used.
+        """
+        logits: Tensor = self.twin(inps, attn_mask, task=self._task).logits
+        return logits
+
+    def _model_generate(
         self,
-        strings: list[str],
-        padding_side: str = "left",
-        left_truncate_len: int | None = None,
-        truncation: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Encode each string as it would be alone: HFLM adds special tokens by what the batch's first begins with."""
-        encode = super().tok_batch_encode
-        rows = [encode([string], padding_side, left_truncate_len, truncation)[0][0].tolist() for string in strings]
-        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
-        return padded["input_ids"], padded["attention_mask"]
+        context: Tensor,
+        max_length: int,
+        stop: list[str],
+        attention_mask: Tensor | None = None,
+        **generation_kwargs: Any,
+    ) -> Tensor:
+        """Generate a batch. The router reads each prompt.
+
+        Args:
+            context: prompts (batch, length), padded on the left.
+            max_length: the number of tokens of a prompt and its continuation, padding included.
+            stop: strings that end a text.
+            attention_mask: (batch, length), 0 on padding. By default padding tokens are padding, as in transformers.
+            **generation_kwargs: options of transformers' `generate`.
+        """
+        padding, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        if attention_mask is None and padding is not None and padding != end:
+            attention_mask = context.ne(padding).long()
+        decoding = HFLMDecoding(tuple(stop), generation_kwargs)
+        options = decoding.options(self.tokenizer, [""] * len(context), context.shape[1])
+        return self.twin.generate(context, attention_mask, task=self._task, max_length=max_length, **options)
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        """Return the largest batch that fits, found once: every process must look for it equally often."""
+        """Return the largest batch that fits. It is found once, because every process must look equally often."""
         if self._detected is None:
             self._detected = CPU_BATCH if self.device.type == "cpu" else super()._detect_batch_size()
         return self._detected
@@ -203,11 +270,8 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
     def _rows_a_batch(self) -> int:
         return self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
 
-    def _tasks(self, rows: int) -> list[str] | None:
-        return None if self._task is None else [self._task] * rows
-
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the tokenizer's chat template; InputError where one is asked for and there is none."""
+        """Return the tokenizer's chat template. Raise an InputError if one is asked for and there is none."""
         if chat_template and not self.tokenizer.chat_template:
             raise InputError(
                 "twin_merged: this model's tokenizer has no chat template; leave out --apply_chat_template"
@@ -216,7 +280,7 @@ class CausalTwin(TwinMerged, HFLM):  # type: ignore[misc]
         return chosen
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes into the results' config: what the scores depend on."""
+        """Return what lm-eval writes into the results' config: everything that the scores depend on."""
         return {
             "model_num_parameters": self.twin.model.num_parameters(),
             "model_dtype": str(self.twin.model.dtype),

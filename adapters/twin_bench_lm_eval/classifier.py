@@ -1,4 +1,4 @@
-"""A classifier twin as an lm-eval model: labels are answers, and an answer's likelihood is the head's."""
+"""A classifier's twin as an lm-eval model: an answer is a label, and its likelihood is the head's probability."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.model import TwinMerged, positive, usable
+from twin_bench_lm_eval.base import ServedTwin, positive, usable
 
 
 class Request(Protocol):
-    """What is used of an lm-eval Instance."""
+    """The attributes of an lm-eval Instance that are used here."""
 
     args: tuple[Any, ...]
     doc: dict[str, Any]
     task_name: str | None
 
 
-class ClassifierTwin(TwinMerged):
-    """Serves the tasks in tasks/glue, whose rows say which text to read and which task's head is asked.
+class ClassifierTwin(ServedTwin):
+    """Serves the tasks in tasks/glue. Their rows hold the text to read and the task whose head answers.
 
-    The text comes from the row (`doc["text"]`, `doc["text_pair"]`), so that a pair is encoded as a pair;
-    the context string shows the same text. All inputs of a request list are answered in one call of the
-    twin, each distinct one once, and the answers do not depend on the order of the requests.
+    The text comes from the row (`doc["text"]`, `doc["text_pair"]`), so that a pair is encoded as a pair. The context
+    string shows the same text. One call of the twin answers all inputs of a request list. Each distinct input is
+    answered once. The answers do not depend on the order of the requests.
     """
 
     def __init__(
@@ -52,26 +52,26 @@ class ClassifierTwin(TwinMerged):
         trust_remote_code: bool = False,
         **unknown: Any,
     ) -> None:
-        """Load a twin directory, or serve a twin that is loaded already.
+        """Load a twin directory, or serve a twin in memory.
 
         Args:
-            pretrained: the twin's directory, or
-            twin: the twin itself, with its own protocol, device and dtype.
-            device: where it runs; the CPU by default, and in place of a CUDA device that is not there.
-            dtype: a torch dtype or its name; by default (or `auto`) the shared expert's.
-            batch_size: inputs a forward; `auto` is 32.
-            max_batch_size: lm-eval's, not used.
-            max_length: tokens of an input, longer ones are truncated; by default what the twin was built with.
+            pretrained: the twin's directory.
+            twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
+            device: the device to run on; the CPU by default. The CPU replaces a CUDA device that is not there.
+            dtype: a torch dtype or its name; by default (or `auto`) that of the shared expert.
+            batch_size: the largest number of inputs in a forward. `auto` is 32.
+            max_batch_size: an argument of lm-eval's. It is not used.
+            max_length: the number of tokens to which an input is truncated; by default what the twin was built with.
             protocol: standard (the default), paper or routed: see the README.
-            tolerance: of the logits, relative to their size; by default 0 in float32: see the README.
-            fusion: exact, the only mode.
-            data: not used here but by the tasks, as is `split`: where their rows are.
-            split: which rows.
+            tolerance: the allowed relative error of the logits; by default 0 in float32: see the README.
+            fusion: exact is the only mode.
+            data: where the tasks find their rows. The model does not use it.
+            split: the split of those rows. The model does not use it.
             trust_remote_code: let transformers run code that comes with the shared expert.
-            **unknown: refused.
+            **unknown: any other argument is an error.
 
         Raises:
-            InputError: an unknown argument, a value it can't have, or whatever is wrong with the twin.
+            InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
         super().__init__()
         for name in unknown:
@@ -99,9 +99,10 @@ class ClassifierTwin(TwinMerged):
         self.tokenizer = twin.tokenizer
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
-        """Return, for each (context, label id), the label's log-probability and whether it is the answer.
+        """Return, for each (context, label id), the label's log-probability and whether it is the most probable one.
 
-        The head's log-softmax. Under `routed` another task's head may answer: a label that it lacks has -inf.
+        Log-probabilities are the head's log-softmax. Under `routed` the head of another task may answer. A label that
+        this head does not have gets -inf.
         """
         labels = [self._label(request) for request in requests]
         results = []
@@ -116,7 +117,7 @@ class ClassifierTwin(TwinMerged):
     def generate_until(self, requests: Sequence[Request]) -> list[str]:
         """Return the regression head's number as text.
 
-        Under `routed` a classifying head may answer: then the number of its class.
+        Under `routed` a classification head may answer. Its text is the number of the most probable class.
         """
         for request in requests:
             if not self._is_regression(self._input(request).task):
@@ -129,15 +130,15 @@ class ClassifierTwin(TwinMerged):
         ]
 
     def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
-        """Refuse: there is no language model here."""
+        """Raise an InputError: a classifier does not generate text."""
         raise InputError(f"task {requests[0].task_name!r}: a classifier twin does not generate text")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Refuse --apply_chat_template."""
+        """Raise an InputError: a classifier has no chat template."""
         raise InputError("twin_merged: a classifier twin has no chat template; leave out --apply_chat_template")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes into the results' config: what the scores depend on."""
+        """Return what lm-eval writes into the results' config: everything that the scores depend on."""
         return {
             "twin_bench_version": importlib.metadata.version("twin-bench"),
             "protocol": self.twin.protocol,
@@ -149,7 +150,7 @@ class ClassifierTwin(TwinMerged):
 
     def _answer(self, requests: Sequence[Request]) -> list[Prediction]:
         inputs = [self._input(request) for request in requests]
-        # Sorted, so that not even the last bit of an answer depends on the order of the requests.
+        # They are sorted, so that not even the last bit of an answer depends on the order of the requests.
         distinct = sorted(set(inputs), key=lambda row: (row.task, row.text, row.text_pair or ""))
         with tqdm(total=len(distinct), desc="Running the twin", disable=None) as bar:
             predictions = self.twin.classify(
@@ -163,7 +164,7 @@ class ClassifierTwin(TwinMerged):
         return [answers[row] for row in inputs]
 
     def _input(self, request: Request) -> TaskInput:
-        """Return what a request asks about; InputError where its row does not say it for a classifier."""
+        """Return the text and the task of a request. Raise an InputError if its row does not name them."""
         name, doc = request.task_name, request.doc
         heads = ", ".join(self.twin.num_labels)
         if "task" not in doc or "text" not in doc:

@@ -1,4 +1,4 @@
-"""How a user's mistake ends on lm-eval's command line."""
+"""User errors on lm-eval's command line: they end in one line and not in a traceback."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from twin_bench.errors import InputError
 
 
 def one_line_errors() -> None:
-    """On lm-eval's command line, let an InputError end in its message and status 2, not in a traceback.
+    """On lm-eval's command line, print only an InputError's message and exit with status 2.
 
-    Does nothing in any other program, where the exception is the caller's. lm-eval catches nothing on the
-    way and offers no place of its own for this, so it is done where uncaught exceptions end.
+    In any other program this function does nothing, and the caller handles the exception. lm-eval catches no exceptions
+    and has no hook for them, so `sys.excepthook` is replaced.
     """
-    # True of the lm_eval script and of `python -m lm_eval` alike.
+    # Both the lm_eval script and `python -m lm_eval` have this name.
     on_command_line = hasattr(sys.modules["__main__"], "cli_evaluate")
     if on_command_line and sys.excepthook is not _one_line:
         global _previous
@@ -30,4 +30,4 @@ def _one_line(kind: type[BaseException], error: BaseException, traceback: Traceb
         _previous(kind, error, traceback)
         return
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)  # the interpreter takes its status from a SystemExit raised here
+    sys.exit(2)  # a SystemExit raised in an excepthook sets the interpreter's exit status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 
-from tests.conftest import WORDS, tiny_classifier, tiny_tokenizer
+from tests.support.dense import interpolated_logits
+from tests.support.models import WORDS, tiny_classifier, tiny_tokenizer
 from twin_bench import InputError
-from twin_bench.adaptive._dawin_model import DawinClassifier, whole_task_vector
-from twin_bench.adaptive.dawin import confidence_weights
+from twin_bench.adaptive.dawin import DawinClassifier, confidence_weights
+from twin_bench.adaptive.vectors import whole_task_vector
 from twin_bench.checkpoints.sources import Sources, load_model, open_sources
 from twin_bench.twin.parts import Parts
 
@@ -24,26 +23,6 @@ TEXTS = [
     (" ".join(WORDS[(3 * row + 5 * word) % len(WORDS)] for word in range(2 + row % 6)), None if row % 2 else "a cat")
     for row in range(9)
 ]
-
-
-def interpolated_logits(base: Any, experts: dict[str, Any], task: str, inputs: Any, scaling: float = 1.0) -> Tensor:
-    """Return one sample's logits: every expert run under the task's head, then theta_0 + sum_t w_t tau_t."""
-    model: Any = copy.deepcopy(experts[task]).double()
-    theta_0 = {name: p.double() for name, p in base.base_model.state_dict().items()}
-    thetas = [{name: p.double() for name, p in e.base_model.state_dict().items()} for e in experts.values()]
-    confidences = []
-    for theta in thetas:
-        model.base_model.load_state_dict(theta)
-        with torch.no_grad():
-            probabilities = model(**inputs).logits[0].softmax(dim=0).tolist()
-        confidences.append(math.exp(sum(p * math.log(p) for p in probabilities)))
-    weights = [scaling * confidence / sum(confidences) for confidence in confidences]
-    model.base_model.load_state_dict(
-        {n: p + sum(w * (theta[n] - p) for w, theta in zip(weights, thetas, strict=True)) for n, p in theta_0.items()}
-    )
-    with torch.no_grad():
-        logits: Tensor = model(**inputs).logits[0]
-    return logits
 
 
 def dawin(sources: Sources, scaling: float = 1.0) -> DawinClassifier:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.conftest import tiny_causal, tiny_classifier
+from tests.support.models import tiny_causal, tiny_classifier
 from twin_bench import InputError
-from twin_bench.adaptive._smile_model import install_smile
+from twin_bench.adaptive.smile import install_smile
 from twin_bench.merging.task_vectors import TaskVectors
 
 OPTIONS = {"rank": 3, "gate_rank": 2, "top_k": 1}

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.adaptive.test_adamerging import Setting
-from tests.conftest import tiny_tokenizer
-from tests.twin.test_exactness import batch
+from tests.support.dense import batch
+from tests.support.models import tiny_tokenizer
+from tests.support.setting import Setting
 from twin_bench import InputError
-from twin_bench.adaptive._wemoe_model import install_gates, learn_gates, mlp_layers
-from twin_bench.adaptive.entropy import unlabelled_batches
-from twin_bench.adaptive.wemoe import Gate
+from twin_bench.adaptive.unlabelled import unlabelled_batches
+from twin_bench.adaptive.wemoe import Gate, install_gates, learn_gates, mlp_layers
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import UnsuitedError
 from twin_bench.twin.classifier import TwinClassifier

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Family, write_generative_rows
-from tests.leaderboard.conftest import write_rows
-from twin_bench.bench import bench, main
+from tests.support.families import Family
+from tests.support.rows import write_generative_rows, write_rows
+from twin_bench.bench.__main__ import main
+from twin_bench.bench.run import bench
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 

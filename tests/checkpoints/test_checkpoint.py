@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_classifier, tiny_tokenizer
+from tests.support.models import tiny_classifier, tiny_tokenizer
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -21,6 +21,8 @@ from twin_bench.checkpoints.skeleton import Skeleton, read_config, skeleton_of
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
+
+pytestmark = pytest.mark.versions
 
 
 def opened(directory: Path, kind: str) -> tuple[Checkpoint, Skeleton]:

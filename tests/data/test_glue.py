@@ -22,6 +22,6 @@ def test_heads_and_metrics():
 
 
 def test_only_mnli_names_its_splits_differently_on_the_hub():
-    assert GLUE["mnli"].hub_split("validation") == "validation_matched"
-    assert GLUE["mnli"].hub_split("train") == "train"
-    assert GLUE["rte"].hub_split("validation") == "validation"
+    assert GLUE["mnli"].hub_split("validation").split == "validation_matched"
+    assert GLUE["mnli"].hub_split("train").split == "train"
+    assert GLUE["rte"].hub_split("validation").split == "validation"

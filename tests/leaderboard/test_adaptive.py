@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from rich.progress import Progress
 
-from tests.adaptive.test_dawin import interpolated_logits
-from tests.conftest import WORDS, Family
-from tests.leaderboard.conftest import TASKS, rows_of, run
+from tests.support.dense import interpolated_logits
+from tests.support.families import Family
+from tests.support.models import WORDS
+from tests.support.rows import TASKS
+from tests.support.suites import rows_of, run
 from twin_bench.adaptive import learning
 from twin_bench.checkpoints.sources import open_sources
+from twin_bench.contenders import Contender, Context, contenders
 from twin_bench.errors import UnsuitedError
-from twin_bench.leaderboard.run import _input_digests, _key
-from twin_bench.leaderboard.serve import serve
-from twin_bench.leaderboard.served import Served
+from twin_bench.leaderboard.inputs import cell_key, input_digests
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.classifier import TwinClassifier
 
@@ -39,17 +39,31 @@ def suite(tiny: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = None) -> Served:
+def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = None) -> Contender:
     """Return what answers for one entry of a suite, as the leaderboard makes it."""
     checked = Suite.model_validate(suite)
     (entry,) = (entry for entry in checked.entries() if entry.label == label)
     sources = open_sources(checked.base_model, checked.expert_paths)
-    progress = Progress(disable=True)
-    (made,) = serve(entry, "standard", checked, Path(checked.data), sources, folder, progress, rows=rows)
+    context = Context(
+        name=entry.method.name,
+        settings=entry.settings(checked.seed),
+        protocol="standard",
+        tasks=tuple(checked.tasks),
+        base_model=checked.base_model,
+        experts=checked.expert_paths,
+        sources=sources,
+        data=Path(checked.data),
+        workspace=folder,
+        rows=rows,
+        seed=checked.seed,
+        max_length=checked.max_length,
+        dtype=checked.dtype,
+    )
+    (made,) = contenders(entry.method, context)
     return made
 
 
-def backbone(made: Served) -> dict[str, torch.Tensor]:
+def backbone(made: Contender) -> dict[str, torch.Tensor]:
     return {name: p for name, p in made.twin.model.named_parameters() if name.startswith("bert.")}
 
 
@@ -72,13 +86,13 @@ def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
 
 def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
     rows, table = board
-    for (method, track), task in itertools.product((("adamerging", "test-time"), ("wemoe", "routed")), SCORED):
+    for (method, track), task in itertools.product((("adamerging", "test-time"), ("wemoe", "test-time")), SCORED):
         row = rows["standard", method, task]
         assert row["track"] == track
         assert row["notes"]["adapted_on"] == {"inputs": "unlabelled test inputs", "rows": {"cola": 20}}
         assert row["n"] == 20
     for task in SCORED:
-        assert rows["standard", "dawin", task]["track"] == "routed"
+        assert rows["standard", "dawin", task]["track"] == "per-input"
         assert "adapted_on" not in rows["standard", "dawin", task]["notes"]
     assert {method for protocol, method, _ in rows if protocol == "routed"} == {"pretrained", "experts"}
     assert "adamerging (standard): learnt on unlabelled test inputs, the very rows it is scored on: cola 20" in table
@@ -186,9 +200,14 @@ def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, An
     other = {**suite, "data": with_rows(data, tmp_path / "edited", edited)}
     keys = []
     for checked in map(Suite.model_validate, (suite, other)):
-        inputs = _input_digests(checked, Path(checked.data))
+        inputs = input_digests(checked, Path(checked.data))
         inputs["rows"] = {name: rows for name, rows in inputs["rows"].items() if name.endswith("validation")}
-        keys.append({e.label: _key(checked, e, "standard", "mnli", inputs, None, "lm-eval") for e in checked.entries()})
+        keys.append(
+            {
+                e.label: cell_key(checked, e, "standard", "mnli", inputs, rows=None, harness="lm-eval")
+                for e in checked.entries()
+            }
+        )
     assert {label for label, key in keys[0].items() if keys[1][label] != key} == {"adamerging", "wemoe"}
 
 

@@ -10,8 +10,9 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.conftest import Family, write_generative_rows
-from tests.leaderboard.conftest import rows_of, run
+from tests.support.families import Family
+from tests.support.rows import write_generative_rows
+from tests.support.suites import rows_of, run
 from twin_bench.paths import tasks_directory
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")

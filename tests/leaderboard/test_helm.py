@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
-from tests.conftest import WORDS, Family, write_generative_rows
-from tests.leaderboard.conftest import rows_of, run
+from tests.support.families import Family
+from tests.support.models import WORDS
+from tests.support.rows import write_generative_rows
+from tests.support.suites import rows_of, run
 from twin_bench_lm_eval.causal import CausalTwin
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")

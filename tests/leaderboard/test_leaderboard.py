@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 import twin_bench
-from tests.conftest import Family
-from tests.leaderboard.conftest import TASKS, score_alone, with_backbone
+from tests.support.families import Family
+from tests.support.rows import TASKS
+from tests.support.suites import score_alone, with_backbone
 from twin_bench import TwinModel
-from twin_bench.leaderboard import run as run_module
 from twin_bench.leaderboard.__main__ import main
+from twin_bench.leaderboard.cells import Cell
 from twin_bench.leaderboard.report import leaderboard_rows, summary
+from twin_bench_lm_eval.harness import LmEval
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +107,26 @@ def test_every_row_says_what_it_is(board: Any) -> None:
 def test_a_killed_run_resumes_and_equals_an_unbroken_one(
     suite_file: Path, board: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = run_module._through_lm_eval, []
+    real, calls = LmEval.score, []
 
     def dies_at_the_fifth(*arguments: Any) -> Any:
-        calls.append(arguments[4])
+        calls.append(arguments[-1].task)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return real(*arguments)
 
     arguments = ["--suite", str(suite_file), "--out", str(tmp_path), "--methods", "average,ceiling"]
-    monkeypatch.setattr(run_module, "_through_lm_eval", dies_at_the_fifth)
+    monkeypatch.setattr(LmEval, "score", dies_at_the_fifth)
     assert main(arguments) == 130
     assert not (tmp_path / "leaderboard.json").exists()
     assert len(list((tmp_path / "cells").rglob("*.json"))) == 4
-    monkeypatch.setattr(run_module, "_through_lm_eval", real)
+    monkeypatch.setattr(LmEval, "score", real)
     assert main(arguments) == 0
     for row in json.loads((tmp_path / "leaderboard.json").read_text()):
         whole = board[1][row["protocol"], row["method"], row["task"]]
         assert row["score"] == whole["score"]
         assert row["stderr"] == whole["stderr"]
-    monkeypatch.setattr(run_module, "_through_lm_eval", lambda *a: pytest.fail("a finished cell was run again"))
+    monkeypatch.setattr(LmEval, "score", lambda *a: pytest.fail("a finished cell was run again"))
     assert main(arguments) == 0
     assert not list((tmp_path / "cells").rglob(".*"))
 
@@ -137,7 +139,7 @@ def test_features_are_kept_and_shared(
     shutil.copytree(board[0], out)
     for again in ("twins", "cells/standard/twin", "cells/routed/twin"):
         shutil.rmtree(out / again)
-    monkeypatch.setattr(TwinModel, "_feature_batches", lambda *_: pytest.fail("a row is run for the router"))
+    monkeypatch.setattr(TwinModel, "features", lambda *_: pytest.fail("a row is run for the router"))
     assert main(["--suite", str(suite_file), "--out", str(out)]) == 0
     for row in json.loads((out / "leaderboard.json").read_text()):
         whole = board[1][row["protocol"], row["method"], row["task"]]
@@ -168,7 +170,7 @@ def test_what_decides_a_score_decides_whether_a_cell_is_run_again(suite_file: Pa
 
 
 def test_normalisation_keeps_negative_values_and_admits_a_worthless_expert(board: Any) -> None:
-    cells = [run_module.Cell(**{k: v for k, v in row.items() if k != "normalized"}) for row in board[1].values()]
+    cells = [Cell(**{k: v for k, v in row.items() if k != "normalized"}) for row in board[1].values()]
     import dataclasses
 
     made_up = {("experts", "cola"): 50.0, ("average", "cola"): -5.0, ("experts", "stsb"): -1.0}
@@ -221,5 +223,5 @@ def test_unknown_suites_and_methods(suite_file: Path, tmp_path: Path, capsys: py
     assert "did you mean 'glue-minilm'" in capsys.readouterr().err
     assert main(["--suite", str(suite_file), "--out", str(tmp_path), "--methods", "averge"]) == 2
     assert "did you mean 'average'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["--limit", "0"])
+    assert main(["--limit", "0"]) == 2
+    assert "'0' is not a positive whole number" in capsys.readouterr().err

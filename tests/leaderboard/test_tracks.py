@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 import twin_bench
-from tests.conftest import Family
-from tests.leaderboard.conftest import TASKS, rows_of, run, score_alone, with_backbone
+from tests.support.families import Family
+from tests.support.rows import TASKS
+from tests.support.suites import rows_of, run, score_alone, with_backbone
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
-from twin_bench.leaderboard import run as run_module
+from twin_bench.leaderboard.harness import Evaluated
 from twin_bench.merging import calibration
 from twin_bench.merging.calibration import calibration_examples, fisher_diagonals, gram_matrices
-from twin_bench.merging.registry import _registry, find_method
+from twin_bench.merging.registry import REGISTRY, find_method
+from twin_bench_lm_eval.harness import LmEval
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,7 @@ def backbones(family: Family) -> tuple[Any, Any]:
 @pytest.fixture
 def unscored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of the time, where the figures don't matter."""
-    evaluated = run_module.Evaluated(0.5, 0.1, 30, 1.0, {})
-    monkeypatch.setattr(run_module, "_through_lm_eval", lambda *_: evaluated)
+    monkeypatch.setattr(LmEval, "score", lambda *_: Evaluated(0.5, 0.1, 30))
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +169,10 @@ def test_a_method_that_fails_half_way_leaves_no_half_row(
             raise UnsuitedError("emr: no")
         return real(vectors, task=task)
 
-    monkeypatch.setitem(_registry, "emr", dataclasses.replace(find_method("emr"), function=unsuited_to_mnli))
+    monkeypatch.setitem(REGISTRY, "emr", dataclasses.replace(find_method("emr"), function=unsuited_to_mnli))
     assert run({**suite, "methods": ["emr"]}, tmp_path) == 0
     assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts"}
     assert len(list((tmp_path / "out" / "cells" / "standard" / "emr").iterdir())) == 2
-    monkeypatch.setitem(_registry, "emr", dataclasses.replace(find_method("emr"), function=real))
+    monkeypatch.setitem(REGISTRY, "emr", dataclasses.replace(find_method("emr"), function=real))
     assert run({**suite, "methods": ["emr"]}, tmp_path) == 0
     assert {task for _, method, task in rows_of(tmp_path) if method == "emr"} == set(TASKS)

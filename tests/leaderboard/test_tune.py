@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import twin_bench
-from tests.conftest import WORDS, Family, tiny_classifier, tiny_tokenizer, write_generative_rows
-from tests.leaderboard.conftest import rows_of, run, with_backbone, write_rows
+from tests.support.families import Family
+from tests.support.models import WORDS, tiny_classifier, tiny_tokenizer
+from tests.support.rows import write_generative_rows, write_rows
+from tests.support.suites import rows_of, run, with_backbone
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.tune import hold_out
-from twin_bench.merging.registry import _registry, find_method
+from twin_bench.merging.registry import REGISTRY, find_method
 
 GRID = (0.1, 1.0, 3.0)
 
@@ -23,7 +25,7 @@ GRID = (0.1, 1.0, 3.0)
 @pytest.fixture(autouse=True)
 def grid(monkeypatch: pytest.MonkeyPatch) -> None:
     header = dataclasses.replace(find_method("task_arithmetic"), tune={"scaling": GRID})
-    monkeypatch.setitem(_registry, "task_arithmetic", header)
+    monkeypatch.setitem(REGISTRY, "task_arithmetic", header)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,7 @@ def test_language_models_are_tuned_through_the_same_tasks(
         "methods": ["task_arithmetic"],
     }
     assert run(suite, tmp_path, "--tune", "--harness", "helm") == 2
-    assert "which HELM does not score" in capsys.readouterr().err
+    assert "which --harness helm does not score" in capsys.readouterr().err
     train = tmp_path / "data" / "bbq" / "train.jsonl"  # every letter is right for some, so that the expert scores
     lines = train.read_text().splitlines()
     write(train, [json.loads(line) | {"label": index % 3} for index, line in enumerate(lines)])

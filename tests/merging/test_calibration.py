@@ -12,7 +12,9 @@ from torch.func import functional_call, jacrev
 from transformers.pytorch_utils import Conv1D
 
 import twin_bench
-from tests.conftest import WORDS, Family, tiny_causal, tiny_classifier, write_generative_rows
+from tests.support.families import Family
+from tests.support.models import WORDS, tiny_causal, tiny_classifier
+from tests.support.rows import write_generative_rows
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.merging.calibration import Example, calibrate, calibration_examples, fisher_diagonals, gram_matrices

@@ -6,7 +6,6 @@ import pytest
 
 import twin_bench
 from twin_bench.cli import main
-from twin_bench.merging.catalogue import formula
 from twin_bench.paths import leaderboards_directory
 
 
@@ -21,8 +20,8 @@ def test_every_method_is_there_with_its_formula() -> None:
     assert page.count("\n### ") == len(twin_bench.methods())
     for name, method in twin_bench.methods().items():
         entry = page.partition(f"\n### {name}: {method.title}\n")[2].partition("\n### ")[0]
-        assert formula(method)
-        assert formula(method) in entry
+        assert method.formula
+        assert method.formula in entry
         assert all(f"{option}={value!r}" in entry for option, value in method.defaults.items())
         assert all(need in entry for need in method.needs)
         assert f"arxiv.org/abs/{method.paper.removeprefix('arXiv:')})" in entry or not method.paper

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import twin_bench
-from tests.conftest import Family, tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
+from tests.support.families import Family
+from tests.support.models import tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
 from twin_bench.cli import main
 from twin_bench.merging.export import merge_to_directory
 from twin_bench.merging.recipe import MergeRecipe

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import tiny_causal_tokenizer
+from tests.support.models import tiny_causal_tokenizer
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,7 +15,8 @@ from torch import Tensor
 import twin_bench
 from twin_bench import InputError
 from twin_bench.cli import main
-from twin_bench.merging.recipe import MergeRecipe, read_merge_recipe
+from twin_bench.merging.export import read_merge_recipe
+from twin_bench.merging.recipe import MergeRecipe
 
 SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16)}
 
@@ -215,13 +216,7 @@ def test_a_base_model_has_no_parameters(tmp_path: Path) -> None:
         read(raw, tmp_path)
 
 
-def test_slerp_takes_the_base_model_as_one_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a header of that name, whether or not this version has the method."""
-    header = twin_bench.methods()["task_arithmetic"]
-    slerp = type(header)("slerp", "SLERP", "", "data-free", (), {"t": 0.5}, header.function)
-    known = {**twin_bench.methods(), "slerp": slerp}
-    monkeypatch.setattr("twin_bench.merging.mergekit.methods", lambda: known)
-    monkeypatch.setattr("twin_bench.twin.recipe.find_method", known.__getitem__)
+def test_slerp_takes_the_base_model_as_one_end(tmp_path: Path) -> None:
     raw = configuration("slerp", parameters={"t": 0.3})
     raw["models"] = [{"model": "org/expert-0"}, {"model": "org/base"}]
     recipe, _ = read(raw, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -13,28 +12,11 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 import twin_bench
+from tests.support.merges import EXPERTS, STATIC, models
 from twin_bench import InputError
 from twin_bench.merging.methods.ties import trim_thresholds
 from twin_bench.merging.registry import find_method, merge_lazily
 from twin_bench.merging.task_vectors import TaskVectors
-
-STATIC = sorted(name for name, method in twin_bench.methods().items() if method.function and not method.inputs)
-SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16), "layers.1.norm": (11,)}
-EXPERTS = {name: 4 for name in STATIC} | {"slerp": 2}
-
-
-def models(dtype: torch.dtype = torch.float32, experts: int = 4, seed: int = 0) -> tuple[Any, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
-    base["deficient"] = torch.outer(torch.arange(6.0), torch.ones(9)).to(dtype)
-    tuned = {
-        f"task{index}": {
-            name: (tensor.float() + 0.1 * torch.randn(tensor.shape, generator=generator)).to(dtype)
-            for name, tensor in base.items()
-        }
-        for index in range(experts)
-    }
-    return base, tuned
 
 
 def task_vectors(base: Mapping[str, Tensor], tuned: Mapping[str, Mapping[str, Tensor]], name: str) -> Tensor:

@@ -35,3 +35,30 @@ def python(*arguments, path=(), **environment):
         text=True,
         check=False,
     )
+
+
+HEAVY = frozenset(
+    [
+        "torch",
+        "transformers",
+        "peft",
+        "pandas",
+        "numpy",
+        "rich",
+        "pydantic",
+        "yaml",
+        "safetensors",
+        "lm_eval",
+        "helm",
+        "datasets",
+    ]
+)
+"""Packages that take long to import; all that torch and transformers bring is among what they take."""
+
+
+def loaded_by(code):
+    """Return which of HEAVY, and which of this project's modules, an interpreter of its own has after `code`."""
+    done = python("-c", f"import sys\n{code}\nprint(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    modules = done.stdout.splitlines()[-1].split()
+    return {name for name in modules if name in HEAVY or name.startswith("twin_bench")}

@@ -3,8 +3,12 @@
 HFLM takes its rank from accelerate on several GPUs only; here the CPU's processes are given theirs.
 """
 
+from __future__ import annotations
+
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import lm_eval
 from lm_eval.tasks import TaskManager
@@ -12,18 +16,41 @@ from lm_eval.tasks import TaskManager
 from twin_bench.paths import tasks_directory
 from twin_bench_lm_eval.causal import CausalTwin
 
-twin, data, out = sys.argv[1:]
-model = CausalTwin(twin, device="cpu", dtype="float32", batch_size=2)
-model._max_length = 2048
-if hasattr(model, "accelerator"):
-    model._rank, model._world_size = model.accelerator.process_index, model.accelerator.num_processes
-manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata={"data": data, "shots": 1})
-tasks = ["twin_mmlu", "twin_cnn_dailymail"]
-results = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
-if model.rank == 0:
+TASKS = ["twin_mmlu", "twin_cnn_dailymail"]
+
+
+class Ranked(CausalTwin):
+    """A twin on a CPU that has a rank among the processes there are."""
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index) if hasattr(self, "accelerator") else 0
+
+    @property
+    def world_size(self) -> int:
+        return int(self.accelerator.num_processes) if hasattr(self, "accelerator") else 1
+
+
+def answers(twin: Path, data: Path) -> tuple[Ranked, dict[str, dict[str, Any]]]:
+    """Return the model, and each task's answers by the number of their row: complete on rank 0."""
+    model = Ranked(twin, device="cpu", dtype="float32", batch_size=2)
+    metadata = {"data": str(data), "shots": 1}
+    manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata=metadata)
+    results = lm_eval.simple_evaluate(model, tasks=TASKS, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    if model.rank:
+        return model, {}
     # A rank with a document less repeats its last request, and lm-eval logs the repeated answers too.
-    answers = {
-        task: {str(s["doc_id"]): s["resps"][0][0] for s in samples} for task, samples in results["samples"].items()
+    return model, {
+        task: {str(sample["doc_id"]): sample["resps"][0][0] for sample in samples}
+        for task, samples in results["samples"].items()
     }
-    with open(out, "w") as file:
-        json.dump({"processes": model.world_size, "answers": answers}, file, sort_keys=True)
+
+
+def main(twin: str, data: str, out: str) -> None:
+    model, found = answers(Path(twin), Path(data))
+    if not model.rank:
+        Path(out).write_text(json.dumps({"processes": model.world_size, "answers": found}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from twin_bench import InputError, TwinModel
-from twin_bench.twin import builder as build
+from twin_bench.files import read_tensors
 from twin_bench.twin.builder import build_twin
-from twin_bench.twin.cache import backbone_digest
+from twin_bench.twin.cache import FORMAT, backbone_digest
 from twin_bench.twin.paper import AdapterStack, PaperFactors, install_paper_layers
 from twin_bench.twin.recipe import Recipe
 
@@ -159,7 +162,11 @@ def test_a_damaged_file_is_computed_anew(
     (record,) = caplog.records
     assert f"{file}: damaged" in record.getMessage()
     assert "\n" not in record.getMessage()
-    assert [kept.read_bytes() for kept in tmp_path.iterdir()] == [whole]
+    assert list(tmp_path.iterdir()) == [file]
+    stored = read_tensors(file, format_number=FORMAT)
+    assert stored is not None
+    assert stored.keys() == safetensors.torch.load(whole).keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in safetensors.torch.load(whole).items())
 
 
 def test_a_directory_that_can_t_be_made(directories: dict[str, Path], tmp_path: Path) -> None:
@@ -178,11 +185,10 @@ def test_features_that_find_no_room_are_used_all_the_same(
     expected = twin.route_all(rows)
     twin.feature_cache = tmp_path
 
-    def full(path: Path, contents: bytes) -> None:
-        path.touch()
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert torch.equal(twin.route_all(rows), expected)
     assert "can't be kept ([Errno 28] No space left on device)" in caplog.text
     assert not list(tmp_path.iterdir())
@@ -190,14 +196,24 @@ def test_features_that_find_no_room_are_used_all_the_same(
 
 def test_builds_share_their_features(families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another build on the same shared expert and rows runs no row for its router, which is the same to the bit."""
-    monkeypatch.setattr(build, "_sensitivity", lambda *_: 1.0)  # that probes the twin itself, with rows of its own
     recipe = families("bert").recipe
     auto = {**recipe, "router": {**recipe["router"], "layer": "auto"}}
     wanted = {**recipe, "router": {**recipe["router"], "layer": -1}, "exclusive": {"rank": 3}}
+    read: list[int] = []
+    features = TwinModel.features
+
+    def counted(twin: TwinModel, inputs: Any, layers: Any) -> Any:
+        read.append(len(inputs["input_ids"]))
+        return features(twin, inputs, layers)
+
+    monkeypatch.setattr(TwinModel, "features", counted)
     build_twin(Recipe.model_validate(wanted), tmp_path / "without")
+    alone = sum(read)
     build_twin(Recipe.model_validate(auto), tmp_path / "first", feature_cache=tmp_path / "features")
-    monkeypatch.setattr(TwinModel, "_feature_batches", lambda *_: pytest.fail("the backbone runs"))
+    read.clear()
     build_twin(Recipe.model_validate(wanted), tmp_path / "with", feature_cache=tmp_path / "features")
+    rows = {json.loads(line)["text"] for line in Path(recipe["router"]["data"]).read_text().splitlines()}
+    assert sum(read) <= alone - len(rows)  # the rest probes the twin itself: a few rows by themselves
     for name in ("twin.json", "router/router.safetensors", "experts/cola/adapter_model.safetensors"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 

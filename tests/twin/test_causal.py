@@ -13,9 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.conftest import CAUSAL_VOCABULARY as VOCABULARY
-from tests.conftest import Family
-from tests.twin.test_exactness import mixes
+from tests.support.dense import dense, mixes
+from tests.support.models import CAUSAL_VOCABULARY as VOCABULARY
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.twin.builder import build_twin
@@ -24,41 +23,9 @@ from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.layers import install
 from twin_bench.twin.recipe import Recipe
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
-SCALING, DENSITY = 0.29, 0.5
-
-
-@pytest.fixture(scope="session")
-def twins(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    built: dict[str, Path] = {}
-
-    def directory(kind: str) -> Path:
-        if kind not in built:
-            built[kind] = tmp_path_factory.mktemp(f"causal-twin-{kind}") / "twin"
-            build_twin(Recipe.model_validate(causal_families(kind).recipe), built[kind])
-        return built[kind]
-
-    return directory
-
-
-def dense(family: Family, weights: Tensor) -> Any:
-    """Return one sample's model, every parameter fused for it in float64, from the paper's formulas."""
-    theta_0 = {name: p.detach().double() for name, p in family.base.named_parameters()}
-    thetas = {task: dict(model.named_parameters()) for task, model in family.experts.items()}
-    model = copy.deepcopy(family.base).double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            shared = theta_0[name] + SCALING * sum(theta[name].double() - theta_0[name] for theta in thetas.values())
-            fused = shared.clone()
-            for weight, theta in zip(weights.double(), thetas.values(), strict=True):
-                v = theta[name].double() - shared
-                if v.ndim == 2:
-                    rank = int(DENSITY * min(v.shape))
-                    U, S, Vh = torch.linalg.svd(v)
-                    v = U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
-                fused += weight * v
-            parameter.copy_(fused)
-    return model
 
 
 def prompts(rows: int, seed: int = 0, pad: str = "left") -> dict[str, Tensor]:
@@ -108,51 +75,6 @@ def test_greedy_text_is_the_dense_models_own(causal_families: Any, twins: Any, k
                 break
         new = ids[0, int(batch["attention_mask"][row].sum()) :]
         assert texts[row, 9 : 9 + len(new)].tolist() == new.tolist()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_log_likelihoods_of_a_mixed_list(causal_families: Any, twins: Any, kind: str) -> None:
-    """Token by token against dense models, shared inputs and a truncated one among them, at every batch size."""
-    twin = TwinModel.from_pretrained(twins(kind))
-    generator = torch.Generator().manual_seed(5)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(4, VOCABULARY, (count,), generator=generator).tolist()
-
-    long = ids(70)
-    context = ids(6)
-    requests = [(context, [token]) for token in ids(3)] + [(context, ids(4)), (ids(2), ids(5)), (long, ids(3))]
-    weights = mixes(6, 3)["mixed"]
-    weights[:4] = weights[0]
-    scored = twin.log_likelihoods(requests, fusion_weights=weights, batch_size=2)
-    for (before, after), row_weights, score in zip(requests, weights, scored, strict=True):
-        text = torch.tensor([before + after])[:, -65:]
-        with torch.no_grad():
-            logits = dense(causal_families(kind), row_weights)(text[:, :-1]).logits[0, -len(after) :]
-        expected = logits.log_softmax(dim=-1)[range(len(after)), after]
-        torch.testing.assert_close(score.log_probs.double(), expected, rtol=1e-4, atol=1e-4)
-        assert score.greedy == (logits.argmax(dim=-1).tolist() == after)
-    order = torch.randperm(6, generator=generator).tolist()
-    for batch_size in (1, 4, 64):
-        again = twin.log_likelihoods(
-            [requests[row] for row in order], fusion_weights=weights[order], batch_size=batch_size
-        )
-        for row, score in zip(order, again, strict=True):
-            torch.testing.assert_close(score.log_probs, scored[row].log_probs, rtol=1e-5, atol=1e-5)
-
-
-def test_the_router_reads_the_context_alone(twins: Any) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
-    context, calls = [5, 6, 7, 8], []
-    read = twin.features_of
-
-    def spied(rows: Any, *args: Any, **options: Any) -> list[Tensor]:
-        calls.extend(row["input_ids"] for row in rows)
-        return read(rows, *args, **options)
-
-    twin.features_of = spied  # type: ignore[method-assign]
-    twin.log_likelihoods([(context, [9]), (context, [10, 11]), ([12, 13], [9])])
-    assert calls == [[5, 6, 7, 8], [12, 13]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,10 +178,6 @@ def test_inputs_that_cannot_be_answered(twins: Any) -> None:
             twin.generate(**wrong)
     with pytest.raises(InputError, match="padded on the left"):
         twin.generate(**prompts(2, pad="right"))
-    with pytest.raises(InputError, match="an empty continuation"):
-        twin.log_likelihoods([([5], [])])
-    with pytest.raises(InputError, match=f"token {VOCABULARY} in a continuation"):
-        twin.log_likelihoods([([5], [VOCABULARY])])
     with pytest.raises(InputError, match="does not classify"):
         twin.classify([("a cat", None)], ["mmlu"])
     assert isinstance(twin, TwinCausalLM)

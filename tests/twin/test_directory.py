@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
-from tests.twin.test_exactness import batch
+from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Family
+from tests.support.dense import batch, mixes
+from tests.support.families import DENSITY, SCALING, Family
 from twin_bench import TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["bert", "roberta", "distilbert", "gpt2"]
-SCALING, DENSITY = 0.29, 0.5
 
 
 def dense_parts(family: Family) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -53,32 +55,6 @@ def dense_logits(family: Family, parts: Any, weights: Tensor, task: str, inputs:
             parameter.copy_(fused)
         logits: Tensor = model(**inputs).logits[0]
     return logits
-
-
-def batch(rows: int, seed: int = 0, kind: str = "bert") -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 26, (rows, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, 9 - row % 4 :] = 0
-    ids = ids * mask
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def mixes(rows: int, experts: int, seed: int = 0) -> dict[str, Tensor]:
-    """Return kinds of fusion weights: one-hot, sharp, diffuse, negative and beyond 1, all mixed, all equal."""
-    generator = torch.Generator().manual_seed(seed)
-    one_hot = torch.eye(experts)[torch.randint(experts, (rows,), generator=generator)]
-    diffuse = torch.softmax(torch.randn(rows, experts, generator=generator), dim=1)
-    return {
-        "one_hot": one_hot,
-        "sharp": torch.softmax(30 * one_hot + torch.randn(rows, experts, generator=generator), dim=1),
-        "diffuse": diffuse,
-        "any real number": 2 * torch.randn(rows, experts, generator=generator),
-        "mixed": torch.where(torch.arange(rows)[:, None] % 2 == 0, one_hot, diffuse),
-        "equal": diffuse[:1].repeat(rows, 1),
-        "none": torch.zeros(rows, experts),
-    }
 
 
 @pytest.fixture(scope="session")

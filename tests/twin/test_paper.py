@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import CAUSAL_VOCABULARY, Family
-from tests.twin.test_exactness import mixes
+from tests.support.dense import mixes
+from tests.support.families import Family
+from tests.support.models import CAUSAL_VOCABULARY
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.data import TASKS

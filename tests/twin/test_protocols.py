@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.twin.test_exactness import batch
+from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe

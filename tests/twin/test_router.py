@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.twin.test_exactness import batch
+from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
 from twin_bench.data.task import TaskInput
-from twin_bench.twin.builder import _held_out, build_twin
+from twin_bench.twin.builder import build_twin, held_out_rows
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.router import Router, RouterConfig, fusion_weights, train_router
 
@@ -107,13 +107,13 @@ def test_one_row_left_over_does_not_break_batch_norm() -> None:
 
 def test_held_out_rows_are_a_fraction_of_each_task_and_never_a_training_text() -> None:
     rows = [TaskInput(f"text {index % 70}", None, task) for task in ("a", "b") for index in range(100)]
-    mask = _held_out(rows, ("a", "b"), 0.2, seed=0)
+    mask = held_out_rows(rows, ("a", "b"), 0.2, seed=0)
     for task in ("a", "b"):
         own = [bool(held) for row, held in zip(rows, mask, strict=True) if row.task == task]
         assert 15 <= sum(own) <= 35
     kept = {row.text for row, held in zip(rows, mask, strict=True) if not held}
     assert not kept & {row.text for row, held in zip(rows, mask, strict=True) if held}
-    assert not torch.equal(mask, _held_out(rows, ("a", "b"), 0.2, seed=1))
+    assert not torch.equal(mask, held_out_rows(rows, ("a", "b"), 0.2, seed=1))
 
 
 def test_routers_round_trip(twin: TwinModel, families: Any, tmp_path: Path) -> None:

@@ -1,40 +1,94 @@
-"""AdaMerging (Yang et al., 2024), layer-wise: coefficients that make predictions on unlabelled test inputs sure.
-
-theta_0 + sum_t clamp(lambda_t^l, 0, 1) tau_t^l, where lambda minimises the sum over tasks of the mean entropy of the
-merged model's predictions on batches of *test* inputs, each under its own task's head. A layer l is a parameter
-tensor, as in the authors' layer-wise code and FusionBench's: a weight and its bias have coefficients of their own.
-
-The clamp is the authors' code's (the paper has none), as are lambda's start (`scaling`, 0.3), Adam with 1e-3 and 500
-steps. A step takes one batch of `batch_size` inputs of every task, as the paper and FusionBench have it; the authors'
-loop takes two. Nothing is chosen by a label. A regression's head has no entropy: such a task adds no loss, and its
-coefficients follow the other tasks' losses.
-"""
+"""AdaMerging (Yang et al., 2024), layer-wise: coefficients learnt from the entropy of predictions on test inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from twin_bench.adaptive.learning import Learning
-from twin_bench.merging.registry import unmerged_method
+from twin_bench.adaptive.unlabelled import (
+    Batches,
+    adapted_note,
+    earlier_learning,
+    entropy_loss,
+    learning_batches,
+    unlabelled_inputs,
+)
+from twin_bench.contenders import Contender, Context
+from twin_bench.contenders.context import static_contender
+from twin_bench.merging.registry import served_method
 from twin_bench.merging.task_vectors import TaskVectors
+from twin_bench.twin.classifier import TwinClassifier
 
 Gradient = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""From parameters to the gradient of the loss at them."""
 
-unmerged_method(
-    "adamerging",
+
+@served_method(
     title="AdaMerging, layer-wise",
     paper="arXiv:2310.02575",
     track="test-time",
     needs=("unlabelled test inputs", "seed"),
-    scaling=0.3,
-    steps=500,
-    learning_rate=1e-3,
-    batch_size=16,
-    seed=0,
+    sees=("scored rows",),
 )
+def adamerging(
+    context: Context,
+    *,
+    scaling: float = 0.3,
+    steps: int = 500,
+    learning_rate: float = 1e-3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Iterator[Contender]:
+    """theta_0 + sum_t clamp(lambda_t^l, 0, 1) tau_t^l, lambda learnt from the entropy on unlabelled test inputs.
+
+    lambda minimises the sum over tasks of the mean entropy of the merged model's predictions on batches of *test*
+    inputs, each under its own task's head. A layer l is a parameter tensor, as in the authors' layer-wise code and in
+    FusionBench's: a weight and its bias have coefficients of their own.
+
+    The clamp is the authors' code's (the paper has none), as are lambda's start (`scaling`, 0.3), Adam with 1e-3 and
+    500 steps. A step takes one batch of `batch_size` inputs of every task, as the paper and FusionBench have it; the
+    authors' loop takes two. Nothing is chosen by a label. A regression's head has no entropy: such a task adds no loss,
+    and its coefficients follow the other tasks' losses. Learning runs in float32.
+    """
+    started = time.perf_counter()
+    inputs = unlabelled_inputs(context)
+    learning = earlier_learning(context, inputs)
+    started -= learning.seconds
+    base = context.sources.base
+    learner = static_contender(base, context.tasks, context, started=started, dtype="float32").twin
+    assert isinstance(learner, TwinClassifier)
+    vectors = TaskVectors(base, context.sources.experts)
+    coefficients = learn_coefficients(
+        vectors,
+        entropy_gradient(learner, learning_batches(context, learner, inputs, after=learning.steps)),
+        scaling=scaling,
+        steps=steps,
+        learning_rate=learning_rate,
+        learning=learning,
+    )
+    merged = merge_with_coefficients(vectors, coefficients)
+    contender = static_contender(merged, context.tasks, context, started=started)
+    yield dataclasses.replace(contender, notes=adapted_note(inputs))
+
+
+def entropy_gradient(twin: TwinClassifier, batches: Iterator[Batches]) -> Gradient:
+    """Return the function from parameters of `twin` to the gradient of the next batches' loss at them.
+
+    The loss is the sum over tasks of the mean entropy over a batch; the other parameters stay the twin's.
+    """
+
+    def gradient(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
+        for task, inputs in next(batches).items():
+            entropy_loss(twin, task, inputs, leaves).backward()
+        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+    return gradient
 
 
 def learn_coefficients(
@@ -99,8 +153,3 @@ def merge_with_coefficients(vectors: TaskVectors, coefficients: Mapping[str, Ten
 def combined(base: Tensor, taus: Tensor, coefficients: Tensor) -> Tensor:
     """Return base + sum_t coefficients[t] taus[t]."""
     return base + torch.tensordot(coefficients.to(taus), taus, dims=1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return H(softmax(logits)) in nats over the last dimension; a logit of -inf is no label and adds nothing."""
-    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)

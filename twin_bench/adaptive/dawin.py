@@ -1,27 +1,103 @@
-"""DaWin (Oh et al., 2025): experts interpolated for every input by how sure each of them is of it.
-
-theta_0 + sum_t w_t(x) tau_t with w_t(x) = scaling * exp(-H(p_t(x))) / sum_u exp(-H(p_u(x))), where p_t(x) is expert t's
-prediction under the head of x's own task: T forwards, then the interpolated model's. Nothing is trained.
-
-This is the paper's sample-wise rule. The authors' multi-task code takes scaling = 0.3 T (task arithmetic's 0.3 for
-each expert; the default 1 here interpolates, as the paper's equation and its two-model code do), and then not
-a row's own weights but one set for each *dataset*, the parameters of a Dirichlet fitted to all its rows' weights; the
-two-model code offers cluster means of a Beta mixture, an offset from the entropies' spread over the dataset and
-temperatures tuned on validation rows. All of these make a row's answer depend on the other rows, and are left out.
-
-A regression's head has one output, whose entropy is 0 under every expert: its rows weigh all experts equally.
-"""
+"""DaWin (Oh et al., 2025): experts interpolated for every input by how sure each of them is of it."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from twin_bench.adaptive.adamerging import entropy
-from twin_bench.merging.registry import unmerged_method
+from twin_bench.adaptive.unlabelled import entropy, require_classifiers
+from twin_bench.adaptive.vectors import stored_numbers, whole_task_vector
+from twin_bench.checkpoints.sources import load_model
+from twin_bench.contenders import Contender, Context
+from twin_bench.contenders.context import size
+from twin_bench.errors import InputError
+from twin_bench.merging.registry import served_method
+from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.model import Encoded
+from twin_bench.twin.parts import Parts
 
-unmerged_method("dawin", title="DaWin, per sample", paper="arXiv:2410.03782", track="routed", scaling=1.0)
+
+@served_method(title="DaWin, per sample", paper="arXiv:2410.03782", track="per-input")
+def dawin(context: Context, *, scaling: float = 1.0) -> Iterator[Contender]:
+    """theta_0 + sum_t w_t(x) tau_t, w_t(x) = scaling * exp(-H(p_t(x))) / sum_u exp(-H(p_u(x))).
+
+    p_t(x) is expert t's prediction under the head of x's own task: T forwards, then the interpolated model's. Nothing
+    is trained.
+
+    This is the paper's sample-wise rule. The authors' multi-task code takes scaling = 0.3 T (task arithmetic's 0.3 for
+    each expert; the default 1 here interpolates, as the paper's equation and its two-model code do), and then not a
+    row's own weights but one set for each *dataset*, the parameters of a Dirichlet fitted to all its rows' weights. The
+    two-model code offers cluster means of a Beta mixture, an offset from the entropies' spread over the dataset, and
+    temperatures tuned on validation rows. All of these make a row's answer depend on the other rows and are left out.
+
+    A regression's head has one output, whose entropy is 0 under every expert: its rows weigh all experts equally.
+    """
+    require_classifiers(context)
+    started = time.perf_counter()
+    sources = context.sources
+    base = dict(sources.base.items())
+    vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
+    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items()}, exclusive=vectors)
+    model = load_model(sources, base, context.dtype)
+    twin = DawinClassifier(model, sources.tokenizer, parts, scaling=scaling)
+    stored = size(base) + sum(map(stored_numbers, vectors.values()))
+    yield Contender(twin, context.tasks, time.perf_counter() - started, stored)
 
 
 def confidence_weights(logits: Tensor, scaling: float = 1.0) -> Tensor:
     """Return the weights (rows, T) of experts' logits (T, rows, labels); a row's sum to `scaling`."""
     return scaling * (-entropy(logits)).softmax(dim=0).T
+
+
+class DawinClassifier(TwinClassifier):
+    """A twin whose weights are its experts' confidence (see `dawin`).
+
+    An expert's own forward is one-hot weights. The row's task must be told: its head is what all experts are read by.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, parts: Parts, *, scaling: float = 1.0) -> None:
+        """Make one of `model`, which holds theta_0, and of whole task vectors (see `TwinModel`)."""
+        super().__init__(model, tokenizer, parts)
+        self.scaling = scaling
+
+    @torch.no_grad()
+    def route_all(
+        self, encoded: Sequence[Encoded], tasks: Sequence[str] | None = None, *, batch_size: int = 32
+    ) -> Tensor:
+        """Return each row's weights (rows, experts) from T passes over the rows, one with each expert alone."""
+        if tasks is None:
+            raise InputError("an expert's confidence is read under a row's own head: name the rows' tasks")
+        if not encoded:
+            return torch.zeros(0, len(self.expert_names), device=self.device)
+        logits = []
+        for alone in torch.eye(len(self.expert_names)):
+            answers = self.answer(encoded, tasks, batch_size=batch_size, fusion_weights=alone.repeat(len(encoded), 1))
+            logits.append(pad_sequence([answer.logits for answer in answers], True, -torch.inf))
+        return confidence_weights(torch.stack(logits), self.scaling).to(self.device)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        fusion_weights: Tensor | None = None,
+        task: str | Sequence[str] | None = None,
+    ) -> SequenceClassifierOutput:
+        """Run a batch as `TwinClassifier.forward` does; where weights are not given, the experts run first."""
+        inputs = (input_ids, attention_mask, token_type_ids)
+        if fusion_weights is None:
+            logits = []
+            for alone in torch.eye(len(self.expert_names)):
+                answer = super().forward(*inputs, fusion_weights=alone.repeat(len(input_ids), 1), task=task)
+                assert answer.logits is not None
+                logits.append(answer.logits.float())
+            fusion_weights = confidence_weights(torch.stack(logits), self.scaling)
+        return super().forward(*inputs, fusion_weights=fusion_weights, task=task)

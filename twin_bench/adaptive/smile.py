@@ -1,24 +1,49 @@
-"""SMILE (Tang et al., 2024): in every linear layer, each token takes the expert whose inputs it resembles.
-
-y = W_0 x + b_0 + sum_t w_t(x) (U_t S_t V_t^T x + b_t - b_0), U_t S_t V_t^T the truncated SVD of tau_t = W_t - W_0.
-The gate is ||V_t^T x|| over the first `gate_rank` right singular vectors; a softmax over the experts, all but the
-`top_k` largest set to 0 and the rest renormalised, makes it w. Nothing is trained. What is no linear layer
-(embeddings, norms) stays the base model's, as in the authors' code.
-
-The defaults are the paper's smaller setting for CLIP (k_gate 16, k 32, top 1); the authors' FusionBench has others in
-each of its configurations. It keeps `gate_rank` vectors of every expert; singular vectors of a singular value that is
-rounding, of which a LoRA delta has many, point anywhere, and are left out of the gate here. FusionBench replaces
-nn.Linear alone; here GPT-2's Conv1D as well.
-"""
+"""SMILE (Tang et al., 2024): in every linear layer, each token takes the expert whose inputs it resembles."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Sequence
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from twin_bench.merging.registry import unmerged_method
+from twin_bench.checkpoints.factors import Factors
+from twin_bench.checkpoints.sources import load_model
+from twin_bench.compat import Conv1D
+from twin_bench.contenders import Contender, Context
+from twin_bench.contenders.context import size
+from twin_bench.errors import InputError
+from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.merging.registry import served_method
+from twin_bench.merging.task_vectors import TaskVectors
+from twin_bench.twin.model import twin_class
+from twin_bench.twin.parts import Parts
 
-unmerged_method("smile", title="SMILE", paper="arXiv:2408.10174", track="routed", rank=32, gate_rank=16, top_k=1)
+
+@served_method(title="SMILE", paper="arXiv:2408.10174", track="per-input")
+def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int = 1) -> Iterator[Contender]:
+    """W_0 x + b_0 + sum_t w_t(x) (U_t S_t V_t^T x + b_t - b_0), U_t S_t V_t^T the truncated SVD of W_t - W_0.
+
+    The gate is ||V_t^T x|| over the first `gate_rank` right singular vectors. A softmax over the experts, all but the
+    `top_k` largest set to 0 and the rest renormalised, makes it w. Nothing is trained. What is no linear layer
+    (embeddings, norms) stays the base model's, as in the authors' code.
+
+    The defaults are the paper's smaller setting for CLIP (k_gate 16, k 32, top 1); the authors' FusionBench has others
+    in each of its configurations. It keeps `gate_rank` vectors of every expert. Singular vectors of a singular value
+    that is rounding, of which a LoRA delta has many, point anywhere and are left out of the gate here. FusionBench
+    replaces nn.Linear alone; here GPT-2's Conv1D is replaced as well.
+    """
+    started = time.perf_counter()
+    sources = context.sources
+    base = dict(sources.base.items())
+    model = load_model(sources, base, context.dtype)
+    vectors = TaskVectors(base, sources.experts)
+    added = install_smile(model, vectors, rank=rank, gate_rank=gate_rank, top_k=top_k)
+    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.skeleton.head})
+    twin = twin_class(context.task_type)(model, sources.tokenizer, parts, routing="none")
+    yield Contender(twin, context.tasks, time.perf_counter() - started, size(base) + added)
 
 
 def gate(x: Tensor, V: Tensor, owner: Tensor, experts: int, top_k: int) -> Tensor:
@@ -35,3 +60,96 @@ def gate(x: Tensor, V: Tensor, owner: Tensor, experts: int, top_k: int) -> Tenso
     norms = squares.new_zeros(*squares.shape[:-1], experts).index_add_(-1, owner, squares).sqrt()
     largest, chosen = norms.topk(top_k, dim=-1)
     return torch.zeros_like(norms).scatter_(-1, chosen, largest.softmax(dim=-1))
+
+
+class SmileLinear(nn.Module):
+    """A linear layer (weight (m, n)) whose tokens are routed one by one; see `smile`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    V: Tensor
+    owner: Tensor
+    gate_owner: Tensor
+    bias_vectors: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        factors: Sequence[Factors],
+        bias_vectors: Tensor | None,
+        *,
+        rank: int,
+        gate_rank: int,
+        top_k: int,
+    ) -> None:
+        """Make a layer of the base's weight and bias, each expert's SVD as factors, and bias_vectors (T, m)."""
+        super().__init__()
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.experts, self.top_k = len(factors), top_k
+        self.register_buffer("A", torch.cat([f.A[:rank] for f in factors]).to(weight))
+        self.register_buffer("B", torch.cat([f.B[:, :rank] for f in factors], dim=1).to(weight))
+        rows = [F.normalize(f.A[:gate_rank], dim=1) for f in factors]  # A = sqrt(S) V^T
+        self.register_buffer("V", torch.cat(rows))
+        self.register_buffer("owner", _owners([len(f.A[:rank]) for f in factors]))
+        self.register_buffer("gate_owner", _owners([len(own) for own in rows]))
+        self.register_buffer("bias_vectors", None if bias_vectors is None else bias_vectors.to(weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., m) of x (..., n), each token by the experts that its own gate chooses."""
+        weights = gate(x.to(self.V), self.V, self.gate_owner, self.experts, self.top_k).to(x)
+        y = F.linear(x, self.weight, self.bias)
+        y = y + F.linear(F.linear(x, self.A) * weights[..., self.owner], self.B)
+        return y if self.bias_vectors is None else y + weights @ self.bias_vectors
+
+
+def install_smile(model: nn.Module, vectors: TaskVectors, *, rank: int, gate_rank: int, top_k: int) -> int:
+    """Replace every linear layer of `model` that an expert changes; return how many numbers the experts add.
+
+    Args:
+        model: holds the base model; changed in place.
+        vectors: the task vectors, under `model`'s parameter names.
+        rank: singular values kept of each expert.
+        gate_rank: right singular vectors that route.
+        top_k: experts a token takes.
+
+    Raises:
+        InputError: an option out of its range.
+    """
+    experts = len(vectors.experts)
+    for option, value, most in (("rank", rank, None), ("gate_rank", gate_rank, None), ("top_k", top_k, experts)):
+        if value < 1 or value != int(value) or (most is not None and value > most):
+            limit = f"from 1 to {most}, the number of experts" if most else "from 1"
+            raise InputError(f"smile: {option} must be a whole number {limit}, not {value}")
+    added = 0
+    for path, layer in list(model.named_modules()):
+        if type(layer) not in (nn.Linear, Conv1D) or f"{path}.weight" not in vectors:
+            continue
+        taus, bias_taus = vectors[f"{path}.weight"], _changed(vectors, f"{path}.bias")
+        if not taus.any() and bias_taus is None:
+            continue
+        weight, taus = (layer.weight.T, taus.mT) if type(layer) is Conv1D else (layer.weight, taus)
+        factors = [truncated_svd(tau, int(max(rank, gate_rank))) if tau.any() else _nothing(tau) for tau in taus]
+        smile = SmileLinear(
+            weight, layer.bias, factors, bias_taus, rank=int(rank), gate_rank=int(gate_rank), top_k=int(top_k)
+        )
+        model.set_submodule(path, smile)
+        kept = (smile.A, smile.B, smile.V, smile.bias_vectors)
+        added += sum(tensor.numel() for tensor in kept if tensor is not None)
+    return added
+
+
+def _changed(vectors: TaskVectors, name: str) -> Tensor | None:
+    taus = vectors.get(name)
+    return taus if taus is not None and taus.any() else None
+
+
+def _nothing(tau: Tensor) -> Factors:
+    return Factors(tau.new_zeros(len(tau), 0), tau.new_zeros(0, tau.shape[1]))
+
+
+def _owners(ranks: Sequence[int]) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twin_bench.bench.harness import lm_eval_cases
 from twin_bench.bench.measure import Case, Cases, finished
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.rows import few_shot_pool, task_rows
 from twin_bench.errors import InputError
+from twin_bench.leaderboard.harness import DEFAULT, find_harness
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.directory import load_twin
+from twin_bench.twin.requests import Score, score
 
 GENERATED = 32
 PROMPT_TOKENS = 64
@@ -28,7 +29,7 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
     `generate_diffuse` gives each row weights of its own, drawn from a flat Dirichlet. Log-likelihoods of the letters
     that answer five-shot questions, rows a second: `plain_letters` is transformers' forward of every prompt,
     `letters` the twin with the true task's weights, which shares what prompts begin with, and `letters_routed` the
-    same with its router's weights at the twin's default tolerance, routing counted. Last those of `lm_eval_cases`.
+    same with its router's weights at the twin's default tolerance, routing counted. Last those of `harness_cases`.
     """
     plain: Any = load_twin(directory, dtype=twin.model.dtype).model.to(twin.device).eval()
     task = next((name for name in ("mmlu", "bbq", "truthfulqa") if name in twin.expert_names), None)
@@ -63,21 +64,45 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
             inputs = twin.collate([tokens(ids) for ids in prompts[first : first + batch_size]])
             finished(plain(**inputs, use_cache=False, logits_to_keep=1).logits)
 
-    def score(weights: Tensor | None) -> None:
-        requests = [(ids, letter) for ids in prompts for letter in letters]
+    def score_letters(weights: Tensor | None) -> None:
+        requests = [Score(ids, letter) for ids in prompts for letter in letters]
         given = None if weights is None else weights.repeat(len(requests), 1)
-        twin.log_likelihoods(requests, fusion_weights=given, batch_size=batch_size)
+        score(twin, requests, fusion_weights=given, batch_size=batch_size)
 
-    harness = lm_eval_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
+    routed = Case(lambda: score_letters(None), len(prompts), "plain_letters")
+    whole = harness_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
     return Cases(
         {
             "plain": Case(generate_plain, batch_size * GENERATED),
             "generate_diffuse": Case(generate_diffuse, batch_size * GENERATED),
             "plain_letters": Case(plain_letters, len(prompts), "plain_letters"),
-            "letters": Case(lambda: score(own), len(prompts), "plain_letters"),
-            **({"letters_routed": Case(lambda: score(None), len(prompts), "plain_letters")} if twin.router else {}),
-            **harness,
+            "letters": Case(lambda: score_letters(own), len(prompts), "plain_letters"),
+            **({"letters_routed": routed} if twin.router else {}),
+            **whole,
         },
         {"task": task, "mean_tokens": sum(map(len, prompts)) / len(prompts), "tolerance": twin.tolerance},
-        optional=harness.keys(),
+        optional=whole.keys(),
     )
+
+
+def harness_cases(
+    twin: TwinCausalLM, plain: Any, data: Path, *, split: str, rows: int, batch_size: int
+) -> dict[str, Case]:
+    """Return whole evaluations through lm-eval: of the twin, and of lm-eval's own model on the plain weights.
+
+    The first `rows` documents of each task that the twin has an expert of are scored. Where lm-eval is not installed,
+    the case says so when it is run.
+    """
+    tasks = [name for name in GENERATIVE if name in twin.expert_names]
+    documents = sum(len(task_rows(GENERATIVE[task], split, data)[:rows]) for task in tasks)
+    try:
+        harness = find_harness(DEFAULT)
+    except InputError as error:
+        reason = str(error)
+
+        def missing() -> None:
+            raise ValueError(reason)
+
+        return {"lm_eval_hf": Case(missing, documents, "lm_eval_hf")}
+    runs = harness.timed_runs(twin, plain, tasks, data, split=split, rows=rows, batch_size=batch_size)
+    return {name: Case(run, documents, "lm_eval_hf") for name, run in runs.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 class Case(NamedTuple):
     """Something to run, and how many rows (or tokens) it answers; `against` is the case it is compared with."""
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     amount: int
     against: str = "plain"
 

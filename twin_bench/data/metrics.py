@@ -1,9 +1,10 @@
 """The tasks' metrics and their standard errors.
 
-GLUE's `score` and `standard_error` are in points: 0 to 100, and down to -100 for the correlations.
+GLUE's `score` and `standard_error` are in points: 0 to 100, and down to -100 for the correlations. Scores are those of
+scikit-learn and scipy. Bootstrapped errors compute the same metrics for all draws at once, from counts.
 
-A class is any integer. An answer that is none of the task's labels (the routed protocol can choose a head
-that lacks them) is a class of its own that never equals a reference.
+A class is any integer. An answer that is none of the task's labels (the routed protocol can choose a head that lacks
+them) is a class of its own that never equals a reference.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Array = NDArray[np.float64]
 
@@ -27,8 +30,8 @@ def score(metric: str, references: Sequence[float], predictions: Sequence[float]
     class that is neither there nor predicted. Raises ValueError for an unknown metric, no rows, lists of
     different lengths, or numbers that are not finite.
     """
-    samples, statistic = _prepare(metric, references, predictions)
-    return float(100 * statistic(samples, np.ones((1, samples.shape[1])))[0])
+    references_, predictions_ = _prepare(metric, references, predictions)
+    return float(100 * _SCORES[metric](references_, predictions_))
 
 
 def standard_error(
@@ -45,7 +48,7 @@ def standard_error(
     deviation of the score over `resamples` draws of n rows with replacement, the same for the same `seed`.
     One row alone gives 0. Arguments and errors as for `score`.
     """
-    samples, statistic = _prepare(metric, references, predictions)
+    samples = _prepare(metric, references, predictions)
     rows = samples.shape[1]
     if rows == 1:
         return 0.0
@@ -59,7 +62,7 @@ def standard_error(
         # A draw of rows is a draw of (reference, prediction) cells, and there are only a few distinct ones.
         samples, counts = np.unique(samples, axis=1, return_counts=True)
         weights = rng.multinomial(rows, counts / rows, size=resamples)
-    return float(100 * np.std(statistic(samples, weights.astype(np.float64)), ddof=1))
+    return float(100 * np.std(RESAMPLED[metric](samples, weights.astype(np.float64)), ddof=1))
 
 
 def rouge_2(reference: str, prediction: str) -> float:
@@ -81,20 +84,46 @@ def mean_standard_error(values: Sequence[float]) -> float:
     return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
-# A statistic takes samples (2, n), references over predictions, and weights (draws, n), how often each row
-# counts in each draw, and returns one value a draw, (draws,).
-Statistic = Callable[[Array, Array], Array]
-
-
-def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> tuple[Array, Statistic]:
-    if metric not in _STATISTICS:
+def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> Array:
+    """Return (2, n) references over predictions; ValueError for what no metric can be computed of."""
+    if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     if len(references) != len(predictions) or len(references) == 0:
         raise ValueError(f"{metric} of {len(references)} references and {len(predictions)} predictions")
     samples = np.asarray([references, predictions], dtype=np.float64)
     if not np.isfinite(samples).all():
         raise ValueError(f"{metric}: references and predictions must be finite")
-    return samples, _STATISTICS[metric]
+    return samples
+
+
+def _matthews_correlation(references: Array, predictions: Array) -> float:
+    if len(np.unique([references, predictions])) < 2:
+        return 0.0  # as scikit-learn has it, which warns
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
+    f1 = f1_score(references == 1, predictions == 1, zero_division=0.0)
+    return (float(accuracy_score(references, predictions)) + float(f1)) / 2
+
+
+def _mean_of_correlations(references: Array, predictions: Array) -> float:
+    if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
+        return 0.0  # scipy's is NaN
+    return float(pearsonr(references, predictions).statistic + spearmanr(references, predictions).statistic) / 2
+
+
+_SCORES: dict[str, Callable[[Array, Array], float]] = {
+    "mcc": _matthews_correlation,
+    "acc": accuracy_score,
+    "acc_f1": _mean_of_accuracy_and_f1,
+    "pearson_spearman": _mean_of_correlations,
+}
+METRICS: tuple[str, ...] = tuple(_SCORES)
+
+Resampled = Callable[[Array, Array], Array]
+"""From samples (2, n), references over predictions, and weights (draws, n), how often each row counts in each draw, to
+one value a draw, (draws,)."""
 
 
 def _accuracy(samples: Array, weights: Array) -> Array:
@@ -158,10 +187,10 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
-_STATISTICS: dict[str, Statistic] = {
+RESAMPLED: dict[str, Resampled] = {
     "mcc": _matthews,
     "acc": _accuracy,
     "acc_f1": _accuracy_f1,
     "pearson_spearman": _pearson_spearman,
 }
-METRICS: tuple[str, ...] = tuple(_STATISTICS)
+"""Each metric of all draws at once. A draw in which every row counts once gives the metric's score."""

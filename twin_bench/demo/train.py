@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from twin_bench.checkpoints.hub import model_directory
-from twin_bench.cli import reporting_errors
+from twin_bench.console import reporting_errors
 from twin_bench.data.glue import GLUE
 from twin_bench.data.metrics import score
 from twin_bench.demo import BASE_MODEL, TASKS

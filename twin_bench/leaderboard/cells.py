@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twin_bench.files import write_text
+from twin_bench.files import read_record, write_record
+
+FORMAT = 2
+"""The format of a cell's file. It is raised with every change of a cell's fields or of what they mean."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Cell:
     n: int
     seed: int
     seconds: float
-    build_seconds: float
+    build_seconds: float | None
     parameters: int
     settings: Mapping[str, Any]
     notes: Mapping[str, Any]
@@ -63,16 +65,16 @@ class Cells:
         self.directory = directory
 
     def read(self, protocol: str, method: str, task: str, key: str) -> Cell | None:
-        """Return a finished cell, or None where there is none or what decides its score has changed."""
-        try:
-            stored = json.loads(self._file(protocol, method, task).read_text())
-        except (OSError, json.JSONDecodeError):
-            return None
-        return Cell(**stored) if stored.get("key") == key else None
+        """Return a finished cell; None where there is none, or what decides its score has changed.
+
+        A cell of an older format, or a damaged one, is None as well: it is run again.
+        """
+        stored = read_record(self._file(protocol, method, task), format_number=FORMAT)
+        return Cell(**stored) if stored is not None and stored["key"] == key else None
 
     def write(self, cell: Cell) -> None:
         """Write a cell atomically: it is there whole or not at all."""
-        write_text(self._file(cell.protocol, cell.method, cell.task), json.dumps(asdict(cell), indent=2) + "\n")
+        write_record(self._file(cell.protocol, cell.method, cell.task), asdict(cell), format_number=FORMAT)
 
     def _file(self, protocol: str, method: str, task: str) -> Path:
         return self.directory / protocol / method / f"{task}.json"

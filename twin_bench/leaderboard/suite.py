@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from twin_bench.config import Dtype, Settings, locate, parse, read_yaml
 from twin_bench.data import TASKS
@@ -16,11 +16,8 @@ from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
 from twin_bench.merging.calibration import ROWS
-from twin_bench.merging.recipe import Shared
-from twin_bench.merging.registry import Method, Track, find_method, methods
+from twin_bench.merging.registry import PROTOCOLS, Method, ProtocolName, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
-from twin_bench.twin.parts import PROTOCOLS, ProtocolName
-from twin_bench.twin.recipe import ExclusiveSettings, RouterSettings
 
 BOUNDS = ("pretrained", "experts")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
@@ -31,45 +28,34 @@ HUB = "hub"
 """In a suite: rows of the tasks' data sets on the hub."""
 
 
-class TwinOptions(Settings):
-    """A twin entry's options: what a recipe says, and whose weights fuse it.
-
-    `weights: task` gives every row the exclusive vector of its true task: no router, the ceiling of any
-    router, and on the track "task-id given".
-    """
-
-    shared: Shared = Shared()
-    exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
-    router: dict[str, Any] = Field(default_factory=dict)
-    weights: Literal["router", "task"] = "router"
-
-
 @dataclass(frozen=True)
 class Entry:
-    """One row of the leaderboard: a label, a method and its options (TwinOptions for a twin).
+    """One row of the leaderboard: a label, a method and its options.
 
-    `protocols`, where given, are those of the suite's that it runs under. `to_tune`: its options are to be chosen on
-    held-out training rows, of which `notes` then tell.
+    `protocols`, where given, are those of the suite's under which it runs. `to_tune` says that its options are to be
+    chosen on held-out training rows; `notes` then tell of the choice.
     """
 
     label: str
     method: Method
-    options: dict[str, Any] | TwinOptions
+    options: Mapping[str, Any]
     protocols: tuple[ProtocolName, ...] | None = None
     to_tune: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def track(self) -> Track:
-        """The method's track; a twin that is told the task is on its own."""
-        told = isinstance(self.options, TwinOptions) and self.options.weights == "task"
-        return "task-id given" if told else self.method.track
+        """The track of the method with these options."""
+        return self.method.track_of(self.options)
 
     def settings(self, seed: int) -> dict[str, Any]:
-        """Return the options as plain data, defaults included, and the suite's seed where one draws."""
-        if isinstance(self.options, TwinOptions):
-            return self.options.model_dump(mode="json")
+        """Return all options as plain data, defaults included, with the suite's seed where the method draws."""
         return {**self.method.seeded(seed), **self.options}
+
+    def runs_under(self, protocol: ProtocolName) -> bool:
+        """Return whether the entry and its method run under a protocol."""
+        listed = self.protocols is None or protocol in self.protocols
+        return listed and self.method.runs_under(protocol, self.options)
 
 
 class Suite(Settings):
@@ -180,19 +166,6 @@ def read_suite(name_or_file: str) -> Suite:
     return suite
 
 
-def supports(entry: Entry, protocol: ProtocolName) -> bool:
-    """Return whether an entry runs under a protocol: only a router can name a head (`routed`).
-
-    The bounds stand beside every protocol. What is neither a static merge nor a twin reads the predictions under a
-    row's own head, or has no biases apart: `standard` alone.
-    """
-    if entry.protocols is not None and protocol not in entry.protocols:
-        return False
-    if entry.method.function is None and entry.method.name not in ("experts", "twin"):
-        return protocol == "standard"
-    return protocol != "routed" or entry.track in ("routed", "bound")
-
-
 def _entry(item: MethodItem) -> Entry:
     if isinstance(item, str):
         item = {item: {}}
@@ -211,16 +184,8 @@ def _entry(item: MethodItem) -> Entry:
         for protocol in protocols:
             if protocol not in PROTOCOLS:
                 raise InputError(f"{label}: unknown protocol {protocol!r}{nearest(str(protocol), PROTOCOLS)}")
-    if method.name == "twin":
-        try:
-            twin = TwinOptions.model_validate(options)
-            RouterSettings.model_validate({"data": "", **twin.router})
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise InputError(f"{label}: {key}: {problem['msg'].removeprefix('Value error, ')}") from None
-        return Entry(label, method, twin, protocols)
-    method = method.given(options)
-    for option in options:
-        method.check(option, options[option])
-    return Entry(label, method, options, protocols)
+    try:
+        method = method.given(options)
+        return Entry(label, method, method.checked(options), protocols)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(label) else f"{label}: {error}") from None

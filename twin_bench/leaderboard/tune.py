@@ -16,8 +16,8 @@ from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, digest_files, write_text
 from twin_bench.leaderboard.cells import Board
 from twin_bench.leaderboard.report import leaderboard_rows, summary
-from twin_bench.leaderboard.suite import Entry, Suite, TwinOptions
-from twin_bench.twin.parts import ProtocolName
+from twin_bench.leaderboard.suite import Entry, Suite
+from twin_bench.merging.registry import ProtocolName
 
 HELD_OUT = 256
 """Rows of a task that choose, at most."""
@@ -28,7 +28,7 @@ def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
     listed: list[Entry] = []
     for entry in entries:
         listed.append(entry)
-        if entry.method.tune and not isinstance(entry.options, TwinOptions):
+        if entry.method.tune:
             listed.append(dataclasses.replace(entry, label=f"{entry.label}+tuned", to_tune=True))
     labels = [entry.label for entry in listed]
     for label in labels:
@@ -61,7 +61,6 @@ def tuned(
     rows = hold_out(suite.tasks, data, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
     names, values = zip(*entry.method.tune.items(), strict=True)
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
-    assert not isinstance(entry.options, TwinOptions)
     trials = {f"{entry.label}.{index}": {**entry.options, **point} for index, point in enumerate(points)}
     board = run(
         suite.model_copy(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from itertools import groupby
 
 from twin_bench.merging.registry import Method, methods
@@ -11,10 +9,12 @@ from twin_bench.merging.registry import Method, methods
 _INTRODUCTION = """\
 # Merge methods
 
-Made by `twin-bench methods --markdown` from the headers in [twin_bench/methods/](../twin_bench/methods/), not by hand.
+This page is made by `twin-bench methods --markdown`, not by hand. It shows the headers of the methods in
+[twin_bench/merging/methods/](../twin_bench/merging/methods/), [twin_bench/contenders/](../twin_bench/contenders/) and
+[twin_bench/adaptive/](../twin_bench/adaptive/).
 
-theta_0 is the base model, theta_t the expert of task t (t = 1..T), tau_t = theta_t - theta_0 its task vector. What the
-authors' code and other libraries do otherwise stands in each method's docstring.
+theta_0 is the base model, theta_t the expert of task t (t = 1..T), and tau_t = theta_t - theta_0 its task vector. Each
+method's docstring says how the authors' code and other libraries differ.
 """
 
 
@@ -34,10 +34,4 @@ def _entry(method: Method) -> str:
         f"defaults `{defaults}`" if defaults else "",
     ]
     line = " · ".join(fact for fact in facts if fact)
-    return f"\n### {method.name}: {method.title}\n\n" + (f"{line}\n\n" if line else "") + f"{formula(method)}\n"
-
-
-def formula(method: Method) -> str:
-    """Return a method's docstring's first paragraph, or its module's where it is no function."""
-    documented = method.function or importlib.import_module(f"twin_bench.merging.registry.{method.name}")
-    return (inspect.getdoc(documented) or "").partition("\n\n")[0].replace("\n", " ")
+    return f"\n### {method.name}: {method.title}\n\n" + (f"{line}\n\n" if line else "") + f"{method.formula}\n"

@@ -18,12 +18,29 @@ from twin_bench.checkpoints.peft_files import save_adapter
 from twin_bench.checkpoints.skeleton import meta_model, quiet_transformers, read_config
 from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.checkpoints.stream import SHARD_BYTES, Layout, ordered, write_sharded
+from twin_bench.config import parse, read_yaml, with_models_located
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import written_at_once
 from twin_bench.merging.adapter_sum import merged_adapter
+from twin_bench.merging.mergekit import from_mergekit
 from twin_bench.merging.model_card import model_card
 from twin_bench.merging.recipe import MergeRecipe
 from twin_bench.merging.registry import find_method, merge_lazily
+
+
+def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:
+    """Read and check a merge recipe, or a mergekit file (one with `merge_method`).
+
+    Returns:
+        The recipe, and one line that says what mergekit would compute differently ("" where nothing is different).
+
+    Raises:
+        InputError: names the file and the key of whatever is wrong.
+    """
+    raw = read_yaml(file)
+    if "merge_method" in raw:
+        return from_mergekit(raw, file)
+    return parse(MergeRecipe, with_models_located(raw, file), str(file)), ""
 
 
 def merge_to_directory(

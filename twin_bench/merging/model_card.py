@@ -12,7 +12,6 @@ import yaml
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.checkpoints.sources import Sources
 from twin_bench.files import digest_files
-from twin_bench.merging.catalogue import formula
 from twin_bench.merging.recipe import MergeRecipe
 from twin_bench.merging.registry import find_method
 
@@ -39,7 +38,7 @@ def model_card(recipe: MergeRecipe, options: Mapping[str, Any], sources: Sources
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n"
         f"{'A LoRA adapter' if recipe.as_adapter else 'A model'} merged by twin-bench {version('twin-bench')} with "
-        f"{title if method.paper else method.title} (`{method.name}`): {formula(method)}\n\n"
+        f"{title if method.paper else method.title} (`{method.name}`): {method.formula}\n\n"
         f"{given}- dtype: {recipe.dtype or own_dtype}\n- parameters: {parameters:,}\n\n"
         f"{_head(recipe, sources)}\n\n"
         f"| input | model | sha256 of its files' sha256 |\n| --- | --- | --- |\n{rows}"

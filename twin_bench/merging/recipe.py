@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twin_bench.config import Dtype, Settings, parse, read_yaml, with_models_located
+from twin_bench.config import Dtype, Settings
 from twin_bench.errors import InputError, nearest
 from twin_bench.merging.registry import find_method
 
@@ -27,12 +26,8 @@ class Shared(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> Shared:
         header = find_method(self.method).given(self.options)
-        if header.function is None:
-            raise InputError(f"{self.method} is no static merge; known: task_arithmetic, average, ties, ...")
-        if header.inputs:
-            raise InputError(f"{self.method} needs {header.inputs[0]}, and a shared expert is made of weights alone")
-        for option, value in self.options.items():
-            header.check(option, value)
+        header.require_weights_alone()
+        header.checked(self.options)
         return self
 
 
@@ -59,16 +54,3 @@ class MergeRecipe(Settings):
         if self.head is not None and self.head not in self.experts:
             raise InputError(f"head: no expert {self.head!r}{nearest(self.head, self.experts)}")
         return self
-
-
-def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:
-    """Read and check a merge recipe, or a mergekit file (one with `merge_method`), as `read_recipe` does.
-
-    Returns the recipe, and what a mergekit file makes otherwise here than there: one line, or "".
-    """
-    from twin_bench.merging.mergekit import from_mergekit
-
-    raw = read_yaml(file)
-    if "merge_method" in raw:
-        return from_mergekit(raw, file)
-    return parse(MergeRecipe, with_models_located(raw, file), str(file)), ""

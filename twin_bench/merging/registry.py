@@ -1,18 +1,21 @@
-"""Merge methods: one file each, found by name.
+"""The registry of methods: their headers, and how one is found by its name.
 
-A method is a function `(vectors: TaskVectors, *, options) -> mapping` under `@merge_method(...)`; its name,
-its docstring's first line and its keyword defaults are the header. A keyword without a default is no option but
-something that a merge must be given: `task`, by a method whose result is one set of parameters a task;
-`statistics` of training inputs, by one that needs them. To add a method, add a file to this folder.
+There are two kinds of method. A `MergeMethod` is a function of weights: a file in `twin_bench/merging/methods/` with
+`@merge_method(...)` above a function `(vectors: TaskVectors, *, options) -> mapping`. A `ServedMethod` is a function
+that yields models: `@served_method(...)` above a generator `(context, *, options)`, see `twin_bench.contenders`. In
+both cases the function's name is the method's name, its docstring the documentation, and its keyword defaults are the
+options. Modules that register methods are found by the entry-point group `twin_bench.methods`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,8 +26,16 @@ from twin_bench.checkpoints.finite import require_finite
 from twin_bench.errors import InputError, nearest
 from twin_bench.merging.task_vectors import TaskVectors
 
-Track = Literal["bound", "data-free", "calibration", "test-time", "routed", "task-id given"]
+ENTRY_POINTS = "twin_bench.methods"
+"""The group of entry points whose modules, or packages of modules, register methods."""
+Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
+TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
+Sight = Literal["training rows", "scored rows", "task"]
+"""What a method sees besides weights: training rows, the rows that are scored without their labels, the true task."""
+ProtocolName = Literal["standard", "paper", "routed"]
+PROTOCOLS: tuple[ProtocolName, ...] = ("standard", "paper", "routed")
 MergeFunction = Callable[..., Mapping[str, Tensor]]
+ServeFunction = Callable[..., Iterator[Any]]
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Expert to parameter name to a tensor that training inputs gave: see `twin_bench.merging.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
@@ -34,14 +45,11 @@ SCALINGS: Mapping[str, Sequence[float]] = MappingProxyType({"scaling": (0.1, 0.2
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method's header: what a table or a catalogue says of it.
+    """A method's header: what a table or a catalogue says of it, and what it may see.
 
-    `needs` lists what it takes beyond weights ("seed", "task ids of training inputs", ...); `defaults` maps
-    its options to their defaults, `inputs` names what it must be given besides; `function` is None where the result is
-    no single set of parameters, or is learnt with the model at hand. `stored` returns how many parameters are stored
-    for a model of so many, so many experts and so many bits a parameter; None where it is the model alone. `statistics`
-    says which are its `statistics`; `tune` lists the values that a leaderboard's --tune chooses an option from. One
-    with an option `merge` builds on the method which that names, and takes its options as well.
+    `needs` lists in words what the method takes beyond weights. `sees` says the same for keys and tables. `defaults`
+    maps options to their defaults. `protocols` are those under which the method runs. `tune` lists the values from
+    which a leaderboard's --tune chooses an option. `origin` is where the method is defined.
     """
 
     name: str
@@ -50,27 +58,30 @@ class Method:
     track: Track
     needs: tuple[str, ...]
     defaults: Mapping[str, Any]
-    function: MergeFunction | None
-    inputs: tuple[str, ...] = ()
-    stored: Callable[[int, int, int], int] | None = None
-    statistics: StatisticsKind | None = None
+    documentation: str
+    origin: str
+    sees: frozenset[Sight] = frozenset()
+    protocols: tuple[ProtocolName, ...] = ("standard",)
     tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def given(self, options: Mapping[str, Any]) -> Method:
-        """Return the header for these options: with those of the method that `merge` names, where this builds on one.
-
-        Raises InputError where `merge` names no other data-free method.
-        """
-        if "merge" not in self.defaults:
-            return self
-        inner = find_method(str(options.get("merge", self.defaults["merge"])))
-        if inner.function is None or inner.track != "data-free" or "merge" in inner.defaults:
-            raise InputError(f"{self.name}: merge must be a data-free method that builds on no other, not {inner.name}")
-        return replace(self, needs=self.needs + inner.needs, defaults={**inner.defaults, **self.defaults})
+    @property
+    def formula(self) -> str:
+        """The documentation's first paragraph, in one line."""
+        return self.documentation.partition("\n\n")[0].replace("\n", " ")
 
     def seeded(self, seed: int) -> dict[str, Any]:
-        """Return the defaults, `seed` among them where the method draws."""
+        """Return the defaults, with `seed` where the method draws."""
         return {**self.defaults, **({"seed": seed} if "seed" in self.defaults else {})}
+
+    def given(self, options: Mapping[str, Any]) -> Method:
+        """Return the header for these options; a method that builds on another one has that one's options as well."""
+        return self
+
+    def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options as plain data; InputError for an unknown option or a value of another kind."""
+        for option, value in options.items():
+            self.check(option, value)
+        return dict(options)
 
     def check(self, option: str, value: Any) -> None:
         """Raise an InputError unless the method has this option and `value` is of its default's kind."""
@@ -80,6 +91,50 @@ class Method:
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
             raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
+
+    def track_of(self, options: Mapping[str, Any]) -> Track:
+        """Return the track for these options."""
+        return self.track
+
+    def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
+        """Return whether the method runs under a protocol."""
+        return protocol in self.protocols
+
+    def require_weights_alone(self) -> None:
+        """Raise an InputError unless the method merges weights and needs nothing else."""
+        raise InputError(f"{self.name} is no static merge; known: task_arithmetic, average, ties, ...")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod(Method):
+    """A method that merges weights into one set of parameters, or one set a task.
+
+    `function` computes it. `inputs` names what it must be given besides weights: `task`, where each task has parameters
+    of its own, or `statistics` of the kind that `statistics` names. `stored` returns how many parameters are stored for
+    a model of so many, so many experts and so many bits a parameter; None where the model alone is stored.
+    """
+
+    function: MergeFunction
+    inputs: tuple[str, ...] = ()
+    statistics: StatisticsKind | None = None
+    stored: Callable[[int, int, int], int] | None = None
+
+    def given(self, options: Mapping[str, Any]) -> MergeMethod:
+        """Return the header for these options: with those of the method that the option `merge` names, if any.
+
+        Raises InputError where `merge` names no other data-free method.
+        """
+        if "merge" not in self.defaults:
+            return self
+        inner = find_method(str(options.get("merge", self.defaults["merge"])))
+        if inner.track != "data-free" or "merge" in inner.defaults:
+            raise InputError(f"{self.name}: merge must be a data-free method that builds on no other, not {inner.name}")
+        return replace(self, needs=self.needs + inner.needs, defaults={**inner.defaults, **self.defaults})
+
+    def require_weights_alone(self) -> None:
+        """Raise an InputError where the method needs more than weights."""
+        if self.inputs:
+            raise InputError(f"{self.name} needs {self.inputs[0]}, and a shared expert is made of weights alone")
 
     def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
         """Raise an InputError unless what the method must be given is there, for these experts."""
@@ -97,7 +152,18 @@ class Method:
             )
 
 
-_registry: dict[str, Method] = {}
+@dataclass(frozen=True, kw_only=True)
+class ServedMethod(Method):
+    """A method that is more than a merge of weights: `serve(context, **options)` yields the models that answer for it.
+
+    Examples are the experts themselves, a twin, and methods that learn or route at test time.
+    """
+
+    serve: ServeFunction
+
+
+REGISTRY: dict[str, Method] = {}
+"""The methods that have been registered, by name. `methods` loads the modules that register them first."""
 
 
 def merge_method(
@@ -110,33 +176,72 @@ def merge_method(
     statistics: StatisticsKind | None = None,
     tune: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Callable[[MergeFunction], MergeFunction]:
-    """Register the decorated function as the merge method of its own name."""
+    """Register the decorated function `(vectors, *, options)` as the merge method of its own name.
 
-    def register(function: MergeFunction) -> MergeFunction:
-        keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        defaults = MappingProxyType({p.name: p.default for p in keywords if p.default is not p.empty})
-        inputs = tuple(p.name for p in keywords if p.default is p.empty)
-        name = function.__name__
-        _register(Method(name, title, paper, track, needs, defaults, function, inputs, stored, statistics, tune))
+    A keyword without a default is no option but something that a merge must be given: `task`, where each task has
+    parameters of its own, or `statistics` of training inputs, of the kind that `statistics` names.
+    """
+
+    def decorate(function: MergeFunction) -> MergeFunction:
+        defaults, inputs = _keywords(function)
+        sees: set[Sight] = {*(("training rows",) if statistics else ()), *(("task",) if "task" in inputs else ())}
+        register(
+            MergeMethod(
+                *_header(function, title, paper, track, needs, defaults),
+                frozenset(sees),
+                PROTOCOLS if track == "bound" else ("standard", "paper"),
+                tune,
+                function=function,
+                inputs=inputs,
+                statistics=statistics,
+                stored=stored,
+            )
+        )
         return function
 
-    return register
+    return decorate
 
 
-def unmerged_method(
-    name: str, *, title: str, paper: str, track: Track, needs: tuple[str, ...] = (), **defaults: Any
-) -> None:
-    """Register a method that is more than a merge of weights: the experts themselves, a twin, test-time learning."""
-    _register(Method(name, title, paper, track, needs, MappingProxyType(defaults), None))
+def served_method(
+    *,
+    title: str,
+    paper: str,
+    track: Track,
+    needs: tuple[str, ...] = (),
+    sees: tuple[Sight, ...] = (),
+    protocols: tuple[ProtocolName, ...] = ("standard",),
+    kind: type[ServedMethod] = ServedMethod,
+) -> Callable[[ServeFunction], ServeFunction]:
+    """Register the decorated generator `(context, *, options)` as the method of its own name.
+
+    It yields `twin_bench.contenders.Contender`s. `kind` is a subclass of ServedMethod for methods whose options say
+    more than a value each.
+    """
+
+    def decorate(function: ServeFunction) -> ServeFunction:
+        defaults, _ = _keywords(function)
+        header = _header(function, title, paper, track, needs, defaults)
+        register(kind(*header, frozenset(sees), protocols, serve=function))
+        return function
+
+    return decorate
+
+
+def register(method: Method) -> None:
+    """Add a method to the registry.
+
+    Raises InputError where another method has its name already. The same module may be loaded twice.
+    """
+    known = REGISTRY.get(method.name)
+    if known is not None and known.origin != method.origin:
+        raise InputError(f"two methods are named {method.name}: in {known.origin} and {method.origin}; rename one")
+    REGISTRY[method.name] = method
 
 
 def methods() -> Mapping[str, Method]:
     """Return every method's header by name, bounds first, then by track and name."""
-    for package in ("twin_bench.merging.methods", "twin_bench.adaptive"):
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            importlib.import_module(f"{package}.{module.name}")
-    tracks = list(Track.__args__)  # type: ignore[attr-defined]
-    ordered = sorted(_registry.values(), key=lambda method: (tracks.index(method.track), method.name))
+    _load_all()
+    ordered = sorted(REGISTRY.values(), key=lambda method: (TRACKS.index(method.track), method.name))
     return MappingProxyType({method.name: method for method in ordered})
 
 
@@ -151,17 +256,18 @@ def find_method(name: str) -> Method:
 def merge_lazily(
     method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
 ) -> Mapping[str, Tensor]:
-    """As `merge`, but each parameter is computed when it is read: memory for some 2 (T + 2) of the largest, float32."""
+    """Merge as `merge` does, but compute each parameter when it is read.
+
+    This needs memory for about 2 (T + 2) times the largest tensor in float32.
+    """
     header = find_method(method).given(params)
-    if header.function is None:
+    if not isinstance(header, MergeMethod):
         raise InputError(
-            f"{method} is no merge of weights alone: run it in a suite (python -m twin_bench.leaderboard), or, a twin, "
-            "build it (twin-bench build)"
+            f"{method} is no merge of weights alone: run it in a suite (twin-bench leaderboard), or, a twin, build it "
+            "(twin-bench build)"
         )
     header.check_inputs(experts, params)
-    for option, value in params.items():
-        if option not in header.inputs:
-            header.check(option, value)
+    header.checked({option: value for option, value in params.items() if option not in header.inputs})
     return header.function(TaskVectors(base, experts), **params)
 
 
@@ -207,7 +313,37 @@ def statistics_of(method: str, statistics: Statistics, task: str, name: str, sha
     return tensor
 
 
-def _register(method: Method) -> None:
-    if method.name in _registry:
-        raise ValueError(f"two merge methods are named {method.name}")
-    _registry[method.name] = method
+@cache
+def _load_all() -> None:
+    """Import every module that registers methods: those that the entry points name, and those in named packages."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            module = importlib.import_module(point.value)
+            for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
+                importlib.import_module(f"{point.value}.{found.name}")
+        except ImportError as error:
+            raise InputError(
+                f"the methods of {point.value} (entry point {point.name}) can't be imported ({error}); mend or "
+                "uninstall that package"
+            ) from error
+
+
+def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Return a function's keywords: those with a default, which are options, and the names of the others."""
+    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in defaults.items()}
+    return MappingProxyType(plain), tuple(p.name for p in keywords if p.default is p.empty)
+
+
+def _header(
+    function: Callable[..., Any],
+    title: str,
+    paper: str,
+    track: Track,
+    needs: tuple[str, ...],
+    defaults: Mapping[str, Any],
+) -> tuple[str, str, str, Track, tuple[str, ...], Mapping[str, Any], str, str]:
+    """Return the first fields of a function's header."""
+    origin = f"{function.__module__}.{function.__qualname__}"
+    return function.__name__, title, paper, track, needs, defaults, inspect.getdoc(function) or "", origin

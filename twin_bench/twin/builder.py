@@ -120,7 +120,7 @@ def _with_routers(
     twin = twin_class(sources.skeleton.task_type)(load_model(sources, shared, recipe.dtype), sources.tokenizer, parts)
     twin.feature_cache = feature_cache
     features = _features(twin, rows, layers, progress, "router features")
-    held_out = _held_out(rows, names, settings.held_out, recipe.seed)
+    held_out = held_out_rows(rows, names, settings.held_out, recipe.seed)
     owner = torch.tensor([names.index(row.task) for row in rows])
     best: Trained | None = None
     layer_accuracy: dict[str, float] = {}
@@ -224,7 +224,7 @@ def _sampled(rows: Sequence[TaskInput], names: Sequence[str], limit: int, seed: 
     return kept
 
 
-def _held_out(rows: Sequence[TaskInput], names: Sequence[str], fraction: float, seed: int) -> Tensor:
+def held_out_rows(rows: Sequence[TaskInput], names: Sequence[str], fraction: float, seed: int) -> Tensor:
     """Return a mask of the rows that choose the router: a fraction of each task's, at least one.
 
     Equal texts go to the same side, so that no row chooses what it was trained on.

@@ -1,9 +1,9 @@
-"""TwinClassifier: a sequence classifier's twin, with a head for each task."""
+"""TwinClassifier: a twin of sequence classifiers. It has a head for each task."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,11 +16,11 @@ from twin_bench.errors import InputError
 from twin_bench.twin.heads import heads_in_use, install_heads
 from twin_bench.twin.model import Encoded, Text, TwinModel, identity, present, require_known
 from twin_bench.twin.parts import PaperParts, Parts
-from twin_bench.twin.plan import Costs, Group, batches, plan
+from twin_bench.twin.plan import Costs, Group, plan
 
 
 class Prediction(NamedTuple):
-    """A classifier's answer for one input: the head that gave it and its logits, (labels,) float32 on the CPU."""
+    """A classifier's answer for one input: the name of the head, and its logits (labels,), float32 on the CPU."""
 
     head: str
     logits: Tensor
@@ -29,8 +29,9 @@ class Prediction(NamedTuple):
 class TwinClassifier(TwinModel):
     """A twin of sequence classifiers.
 
-    Under `standard` the head is that of the row's task, under `routed` that of the largest fusion weight, and
-    under `paper` head *and all biases* come from the true task's expert, as in the authors' evaluation.
+    The protocol decides which head answers. Under `standard` it is the head of the row's task. Under `routed` it is the
+    head of the expert with the largest fusion weight. Under `paper` the head *and all biases* come from the true task's
+    expert, as in the authors' evaluation.
     """
 
     task_type: ClassVar[TaskType] = "sequence_classification"
@@ -52,19 +53,22 @@ class TwinClassifier(TwinModel):
         fusion_weights: Tensor | None = None,
         task: str | Sequence[str] | None = None,
     ) -> SequenceClassifierOutput:
-        """Run a batch, each row with its own weights.
+        """Run a batch. Each row has its own fusion weights.
 
         Args:
             input_ids: (batch, length).
-            attention_mask: likewise, 0 on padding.
-            token_type_ids: likewise, where the model has them.
-            fusion_weights: (batch, experts); None asks the router.
-            task: the task of all rows, or of each: whose head (and under `paper` whose biases) it takes.
-                Under `routed` it may be left out: the head is that of the largest weight.
+            attention_mask: (batch, length), 0 on padding; None where there is no padding.
+            token_type_ids: (batch, length), for models that have them.
+            fusion_weights: (batch, experts). None asks the router.
+            task: the task of all rows, or a sequence with each row's. It names the head and, under `paper`, the biases.
+                `routed` does not need it.
 
         Returns:
-            An output whose `logits` are (batch, labels). Rows whose head has fewer labels than the widest
-            in the batch are filled with -inf.
+            An output whose `logits` are (batch, labels) in the model's dtype. A row whose head has fewer labels than
+            the largest head in the batch is filled with -inf.
+
+        Raises:
+            InputError: a missing or unknown task, or fusion weights of another shape.
         """
         size = len(input_ids)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
@@ -98,15 +102,18 @@ class TwinClassifier(TwinModel):
         fusion_weights: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """Answer a list of requests: `encode` the texts to `max_length` tokens, then `answer` them.
+        """Answer a list of requests: `encode` the texts, then `answer` them.
 
         Args:
             texts: (text, text_pair or None) of each request.
-            tasks: the task of each.
-            batch_size: rows a forward.
-            max_length: tokens a row, longer ones are truncated; by default what the twin was built with.
-            fusion_weights: (requests, experts), in place of the router's.
+            tasks: the task of each request.
+            batch_size: the largest number of rows in a forward.
+            max_length: the number of tokens to which a row is truncated; by default what the twin was built with.
+            fusion_weights: (requests, experts), used in place of the router's.
             progress: called with the number of requests done since the last call.
+
+        Returns:
+            A prediction for each request, in order.
         """
         encoded = self.encode(texts, max_length=max_length)
         return self.answer(encoded, tasks, batch_size=batch_size, fusion_weights=fusion_weights, progress=progress)
@@ -121,9 +128,9 @@ class TwinClassifier(TwinModel):
         fusion_weights: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """Answer encoded requests as a whole: route, plan, fuse once a group, run, restore the order.
+        """Answer a list of encoded requests: route them, plan, fuse once for each group, run, and restore the order.
 
-        Each distinct input is routed once, and run once for each task that asks about it. Arguments as for
+        Each distinct input is routed once. It is run once for each task that asks about it. The arguments are those of
         `classify`.
         """
         require_known(tasks, self.heads, "the twin has no expert of task")
@@ -141,7 +148,7 @@ class TwinClassifier(TwinModel):
             for row, (inputs, head, key) in enumerate(zip(encoded, heads, keys.tolist(), strict=True))
         ]
         distinct = sorted(set(copies))
-        for batch in self._planned(keys, lengths, batch_size, distinct):
+        for batch in self.planned(keys, lengths, batch_size, distinct):
             names = [heads[row] for row in batch.rows]
             logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
             for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
@@ -152,42 +159,29 @@ class TwinClassifier(TwinModel):
             progress(len(copies) - len(distinct))
         return [answers[row] for row in copies]
 
-    def _planned(self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int]) -> Iterator[Group]:
-        """Yield the batches that some rows of a request list run in: group by group, longest first.
-
-        Args:
-            keys: (N, K): rows with equal ones can share a fusion.
-            tokens: the N rows' token counts.
-            batch_size: rows a batch.
-            rows: those to run.
-        """
-        for group in plan(keys[list(rows)], [tokens[row] for row in rows], self.costs):
-            own = Group(tuple(rows[row] for row in group.rows), group.weights)
-            yield from batches(own, tokens, batch_size, overhead=self.batch_overhead)
-
     def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
-        """Return the logits (labels,) that each row's answer is read from, on the CPU."""
+        """Return the logits that each row's answer is read from: (labels,) each, on the CPU."""
         return [prediction.logits for prediction in self.answer(encoded, tasks, fusion_weights=weights)]
 
     def generate(self, *_: Any, **__: Any) -> Tensor:
-        """Refuse: there is no language model here."""
+        """Raise an InputError: a classifier does not generate text."""
         raise InputError("a classifier twin does not generate text; build a twin of causal language models for that")
 
     def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
-        """Return the logits of one batch of a plan, whose rows index `keys`."""
+        """Return the logits of one batch of a plan over `keys`."""
         with self.fused(group, keys), heads_in_use(self.heads, heads):
             logits: Tensor = self.model(**inputs).logits
         return logits
 
     def _fusion_keys(self, weights: Tensor, heads: Sequence[str]) -> Tensor:
-        """Return what decides a row's fused model: its weights and, under `paper`, its biases' weights as well."""
+        """Return what decides each row's fused model: its fusion weights and, under `paper`, its biases' weights."""
         if self.protocol != "paper" or not self.expert_names:
             return weights
         return torch.cat([weights, self._one_hot(heads).to(weights)], dim=1)
 
     @functools.cached_property
     def costs(self) -> Costs:
-        """What the planner weighs; under `paper` a row's biases come besides its weights, at no cost."""
+        """The costs that the planner compares. Under `paper` a row's biases add keys that cost nothing."""
         costs = self.fusion.costs()
         if self.protocol != "paper":
             return costs

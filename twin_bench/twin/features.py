@@ -1,4 +1,4 @@
-"""What the router reads: pooled hidden states of the shared expert, and no more of its blocks than needed."""
+"""The router's features: pooled hidden states of the shared expert. Blocks that no feature needs are not run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ def hidden_states(
     *,
     overrides: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """Return the backbone's hidden states (batch, length, width) at `layers`.
+    """Return the backbone's hidden states at each of `layers`, (batch, length, width) each, in the model's dtype.
 
-    0 is the embeddings' output, k that of block k, -1 the last with the final norm, if any. Blocks above the
-    highest layer asked for are not run. `overrides` stand in for the backbone's parameters of their names.
+    Args:
+        model: a transformers model.
+        inputs: the arguments of the backbone's forward.
+        layers: 0 is the output of the embeddings, k that of block k, and -1 the last one with the final norm, if the
+            model has one. Blocks above the highest of `layers` are not run.
+        overrides: tensors to use in place of the backbone's parameters of the same names.
+
+    Raises:
+        InputError: a layer that the model does not have.
     """
     backbone = model.base_model
     blocks = blocks_of(backbone, model.config.num_hidden_layers)
@@ -48,9 +55,14 @@ def hidden_states(
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return h(x) (batch, width): the mean of hidden states over the tokens that are no padding.
+    """Return h(x), the mean of hidden states over the tokens that are not padding: (batch, width).
 
-    In float32 at least: a sum over a long text overflows half precision.
+    The result is in float32, or in float64 where the hidden states are. A sum over a long text overflows half
+    precision.
+
+    Args:
+        hidden: (batch, length, width).
+        attention_mask: (batch, length), 0 on padding; None where there is no padding.
     """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if attention_mask is None:
@@ -60,10 +72,12 @@ def pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
-    """Leaves a forward once the last hidden state that was asked for is there."""
+    """Stops a forward as soon as the last requested hidden state is known."""
 
 
 def _tap(seen: dict[int, Tensor], layer: int, *, stop: bool) -> Callable[..., None]:
+    """Return a forward hook that stores a block's input in `seen[layer]`, and then stops the forward if `stop`."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[layer] = args[0] if args else kwargs["hidden_states"]
         if stop:
@@ -73,7 +87,7 @@ def _tap(seen: dict[int, Tensor], layer: int, *, stop: bool) -> Callable[..., No
 
 
 def blocks_of(backbone: nn.Module, count: int) -> nn.ModuleList:
-    """Return a backbone's list of `count` transformer blocks; InputError where it has none."""
+    """Return a backbone's list of `count` transformer blocks. Raise an InputError if it has no such list."""
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module

@@ -1,4 +1,4 @@
-"""TwinModel: a Hugging Face model, its experts' exclusive vectors and a router. What all kinds of twins share."""
+"""TwinModel: a Hugging Face model, its experts' exclusive vectors and a router. All kinds of twins inherit from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
 from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Routing
-from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches
+from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
 from twin_bench.twin.router import Router
 from twin_bench.twin.tolerance import simplified
 
@@ -29,15 +29,19 @@ Encoded = Mapping[str, list[int]]
 
 
 class TwinModel(nn.Module, abc.ABC):
-    """theta_s + sum_t w_t(x) v_t for every row of a batch, exactly or within a tolerance of the logits.
+    """A model that computes theta_s + sum_t w_t(x) v_t for every row of a batch.
 
-    `from_pretrained` returns the kind that a directory holds, a TwinClassifier or a TwinCausalLM; what a
-    protocol means to it stands there.
+    The fusion is exact, or within a tolerance of the logits. `from_pretrained` returns the kind of twin that a
+    directory holds: a TwinClassifier or a TwinCausalLM. Each of the two documents what a protocol means for it.
 
-    Routing says where weights come from that are not given: the `router`; the true `task` (its exclusive
-    vector alone, the ceiling of any router; a score under it was told the task); or `none`, theta_s alone.
+    `routing` names the source of the fusion weights that a caller does not give:
 
-    `feature_cache`: the directory in which the router's features are kept across runs; None, as at first: in none.
+    - `router`: the twin's router;
+    - `task`: the row's true task. Its expert has weight 1. Such a score uses what a router has to find out;
+    - `none`: no expert has any weight, so the model is theta_s.
+
+    `feature_cache` is the directory in which the router's features are kept between runs. None, the default, keeps
+    none.
     """
 
     task_type: ClassVar[TaskType]
@@ -54,7 +58,7 @@ class TwinModel(nn.Module, abc.ABC):
         routing: Routing = "router",
         tolerance: float | None = None,
     ) -> None:
-        """Make a twin of `model`, a transformers model that holds the shared expert (changed in place)."""
+        """Make a twin of `model`, a transformers model that holds the shared expert. The model is changed in place."""
         super().__init__()
         if protocol not in PROTOCOLS:
             raise InputError(f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}")
@@ -70,20 +74,26 @@ class TwinModel(nn.Module, abc.ABC):
         self.fusion = self._install(model, parts)
         self.model = model
         self.router = parts.router
-        self.router_overrides: Mapping[str, Tensor] = {}  # what the backbone's parameters are when it is read
+        self.router_overrides: Mapping[str, Tensor] = {}  # replace the backbone's parameters when the router reads it
         self.sensitivity = parts.sensitivity
         self.tolerance = self._tolerance(tolerance)
         self._complete(parts)
         self.requires_grad_(False)
         self.eval()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make a class that names its `task_type` the one that serves such models."""
+        super().__init_subclass__(**options)
+        if "task_type" in cls.__dict__:
+            _KINDS[cls.task_type] = cls
+
     @abc.abstractmethod
     def _complete(self, parts: Parts) -> None:
-        """Add what a kind of twin has besides: `max_length` at least."""
+        """Add the attributes of this kind of twin: at least `max_length`."""
 
     @abc.abstractmethod
     def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
-        """Return the logits (labels or vocabulary,) that each row's answer is read from, on the CPU."""
+        """Return the logits that each row's answer is read from: (labels,) or (vocabulary,) each, on the CPU."""
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         return install(model, parts.exclusive)
@@ -100,22 +110,24 @@ class TwinModel(nn.Module, abc.ABC):
         tolerance: float | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
-        """Load a twin directory, its digests verified.
+        """Load a twin directory and verify its digests.
 
         Args:
-            directory: written by `twin-bench build`.
-            device: where it runs; the CPU by default.
+            directory: a directory written by `twin-bench build`.
+            device: the device to run on; the CPU by default.
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
             routing: router, task or none.
-            tolerance: how far logits may lie from the exact fusion's, relative to their size and as a root mean
-                square over rows, for weights that cost less: `twin_bench.twin.tolerance`. By default 0 in float32, and
-                in half precision an eighth of what it rounds at. Not applied under `paper`.
+            tolerance: the allowed error of the logits against the exact fusion's, relative to their size, as a root
+                mean square over rows. A tolerance lets the twin use weights that cost less (see
+                `twin_bench.twin.tolerance`). By default it is 0 in float32, and an eighth of the rounding unit in half
+                precision. `paper` ignores it.
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
-            InputError: no twin there, a newer format, a damaged or edited file, a protocol it can't serve, a
-                twin of another kind than the class it is asked of, a tolerance for a twin that has no sensitivity.
+            InputError: the directory holds no twin, a twin of a newer format, a damaged or edited file, or a twin of
+                another kind than this class; the twin can't serve the protocol; or it has no sensitivity and a
+                tolerance was given.
         """
         from twin_bench.twin.directory import load_twin
 
@@ -130,21 +142,28 @@ class TwinModel(nn.Module, abc.ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the shared expert's parameters are."""
+        """The device of the shared expert's parameters."""
         device: torch.device = self.model.device
         return device
 
     @property
     def batch_overhead(self) -> float:
-        """What a batch costs besides its tokens, in tokens of the plain forward."""
+        """The fixed cost of a batch, in tokens of the plain forward."""
         return BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """Return the router's fusion weights, (batch, experts) in float32, rows summing to 1.
+        """Return the router's fusion weights, (batch, experts) in float32. Each row sums to 1.
 
-        A row's weights depend on its own tokens alone: padding does not count. `inputs` are what else the
-        model takes (token_type_ids).
+        A row's weights depend only on its own tokens, and not on padding.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, length), 0 on padding; None where there is no padding.
+            **inputs: the model's other inputs (token_type_ids).
+
+        Raises:
+            InputError: the twin has no router for its protocol.
         """
         router = self._required_router()
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
@@ -153,30 +172,36 @@ class TwinModel(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """Return what a router on each of `layers` reads: (batch, width) means over the tokens of a batch."""
+        """Return the features that a router on each of `layers` reads: (batch, width) means over each row's tokens."""
         overrides = {name: tensor.to(self.device, self.model.dtype) for name, tensor in self.router_overrides.items()}
         states = hidden_states(self.model, inputs, layers, overrides=overrides)
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
-        """Tokenise (text, text_pair or None) rows, truncated to `max_length`, without padding."""
+        """Tokenise (text, text_pair or None) rows without padding, each truncated to `max_length` tokens."""
         limit = max_length or self.max_length
         if limit > context_window(self.model.config):
             raise InputError(f"max_length {limit}: the model's window is {context_window(self.model.config)}")
         return [self.tokenizer(a, b, truncation=True, max_length=limit) for a, b in texts]
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Pad encoded rows on the right to their longest and move them to the device: what a forward takes."""
-        padded = self.tokenizer.pad([dict(row) for row in rows], padding_side="right", return_tensors="pt")
+    def collate(self, rows: Sequence[Encoded], *, padding_side: str = "right") -> dict[str, Tensor]:
+        """Return encoded rows as a forward's inputs: padded to the longest row, on the twin's device."""
+        padded = self.tokenizer.pad([dict(row) for row in rows], padding_side=padding_side, return_tensors="pt")
         return {key: value.to(self.device) for key, value in padded.items()}
 
     @torch.no_grad()
     def route_all(
         self, encoded: Sequence[Encoded], tasks: Sequence[str] | None = None, *, batch_size: int = 32
     ) -> Tensor:
-        """Return the fusion weights (rows, experts) of encoded rows, each distinct row routed once.
+        """Return the fusion weights (rows, experts) of encoded rows. Each distinct row is routed once.
 
-        `tasks` are needed where `routing` is `task`, and not looked at elsewhere.
+        Args:
+            encoded: the rows, none empty.
+            tasks: the rows' tasks. They are used only where `routing` is `task`.
+            batch_size: the largest number of rows in a forward.
+
+        Raises:
+            InputError: `routing` is `task` and a row's task is missing or unknown.
         """
         if self.routing == "task":
             if tasks is None:
@@ -199,13 +224,14 @@ class TwinModel(nn.Module, abc.ABC):
         batch_size: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[Tensor]:
-        """Return what a router on each of `layers` reads of encoded rows: (rows, width) tensors on the CPU.
+        """Return the features that a router on each of `layers` reads: (rows, width) tensors on the CPU.
 
         Args:
-            rows: one at least, none empty.
+            rows: at least one encoded row, none empty.
             layers: -1 to the number of blocks.
-            batch_size: rows a forward.
-            progress: called with the number of rows done since the last call; not where `feature_cache` has them.
+            batch_size: the largest number of rows in a forward.
+            progress: called with the number of rows done since the last call. It is not called for layers whose
+                features `feature_cache` holds.
         """
 
         def compute(missing: Sequence[int]) -> list[Tensor]:
@@ -235,7 +261,7 @@ class TwinModel(nn.Module, abc.ABC):
     def _feature_batches(
         self, rows: Sequence[Encoded], layers: Sequence[int], batch_size: int
     ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
-        """Yield the indices of a batch of rows, and their features on each of `layers`, until all rows are done."""
+        """Yield the indices and the features (on each of `layers`) of one batch of rows after the other."""
         lengths = [len(row["input_ids"]) for row in rows]
         everything = Group(tuple(range(len(rows))), None)
         for batch in batches(everything, lengths, batch_size, overhead=self.batch_overhead):
@@ -243,29 +269,50 @@ class TwinModel(nn.Module, abc.ABC):
 
     @functools.cached_property
     def _backbone_digest(self) -> str:
-        """Taken once: a twin's parameters stay as they are."""
+        """The digest of what the router's features depend on. It is taken once, because the parameters never change."""
         return backbone_digest(self.model, self.router_overrides)
 
+    def planned(
+        self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int] | None = None
+    ) -> Iterator[Group]:
+        """Yield the batches of a plan for one forward of each row: group after group, longest rows first.
+
+        Args:
+            keys: (N, K). Rows with equal keys can share a fusion.
+            tokens: the N rows' token counts.
+            batch_size: the largest number of rows in a batch.
+            rows: the rows to run; by default all N.
+        """
+        for group in plan(keys, tokens, self.costs, rows=rows):
+            yield from batches(group, tokens, batch_size, overhead=self.batch_overhead)
+
     def fused(self, group: Group, keys: Tensor) -> AbstractContextManager[None]:
-        """Run the model inside as `group` of a plan over `keys` asks: with its weights, or each row's own."""
+        """Return a context in which the model runs a batch of a plan.
+
+        The model has the group's fused weights, or each row its own ones where the group takes the low-rank path.
+
+        Args:
+            group: the rows of the batch.
+            keys: (N, K), the keys of the plan, which `group.rows` index.
+        """
         if group.weights is not None:
             return self.fusion.fuse(*self._split(group.weights))
         return self.fusion.per_row(*self._split(keys[list(group.rows)]))
 
     @functools.cached_property
     def costs(self) -> Costs:
-        """What the planner weighs."""
+        """The costs that the planner compares."""
         return self.fusion.costs()
 
     def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
-        """Return given fusion weights on the device, simplified; InputError unless they are (rows, experts)."""
+        """Return given fusion weights on the device, simplified. Raise an InputError for another shape."""
         expected = (rows, len(self.expert_names))
         if tuple(weights.shape) != expected:
             raise InputError(f"fusion_weights is {tuple(weights.shape)}, not (rows, experts) = {expected}")
         return self.simplest(weights.to(self.device, torch.promote_types(weights.dtype, torch.float32)))
 
     def simplest(self, weights: Tensor) -> Tensor:
-        """Return the simplest fusion weights (rows, experts) that are as good within the twin's tolerance."""
+        """Return the cheapest fusion weights (rows, experts) whose logits are within the twin's tolerance."""
         return simplified(weights, self.tolerance / self.sensitivity) if self.sensitivity else weights
 
     def _tolerance(self, asked: float | None) -> float:
@@ -289,27 +336,28 @@ class TwinModel(nn.Module, abc.ABC):
         return self.router
 
     def _one_hot(self, tasks: Sequence[str]) -> Tensor:
-        """Return weight 1 on each row's own expert, (rows, experts)."""
+        """Return fusion weights (rows, experts) with weight 1 on the expert of each row's task."""
         require_known(tasks, self.expert_names, "the twin has no expert of task")
         owner = torch.tensor([self.expert_names.index(task) for task in tasks], device=self.device)
         return nn.functional.one_hot(owner, len(self.expert_names)).float()
 
     def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a row's weights and its biases' weights from what decides its fused model."""
+        """Return the fusion weights and the biases' weights that a row's key (or rows' keys) consists of."""
         experts = len(self.expert_names)
         return keys[..., :experts], keys[..., -experts:] if experts else keys
 
 
-def twin_class(task_type: TaskType) -> type[TwinModel]:
-    """Return the kind of twin that serves models of `task_type`."""
-    from twin_bench.twin.causal import TwinCausalLM
-    from twin_bench.twin.classifier import TwinClassifier
+_KINDS: dict[TaskType, type[TwinModel]] = {}
+"""The kinds of twins by what they serve. `twin_bench.twin` imports their modules, which fills this."""
 
-    return TwinClassifier if task_type == "sequence_classification" else TwinCausalLM
+
+def twin_class(task_type: TaskType) -> type[TwinModel]:
+    """Return the class of twins that serves models of `task_type`."""
+    return _KINDS[task_type]
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """Return the device named, the CPU for None; InputError for one that this machine does not have."""
+    """Return the named device, the CPU for None. Raise an InputError for a device that this machine does not have."""
     try:
         chosen = torch.device(device or "cpu")
         torch.empty(0, device=chosen)
@@ -319,19 +367,19 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def present(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Return those inputs that are given."""
+    """Return the inputs that are not None."""
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
 
 def identity(encoded: Encoded) -> tuple[int, ...]:
-    """Return what two encoded inputs have in common if and only if they are the same input."""
+    """Return a key that is equal for two encoded rows if and only if they are the same input."""
     return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
 
 
 def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
-    """Return the distinct ones among encoded rows, and (rows,) each row's place among them.
+    """Return the distinct rows among encoded rows, and the place of each row among them, (rows,) int64.
 
-    They are sorted, so that not even the last bit of a result of theirs depends on the order of the rows.
+    The distinct rows are sorted, so that not even the last bit of a result depends on the order of the rows.
     """
     by_identity = {identity(row): row for row in rows}
     order = sorted(by_identity)
@@ -340,7 +388,7 @@ def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
 
 
 def require_known(tasks: Sequence[str], known: Any, message: str) -> None:
-    """Raise an InputError that begins with `message` for a task that is not known."""
+    """Raise an InputError that begins with `message` if a task is not in `known`."""
     for task in tasks:
         if task not in known:
             raise InputError(f"{message} {task!r}{nearest(task, known)}")

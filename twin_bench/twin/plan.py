@@ -1,14 +1,13 @@
-"""The planner: which rows of a request list share one fusion, and which take the low-rank path.
+"""The planner: it decides which rows of a request list share one fusion and which take the low-rank path.
 
-Two ways to run a row with weights w, both exact:
+There are two ways to run a row with fusion weights w. Both are exact.
 
-- fused weights: W_s + sum_t w_t v_t is built once for all rows with the same w, which then cost what the
-  plain model costs;
-- low-rank path: nothing is built, each row's own w scales the factors' products, at an extra cost a token.
+- Fused weights: W_s + sum_t w_t v_t is built once for all rows with the same w. Those rows then cost what the plain
+  model costs.
+- Low-rank path: nothing is built. Each row's own w scales the products of the experts' factors. Every token costs more.
 
-A group of rows is worth its fusion when its tokens would pay more for the low-rank path than the fusion costs. The
-low-rank path multiplies the factors of those experts alone that its batch uses: rows that use the same ones run
-together.
+A group of rows is fused when the low-rank path would cost its tokens more than the fusion costs. The low-rank path
+multiplies only the factors of the experts that the batch uses, so rows that use the same experts are run together.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ import torch
 from torch import Tensor
 
 BATCH_TOKENS = 32.0
-"""What a batch costs besides its tokens, in tokens: measured on two cores for a 6-layer, 384-wide encoder."""
+"""The fixed cost of a batch on a CPU, in tokens. It was measured on two cores for a 6-layer, 384-wide encoder."""
 GPU_BATCH_TOKENS = 8192.0
-"""The same on a GPU, which small batches leave idle; a guess."""
+"""The fixed cost of a batch on a GPU, in tokens. Small batches leave a GPU idle; the number is a guess."""
 STEP_TOKENS = 16
-"""What one step of generation costs at least, in tokens of the plain forward: the weights are read once."""
+"""The least cost of one step of generation, in tokens of the plain forward: every step reads all weights once."""
 EFFICIENT_ROWS = 32
-"""Rows from which on a low-rank group has batches of its own."""
+"""A low-rank group of at least this many rows gets batches of its own."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs in tokens of the plain model's forward.
+    """The costs that the planner compares, in tokens of the plain model's forward.
 
-    `fuse[k]`: adding expert k's factors to all weights once; `rebuild`: writing the fused weights at all. What the
-    low-rank path adds to each token: `columns[k]` for every expert k in use, or at most `joint`.
+    `fuse[k]` is the cost of adding expert k's factors to all weights once, and `rebuild` that of writing the fused
+    weights. `columns[k]` is what the low-rank path adds to a token for every expert k in use. It adds at most `joint`.
     """
 
     fuse: tuple[float, ...]
@@ -45,51 +44,65 @@ class Costs:
     joint: float
 
     def low_rank(self, used: Tensor) -> Tensor:
-        """Return what the low-rank path adds to a token of rows that use some experts, (N,) of a mask (N, K)."""
+        """Return what the low-rank path adds to each row's tokens, (N,) float64. `used` is a bool mask (N, K)."""
         return (used.double() @ torch.tensor(self.columns, dtype=torch.float64)).clamp(max=self.joint)
 
 
 class Group(NamedTuple):
-    """Rows to run together: with fused `weights` (K,), or, where that is None, each row on the low-rank path."""
+    """Rows that run together.
+
+    `weights` (K,) are fused for all of them. Where it is None, each row takes the low-rank path with its own weights.
+    """
 
     rows: tuple[int, ...]
     weights: Tensor | None
 
 
-def plan(weights: Tensor, tokens: Sequence[int], costs: Costs, *, steps: int = 0, batch_size: int = 1) -> list[Group]:
+def plan(
+    weights: Tensor,
+    tokens: Sequence[int] | Mapping[int, int],
+    costs: Costs,
+    *,
+    rows: Sequence[int] | None = None,
+    steps: int = 0,
+    batch_size: int = 1,
+) -> list[Group]:
     """Group the rows of a request list.
 
     Args:
-        weights: (N, K) fusion weights; rows are grouped when they are equal.
-        tokens: N token counts, padding included.
-        costs: see `Costs`; K entries in `fuse`.
-        steps: tokens to be generated for each row, in batches of
-        batch_size: rows. A step's cost hardly depends on how many rows it has, so a group that does not fill
-            its last batch wastes some.
+        weights: (N, K) fusion weights. Rows with equal weights are grouped.
+        tokens: each row's token count, padding included.
+        costs: what fusion and the low-rank path cost, with K entries in `fuse`.
+        rows: the rows to group; by default all N.
+        steps: the number of tokens to generate for each row.
+        batch_size: the number of rows that are generated together. A step costs nearly the same for one row as for
+            a full batch, so a group that does not fill its last batch wastes part of that batch's steps.
 
     Returns:
-        Groups that hold each row once. Fused groups come first, in the order of their weights, so that the
-        plan depends on the set of rows and not on their order; then the low-rank groups, of rows that use the same
-        experts, and last the one of all rows that are left.
+        Groups that hold each row once. Fused groups come first, in the order of their weights. Low-rank groups
+        whose rows use the same experts come next, and one group of all remaining rows comes last. The plan depends
+        on the set of rows and not on their order.
     """
-    if not len(tokens):
+    chosen = list(range(len(weights)) if rows is None else rows)
+    if not chosen:
         return []
+    weights = weights[chosen]
     if not weights.shape[1]:
-        return [Group(tuple(range(len(tokens))), weights[0])]
+        return [Group(tuple(chosen), weights[0])]
     unique, member = torch.unique(weights, dim=0, return_inverse=True)
     used, member = (unique != 0).cpu(), member.cpu()
-    lengths = torch.as_tensor(tokens, dtype=torch.float64)
+    lengths = torch.tensor([tokens[row] for row in chosen], dtype=torch.float64)
     group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member, lengths)
     fusion = used.double() @ torch.tensor(costs.fuse, dtype=torch.float64) + costs.rebuild
-    rows = torch.bincount(member, minlength=len(unique)).to(torch.float64)
-    wasted = (torch.ceil(rows / batch_size) - rows / batch_size) * steps * STEP_TOKENS
-    worth_fusing = fusion + wasted <= (group_tokens + rows * steps) * costs.low_rank(used)
+    count = torch.bincount(member, minlength=len(unique)).to(torch.float64)
+    wasted = (torch.ceil(count / batch_size) - count / batch_size) * steps * STEP_TOKENS
+    worth_fusing = fusion + wasted <= (group_tokens + count * steps) * costs.low_rank(used)
     order = torch.argsort(member, stable=True)
-    bounds = rows.cumsum(0).long().tolist()
+    bounds = count.cumsum(0).long().tolist()
     groups: list[Group] = []
     leftover: dict[tuple[bool, ...], list[int]] = {}
     for index, (start, end) in enumerate(zip([0, *bounds], bounds, strict=False)):
-        own = order[start:end].tolist()
+        own = [chosen[place] for place in order[start:end].tolist()]
         if worth_fusing[index]:
             groups.append(Group(tuple(own), unique[index]))
         else:
@@ -98,7 +111,7 @@ def plan(weights: Tensor, tokens: Sequence[int], costs: Costs, *, steps: int = 0
 
 
 def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) -> list[Group]:
-    """Return the groups of rows that no fusion is worth: those that use the same few experts, and the rest."""
+    """Return the groups of rows that are not fused: one for each set of few experts in use, and one of the rest."""
     groups: list[Group] = []
     rest: list[int] = []
     for experts, rows in sorted(leftover.items()):
@@ -118,11 +131,18 @@ def batches(
     steps: int = 0,
     overhead: float = BATCH_TOKENS,
 ) -> list[Group]:
-    """Cut a group into batches of at most `batch_size` rows, longest first, at the least cost.
+    """Cut a group into batches of at most `batch_size` rows, longest rows first, at the least cost.
 
-    A batch costs its tokens, padding included, and an `overhead`; where `steps` are to be generated, these as well.
-    Cutting where rows are of another length saves padding and costs another batch: of all ways to cut the rows in
-    order of their length, the cheapest is found by dynamic programming.
+    A batch costs its tokens, padding included, plus a fixed `overhead`, plus the steps of generation. A cut where the
+    rows' length changes saves padding and costs one more batch. Dynamic programming finds the cheapest of all ways to
+    cut the rows in order of their length.
+
+    Args:
+        group: the rows to cut, and the weights that each batch keeps.
+        tokens: each row's token count.
+        batch_size: the largest number of rows in a batch.
+        steps: the number of tokens to generate for each row.
+        overhead: the fixed cost of a batch, in tokens.
     """
     rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
     lengths = np.array([tokens[row] for row in rows], dtype=np.float64)

@@ -1,7 +1,7 @@
-"""Shared prefixes: which rows begin with the same tokens, so that one pass over those serves them all.
+"""Shared prefixes: rows that begin with the same tokens run those tokens once.
 
-Few-shot prompts begin with the same few-shot examples, and the choices of one question with the same question. Rows
-that are fused with the same weights can share the keys and values of what they have in common.
+Few-shot prompts begin with the same few-shot examples, and the choices of a question begin with the question. Rows
+with equal fusion weights can share the keys and values of the tokens that they have in common.
 """
 
 from __future__ import annotations
@@ -18,39 +18,42 @@ from transformers import DynamicCache
 from twin_bench.twin.plan import Group
 
 WORTHWHILE_TOKENS = 16
-"""The shortest prefix that is run apart: a pass of its own costs some tokens' worth as well."""
+"""The length of the shortest prefix that is run separately, because the extra pass costs some tokens' worth too."""
 
 
 class Sharing(NamedTuple):
-    """Rows whose first `length` tokens are the same."""
+    """Rows whose first `length` tokens are equal. Rows that share no prefix have length 0."""
 
     rows: tuple[int, ...]
     length: int
 
 
 class Prefix(NamedTuple):
-    """The first `length` tokens of some rows, and their keys and values (None of no tokens)."""
+    """The number of tokens that some rows begin with, and the keys and values of those tokens (None for no tokens)."""
 
     length: int
     cache: DynamicCache | None
 
-    def of(self, rows: int) -> DynamicCache:
-        """Return a cache of one's own, for so many rows."""
+    def copies(self, rows: int) -> DynamicCache:
+        """Return a new cache that holds the prefix `rows` times, one copy for each row of a batch."""
         copied: Any = copy.deepcopy(self.cache)
         copied.batch_repeat_interleave(rows)
         return copied
 
 
-def shared_prefixes(inputs: Mapping[int, Sequence[int]], limits: Mapping[int, int]) -> list[Sharing]:
-    """Cut rows into sets that share a prefix worth running once; rows that share none are one set, of length 0.
+NO_PREFIX = Prefix(0, None)
 
-    Rows are taken in the order of their tokens, in which those with a long common prefix are neighbours; a row
-    joins a set as long as no token less is shared in all (length x rows besides the first) for the set's prefix
-    having become shorter.
+
+def shared_prefixes(inputs: Mapping[int, Sequence[int]], limits: Mapping[int, int]) -> list[Sharing]:
+    """Divide rows into sets that share a prefix. The rows that share none form one set of length 0, the last.
+
+    The rows are sorted by their tokens, so rows with a long common prefix are neighbours. Each row is compared with the
+    set before it. The row is added if the saved tokens, which are the prefix length times the number of rows after the
+    first, do not decrease when the prefix is shortened to fit the row.
 
     Args:
-        inputs: row to its tokens.
-        limits: row to the number of its tokens that may belong to a prefix.
+        inputs: each row's tokens.
+        limits: the number of each row's tokens that a prefix may contain.
     """
     sets: list[Sharing] = []
     for row in sorted(inputs, key=lambda row: (tuple(inputs[row]), row)):
@@ -68,7 +71,14 @@ def shared_prefixes(inputs: Mapping[int, Sequence[int]], limits: Mapping[int, in
 def shared_in_group(
     group: Group, weights: Tensor, inputs: Sequence[Sequence[int]], limits: Mapping[int, int]
 ) -> list[Sharing]:
-    """Return which rows of a group share a prefix: of those with equal weights, whose keys and values agree."""
+    """Divide the rows of a group as `shared_prefixes` does. Only rows with equal weights can share a prefix.
+
+    Args:
+        group: a group of a plan over `weights`.
+        weights: (N, K) fusion weights. Keys and values depend on them.
+        inputs: the tokens of all N rows.
+        limits: the number of each row's tokens that a prefix may contain.
+    """
     alike: dict[tuple[float, ...], list[int]] = {}
     for row in group.rows:
         alike.setdefault(tuple(weights[row].tolist()), []).append(row)
@@ -82,4 +92,5 @@ def shared_in_group(
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens that two rows have in common at their beginning."""
     return sum(1 for _ in itertools.takewhile(bool, map(operator.eq, first, second)))

@@ -55,7 +55,7 @@ class Recipe(Settings):
 
     base_model: str
     experts: dict[str, str] = Field(min_length=1)
-    shared: Shared = Shared()
+    shared: Shared = Field(default_factory=Shared)
     exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
     router: RouterSettings | None = None
     seed: int = 0

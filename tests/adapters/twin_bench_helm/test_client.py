@@ -17,13 +17,15 @@ from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.request import Request
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
-from tests.conftest import WORDS
-from tests.twin.test_causal import dense
+from tests.support.dense import dense
+from tests.support.models import WORDS
 from twin_bench import TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
-from twin_bench_helm import engine as engine_module
 from twin_bench_helm.client import TwinClient
+from twin_bench_helm.engine import Engine
+
+pytestmark = pytest.mark.versions
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,19 @@ def same(found: list[Told], expected: list[Told]) -> bool:
     return True
 
 
+def answers_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of requests that an engine is asked to answer, with each list of them."""
+    answered: list[int] = []
+    answer = Engine.answer
+
+    def counted(engine: Engine, requests: Any) -> Any:
+        answered.append(len(requests))
+        return answer(engine, requests)
+
+    monkeypatch.setattr(Engine, "answer", counted)
+    return answered
+
+
 def test_it_answers_as_helms_own_client(alone: Path, causal_families: Any) -> None:
     """Texts at temperature 0, and the log-probabilities of prompts, on the same weights."""
     expert = causal_families("llama").recipe["experts"]["mmlu"]
@@ -126,17 +141,22 @@ def test_log_probabilities_are_the_dense_models(three: Path, causal_families: An
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 0.7, "random": "1"}, {"num_completions": 3, "temperature": 2.0}]
 )
-def test_threads_lists_and_single_requests_agree(three: Path, changes: dict[str, Any]) -> None:
+def test_threads_lists_and_single_requests_agree(
+    three: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     requests = asks(**changes)
     one_by_one = [told(client(three, batch_size=1).make_request(request)) for request in requests]
     with ThreadPoolExecutor(8) as pool:
         together = client(three, batch_size=8)
         assert same(list(map(told, pool.map(together.make_request, requests[::-1]))), one_by_one[::-1])
     whole = client(three, batch_size=4)
+    answered = answers_of(monkeypatch)
     whole.prepare(requests)
-    assert len(whole._ready) == len(requests)
+    assert answered == [len(requests)]
     assert same([told(whole.make_request(request)) for request in requests], one_by_one)
-    assert not whole._ready
+    assert answered == [len(requests)]  # they were ready
+    assert same([told(whole.make_request(request)) for request in requests], one_by_one)
+    assert sum(answered) == 2 * len(requests)  # and were given away with that
     assert len({str(answer) for answer in one_by_one}) > 1
     if changes.get("num_completions"):
         assert len({text for answer in one_by_one for text, _, _ in answer}) > len(requests)
@@ -150,7 +170,10 @@ def test_random_draws_again(three: Path) -> None:
     assert not same(drawn[0], drawn[2])
 
 
-def test_one_engine_is_loaded_whatever_the_threads(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_engine_is_loaded_whatever_the_threads(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(three, tmp_path / "twin")  # which no other test has loaded
     loads = []
     load = TwinModel.from_pretrained
 
@@ -158,23 +181,25 @@ def test_one_engine_is_loaded_whatever_the_threads(three: Path, monkeypatch: pyt
         loads.append(arguments)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(engine_module, "_ENGINES", {})
-    monkeypatch.setattr(engine_module.TwinModel, "from_pretrained", counted)
+    monkeypatch.setattr(TwinModel, "from_pretrained", counted)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda request: client(three).make_request(request), asks(8)))
+        results = list(pool.map(lambda request: client(tmp_path / "twin").make_request(request), asks(8)))
+    assert all(result.success for result in results)
     assert len(loads) == 1
 
 
-def test_the_cache_serves_the_same_twin_and_no_other(three: Path, causal_families: Any, tmp_path: Path) -> None:
+def test_the_cache_serves_the_same_twin_and_no_other(
+    three: Path, causal_families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = SqliteCacheConfig(str(tmp_path / "cache.sqlite"))
     requests = asks(3)
     cold = [client(three, cache).make_request(request) for request in requests]
     warm = [client(three, cache).make_request(request) for request in requests]
     assert [result.cached for result in (*cold, *warm)] == [False] * 3 + [True] * 3
     assert list(map(told, cold)) == list(map(told, warm))
-    prepared = client(three, cache)
-    prepared.prepare(requests)
-    assert not prepared._ready  # nothing is computed that the cache holds
+    answered = answers_of(monkeypatch)
+    client(three, cache).prepare(requests)
+    assert not sum(answered)  # nothing is computed that the cache holds
     recipe = causal_families("llama").recipe
     recipe = {**recipe, "router": {**recipe["router"], "epochs": 3}}
     build_twin(Recipe.model_validate(recipe), tmp_path / "other-router")
@@ -238,7 +263,18 @@ def test_a_chat_template_is_a_users_turn(three: Path, tmp_path: Path) -> None:
         tokenizer.chat_template = None
 
 
-def test_cached_answers_are_plain_data(three: Path) -> None:
+def test_cached_answers_are_plain_data(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = client(three)
-    raw = ours._raw(ours.engine.ask(ours._ask(asks(1)[0])))
-    assert json.loads(json.dumps(raw)) == raw
+    kept = []
+    get = ours.cache.get
+
+    def watched(key: Any, compute: Any) -> Any:
+        response, cached = get(key, compute)
+        kept.append(response)
+        return response, cached
+
+    monkeypatch.setattr(ours.cache, "get", watched)
+    assert ours.make_request(asks(1)[0]).success
+    (response,) = kept
+    assert response["completions"]
+    assert json.loads(json.dumps(response)) == response

@@ -14,9 +14,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tests.conftest import WORDS, write_generative_rows
+from tests.support import parallel
+from tests.support.dense import dense
 from tests.support.interpreter import ADAPTERS, ROOT
-from tests.twin.test_causal import dense
+from tests.support.models import WORDS
+from tests.support.rows import write_generative_rows
 from twin_bench import InputError, TwinModel
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.paths import tasks_directory
@@ -24,6 +26,8 @@ from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench_lm_eval.causal import CausalTwin
 from twin_bench_lm_eval.model import TwinMerged
+
+pytestmark = pytest.mark.versions
 
 GREEDY = {"until": ["dog"], "max_gen_toks": 12, "do_sample": False}
 
@@ -79,6 +83,15 @@ def three(causal_families, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def wide(causal_families, wide_llama, tmp_path_factory):
+    """Return a twin whose window holds whole prompts."""
+    directory = tmp_path_factory.mktemp("wide") / "twin"
+    recipe = {**causal_families("llama").recipe, **wide_llama.recipe}
+    build_twin(Recipe.model_validate(recipe), directory)
+    return directory
+
+
 def served(directory, **options):
     model = TwinMerged(pretrained=str(directory), device="cpu", dtype="float32", **options)
     assert isinstance(model, CausalTwin)
@@ -116,13 +129,19 @@ def test_order_and_batch_size_change_nothing(three, requests):
         assert model.loglikelihood_rolling(rolling(documents)) == pytest.approx(whole, abs=1e-4)
 
 
+def encoded_pair(model, context, continuation):
+    """Return the tokens of both as lm-eval has them: a word's space is the continuation's; no context is the bos."""
+    before = model.tok_encode(context.rstrip())
+    return before or [2], model.tok_encode(context + continuation)[len(before) :]
+
+
 def test_each_request_is_its_own_dense_model(three, causal_families, requests):
     """Routing read here from each context alone; the model made for it in float64; greedy text step by step."""
     pairs, prompts, _ = requests
     model, twin = served(three, batch_size=4), TwinModel.from_pretrained(three)
     found = model.loglikelihood(scored(pairs))
     for (context, continuation), (log_likelihood, _) in zip(pairs, found, strict=True):
-        before, after = model._encode_pair(context, continuation) if context else ([2], model.tok_encode(continuation))
+        before, after = encoded_pair(model, context, continuation)
         weights = twin.route(torch.tensor([before[-64:]]))[0]
         ids = torch.tensor([before + after])[:, -65:]
         with torch.no_grad():
@@ -142,13 +161,13 @@ def test_each_request_is_its_own_dense_model(three, causal_families, requests):
 def test_other_answers_change_no_weight(three, monkeypatch):
     model = served(three, batch_size=4)
     seen = []
-    sharing = model.twin.sharing
+    route_all = model.twin.route_all
 
-    def spied(weights, *rest):
-        seen.append(weights)
-        return sharing(weights, *rest)
+    def spied(*arguments, **options):
+        seen.append(route_all(*arguments, **options))
+        return seen[-1]
 
-    monkeypatch.setattr(model.twin, "sharing", spied)
+    monkeypatch.setattr(model.twin, "route_all", spied)
     for answers in ((" cat", " dog"), (" under the bird", " is")):
         model.loglikelihood(scored([("the small cat", answer) for answer in answers]))
     assert torch.equal(seen[0], seen[1])
@@ -159,20 +178,97 @@ def test_a_batch_size_is_looked_for_once(three, monkeypatch):
     """Processes that answer different groups would wait for each other for ever."""
     model, found = served(three, batch_size="auto"), []
     monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, *_: found.append(1) or 2)
-    monkeypatch.setattr("twin_bench_lm_eval.causal.CPU_BATCH", None)
-    monkeypatch.setattr(type(model), "device", torch.device("meta"))
-    assert [model._rows_a_batch(), model._detect_batch_size(), model._rows_a_batch()] == [2, 2, 2]
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))  # no CPU, as far as lm-eval is told
+    route_all, sizes = model.twin.route_all, []
+
+    def spied(*arguments, batch_size):
+        sizes.append(batch_size)
+        return route_all(*arguments, batch_size=batch_size)
+
+    monkeypatch.setattr(model.twin, "route_all", spied)
+    for _ in range(2):
+        model.loglikelihood(scored([("the small cat", " dog"), ("a bird", " is")]))
+    assert sizes == [2, 2]
     assert found == [1]
 
 
 def test_a_prompt_is_encoded_as_it_would_be_alone(three):
+    """HFLM adds a bos token, or leaves it out, by what the first prompt of a batch begins with."""
     model = served(three, batch_size=2, add_bos_token=True)
-    together, mask = model.tok_batch_encode(["[CLS]the cat", "a dog sat on"])
-    for row, string in enumerate(["[CLS]the cat", "a dog sat on"]):
-        alone = model.tok_batch_encode([string])[0][0]
-        assert torch.equal(together[row][mask[row].bool()], alone)
     prompts = ["[CLS]the cat", "a dog sat on", "[CLS]a bird", "is it"]
     assert model.generate_until(generated(prompts))[1] == model.generate_until(generated(prompts[1:2]))[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"max_gen_toks": 1},
+        {"max_gen_toks": 5, "until": ["a", "dog"]},
+        {"repetition_penalty": 2.0},
+        {"do_sample": None, "temperature": 0.0},
+    ],
+)
+def test_texts_are_hflms_whatever_the_options(alone, causal_families, options):
+    """Few-shot examples are in front of the prompts, so those of one token share a prefix."""
+    rng = random.Random(3)
+    prompts = [*(f"{text(random.Random(4), 12)} {text(rng, 3 + row)}" for row in range(4)), "the cat"]
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    found = served(alone, batch_size=3).generate_until(generated(prompts, **options))
+    assert found == hf.generate_until(generated(prompts, **options))
+    assert len(set(found)) > 1
+
+
+def test_a_penalty_of_the_models_own_holds_for_one_token_too(alone, causal_families):
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    model, prompts = served(alone, batch_size=3), ["the cat the cat", "a dog", "is it or is it"]
+    plain = model.generate_until(generated(prompts, max_gen_toks=1))
+    for served_model in (hf.model, model.twin.model):
+        served_model.generation_config.suppress_tokens = model.tok_encode(plain[2])
+    found = model.generate_until(generated(prompts, max_gen_toks=1))
+    assert found == hf.generate_until(generated(prompts, max_gen_toks=1))
+    assert found != plain
+
+
+@pytest.mark.parametrize("kind", [str, int])
+def test_what_a_model_thinks_is_cut_as_hflm_cuts_it(alone, causal_families, kind):
+    prompts = [text(random.Random(6), size) for size in (3, 5, 7)]
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    model = served(alone, batch_size=3)
+    plain = hf.generate_until(generated(prompts, until=[]))
+    ids = torch.tensor([hf.tok_encode(prompts[0])])
+    token = int(hf.model.generate(ids, max_new_tokens=4, do_sample=False)[0, -1])
+    think = token if kind is int else hf.tok_decode([token])
+    model.think_end_token = hf.think_end_token = think
+    found = hf.generate_until(generated(prompts, until=[]))
+    assert model.generate_until(generated(prompts, until=[])) == found != plain
+
+
+def test_a_length_of_prompt_and_text_counts_no_padding(three, alone, causal_families):
+    prompts = [text(random.Random(7), size) for size in (3, 6)]
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32", batch_size=1)
+    asked = generated(prompts, max_length=20)
+    assert served(alone, batch_size=2).generate_until(asked) == hf.generate_until(asked)
+
+
+def test_hflms_own_calls_are_routed(three, causal_families):
+    """`_model_call` and `_model_generate` of prompts that no request list held, with a mask and without one."""
+    model, twin = served(three), TwinModel.from_pretrained(three)
+    prompts = [model.tok_encode("the cat sat"), model.tok_encode("a small dog is")]
+    length = max(map(len, prompts))
+    padded = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+    logits = model._model_call(padded, attn_mask=mask)
+    for row, ids in enumerate(prompts):
+        reference = dense(causal_families("llama"), twin.route(torch.tensor([ids]))[0])
+        with torch.no_grad():
+            expected = reference(torch.tensor([ids])).logits[0].float()
+        torch.testing.assert_close(logits[row, length - len(ids) :], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model._model_call(torch.tensor([ids]))[0], expected, rtol=1e-4, atol=1e-4)
+    until = model.generate_until(generated(["the cat sat", "a small dog is"], until=[], max_gen_toks=6))
+    for options in ({"attention_mask": mask}, {}):
+        texts = model._model_generate(padded, length + 6, ["dog"], do_sample=False, **options)
+        assert [model.tok_decode(ids[length:].tolist()) for ids in texts] == until
 
 
 def test_beams_have_their_prompts_weights(three):
@@ -199,7 +295,7 @@ def test_features_are_kept_where_a_directory_is_named(three, requests, tmp_path,
     assert without.twin.feature_cache is None
     monkeypatch.setenv("TWIN_BENCH_CACHE", str(tmp_path))
     assert served(three).loglikelihood(asked) == expected
-    monkeypatch.setattr(TwinModel, "_feature_batches", lambda *_: pytest.fail("a row is run for the router"))
+    monkeypatch.setattr(TwinModel, "features", lambda *_: pytest.fail("a row is run for the router"))
     assert served(three).loglikelihood(asked) == expected
     assert list((tmp_path / "features").glob("*-2.safetensors"))
 
@@ -235,6 +331,8 @@ def test_requests_that_cannot_be_answered(three):
         model.generate_until(generated([""]))
     with pytest.raises(InputError, match="max_gen_toks 64 leaves no room in a window of 64"):
         model.generate_until(generated(["the cat"], max_gen_toks=64))
+    with pytest.raises(InputError, match="num_return_sequences: lm-eval takes one text"):
+        model.generate_until(generated(["the cat"], num_return_sequences=2, num_beams=2))
     with pytest.raises(InputError, match="no chat template; leave out"):
         model.chat_template(True)
     assert not model.chat_template(False)
@@ -262,12 +360,13 @@ def evaluate(model, data, tasks, **options):
     return lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, **options)
 
 
-def test_the_four_tasks_run_and_are_scored(three, data):
+def test_the_four_tasks_run_and_are_scored(wide, data):
     """lm-eval's own figures against the samples that it logs, scored again here."""
-    model = served(three, batch_size=4, max_length=64)
-    model._max_length = 2048  # so that nothing is cut: the tiny model has rotary positions
+    model = served(wide, batch_size=4)
     results = evaluate(model, data, ["twin_generative"], log_samples=True)
     assert set(results["results"]) == {f"twin_{task}" for task in GENERATIVE}
+    prompts = [sample["arguments"][0][0] for samples in results["samples"].values() for sample in samples]
+    assert max(len(model.tok_encode(prompt)) for prompt in prompts) < model.max_length - 128  # nothing was cut
     for task in ("mmlu", "truthfulqa", "bbq"):
         samples, scores = results["samples"][f"twin_{task}"], results["results"][f"twin_{task}"]
         assert len(samples) == 7
@@ -316,28 +415,27 @@ def test_malformed_rows_are_named(data, tmp_path, task, change, says):
 
 
 @pytest.mark.slow
-def test_two_processes_answer_as_one(three, data, tmp_path):
+def test_two_processes_answer_as_one(wide, data, tmp_path):
     """`accelerate launch`: each process answers its share of the documents; what comes together is the same."""
-    script = ROOT / "tests" / "support" / "parallel.py"
+    out = tmp_path / "answers.json"
     # accelerate's own launcher wants MPI for CPUs; torchrun starts processes as it does for GPUs.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    written = {}
-    for processes, start in ((1, []), (2, launch)):
-        out = tmp_path / f"{processes}.json"
-        done = subprocess.run(
-            [sys.executable, *start, str(script), str(three), str(data), str(out)],
-            env=os.environ
-            | {
-                "OMP_NUM_THREADS": "1",
-                "ACCELERATE_USE_CPU": "1",
-                "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ADAPTERS))),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        written[processes] = json.loads(out.read_text())
-        assert written[processes]["processes"] == processes
-    assert written[1]["answers"] == written[2]["answers"]
-    assert {len(rows) for rows in written[1]["answers"].values()} == {7}
+    done = subprocess.run(
+        [sys.executable, *launch, parallel.__file__, str(wide), str(data), str(out)],
+        env=os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ADAPTERS))),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = json.loads(out.read_text())
+    assert together["processes"] == 2
+    alone, expected = parallel.answers(wide, data)
+    assert alone.world_size == 1
+    assert together["answers"] == expected
+    assert {len(rows) for rows in expected.values()} == {7}

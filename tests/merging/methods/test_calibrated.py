@@ -9,7 +9,7 @@ import torch
 from scipy.linalg import lstsq, null_space
 
 import twin_bench
-from tests.merging.test_registry import models
+from tests.support.merges import models
 from twin_bench import InputError
 
 MATRICES = ("tall", "wide", "square", "deficient")

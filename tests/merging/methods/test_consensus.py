@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import twin_bench
-from tests.merging.test_registry import models
+from tests.support.merges import models
 from twin_bench import InputError
 from twin_bench.errors import UnsuitedError
 

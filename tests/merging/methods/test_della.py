@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import twin_bench
-from tests.merging.test_registry import models
+from tests.support.merges import models
 from twin_bench import InputError
 from twin_bench.merging.methods.dare import draws
 

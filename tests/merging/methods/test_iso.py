@@ -9,7 +9,7 @@ import torch
 import twin_bench
 from tests.support.matrices import MATRICES, assert_moved, deltas, random_experts
 from twin_bench import InputError
-from twin_bench.merging.methods.iso_cts import _project_out
+from twin_bench.merging.methods.iso_cts import project_out
 
 
 def orthogonal_factor(matrix: np.ndarray) -> np.ndarray:
@@ -115,5 +115,5 @@ def test_what_lies_beyond_the_common_space_is_found_under_float32s_rounding() ->
     U = torch.linalg.qr(torch.randn(40, 6, generator=generator)).Q
     tau = U @ torch.randn(6, 30, generator=generator) + 1e-6 * torch.randn(40, 30, generator=generator)
     expected = tau.double() - U.double() @ (U.double().T @ tau.double())
-    _project_out(U, tau)
+    project_out(U, tau)
     torch.testing.assert_close(tau.double(), expected, rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import twin_bench
-from tests.merging.test_registry import EXPERTS, models
+from tests.support.merges import EXPERTS, models
 from twin_bench import InputError
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.suite import Suite
@@ -23,7 +23,7 @@ DEPTHS = {
     "bert.encoder.layer.2.output.dense.weight": 1,
     "bert.pooler.dense.weight": 1,
 }
-WRAPPED = sorted(n for n, m in twin_bench.methods().items() if m.function and m.track == "data-free" and n != "lines")
+WRAPPED = sorted(n for n, m in twin_bench.methods().items() if m.track == "data-free" and n != "lines")
 
 
 def layered(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from scipy.spatial.distance import cosine as cosine_distance
 
 import twin_bench
-from tests.merging.test_registry import models
+from tests.support.merges import models
 from twin_bench.errors import UnsuitedError
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 1e-5}}

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import twin_bench
-from tests.merging.test_registry import models
+from tests.support.merges import models
 from twin_bench import InputError
 from twin_bench.merging.methods.ties import kth_largest
 from twin_bench.merging.task_vectors import TaskVectors

@@ -9,7 +9,7 @@ from torch import Tensor
 import twin_bench
 from tests.support.matrices import MATRICES, random_experts
 from twin_bench import InputError
-from twin_bench.merging.methods.wudi import _factors
+from twin_bench.merging.methods.wudi import gram_factors
 from twin_bench.merging.spectral import rounding
 
 
@@ -75,7 +75,7 @@ def test_lora_experts_take_two_thin_products_a_step(shape: tuple[int, int]) -> N
     experts = {f"task{index}": {"w": base + (index + 1) * move} for index, move in enumerate(moves)}
     taus = torch.stack([expert["w"] - base for expert in experts.values()])
     norms = [float(tau.norm()) for tau in taus]
-    X, transposed = _factors("w", list(taus), norms, noise=rounding(base, taus))
+    X, transposed = gram_factors("w", list(taus), norms, noise=rounding(base, taus))
     assert X is not None
     assert X.shape == (shape[1], 6)
     units = [tau / norm for tau, norm in zip(taus, norms, strict=True)]

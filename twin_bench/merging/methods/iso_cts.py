@@ -45,7 +45,7 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
         del total
         U = parts[0][0]
         for tau in taus if own else ():
-            _project_out(U, tau)
+            project_out(U, tau)
             parts.append([factor.to(U.dtype) for factor in svd(tau, name, above=rounding, most=own)])
         left, spectrum, right = (torch.cat(factors, dim=-1) for factors in zip(*parts, strict=True))
         del parts, U
@@ -56,7 +56,7 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
     return merged_by_matrix(vectors, merge, scaling=scaling)
 
 
-def _project_out(U: Tensor, tau: Tensor) -> None:
+def project_out(U: Tensor, tau: Tensor) -> None:
     """Turn tau (m, n) into tau - U U^T tau, in place and in float64: what is left may be small."""
     blocks = rows_of(tau)
     beside = U.split([len(block) for block in blocks])

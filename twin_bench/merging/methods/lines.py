@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.merging.registry import find_method, merge_method
+from twin_bench.merging.registry import MergeMethod, find_method, merge_method
 from twin_bench.merging.task_vectors import Merged, TaskVectors
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
@@ -41,9 +41,8 @@ def lines(
     if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
         raise InputError(f'lines: alpha must be a number or "auto", not {alpha!r}')
     count = layers(vectors)
-    function = find_method(merge).function
-    assert function is not None  # Method.given lets no other pass
-    merged = cast(Merged, function(vectors, **options))
+    inner = cast(MergeMethod, find_method(merge))  # MergeMethod.given lets no other kind pass
+    merged = cast(Merged, inner.function(vectors, **options))
     first = averaging_alpha(vectors, merged) if alpha == "auto" else alpha
 
     def scale(name: str, base: Tensor, theta: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def wudi(
         changed = [tau for tau in taus if tau.any()]
         norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in changed]
         pull = _pull(taus.sum(dim=0), changed, norms)
-        inner, outer = _factors(name, changed, norms, noise=rounding)
+        inner, outer = gram_factors(name, changed, norms, noise=rounding)
         correction = torch.zeros_like(pull)
         correction.grad = gradient = torch.empty_like(pull)
         adam = torch.optim.Adam([correction], lr=learning_rate, fused=True)
@@ -70,7 +70,7 @@ def _pull(together: Tensor, taus: Sequence[Tensor], norms: Sequence[float]) -> T
     return pull.to(together.dtype)
 
 
-def _factors(
+def gram_factors(
     name: str, taus: Sequence[Tensor], norms: Sequence[float], *, noise: float
 ) -> tuple[Tensor | None, Tensor]:
     """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where r is above min(m, n) / 2.

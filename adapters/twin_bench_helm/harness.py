@@ -1,14 +1,18 @@
-"""A twin that is in memory, evaluated through HELM: what the leaderboard's --harness helm calls."""
+"""HELM as a harness of the leaderboard: its rows, prompts and statistics on a model that is in memory."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
 from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
@@ -19,10 +23,15 @@ from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerS
 from helm.common.authentication import Authentication
 
 import twin_bench_helm.plugin  # noqa: F401 (registers twin_cnndm)
+from twin_bench.contenders import Contender
 from twin_bench.data import TASKS
+from twin_bench.data.metrics import mean, mean_standard_error
 from twin_bench.data.rows import read_rows, split_path
 from twin_bench.data.task import Row
 from twin_bench.errors import InputError
+from twin_bench.files import digest, digest_files
+from twin_bench.leaderboard.harness import Evaluated, Harness, Job
+from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench_helm.engine import hold
 
@@ -30,8 +39,57 @@ SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail":
 """Which of HELM's splits each task is scored on."""
 
 
+class Helm(Harness):
+    """HELM. It scores language models on the rows of its own scenarios."""
+
+    name: ClassVar[str] = "helm"
+    scores_own_rows: ClassVar[bool] = True
+
+    def check(self, suite: Suite) -> None:
+        """Raise an InputError for a suite of classifiers, or one that does not say where HELM's raw files are."""
+        if suite.task_type != "causal_lm":
+            raise InputError(f"suite {suite.name}: --harness helm asks for text, and these are classifiers")
+        if suite.helm is None or not Path(suite.helm).is_dir():
+            raise InputError(
+                f"suite {suite.name}: helm: {suite.helm}; name a directory of HELM's raw files, as they lie under "
+                "benchmark_output/scenarios"
+            )
+
+    def input_digests(self, suite: Suite, data: Path, workspace: Path) -> dict[str, str]:
+        """Return the digest of HELM's raw files for each task; InputError that names a file that is missing."""
+        assert suite.helm is not None
+        raw, scenarios = Path(suite.helm), workspace / "benchmark_output" / "scenarios"
+        copy_scenarios(raw, data, scenarios)
+        for task in suite.tasks:
+            run_entries(task, scenarios)  # says which file is missing
+        # The sources: HELM adds files of its own to the copies.
+        files = [file for file in sorted(raw.rglob("*")) if file.is_file()]
+        found = digest([f"{file.relative_to(raw)}:{digest_files(file)}" for file in files])
+        return dict.fromkeys((f"{task}/helm" for task in suite.tasks), found)
+
+    def score(self, contender: Contender, job: Job) -> Evaluated:
+        """Score a contender on one task."""
+        assert isinstance(contender.twin, TwinCausalLM)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            scored = evaluate(
+                contender.twin,
+                job.name,
+                job.task,
+                TASKS[job.task].metric,
+                workspace=job.workspace,
+                rows=job.rows,
+                batch_size=job.suite.batch_size,
+            )
+        return Evaluated(
+            score=mean(scored.values),
+            stderr=mean_standard_error(scored.values),
+            n=len(scored.values),
+            notes={"harness": f"crfm-helm {version('crfm-helm')}"},
+        )
+
+
 @dataclass(frozen=True)
-class Scored:
+class HelmScores:
     """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows."""
 
     values: list[float]
@@ -92,7 +150,7 @@ def evaluate(
     workspace: Path,
     rows: int | None,
     batch_size: int,
-) -> Scored:
+) -> HelmScores:
     """Run a task's entries on a twin, whole lists at a time and without HELM's cache, and read HELM's statistics.
 
     Args:
@@ -168,7 +226,7 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
     )
 
 
-def _read(runs: Sequence[Path], metric: str, split: str) -> Scored:
+def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
     values: list[float] = []
     means: dict[str, tuple[float, int]] = {}
     for run in runs:
@@ -183,4 +241,4 @@ def _read(runs: Sequence[Path], metric: str, split: str) -> Scored:
         mean = next(stat["mean"] for stat in stats if stat["name"] == {"name": metric, "split": split})
         values += own
         means[run.name] = mean, len(own)
-    return Scored(values, means)
+    return HelmScores(values, means)

@@ -1,0 +1,58 @@
+"""twin-bench helm-config: see `twin_bench.cli` for what a command's module holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "tell HELM of a twin: write its entries into the files that helm-run reads"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("twin", metavar="TWIN", type=Path, help="the folder of a twin of language models")
+    parser.add_argument("--name", required=True, help="the twin's name in HELM: run entries say model=twin_merged/NAME")
+    parser.add_argument(
+        "--local-path",
+        metavar="DIRECTORY",
+        type=Path,
+        default=Path("prod_env"),
+        help="the folder of HELM's files, helm-run's --local-path (default: prod_env)",
+    )
+    parser.add_argument("--device", help="where the twin runs: cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="what it computes in: float32, bfloat16 or float16 (default: the twin's own)")
+    parser.add_argument(
+        "--protocol",
+        default="standard",
+        choices=("standard", "paper", "routed"),
+        help="what the twin is told of an input's task; the README explains it (default: standard)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        help="how far logits may lie from the exact ones, relative to their size, for speed (default: 0 in float32)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="how many requests a forward pass takes (default: 8)")
+    parser.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="ask each prompt as a user's turn, in the tokenizer's chat template",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the files and name them; InputError for a twin or files that do not suit."""
+    from twin_bench_helm.config import write_helm_config
+
+    files = write_helm_config(
+        options.twin,
+        options.name,
+        options.local_path,
+        device=options.device,
+        dtype=options.dtype,
+        protocol=options.protocol,
+        tolerance=options.tolerance,
+        batch_size=options.batch_size,
+        apply_chat_template=options.chat_template,
+    )
+    print(f"twin_merged/{options.name} is in {', '.join(map(str, files))}")

@@ -1,0 +1,39 @@
+"""The base class of the two models that lm-eval is given, and checks of their arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval.api.model import LM
+
+from twin_bench.errors import InputError
+
+
+class ServedTwin(LM):  # type: ignore[misc]
+    """A twin as an lm-eval model: a `ClassifierTwin` or a `CausalTwin`."""
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Raise an InputError: a twin can't be used with --use_cache.
+
+        lm-eval's cache key holds only the request's method and text. It does not hold the model, so answers of another
+        twin would be served, or answers of this twin from before its router was changed. It does not hold the task
+        either, so two tasks that ask about the same text would share one answer. lm-eval reads the cache before it
+        asks the model, so the model can only refuse.
+        """
+        raise InputError(
+            "twin_merged: --use_cache serves answers by text alone, also another twin's and another task's; "
+            "leave it out"
+        )
+
+
+def usable(device: str | None) -> str | None:
+    """Return the device to use. lm-eval asks for a CUDA device by default; without one, the CPU is used."""
+    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+
+
+def positive(name: str, value: Any) -> int:
+    """Return an argument's value as a positive whole number. Raise an InputError that names it for anything else."""
+    if not str(value).isdecimal() or int(value) == 0:
+        raise InputError(f"twin_merged: {name}={value}; expected a positive whole number")
+    return int(value)

@@ -1,0 +1,65 @@
+"""Base models and their experts, saved as a user would have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.models import tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
+from tests.support.rows import write_router_rows
+
+SCALING, DENSITY = 0.29, 0.5
+"""Of the families' recipes, and of the dense references that are written out for them."""
+
+
+@dataclass
+class Family:
+    """A base model and three experts on disk, and the models themselves."""
+
+    root: Path
+    kind: str
+    base: Any
+    experts: dict[str, Any]
+    labels: dict[str, int]
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def make_family(root: Path, kind: str, labels: dict[str, int] | None = None) -> Family:
+    """Save a tiny base model, an expert a task, and router rows; return them with a recipe."""
+    labels = labels or {"cola": 2, "stsb": 1, "mnli": 3}
+    base = tiny_classifier(kind)
+    experts = {task: tiny_classifier(kind, n, seed, like=base) for seed, (task, n) in enumerate(labels.items(), 1)}
+    base.save_pretrained(root / "base")
+    tiny_tokenizer(kind).save_pretrained(root / "base")
+    for task, expert in experts.items():
+        expert.save_pretrained(root / task)
+    write_router_rows(root / "router.jsonl", list(labels))
+    recipe = {
+        "base_model": str(root / "base"),
+        "experts": {task: str(root / task) for task in labels},
+        "shared": {"method": "task_arithmetic", "scaling": SCALING},
+        "exclusive": {"density": DENSITY},
+        "router": {"data": str(root / "router.jsonl"), "epochs": 5},
+    }
+    return Family(root, kind, base, experts, labels, recipe)
+
+
+def make_causal_family(root: Path, kind: str) -> Family:
+    """Save a tiny language model, three experts, and router rows; return them with a recipe."""
+    base = tiny_causal(kind)
+    experts = {
+        task: tiny_causal(kind, seed, like=base) for seed, task in enumerate(("mmlu", "bbq", "cnn_dailymail"), 1)
+    }
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(root / name)
+        tiny_causal_tokenizer().save_pretrained(root / name)
+    write_router_rows(root / "router.jsonl", list(experts))
+    recipe = {
+        "base_model": str(root / "base"),
+        "experts": {task: str(root / task) for task in experts},
+        "shared": {"method": "task_arithmetic", "scaling": SCALING},
+        "exclusive": {"density": DENSITY},
+        "router": {"data": str(root / "router.jsonl"), "epochs": 5},
+    }
+    return Family(root, kind, base, experts, {}, recipe)

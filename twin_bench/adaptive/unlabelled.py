@@ -1,0 +1,131 @@
+"""The unlabelled test inputs that test-time methods learn from, and the entropy that they minimise on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from twin_bench.adaptive.learning import Learning
+from twin_bench.contenders import Context
+from twin_bench.data import TASKS
+from twin_bench.data.rows import scored_inputs, split_path
+from twin_bench.data.task import TaskInput
+from twin_bench.errors import InputError, UnsuitedError
+from twin_bench.files import digest
+from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.heads import heads_in_use
+from twin_bench.twin.model import Encoded
+
+Batches = Mapping[str, Mapping[str, Tensor]]
+"""Task to one batch of its inputs."""
+
+
+def require_classifiers(context: Context) -> None:
+    """Raise UnsuitedError for a suite of language models."""
+    if context.task_type != "sequence_classification":
+        raise UnsuitedError(f"{context.name} reads how sure a classifier is; the suite is of language models")
+
+
+def unlabelled_inputs(context: Context) -> list[TaskInput]:
+    """Return the inputs that are scored, without their labels. Regressions, which have no entropy, are left out.
+
+    Raises UnsuitedError for a suite of language models.
+    """
+    require_classifiers(context)
+    tasks = [TASKS[task] for task in context.tasks if not TASKS[task].is_regression]
+    files = [split_path(context.data, task.name, context.split) for task in tasks]
+    return [
+        row
+        for task, file in zip(tasks, files, strict=True)
+        for row in scored_inputs(task, context.data, file, context.rows)
+    ]
+
+
+def earlier_learning(context: Context, inputs: Sequence[TaskInput]) -> Learning:
+    """Return what earlier runs have learnt with these settings from these inputs."""
+    decisive = digest([dict(context.settings), list(context.tasks), context.max_length, inputs])
+    return Learning(context.workspace / f"{context.name}-{decisive[:16]}.safetensors")
+
+
+def adapted_note(inputs: Sequence[TaskInput]) -> dict[str, Any]:
+    """Return the note of a model that has seen the inputs on which it is scored."""
+    return {"adapted_on": {"inputs": "unlabelled test inputs", "rows": dict(Counter(row.task for row in inputs))}}
+
+
+def learning_batches(
+    context: Context, twin: TwinClassifier, inputs: Sequence[TaskInput], *, after: int
+) -> Iterator[Batches]:
+    """Return the batches that learning takes, one a step, without those of the first `after` steps."""
+    settings = context.settings
+    batches = unlabelled_batches(
+        twin, inputs, batch_size=settings["batch_size"], seed=settings["seed"], max_length=context.max_length
+    )
+    return islice(context.progress.track(batches, total=settings["steps"], description=context.name), after, None)
+
+
+def unlabelled_batches(
+    twin: TwinClassifier, rows: Sequence[TaskInput], *, batch_size: int, seed: int, max_length: int | None = None
+) -> Iterator[Batches]:
+    """Return batches without end, each with inputs of every task that has labels to be unsure of.
+
+    A task's rows are taken in an order that is drawn by the seed, and drawn again when they are used up. A batch does
+    not go past the end of an order, so a task with few rows has smaller batches.
+
+    Raises:
+        InputError: a batch size below 1.
+        UnsuitedError: all tasks are regressions, or one has no rows.
+    """
+    if batch_size < 1 or batch_size != int(batch_size):
+        raise InputError(f"batch_size must be a whole number from 1, not {batch_size}")
+    classes = [task for task, labels in twin.num_labels.items() if labels > 1]
+    if not classes:
+        raise UnsuitedError("all tasks are regressions, whose predictions have no entropy to minimise")
+    texts = {task: [(row.text, row.text_pair) for row in rows if row.task == task] for task in classes}
+    for task, own in texts.items():
+        if not own:
+            raise UnsuitedError(f"there are no test inputs of {task}")
+    encoded = {task: twin.encode(own, max_length=max_length) for task, own in texts.items()}
+    orders = {
+        task: _orders(len(own), int(batch_size), torch.Generator().manual_seed(seed)) for task, own in encoded.items()
+    }
+    return _batches(twin, encoded, orders)
+
+
+def entropy_loss(
+    twin: TwinClassifier, task: str, inputs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the mean entropy of a batch's predictions under a task's head.
+
+    `parameters` take the place of the model's own parameters of the same names.
+    """
+    size = len(inputs["input_ids"])
+    with heads_in_use(twin.heads, [task] * size):
+        logits = functional_call(twin.model, dict(parameters), (), dict(inputs)).logits
+    return entropy(logits).mean()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return H(softmax(logits)) in nats over the last dimension.
+
+    A logit of -inf stands for a label that the head lacks and adds nothing.
+    """
+    return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+
+
+def _batches(
+    twin: TwinClassifier, encoded: Mapping[str, Sequence[Encoded]], orders: Mapping[str, Iterator[list[int]]]
+) -> Iterator[Batches]:
+    while True:
+        yield {task: twin.collate([encoded[task][row] for row in next(order)]) for task, order in orders.items()}
+
+
+def _orders(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    while True:
+        for chunk in torch.randperm(rows, generator=generator).split(size):
+            yield chunk.tolist()

@@ -1,0 +1,116 @@
+"""A twin measured: fusion against the plain model, the authors' per-sample merge and PEFT, in one run.
+
+All cases answer the same encoded rows on the same machine in turn, round after round, after a warm-up; the
+figures are medians, and ratios are taken against the plain model of the same round.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twin_bench.bench.causal import causal_cases
+from twin_bench.bench.classifier import classifier_cases
+from twin_bench.bench.measure import measure
+from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.layers import TwinLinear
+from twin_bench.twin.model import TwinModel
+
+
+def bench(
+    twin_directory: Path,
+    data: Path,
+    *,
+    split: str = "validation",
+    rows: int = 512,
+    batch_size: int = 32,
+    rounds: int = 5,
+    merged_rows: int = 16,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Return the machine, the settings, each case's rate and its ratio to the plain model's, memory and build time.
+
+    The cases of a classifier's twin are those of `classifier_cases`, of a language model's those of `causal_cases`.
+    `memory` is in parameters of the plain model: the factors, the joint bases, the fused copy, 1-D vectors. `build` is
+    the time of exclusive vectors by `torch.linalg.svd(full_matrices=True)` over that taken here.
+    """
+    twin: Any = TwinModel.from_pretrained(twin_directory, device=device, dtype=dtype)
+    options: Any = {"split": split, "rows": rows, "batch_size": batch_size}
+    if isinstance(twin, TwinClassifier):
+        cases = classifier_cases(twin, twin_directory, data, **options, merged_rows=merged_rows)
+    else:
+        cases = causal_cases(twin, twin_directory, data, **options)
+    measured, unsupported = measure(cases, rounds)
+    return {
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "device": _device_name(device),
+        },
+        "versions": {package: version(package) for package in ("twin-bench", "torch", "transformers", "peft")},
+        "settings": {
+            "experts": len(twin.expert_names),
+            "rows": rows,
+            "batch_size": batch_size,
+            "rounds": rounds,
+            "dtype": str(twin.model.dtype),
+        },
+        "notes": dict(cases.notes),
+        "unsupported": unsupported,
+        "cases": measured,
+        "memory": _memory(twin),
+        "build": _build_times(twin),
+    }
+
+
+def _memory(twin: TwinModel) -> dict[str, float]:
+    """Return what fusion holds beside the plain model, as fractions of the plain model's parameters."""
+    plain = sum(parameter.numel() for parameter in twin.model.parameters())
+    kinds = {"A": "factors", "B": "factors", "fused_weight": "fused"}
+    held = {"factors": 0, "joint_bases": 0, "fused": 0, "vectors": 0}
+    for layer in twin.fusion.layers:
+        for name, tensor in getattr(layer, "_buffers", {}).items():
+            if tensor is not None and name != "owner" and tensor.data_ptr() != layer.weight.data_ptr():
+                kind = kinds.get(name, "joint_bases" if name.startswith("basis") else "vectors")
+                held[kind] += tensor.numel()
+    return {kind: numbers / plain for kind, numbers in held.items()}
+
+
+def _build_times(twin: TwinModel) -> dict[str, float]:
+    """Return how many times faster than `torch.linalg.svd(full_matrices=True)` the exclusive vectors are found.
+
+    One matrix of each shape that the experts change, medians of five: the sum of all experts' vectors, which has the
+    rank that one expert's difference from the shared expert has, and one of full rank.
+    """
+    layers = {tuple(m.weight.shape): m for m in twin.model.modules() if isinstance(m, TwinLinear) and m.ranks[0]}
+    seconds = {"low_rank": [0.0, 0.0], "full_rank": [0.0, 0.0]}
+    generator = torch.Generator().manual_seed(0)
+    for shape, layer in layers.items():
+        low = torch.mm(*layer.factors()).float().cpu()
+        for kind, matrix in (("low_rank", low), ("full_rank", torch.randn(shape, generator=generator))):
+            seconds[kind][0] += _median_seconds(partial(torch.linalg.svd, matrix, full_matrices=True))
+            seconds[kind][1] += _median_seconds(partial(truncated_svd, matrix, layer.ranks[0]))
+    return {kind: full / ours for kind, (full, ours) in seconds.items() if ours}
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor() or 'cpu'}"

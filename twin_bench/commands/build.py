@@ -1,0 +1,38 @@
+"""twin-bench build."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "build a twin from a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        type=Path,
+        help="the recipe: a YAML file that names the base model, the experts, and how to compress and route them",
+    )
+    parser.add_argument(
+        "directory", metavar="DIRECTORY", type=Path, help="the folder to write the twin to; it must not exist yet"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Build the twin, and print its size and its router's accuracy; InputError for what is wrong with the recipe."""
+    from twin_bench.console import progress_bars
+    from twin_bench.twin.builder import build_twin
+    from twin_bench.twin.cache import named_directory
+    from twin_bench.twin.recipe import read_recipe
+
+    recipe = read_recipe(options.recipe)
+    with progress_bars(options) as progress:
+        settings = build_twin(recipe, options.directory, feature_cache=named_directory(), progress=progress)
+    parameters, router = settings["parameters"], settings["router"]
+    print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")
+    if router:
+        held_out = f"{router['accuracy']:.3f} accuracy on {router['selection_rows']} held-out rows"
+        print(f"router on layer {router['layer']}: {held_out}")

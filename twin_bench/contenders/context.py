@@ -1,0 +1,116 @@
+"""What a method is given to make its contenders, what a contender is, and one set of parameters served as such."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor
+
+from twin_bench.checkpoints.sources import Sources, load_model
+from twin_bench.data.task import TaskType
+from twin_bench.merging.registry import ProtocolName
+from twin_bench.twin.builder import ORACLE_PARAMETERS
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.model import TwinModel, twin_class
+from twin_bench.twin.parts import PaperParts, Parts
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one method runs with under one protocol.
+
+    `settings` are the method's options, defaults and seed included. `rows` of each task's `split` are scored (None:
+    all): a method that learns at test time sees these rows and no others. `workspace` is a folder that stands for the
+    inputs: what is built from them is kept there. `feature_cache` is where routers' features are kept, if anywhere.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    protocol: ProtocolName
+    tasks: tuple[str, ...]
+    base_model: str
+    experts: Mapping[str, str]
+    sources: Sources
+    data: Path
+    workspace: Path
+    split: str = "validation"
+    rows: int | None = None
+    seed: int = 0
+    max_length: int | None = None
+    dtype: str | None = None
+    calibration_rows: int = 256
+    feature_cache: Path | None = None
+    progress: Progress = field(default_factory=lambda: Progress(disable=True))
+
+    @property
+    def task_type(self) -> TaskType:
+        """The kind of model that is compared."""
+        return self.sources.skeleton.task_type
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model, the tasks it answers, and what it took.
+
+    `parameters` counts the numbers that are stored, heads left out. `build_seconds` is None where it was not measured.
+    `notes` go into each cell: how a router was chosen, for example.
+    """
+
+    twin: TwinModel
+    tasks: tuple[str, ...]
+    build_seconds: float | None
+    parameters: int
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def static_contender(
+    parameters: Mapping[str, Tensor],
+    tasks: Sequence[str],
+    context: Context,
+    *,
+    started: float,
+    dtype: str | None = None,
+) -> Contender:
+    """Serve one set of parameters with the heads of the experts of `tasks`.
+
+    Under the paper protocol each task's expert supplies the biases as well.
+
+    Args:
+        parameters: the backbone's parameters by name.
+        tasks: what the model answers.
+        context: whose experts, protocol and dtype.
+        started: when the merge began, by `time.perf_counter`.
+        dtype: what the model runs in, by default the context's.
+    """
+    sources = context.sources
+    parameters = dict(parameters.items())
+    exclusive: dict[str, Exclusive] = {}
+    if context.protocol == "paper" and sources.skeleton.head:
+        biases = [name for name in parameters if ORACLE_PARAMETERS.search(name)]
+        exclusive = {
+            task: Exclusive({}, {n: sources.experts[task][n].float() - parameters[n].float() for n in biases})
+            for task in tasks
+        }
+    parts = Parts(
+        heads={task: sources.experts[task].head() for task in tasks if sources.skeleton.head},
+        exclusive=exclusive,
+        paper=PaperParts(),
+    )
+    twin = twin_class(context.task_type)(
+        load_model(sources, parameters, dtype or context.dtype),
+        sources.tokenizer,
+        parts,
+        protocol=context.protocol,
+        routing="none",
+    )
+    return Contender(twin, tuple(tasks), time.perf_counter() - started, size(parameters))
+
+
+def size(parameters: Mapping[str, Tensor]) -> int:
+    """Return how many numbers tensors hold."""
+    return sum(tensor.numel() for tensor in parameters.values())

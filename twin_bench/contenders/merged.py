@@ -1,0 +1,74 @@
+"""Merge methods on the leaderboard: merge the experts and serve the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from twin_bench.contenders.context import Contender, Context, static_contender
+from twin_bench.errors import UnsuitedError
+from twin_bench.files import digest
+from twin_bench.merging.calibration import calibrate
+from twin_bench.merging.registry import MergeMethod, StatisticsKind, merge_lazily
+from twin_bench.twin.builder import ORACLE_PARAMETERS
+from twin_bench.twin.paper import merge_lora_factors
+
+
+def merged_contenders(method: MergeMethod, context: Context) -> Iterator[Contender]:
+    """Yield one merged model, or one for each task where each task has parameters of its own."""
+    if "task" in method.inputs:
+        for task in context.tasks:
+            yield _merged(method, context, (task,), {"task": task})
+    elif method.statistics is not None:
+        yield _calibrated(method, method.statistics, context)
+    else:
+        yield _merged(method, context, context.tasks, {})
+
+
+def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs: Mapping[str, Any]) -> Contender:
+    """Merge and serve the result for `tasks`; `inputs` are what the method must be given."""
+    started = time.perf_counter()
+    sources, options = context.sources, {**context.settings, **inputs}
+    merged: Mapping[str, Tensor]
+    if context.protocol == "paper" and not sources.skeleton.head:
+        merged = merge_lora_factors(method.name, sources.base, sources.experts, **options)
+    else:
+        base: Mapping[str, Tensor] = sources.base
+        if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
+            base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
+        merged = {**sources.base, **merge_lazily(method.name, base, sources.experts, **options)}
+    contender = static_contender(merged, tasks, context, started=started)
+    if method.stored is None:
+        return contender
+    bits = 8 * next(iter(merged.values())).element_size()
+    stored = method.stored(contender.parameters, len(sources.experts), bits)
+    return dataclasses.replace(contender, parameters=stored)
+
+
+def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> Contender:
+    """Merge with statistics of training rows. They are kept in the workspace and serve every method of their kind."""
+    if context.protocol == "paper" and not context.sources.skeleton.head:
+        raise UnsuitedError(
+            f"protocol paper merges A and B of LoRA adapters, and {method.name} has statistics of whole weights"
+        )
+    decisive = [kind, context.calibration_rows, context.seed, context.max_length]
+    calibration = calibrate(
+        kind,
+        context.sources,
+        context.data,
+        context.workspace / f"{kind}-{digest(decisive)[:16]}",
+        rows=context.calibration_rows,
+        seed=context.seed,
+        max_length=context.max_length,
+        progress=context.progress,
+    )
+    contender = _merged(method, context, context.tasks, {"statistics": calibration.statistics})
+    return dataclasses.replace(
+        contender,
+        build_seconds=(contender.build_seconds or 0.0) + calibration.seconds,
+        notes={"calibration": {"statistics": kind, "split": "train", "rows": dict(calibration.rows)}},
+    )

@@ -1,0 +1,140 @@
+"""Twins on the leaderboard: build one from a suite's entry, keep it, and serve it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from twin_bench.config import Settings
+from twin_bench.contenders.context import Contender, Context
+from twin_bench.errors import InputError
+from twin_bench.files import digest, read_record, write_record
+from twin_bench.merging.recipe import Shared
+from twin_bench.merging.registry import PROTOCOLS, ProtocolName, ServedMethod, Track, served_method
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.directory import read_manifest
+from twin_bench.twin.model import TwinModel
+from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
+
+BUILD_FORMAT = 1
+"""The format of the record of how long a build took."""
+
+
+class TwinOptions(Settings):
+    """A twin entry's options: what a recipe says, and which weights fuse it.
+
+    `weights: task` gives every row the exclusive vector of its true task. It needs no router, it is the ceiling of any
+    router, and it is on the track "task-id given".
+    """
+
+    shared: Shared = Field(default_factory=Shared)
+    exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
+    router: dict[str, Any] = Field(default_factory=dict)
+    weights: Literal["router", "task"] = "router"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinMethod(ServedMethod):
+    """The header of twins, whose options are blocks of settings."""
+
+    def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options as plain data, defaults included; InputError names the key of what is wrong."""
+        try:
+            twin = TwinOptions.model_validate(dict(options))
+            RouterSettings.model_validate({"data": "", **twin.router})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise InputError(f"{key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        return twin.model_dump(mode="json")
+
+    def track_of(self, options: Mapping[str, Any]) -> Track:
+        """Return the track: a twin that is told the task is not on that of routers."""
+        return "task-id given" if options.get("weights") == "task" else self.track
+
+    def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
+        """Return whether a twin runs under a protocol: `routed` takes the head from the router."""
+        return protocol != "routed" or options.get("weights") != "task"
+
+
+@served_method(
+    title="Twin-Merging",
+    paper="arXiv:2406.15479",
+    track="per-input",
+    needs=("task ids of training inputs", "seed"),
+    sees=("training rows",),
+    protocols=PROTOCOLS,
+    kind=TwinMethod,
+)
+def twin(
+    context: Context,
+    *,
+    shared: Mapping[str, Any] = MappingProxyType({"method": "task_arithmetic", "scaling": 0.3}),
+    exclusive: Mapping[str, Any] = MappingProxyType({"density": 0.1}),
+    router: Mapping[str, Any] = MappingProxyType({"layer": -1}),
+    weights: str = "router",
+) -> Iterator[Contender]:
+    """theta*(x) = theta_s + sum_t w_t(x) v_t: a shared expert, compressed exclusive experts, a router, fused per input.
+
+    `shared` names a static merge, `exclusive` gives a density or a rank, `router` the settings of a recipe's router.
+    With `weights` "task" every row has the exclusive vector of its true task.
+    """
+    recipe = twin_recipe(context)
+    directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
+    seconds = _build(recipe, directory, context)
+    manifest = read_manifest(directory)
+    told = weights == "task"
+    model = TwinModel.from_pretrained(
+        directory, protocol=context.protocol, routing="task" if told else "router", dtype=context.dtype
+    )
+    model.feature_cache = context.feature_cache
+    chosen = manifest["router"]
+    notes = {} if told else chosen.get("paper", {}) if context.protocol == "paper" else chosen
+    yield Contender(
+        model,
+        context.tasks,
+        seconds,
+        sum(manifest["parameters"].values()),
+        {"router": {key: value for key, value in notes.items() if key != "paper"}},
+    )
+
+
+def twin_recipe(context: Context) -> Recipe:
+    """Return the recipe that builds a suite's twin."""
+    settings = context.settings
+    return Recipe.model_validate(
+        {
+            "base_model": context.base_model,
+            "experts": dict(context.experts),
+            "shared": settings["shared"],
+            "exclusive": settings["exclusive"],
+            "router": {"data": str(context.data), **settings["router"]},
+            "seed": context.seed,
+            "max_length": context.max_length,
+            "dtype": context.dtype,
+        }
+    )
+
+
+def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
+    """Build the twin unless it is there, and return how long that took; None where nobody has measured it.
+
+    Where another process builds the same twin and is faster, its twin is used.
+    """
+    record = directory.with_suffix(".json")  # beside the twin, whose own files depend on its inputs alone
+    if not directory.is_dir():
+        started = time.perf_counter()
+        try:
+            build_twin(recipe, directory, feature_cache=context.feature_cache, progress=context.progress)
+            write_record(record, {"build_seconds": time.perf_counter() - started}, format_number=BUILD_FORMAT)
+        except (InputError, OSError):
+            if not directory.is_dir():
+                raise
+    stored = read_record(record, format_number=BUILD_FORMAT)
+    return None if stored is None else float(stored["build_seconds"])

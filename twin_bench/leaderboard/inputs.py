@@ -1,0 +1,102 @@
+"""The inputs of a suite's run: where its rows are, and digests of everything that decides a score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from twin_bench import demo
+from twin_bench.checkpoints.hub import model_directory
+from twin_bench.data import TASKS
+from twin_bench.data.rows import hub_rows, split_path
+from twin_bench.errors import InputError
+from twin_bench.files import digest, digest_files, write_text
+from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite
+from twin_bench.merging.registry import ProtocolName
+
+FORMAT = 1
+"""The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
+
+
+def located(suite: Suite) -> Suite:
+    """Return the suite with a directory in place of `experts: embedded`."""
+    if suite.experts != EMBEDDED:
+        return suite
+    return suite.model_copy(update={"experts": str(demo.experts_directory())})
+
+
+def rows_directory(suite: Suite, out: Path) -> Path:
+    """Return the directory of {task}/{split}.jsonl, generated or downloaded to `out` where the suite says so.
+
+    Raises InputError for a task without a file of rows.
+    """
+    if suite.data == EMBEDDED:
+        directory = out / "data" / EMBEDDED
+        demo.write_data(directory)  # of the seed that the shipped experts were trained on
+        return directory
+    if suite.data == HUB:
+        directory = out / "data" / HUB
+        for task in suite.tasks:
+            for split in ("train", suite.split):
+                file = split_path(directory, task, split)
+                if not file.is_file():
+                    rows = hub_rows(TASKS[task], split)
+                    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        return directory
+    directory = Path(suite.data)
+    for task in suite.tasks:
+        file = split_path(directory, task, suite.split)
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; suite {suite.name} scores {{data}}/{{task}}/{suite.split}.jsonl")
+    return directory
+
+
+def input_digests(suite: Suite, data: Path) -> dict[str, Any]:
+    """Return digests of what scores depend on besides settings: weights and rows."""
+    files = [
+        split_path(data, task, split)
+        for task in suite.tasks
+        for split in sorted({"train", "dev", "validation", suite.split})
+    ]
+    return {
+        "base_model": digest_files(model_directory(suite.base_model)),
+        "experts": {task: digest_files(model_directory(path)) for task, path in suite.expert_paths.items()},
+        "rows": {f"{file.parent.name}/{file.stem}": digest_files(file) for file in files if file.is_file()},
+    }
+
+
+def cell_key(
+    suite: Suite,
+    entry: Entry,
+    protocol: ProtocolName,
+    task: str,
+    inputs: dict[str, Any],
+    *,
+    rows: int | None,
+    harness: str,
+) -> str:
+    """Return the digest of everything that decides a cell's score.
+
+    A method that sees training rows or the rows that are scored sees those of all tasks. Any other method sees a
+    task's own rows alone: a prompt takes its few-shot examples from them.
+    """
+    own = {name: value for name, value in inputs["rows"].items() if name.startswith(f"{task}/")}
+    return digest(
+        {
+            "format": FORMAT,
+            "method": entry.method.name,
+            "settings": entry.settings(suite.seed),
+            "protocol": protocol,
+            "task": task,
+            "inputs": {**inputs, "rows": inputs["rows"] if entry.method.sees - {"task"} else own},
+            "split": suite.split,
+            "seed": suite.seed,
+            "max_length": suite.max_length,
+            "dtype": suite.dtype,
+            "rows": rows,
+            "calibration_rows": suite.calibration_rows if entry.track == "calibration" else None,
+            "notes": dict(entry.notes),
+            "harness": harness,
+        }
+    )

@@ -1,0 +1,310 @@
+"""The scheduler: it answers lists of requests to a language model's twin.
+
+`score` and `generate` take a list as a whole. They route each distinct context once, group the requests by fusion
+weights, run what requests of a group begin with once, run the batches, and return the answers in the order of the
+requests. No answer depends on the other requests, on their order, or on the batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.plan import Group, batches, plan
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
+from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
+
+Progress = Callable[[int], None]
+"""It is called with the number of requests that were answered since the last call."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A request for log p(continuation | context), token by token.
+
+    `routed_on` are the tokens that the router reads; None means the context. `task` is the request's true task, which
+    is needed only where the twin's routing is `task`.
+    """
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    routed_on: Sequence[int] | None = None
+    task: str | None = None
+
+
+class Scored(NamedTuple):
+    """The answer to a `Score`.
+
+    `log_probs` are the natural logarithms of the continuation's token probabilities, (tokens,) on the CPU: float32, or
+    float64 where the model is. `greedy` says whether every token is the most probable one.
+    """
+
+    log_probs: Tensor
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Generate:
+    """A request for texts that continue a prompt.
+
+    `completions` texts are generated, of at most `max_new_tokens` tokens each. `decoding` chooses their tokens. Text
+    number n is drawn from the seed "`seed`/n". `task` is the request's true task, which is needed only where the twin's
+    routing is `task`.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    decoding: Decoding = field(default_factory=Sampling)
+    completions: int = 1
+    seed: str = ""
+    task: str | None = None
+
+
+@torch.no_grad()
+def score(
+    twin: TwinCausalLM,
+    requests: Sequence[Score],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    fusion_weights: Tensor | None = None,
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """Return the answer to each request, in order. Requests with equal inputs and weights share one forward.
+
+    Args:
+        twin: the twin that answers.
+        requests: the requests.
+        batch_size: the largest number of rows in a forward.
+        max_length: the number of tokens of an input; by default the twin's. Of a longer input the last are kept.
+        fusion_weights: (requests, experts), used in place of the router's.
+        progress: reports answered requests.
+
+    Raises:
+        InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
+            or a missing task.
+    """
+    if not requests:
+        return []
+    window = max_length or twin.max_length
+    for request in requests:
+        twin.check_tokens(request.context)
+        twin.check_tokens(request.continuation, "continuation")
+        if len(request.continuation) > window:
+            raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
+    contexts = [request.context if request.routed_on is None else request.routed_on for request in requests]
+    weights = _routed(twin, [ids[-window:] for ids in contexts], requests, fusion_weights, batch_size)
+    inputs = [(*request.context, *request.continuation)[-window - 1 : -1] for request in requests]
+    asked = [len(request.continuation) for request in requests]
+    askers = _same(inputs, weights)
+    # A prefix ends before the first position whose logits some request needs.
+    starts = {row: len(inputs[row]) - max(asked[asker] for asker in own) for row, own in askers.items()}
+    scores: dict[int, Scored] = {}
+    for batch, prefix in _prefixed(twin, weights, inputs, starts, batch_size):
+        kept = sorted({position for row in batch.rows for position in range(starts[row], len(inputs[row]))})
+        rest = [inputs[row][prefix.length :] for row in batch.rows]
+        logits = twin.logits(rest, [position - prefix.length for position in kept], batch, weights, prefix)
+        place = {position: index for index, position in enumerate(kept)}
+        for row, row_logits in zip(batch.rows, logits, strict=True):
+            length = len(inputs[row])
+            for asker in askers[row]:
+                at = [place[position] for position in range(length - asked[asker], length)]
+                scores[asker] = _scored(row_logits[at], requests[asker].continuation)
+            if progress:
+                progress(len(askers[row]))
+    return [scores[row] for row in range(len(requests))]
+
+
+@torch.no_grad()
+def generate(
+    twin: TwinCausalLM,
+    requests: Sequence[Generate],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    fusion_weights: Tensor | None = None,
+    log_probs: bool = True,
+    progress: Progress | None = None,
+) -> list[list[Completion]]:
+    """Return the completions of each request, in order. Requests with equal decodings and lengths share batches.
+
+    Args:
+        twin: the twin that answers.
+        requests: the requests.
+        batch_size: the largest number of rows in a forward. Every completion is a row.
+        max_length: the number of tokens of a prompt and its completion; by default the twin's.
+        fusion_weights: (requests, experts), used in place of the router's.
+        log_probs: whether to return log-probabilities. Without them no logits are kept, which saves memory.
+        progress: reports answered requests.
+
+    Raises:
+        InputError: an empty prompt, no token to generate, a prompt and completion over `max_length`, a token outside
+            the vocabulary, or a missing task.
+    """
+    if not requests:
+        return []
+    window = max_length or twin.max_length
+    for request in requests:
+        _check_prompt(twin, request, window)
+    weights = _routed(twin, [request.prompt for request in requests], requests, fusion_weights, batch_size)
+    kinds: dict[tuple[int, Decoding], list[int]] = {}
+    for row, request in enumerate(requests):
+        kinds.setdefault((request.max_new_tokens, request.decoding), []).append(row)
+    answers: dict[int, list[Completion]] = {}
+    for (steps, decoding), rows in kinds.items():
+        largest = takes_largest(decoding.options(twin.tokenizer, [""], 1), twin.model.generation_config)
+        found = (
+            _one_token_each(twin, requests, rows, weights, batch_size)
+            if steps == 1 and largest
+            else _texts(twin, requests, rows, weights, batch_size, log_probs)
+        )
+        for row, completions in found:
+            answers[row] = completions
+            if progress:
+                progress(1)
+    return [answers[row] for row in range(len(requests))]
+
+
+def _one_token_each(
+    twin: TwinCausalLM, requests: Sequence[Generate], rows: Sequence[int], weights: Tensor, batch_size: int
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Yield some requests' completions of one token. They take one forward, so the prompts can share prefixes.
+
+    All `rows` have the same decoding.
+    """
+    prompts = [request.prompt for request in requests]
+    ends = end_tokens(twin.model.generation_config, twin.tokenizer)
+    limits = {row: len(prompts[row]) - 1 for row in rows}
+    for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
+        logits = twin.last_logits([prompts[row][prefix.length :] for row in batch.rows], batch, weights, prefix)
+        counts = torch.tensor([requests[row].completions for row in batch.rows], device=logits.device)
+        seeds = [seed for row in batch.rows for seed in _seeds(requests[row])]
+        options = requests[batch.rows[0]].decoding.options(twin.tokenizer, seeds, max(map(len, prompts)))
+        found = iter(picked(logits.repeat_interleave(counts, dim=0), options, ends))
+        for row in batch.rows:
+            yield row, [next(found) for _ in range(requests[row].completions)]
+
+
+def _texts(
+    twin: TwinCausalLM,
+    requests: Sequence[Generate],
+    rows: Sequence[int],
+    weights: Tensor,
+    batch_size: int,
+    log_probs: bool,
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Yield some requests' completions of several tokens. All `rows` have the same number of tokens and decoding.
+
+    No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
+    the rest of its prompt, where a model with a window of attention counts it.
+    """
+    asking = [row for row in rows for _ in range(requests[row].completions)]
+    seeds = [seed for row in rows for seed in _seeds(requests[row])]
+    prompts = [requests[row].prompt for row in asking]
+    steps, decoding = requests[rows[0]].max_new_tokens, requests[rows[0]].decoding
+    ends = end_tokens(twin.model.generation_config, twin.tokenizer)
+    own = weights[asking]
+    waiting: dict[int, dict[int, Completion]] = {row: {} for row in rows}
+    for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(asking)), 0), batch_size, steps):
+        inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
+        length = inputs["input_ids"].shape[1]
+        options = decoding.options(twin.tokenizer, [seeds[place] for place in batch.rows], length)
+        wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs}
+        output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
+        found = completed(output, length, ends, twin.tokenizer.pad_token_id)
+        for place, completion in zip(batch.rows, found, strict=True):
+            row = asking[place]
+            waiting[row][place] = completion
+            if len(waiting[row]) == requests[row].completions:
+                yield row, [waiting[row][place] for place in sorted(waiting[row])]
+
+
+def _seeds(request: Generate) -> list[str]:
+    return [f"{request.seed}/{number}" for number in range(request.completions)]
+
+
+def _check_prompt(twin: TwinCausalLM, request: Generate, window: int) -> None:
+    if not len(request.prompt):
+        raise InputError("an empty prompt: nothing to continue or to route on")
+    twin.check_tokens(request.prompt, "prompt")
+    if request.max_new_tokens < 1 or request.completions < 1:
+        raise InputError(
+            f"{request.completions} completions of {request.max_new_tokens} tokens: ask for one of each at least"
+        )
+    if len(request.prompt) + request.max_new_tokens > window:
+        raise InputError(
+            f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} to generate; the model's window "
+            f"is {window}"
+        )
+
+
+def _routed(
+    twin: TwinCausalLM,
+    contexts: Sequence[Sequence[int]],
+    requests: Sequence[Score] | Sequence[Generate],
+    given: Tensor | None,
+    batch_size: int,
+) -> Tensor:
+    """Return the requests' fusion weights (requests, experts): the given ones, or those that the twin finds."""
+    if given is not None:
+        return twin.checked_weights(given, len(contexts))
+    tasks = [request.task for request in requests if request.task is not None]
+    named = tasks if len(tasks) == len(requests) else None
+    return twin.route_all([tokens(ids) for ids in contexts], named, batch_size=batch_size)
+
+
+def _same(inputs: Sequence[tuple[int, ...]], weights: Tensor) -> dict[int, list[int]]:
+    """Return, for the first row with each combination of input and weights, all rows with that combination."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for row, key in enumerate(weights.tolist()):
+        found.setdefault((inputs[row], tuple(key)), []).append(row)
+    return {rows[0]: rows for rows in found.values()}
+
+
+def _prefixed(
+    twin: TwinCausalLM,
+    weights: Tensor,
+    inputs: Sequence[Sequence[int]],
+    limits: Mapping[int, int],
+    batch_size: int,
+    steps: int = 0,
+) -> Iterator[tuple[Group, Prefix]]:
+    """Yield the batches of a plan, each with the prefix that its rows share.
+
+    A prefix is run before the first of its batches. It is kept until the last of them.
+
+    Args:
+        twin: the twin that runs the prefixes.
+        weights: (N, experts).
+        inputs: N rows of tokens.
+        limits: the rows to run, and the number of each one's tokens that a prefix may contain.
+        batch_size: the largest number of rows in a batch.
+        steps: the number of tokens to generate for each row.
+    """
+    rows = sorted(limits)
+    may = limits if twin.shares_prefixes else dict.fromkeys(limits, 0)
+    lengths = {row: len(inputs[row]) for row in rows}
+    for group in plan(weights, lengths, twin.costs, rows=rows, steps=steps, batch_size=batch_size):
+        for shared in shared_in_group(group, weights, inputs, may):
+            prefix = NO_PREFIX
+            if shared.length:
+                first = Group(shared.rows[:1], group.weights)
+                prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
+            rest = {row: lengths[row] - shared.length for row in shared.rows}
+            alike = Group(shared.rows, group.weights)
+            for batch in batches(alike, rest, batch_size, steps=steps, overhead=twin.batch_overhead):
+                yield batch, prefix
+
+
+def _scored(logits: Tensor, continuation: Sequence[int]) -> Scored:
+    """Return the score of a continuation under the logits (tokens, vocabulary) that predict it."""
+    asked = torch.tensor(list(continuation), device=logits.device)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, asked[:, None])[:, 0]
+    return Scored(log_probs.cpu(), bool((logits.argmax(dim=-1) == asked).all()))
