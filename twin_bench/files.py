@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from twin_bench.errors import InputError, first_line
 
@@ -28,11 +28,18 @@ _log = logging.getLogger(__name__)
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Write a file atomically: it is there whole or not at all, also after a power failure."""
+    with write_stream(file) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def write_stream(file: Path) -> Iterator[BinaryIO]:
+    """Give a stream whose bytes become the file at the end of the block, atomically; nothing is left after an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
