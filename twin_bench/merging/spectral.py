@@ -96,3 +96,8 @@ def polar(columns: Tensor, name: str) -> Tensor:
     """
     U, _, V = svd(columns, name, above=max(columns.shape) * torch.finfo(torch.float32).eps)
     return (U @ V.T).to(columns)  # U's and V's own precision depends on their rank
+
+
+def isotropic(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """Return mean(S) U V^T (m, n) of U (m, r), S (r), V (n, r); zeros where r is 0, as when experts cancel."""
+    return (S.sum() / max(len(S), 1)) * (U @ V.T)

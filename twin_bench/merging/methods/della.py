@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.merging.methods.dare import draws
+from twin_bench.merging.drawing import draws
 from twin_bench.merging.methods.ties import ties
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
 from twin_bench.merging.task_vectors import TaskVectors

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from twin_bench.merging.registry import SCALINGS, merge_method
-from twin_bench.merging.spectral import merged_by_matrix, svd
+from twin_bench.merging.spectral import isotropic, merged_by_matrix, svd
 from twin_bench.merging.task_vectors import TaskVectors
 
 
@@ -28,8 +28,3 @@ def iso_c(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
         return isotropic(*svd(taus.sum(dim=0), name, above=rounding))
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
-
-
-def isotropic(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """Return mean(S) U V^T (m, n) of U (m, r), S (r), V (n, r); zeros where r is 0, as when experts cancel."""
-    return (S.sum() / max(len(S), 1)) * (U @ V.T)

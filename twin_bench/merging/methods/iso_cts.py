@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.merging.linear_algebra import rows_of
-from twin_bench.merging.methods.iso_c import isotropic
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
-from twin_bench.merging.spectral import merged_by_matrix, polar, svd
+from twin_bench.merging.spectral import isotropic, merged_by_matrix, polar, svd
 from twin_bench.merging.task_vectors import TaskVectors
 
 

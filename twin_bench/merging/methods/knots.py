@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from twin_bench.merging.elections import disjoint_mean, trim, trim_thresholds
 from twin_bench.merging.linear_algebra import product, rows_of
-from twin_bench.merging.methods.ties import disjoint_mean, trim, trim_thresholds
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
 from twin_bench.merging.spectral import decompose, rounding, sketch_size
 from twin_bench.merging.task_vectors import TaskVectors

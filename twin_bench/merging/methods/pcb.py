@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.merging.methods.ties import kth_largest
+from twin_bench.merging.order_statistics import kth_largest
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
 from twin_bench.merging.task_vectors import TaskVectors
 
