@@ -12,10 +12,10 @@ from twin_bench.merging.task_vectors import TaskVectors
 
 
 def drop_and_rescale(vectors: TaskVectors, density: float, seed: int) -> TaskVectors:
-    """Keep each entry with probability `density` and divide what is kept by it.
+    """Keep each entry with probability `density`, and divide kept entries by `density`.
 
-    The draw of a tensor depends on the seed, its name and the expert's name alone: neither the order of
-    experts nor of parameters changes it, and reading it twice gives the same.
+    The draws of a tensor depend on the seed, its name and the expert's name alone. They do not depend on the order of
+    experts or parameters, and a second read draws the same.
     """
     require_fraction("dare", "density", density)
 
@@ -27,7 +27,7 @@ def drop_and_rescale(vectors: TaskVectors, density: float, seed: int) -> TaskVec
 
 
 def draws(seed: int, task: str, name: str, shape: torch.Size) -> Tensor:
-    """Return uniform draws from [0, 1) that depend on nothing but these arguments."""
+    """Return uniform draws from [0, 1) that depend on these arguments alone."""
     digest = hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.rand(shape, generator=generator)

@@ -10,20 +10,20 @@ from twin_bench.merging.task_vectors import TaskVectors
 
 
 def trim(taus: Tensor, thresholds: Tensor) -> Tensor:
-    """Return (T, *shape) `taus`, changed in place: 0 for each expert's entries of a magnitude below its threshold."""
+    """Return (T, *shape) `taus`, changed in place: an expert's entries below its threshold in magnitude become 0."""
     for tau, threshold in zip(taus, thresholds, strict=True):
         tau.masked_fill_(tau.abs().to(torch.float32) < threshold, 0.0)
     return taus
 
 
 def disjoint_mean(taus: Tensor) -> Tensor:
-    """Return the mean over dim 0 of the entries whose sign is that of the sum; 0 where none is left.
+    """Return the mean over dim 0 of the entries that have the sign of the sum; 0 if there is none.
 
     The other entries of `taus` become 0.
     """
     elected = taus.sum(dim=0).sign()
     total, count = torch.zeros_like(elected), torch.zeros_like(elected)
-    for tau in taus:  # one at a time: temporaries of all of them would double the memory
+    for tau in taus:  # one at a time: temporaries for all would double the memory
         agree = tau * elected > 0
         count += agree
         total += tau.masked_fill_(~agree, 0.0)
@@ -33,7 +33,7 @@ def disjoint_mean(taus: Tensor) -> Tensor:
 def trim_thresholds(vectors: TaskVectors, density: float) -> Tensor:
     """Return, for each expert, the magnitude of its int(density * d)-th largest entry over the whole model.
 
-    d counts the entries of `vectors`, which need not have the base's shapes. Where all are kept, the thresholds are 0.
+    d is the number of entries of `vectors`, which need not have the base's shapes. With density 1 the thresholds are 0.
     """
     if density == 1:
         return torch.zeros(len(vectors.experts))

@@ -11,18 +11,21 @@ from twin_bench.merging.task_vectors import TaskVectors
 
 
 def kth_largest(vectors: TaskVectors, *ranks: int) -> list[Tensor]:
-    """Return, for each of `ranks` (1 is the largest), that entry of each expert's whole model, (T,) in float32."""
+    """Return, for each of `ranks` (1 is the largest), that entry of each expert's whole model: (T,) in float32."""
     return order_statistics(vectors, lambda entries: entries, lambda total: ranks)
 
 
 def order_statistics(
     vectors: TaskVectors, of: Callable[[Tensor], Tensor], ranks_of: Callable[[int], Sequence[int]]
 ) -> list[Tensor]:
-    """Return `of` each expert's entries (T,) at the ranks that `ranks_of` names of their number; 0 of no entries.
+    """Return, for each rank, that entry of each expert's whole model: (T,) in float32.
 
-    Two passes over the parameters and no copy of the model: the bit patterns of float32 numbers, those of
-    negative ones flipped, are ordered as the numbers are, so a histogram of the upper 16 bits finds the
-    entry's bin and one of the lower 16 bits its exact value.
+    `of` is applied to the entries first. `ranks_of` returns the ranks (1 is the largest) from the number of entries.
+    Without entries every result is 0.
+
+    The search takes two passes over the parameters and no copy of the model. The bit patterns of float32 numbers are
+    ordered as the numbers are, if those of negative numbers are flipped. A histogram of the upper 16 bits finds the
+    entry's bin, and a histogram of the lower 16 bits finds its exact value.
     """
     upper = torch.zeros(len(vectors.experts), 1 << 16, dtype=torch.int64)
     for row, bits in _ordered_bits(vectors, of):
@@ -45,11 +48,11 @@ def order_statistics(
 
 
 def _ordered_bits(vectors: TaskVectors, of: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Yield each expert's row and `of` a parameter's entries, one expert's at a time, as integers in their order."""
+    """Yield an expert's row and `of` its entries of one parameter, as integers in the entries' order."""
     for name in vectors.floating():
         for row, entries in enumerate(vectors[name]):
             yield row, _flip_negatives(of(entries).to(torch.float32).flatten().view(torch.int32))
-        del entries  # a view, which would hold these task vectors while the next ones are read
+        del entries  # a view, which would keep these task vectors in memory while the next ones are read
 
 
 def _flip_negatives(bits: Tensor) -> Tensor:

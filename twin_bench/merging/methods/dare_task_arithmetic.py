@@ -22,5 +22,5 @@ from twin_bench.merging.task_vectors import TaskVectors
 def dare_task_arithmetic(
     vectors: TaskVectors, *, scaling: float = 0.3, density: float = 0.3, seed: int = 0
 ) -> Mapping[str, Tensor]:
-    """Task arithmetic on tau_t * Bernoulli(density) / density; the paper's drop rate is 1 - density."""
+    """theta_0 + scaling * sum_t tau_t * Bernoulli(density) / density; the paper's drop rate is 1 - density."""
     return task_arithmetic(drop_and_rescale(vectors, density, seed), scaling=scaling)

@@ -22,9 +22,9 @@ from twin_bench.merging.task_vectors import TaskVectors
 def dare_ties(
     vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.3, trim: float = 1.0, seed: int = 0
 ) -> Mapping[str, Tensor]:
-    """TIES' sign election and disjoint mean on tau_t * Bernoulli(density) / density.
+    """theta_0 + scaling * disjoint_mean_t(tau_t * Bernoulli(density) / density), with the sign election of TIES.
 
-    The random drop takes the place of TIES' trimming, as in peft and mergekit; the authors' code trims as
-    well, which `trim` (the fraction TIES keeps after the drop) gives back.
+    The random drop replaces the trimming of TIES, as in peft and mergekit. The authors' code trims as well. The option
+    `trim` does that: it is the fraction that TIES keeps after the drop.
     """
     return ties(drop_and_rescale(vectors, density, seed), scaling=scaling, density=trim)

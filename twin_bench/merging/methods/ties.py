@@ -15,11 +15,11 @@ from twin_bench.merging.task_vectors import TaskVectors
 def ties(vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.2) -> Mapping[str, Tensor]:
     """theta_0 + scaling * the mean of the trimmed task vectors' entries that agree with the elected sign.
 
-    Each task vector keeps its `density` largest entries by magnitude *over the whole model*, as in the
-    paper and its code; peft and mergekit trim each tensor by itself, so the three agree on a model of one
-    tensor. The sign of an entry is that of the trimmed vectors' sum; where the sum is exactly 0 the entry
-    is dropped (the authors' code gives it the model's majority sign; peft drops it too). The mean is over
-    the entries that agree, as in the paper: two large peers take the sum instead.
+    Each task vector keeps its `density` largest entries by magnitude *over the whole model*, as in the paper and the
+    authors' code. peft and mergekit trim each tensor separately, so the three agree on a model of one tensor. The sign
+    of an entry is that of the trimmed vectors' sum. If the sum is exactly 0 the entry is dropped, as in peft; the
+    authors' code gives it the model's majority sign. The mean is over the entries that agree, as in the paper; two
+    large libraries take the sum instead.
     """
     require_fraction("ties", "density", density)
     thresholds = trim_thresholds(vectors, density)
