@@ -17,9 +17,10 @@ that is tied to the embeddings uses the embeddings' factors.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +34,14 @@ class Fusion:
     `weights` is (experts,) in the mode `fused` and (batch, experts) in the mode `rows`. `bias_weights` has the same
     shape and applies to biases. It differs from `weights` only under the protocol paper, which takes all biases from
     the true task's expert.
+
+    A model is in one mode at a time. The blocks of `shared`, `fuse` and `per_row` therefore hold a lock: another thread
+    waits until the block ends. A thread may open one block inside another.
     """
 
     def __init__(self, experts: int) -> None:
         self.experts = experts
+        self._lock = threading.RLock()
         self.mode: Literal["shared", "fused", "rows"] = "shared"
         self.weights: Tensor | None = None
         self.bias_weights: Tensor | None = None
@@ -45,18 +50,24 @@ class Fusion:
         self._columns: dict[tuple[int, ...], Columns] = {}
 
     @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Run the block with the shared expert alone."""
+        with self._running("shared", None, None):
+            yield
+
+    @contextmanager
     def fuse(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
         """Run the block with weights (experts,) fused into every layer.
 
         The fused weights are kept, and computed again only for other weights.
         """
         bias_weights = weights if bias_weights is None else bias_weights
-        if self._fused is None or not all(map(torch.equal, self._fused, (weights, bias_weights))):
-            self._fused = None
-            for layer in self.layers:
-                layer.fuse(weights, bias_weights)
-            self._fused = (weights.clone(), bias_weights.clone())
         with self._running("fused", weights, bias_weights):
+            if self._fused is None or not all(map(torch.equal, self._fused, (weights, bias_weights))):
+                self._fused = None
+                for layer in self.layers:
+                    layer.fuse(weights, bias_weights)
+                self._fused = (weights.clone(), bias_weights.clone())
             yield
 
     @contextmanager
@@ -95,14 +106,23 @@ class Fusion:
 
     @contextmanager
     def _running(
-        self, mode: Literal["fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
+        self, mode: Literal["shared", "fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
     ) -> Iterator[None]:
-        before = self.mode, self.weights, self.bias_weights, self._columns
-        self.mode, self.weights, self.bias_weights, self._columns = mode, weights, bias_weights, {}
-        try:
-            yield
-        finally:
-            self.mode, self.weights, self.bias_weights, self._columns = before
+        with self._lock:
+            before = self.mode, self.weights, self.bias_weights, self._columns
+            self.mode, self.weights, self.bias_weights, self._columns = mode, weights, bias_weights, {}
+            try:
+                yield
+            finally:
+                self.mode, self.weights, self.bias_weights, self._columns = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, which can be neither copied nor pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state without a lock, and make a new one."""
+        self.__dict__.update(state, _lock=threading.RLock())
 
 
 class Columns(NamedTuple):
