@@ -23,6 +23,9 @@ from twin_bench.errors import InputError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+DECISIVE = (".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+"""The suffixes of a model folder's files that can decide an answer: weights, configs, tokenizers, code."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +97,7 @@ def read_record(file: Path, *, format_number: int) -> dict[str, Any] | None:
         _warn_damaged(file, first_line(error))
         return None
     if not isinstance(stored, dict) or stored.get("format") != format_number:
+        _log.info("%s: not of format %s; its content is computed again", file, format_number)
         return None
     content = stored.get("content")
     if not isinstance(content, dict) or stored.get("sha256") != digest(content):
@@ -194,11 +198,11 @@ def digest_file(file: Path) -> str:
 
 
 def digest_files(path: Path) -> str:
-    """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
-    )
-    return digest([f"{file.name}:{digest_file(file)}" for file in files])
+    """Return one sha256 of a file, or of the weights, configs, tokenizer files and rows in a folder and below it."""
+    if path.is_file():
+        return digest([f"{path.name}:{digest_file(path)}"])
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in DECISIVE)
+    return digest([f"{file.relative_to(path).as_posix()}:{digest_file(file)}" for file in files])
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
