@@ -42,7 +42,7 @@ ENDS := oldest newest
 test-versions: $(ENDS:%=versions-%) ## test both ends of the ranges
 
 $(ENDS:%=versions-%): versions-%: .venv-%/.versions
-	.venv-$*/bin/python -m pytest -m versions
+	.venv-$*/bin/python -m pytest -m 'versions and not slow'
 
 .venv-oldest/.versions: OPTIONS := -c constraints/oldest.txt
 $(ENDS:%=.venv-%/.versions): .venv-%/.versions: pyproject.toml constraints/oldest.txt

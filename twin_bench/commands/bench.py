@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print a table and write the JSON; InputError for a twin or rows that are not there."""
+    """Measure, print a table and write the JSON. Raises InputError if the twin or its rows are missing."""
     import json
 
     from rich.console import Console

@@ -1,10 +1,10 @@
 """The tasks' metrics and their standard errors.
 
-GLUE's `score` and `standard_error` are in points: 0 to 100, and down to -100 for the correlations. Scores are those of
-scikit-learn and scipy. Bootstrapped errors compute the same metrics for all draws at once, from counts.
+GLUE's `score` and `standard_error` are in points: from 0 to 100, and down to -100 for the correlations. Scores are
+those of scikit-learn and scipy. Bootstrapped errors compute the same metrics for all draws at once, from counts.
 
-A class is any integer. An answer that is none of the task's labels (the routed protocol can choose a head that lacks
-them) is a class of its own that never equals a reference.
+A class is any integer. Under the routed protocol an answer may be no label of the task, because the chosen head lacks
+it. Such an answer counts as a class of its own that never equals a reference.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Array = NDArray[np.float64]
 def score(metric: str, references: Sequence[float], predictions: Sequence[float]) -> float:
     """Return the score in points.
 
-    `metric` is `mcc` (Matthews correlation, any number of classes), `acc`, `acc_f1` (mean of accuracy and the
-    F1 of class 1) or `pearson_spearman` (mean of the two correlations). `references` holds a label for each
-    row, `predictions` a predicted class, or a number for `pearson_spearman`.
+    `metric` is `mcc` (Matthews correlation, any number of classes), `acc`, `acc_f1` (mean of accuracy and the F1 of
+    class 1) or `pearson_spearman` (mean of the two correlations). `references` holds a label for each row.
+    `predictions` holds a predicted class, or a number for `pearson_spearman`.
 
-    A correlation (Matthews' too) with constant references or predictions is 0, not NaN, as is the F1 of a
-    class that is neither there nor predicted. Raises ValueError for an unknown metric, no rows, lists of
-    different lengths, or numbers that are not finite.
+    A correlation (Matthews' too) with constant references or predictions is 0, not NaN. The F1 of a class that occurs
+    in neither list is 0 too. Raises ValueError for an unknown metric, no rows, lists of different lengths, or numbers
+    that are not finite.
     """
     references_, predictions_ = _prepare(metric, references, predictions)
     return float(100 * _SCORES[metric](references_, predictions_))
@@ -44,9 +44,9 @@ def standard_error(
 ) -> float:
     """Return the standard error of `score` over draws of the rows, in the same points.
 
-    Accuracy has the closed form sqrt(p (1 - p) / (n - 1)); the others are bootstrapped: the standard
-    deviation of the score over `resamples` draws of n rows with replacement, the same for the same `seed`.
-    One row alone gives 0. Arguments and errors as for `score`.
+    Accuracy has the closed form sqrt(p (1 - p) / (n - 1)). The other metrics are bootstrapped: the error is the
+    standard deviation of the score over `resamples` draws of n rows with replacement. It is the same for the same
+    `seed`. A single row gives 0. Arguments and errors are those of `score`.
     """
     samples = _prepare(metric, references, predictions)
     rows = samples.shape[1]
@@ -66,7 +66,7 @@ def standard_error(
 
 
 def rouge_2(reference: str, prediction: str) -> float:
-    """Return the F1 of shared bigrams, 0 to 1, words stemmed: ROUGE-2 as HELM takes it (Lin 2004; rouge-score)."""
+    """Return ROUGE-2 as HELM computes it: the F1 of shared bigrams, 0 to 1, words stemmed (Lin 2004; rouge-score)."""
     from rouge_score import rouge_scorer
 
     scorer = rouge_scorer.RougeScorer(["rouge2"], use_stemmer=True)
@@ -74,18 +74,18 @@ def rouge_2(reference: str, prediction: str) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean of rows' own scores."""
+    """Return the mean of the rows' scores."""
     return float(np.mean(np.asarray(values, dtype=np.float64)))
 
 
 def mean_standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of `mean` over draws of the rows: s / sqrt(n); one row alone gives 0."""
+    """Return the standard error of `mean` over draws of the rows: s / sqrt(n). A single row gives 0."""
     sample = np.asarray(values, dtype=np.float64)
     return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
 def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> Array:
-    """Return (2, n) references over predictions; ValueError for what no metric can be computed of."""
+    """Return (2, n): references over predictions. Raises ValueError for input that no metric is defined for."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     if len(references) != len(predictions) or len(references) == 0:
@@ -98,7 +98,7 @@ def _prepare(metric: str, references: Sequence[float], predictions: Sequence[flo
 
 def _matthews_correlation(references: Array, predictions: Array) -> float:
     if len(np.unique([references, predictions])) < 2:
-        return 0.0  # as scikit-learn has it, which warns
+        return 0.0  # scikit-learn returns 0 too, with a warning
     return float(matthews_corrcoef(references, predictions))
 
 
@@ -109,7 +109,7 @@ def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
 
 def _mean_of_correlations(references: Array, predictions: Array) -> float:
     if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
-        return 0.0  # scipy's is NaN
+        return 0.0  # scipy returns NaN
     return float(pearsonr(references, predictions).statistic + spearmanr(references, predictions).statistic) / 2
 
 
@@ -122,8 +122,10 @@ _SCORES: dict[str, Callable[[Array, Array], float]] = {
 METRICS: tuple[str, ...] = tuple(_SCORES)
 
 Resampled = Callable[[Array, Array], Array]
-"""From samples (2, n), references over predictions, and weights (draws, n), how often each row counts in each draw, to
-one value a draw, (draws,)."""
+"""A metric of all draws at once: (samples, weights) -> (draws,).
+
+samples (2, n) are references over predictions. weights (draws, n) say how often each row is in each draw.
+"""
 
 
 def _accuracy(samples: Array, weights: Array) -> Array:
@@ -156,7 +158,7 @@ def _pearson_spearman(samples: Array, weights: Array) -> Array:
 
 
 def _pearson(x: Array, y: Array, weights: Array) -> Array:
-    """Correlate x and y, each (n,) or (draws, n)."""
+    """Return the correlation of x and y, each (n,) or (draws, n), in each draw: (draws,)."""
     x, y = _standardised(x), _standardised(y)
 
     def mean(values: Array) -> Array:
@@ -164,7 +166,7 @@ def _pearson(x: Array, y: Array, weights: Array) -> Array:
 
     mean_x, mean_y = mean(x), mean(y)
     spread_x, spread_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
-    # After standardising, less than this is a draw of equal values and its rounding.
+    # After standardising, a smaller spread is the rounding error of a draw of equal values.
     varies = np.minimum(spread_x, spread_y) > 1e-12
     return _ratio(mean(x * y) - mean_x * mean_y, np.sqrt(np.where(varies, spread_x * spread_y, 0)))
 
@@ -176,7 +178,7 @@ def _standardised(x: Array) -> Array:
 
 
 def _ranks(x: Array, weights: Array) -> Array:
-    """Return each value's average rank within each draw, (draws, n): rows drawn twice are ties."""
+    """Return each value's average rank within each draw, (draws, n). A row that is drawn twice is a tie."""
     _, group = np.unique(x, return_inverse=True)
     counts = np.zeros((len(weights), group.max() + 1))
     np.add.at(counts.T, group, weights.T)
@@ -193,4 +195,4 @@ RESAMPLED: dict[str, Resampled] = {
     "acc_f1": _accuracy_f1,
     "pearson_spearman": _pearson_spearman,
 }
-"""Each metric of all draws at once. A draw in which every row counts once gives the metric's score."""
+"""Each metric of all draws at once. A draw that holds every row once gives the metric's score."""

@@ -88,7 +88,7 @@ def train(task: str, seed: int, progress: Progress) -> tuple[Any, Any]:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Write the adapter's two files, the config with its lists in a fixed order."""
+    """Write the adapter's two files. The lists in the config are sorted."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as unfinished:
         model.save_pretrained(unfinished, save_embedding_layers=False)  # "auto" would ask the hub
