@@ -93,7 +93,7 @@ def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
     layers = {
         f"{path}.weight.T" if isinstance(module, Conv1D) else f"{path}.weight": module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names  # a tied output layer is not
+        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names  # leaves out a tied output layer
     }
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}

@@ -32,7 +32,7 @@ def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
         tasks = [svd(tau, name, above=rounding, most=kept) for tau in taus]
         U, S, V = (torch.cat(factors, dim=-1) for factors in zip(*tasks, strict=True))
         del tasks
-        if 4 * len(S) > min(taus.shape[1:]):  # each SVD may be float64 where their concatenation is too large for it
+        if 4 * len(S) > min(taus.shape[1:]):  # one task's factors may be float64, all tasks' take too much memory
             U, S, V = U.to(taus), S.to(taus), V.to(taus)
         U = polar(U, name)
         V = polar(V, name)
