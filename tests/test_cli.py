@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -192,11 +193,42 @@ def test_a_bug_keeps_its_traceback() -> None:
         cli.reporting_errors(lambda: print(1 / 0))
 
 
-def test_an_interrupt_while_a_command_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+@pytest.mark.parametrize("swallow", ["raise", "raise ImportError('twice')", "raise OSError('closed')"])
+def test_an_interrupt_while_a_command_is_imported(swallow: str, tmp_path: Path) -> None:
+    code = f"""
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except BaseException:
+    {swallow}
+"""
+    (tmp_path / "slow.py").write_text(code)
     code = "import sys, twin_bench.cli as cli\ncli.COMMANDS = {'slow': 'slow'}\nsys.exit(cli.main(['slow']))"
     done = python("-c", code, path=[tmp_path])
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_an_interrupt_while_a_command_works_lets_it_clean_up() -> None:
+    code = """
+import os, signal, sys, time, types, twin_bench.cli as cli
+def run(options):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+sys.modules["works"] = types.SimpleNamespace(SUMMARY="", add_arguments=lambda parser: None, run=run)
+cli.COMMANDS = {"works": "works"}
+sys.exit(cli.main(["works"]))
+"""
+    done = python("-c", code)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "cleaned up\n")
+
+
+def test_the_usual_handler_of_interrupts_is_put_back() -> None:
+    assert cli.main(["--version"]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_verbose_and_quiet() -> None:
@@ -226,11 +258,32 @@ cli.main(["said", *sys.argv[1:]])
         assert done.stdout == f"{bars}\n"
 
 
-def test_very_verbose_shows_where_an_error_was_raised() -> None:
-    plain, verbose = (
-        python("-m", "twin_bench", "build", "no.yaml", "x"),
-        python("-m", "twin_bench", "-vv", "build", "no.yaml", "x"),
-    )
+@pytest.mark.parametrize("place", ["-vv wave", "wave -vv"])
+def test_very_verbose_shows_where_an_error_was_raised(place: str) -> None:
+    code = """
+import sys, types, twin_bench.cli as cli
+from twin_bench.errors import InputError
+def run(options):
+    raise InputError("no such file")
+sys.modules["wave"] = types.SimpleNamespace(SUMMARY="", add_arguments=lambda parser: None, run=run)
+cli.COMMANDS = {"wave": "wave"}
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    plain, verbose = python("-c", code, "wave"), python("-c", code, *place.split())
     assert plain.returncode == verbose.returncode == 2
-    assert "Traceback" not in plain.stderr
+    assert plain.stderr == "error: no such file\n"
+    assert verbose.stderr.startswith("error: no such file\n")
     assert "Traceback" in verbose.stderr
+    assert "in run" in verbose.stderr
+
+
+def test_very_verbose_shows_why_a_command_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "wave-1.dist-info").mkdir()
+    (tmp_path / "wave-1.dist-info" / "METADATA").write_text("Name: wave\nVersion: 1\n")
+    (tmp_path / "wave-1.dist-info" / "entry_points.txt").write_text("[twin_bench.commands]\nwave = broken_wave\n")
+    (tmp_path / "broken_wave.py").write_text("import one_that_is_missing")
+    done = python("-m", "twin_bench", "-vv", "wave", path=[tmp_path])
+    assert done.returncode == 2
+    assert "broken_wave.py" in done.stderr
+    assert "wave: the command can't be loaded from broken_wave (No module named 'one_that_is_missing')" in done.stderr
+    assert "Traceback" not in python("-m", "twin_bench", "wave", path=[tmp_path]).stderr

@@ -18,6 +18,8 @@ from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Score, score
 
+pytestmark = pytest.mark.versions
+
 CONTEXT = [*range(4, 24)]
 REQUESTS = [Score([*CONTEXT, 5 + row], [6, 7]) for row in range(3)]
 
@@ -48,10 +50,11 @@ def test_the_cache_goes_by_either_name() -> None:
     assert compat.cache_argument(lambda input_ids: None) is None
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gpt2"])
 def test_installed_models_share_prefixes_and_select_logits_without_a_word(
     kind: str, said: pytest.LogCaptureFixture
 ) -> None:
+    """Not OPT, whose logits transformers 4 can't select."""
     model = tiny_causal(kind)
     assert compat.prefix_argument(model) in compat.CACHE_ARGUMENTS
     assert compat.selects_logits(model)

@@ -9,15 +9,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"errors", "paths", "files", "config", "compat"},
+    {"errors", "paths", "files", "config", "compat", "console"},
     {"data"},
     {"checkpoints"},
-    {"merging"},
+    {"merging", "demo"},
     {"twin"},
     {"contenders"},
     {"adaptive"},
     {"leaderboard"},
-    {"bench", "demo", "cli", "__main__", "__init__"},
+    {"bench"},
+    {"commands", "doctor"},
+    {"cli", "__main__", "__init__"},
 )
 """From low to high: a package imports from its own layer and lower ones. `__init__` is twin_bench itself."""
 HEIGHT = {package: height for height, layer in enumerate(LAYERS) for package in layer}
@@ -66,7 +68,9 @@ def modules_imported(tree: ast.Module) -> set[str]:
 
 
 def package_of(module: str) -> str:
-    """Return which package of the core a module is in, or its own name directly under twin_bench."""
+    """Return which package of the core a module is in, or its own name: `python -m` runs a module named __main__."""
+    if module.endswith(".__main__"):
+        return "__main__"
     return module.split(".")[1] if "." in module else "__init__"
 
 

@@ -12,9 +12,10 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
+from twin_bench.console import reporting_errors
 from twin_bench.errors import InputError, first_line, nearest
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 COMMANDS: Mapping[str, str] = {
     "build": "twin_bench.commands.build",
     "merge": "twin_bench.commands.merge",
-    "leaderboard": "twin_bench.leaderboard.__main__",
-    "bench": "twin_bench.bench.__main__",
+    "leaderboard": "twin_bench.commands.leaderboard",
+    "bench": "twin_bench.commands.bench",
     "methods": "twin_bench.commands.methods",
     "tasks": "twin_bench.commands.tasks",
     "convert": "twin_bench.commands.convert",
@@ -62,34 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     return reporting_errors(lambda: _dispatch(given))
-
-
-def reporting_errors(run: Callable[[], None]) -> int:
-    """Run a command; return 0, 2 after an InputError or an OSError (one line on stderr), or 130 after an interrupt."""
-    try:
-        run()
-        sys.stdout.flush()
-    except InputError as error:
-        return _report(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        return _report(f"{error.filename}: {error.strerror}" if named else str(error))
-    return 0
-
-
-def _report(message: str) -> int:
-    """Print one line on stderr, and with -vv where it was raised; return 2."""
-    import logging
-
-    print(f"error: {message}", file=sys.stderr)
-    logging.getLogger(__name__).debug("where the error was raised:", exc_info=True)
-    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,6 +116,8 @@ def _dispatch(given: Sequence[str]) -> None:
         return
     if place == len(given):
         top.error("no command is named")
+    if options.verbose:
+        _show_messages(options.verbose)  # already of what is wrong with a command that can't be loaded
     name = given[place]
     command = _load(name)
     parser = _Parser(f"twin-bench {name}", command.SUMMARY)
@@ -159,16 +134,26 @@ def _run(name: str, command: Command, options: argparse.Namespace) -> None:
     import logging
     import time
 
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
-    messages = logging.StreamHandler()
-    messages.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("twin_bench"))
-    messages.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[messages])
+    _show_messages(options.verbose)
     if options.quiet:  # tqdm and huggingface_hub read these when they are imported
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     started = time.perf_counter()
     command.run(options)
     logging.getLogger(__name__).info("%s took %.1f s", name, time.perf_counter() - started)
+
+
+def _show_messages(verbose: int) -> None:
+    """Show log messages on stderr: everyone's warnings, and with -v and -vv what this project's packages say besides.
+
+    Nothing is changed where messages are shown already.
+    """
+    import logging
+
+    messages = logging.StreamHandler()
+    messages.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("twin_bench"))
+    messages.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, handlers=[messages])
 
 
 def _load(name: str) -> Command:

@@ -1,4 +1,4 @@
-"""Strict YAML: settings that are checked key by key, and paths that are found beside their file."""
+"""Strict YAML: settings whose keys and values are checked, and paths relative to the file that names them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
-    """A block of a YAML file: unknown keys are errors."""
+    """A block of settings in a YAML file. Unknown keys are errors, and settings can't be changed after reading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,7 +24,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 def parse(kind: type[SettingsType], raw: Any, source: str) -> SettingsType:
-    """Return `raw` checked as `kind`; what is wrong first becomes one line led by `source` and the key."""
+    """Return `raw` as settings of `kind`. InputError with the source and the key for the first thing that is wrong."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -44,7 +44,7 @@ def parse(kind: type[SettingsType], raw: Any, source: str) -> SettingsType:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Return a YAML file's mapping, environment variables expanded; InputError names file and line."""
+    """Return the mapping in a YAML file, with environment variables expanded. InputError that names file and line."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -59,13 +59,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def locate(path: Any, file: Path) -> Any:
-    """Return `path` as it lies beside `file` when it exists there, else as it was given."""
+    """Return `path` relative to the folder of `file` if it exists there, otherwise unchanged."""
     beside = file.parent / path if isinstance(path, str) else None
     return str(beside) if beside is not None and beside.exists() else path
 
 
 def with_models_located(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return a recipe whose base model and experts are taken from its own folder where they exist there."""
+    """Return a recipe with the paths of base model and experts located (see `locate`)."""
     if isinstance(raw.get("experts"), dict):
         raw["experts"] = {name: locate(path, file) for name, path in raw["experts"].items()}
     if "base_model" in raw:

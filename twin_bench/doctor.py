@@ -34,15 +34,16 @@ OPTIONAL = ("lm-eval", "crfm-helm", "datasets", "accelerate")
 """What only the harnesses need: lm-eval brings datasets and accelerate with it."""
 
 HELM_PLUGINS_SINCE = "0.5.12"
-AUTOLOAD = "twin_bench_lm_eval._autoload"
+LM_EVAL_ADAPTER = "twin_bench_lm_eval"
+AUTOLOAD = f"{LM_EVAL_ADAPTER}._autoload"
 """What the .pth file imports at an interpreter's start, and nobody else does."""
 
 PLUGIN_GROUPS = ("twin_bench.commands", "twin_bench.harnesses", "twin_bench.methods")
 """The entry-point groups through which the library finds its own parts and other people's plugins."""
 
 FOLDERS = {
-    "TWIN_BENCH_DATA": "tasks read their rows from the Hugging Face hub, and tests on real rows are left out",
-    "TWIN_BENCH_EXPERTS": "tests on real experts are left out",
+    "TWIN_BENCH_DATA": "lm-eval tasks read their rows from the Hugging Face hub, and suites that name it can't run",
+    "TWIN_BENCH_EXPERTS": "suites that name it can't run",
     "TWIN_BENCH_CACHE": "builds keep no router features, and converted models are in ~/.cache/twin-bench",
 }
 """The environment variables that name folders, and what holds where they are not set."""

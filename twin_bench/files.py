@@ -16,23 +16,33 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from twin_bench.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DECISIVE = (".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+"""The suffixes of a model folder's files that can decide an answer: weights, configs, tokenizers, code."""
+
 _log = logging.getLogger(__name__)
 
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Write a file atomically: it is there whole or not at all, also after a power failure."""
+    with write_stream(file) as stream:
+        stream.write(content)
+
+
+@contextmanager
+def write_stream(file: Path) -> Iterator[BinaryIO]:
+    """Give a stream whose bytes become the file at the end of the block, atomically; nothing is left after an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
@@ -87,6 +97,7 @@ def read_record(file: Path, *, format_number: int) -> dict[str, Any] | None:
         _warn_damaged(file, first_line(error))
         return None
     if not isinstance(stored, dict) or stored.get("format") != format_number:
+        _log.info("%s: not of format %s; its content is computed again", file, format_number)
         return None
     content = stored.get("content")
     if not isinstance(content, dict) or stored.get("sha256") != digest(content):
@@ -187,11 +198,11 @@ def digest_file(file: Path) -> str:
 
 
 def digest_files(path: Path) -> str:
-    """Return one sha256 of a file, or of the weights, configs and rows in a folder."""
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".bin"))
-    )
-    return digest([f"{file.name}:{digest_file(file)}" for file in files])
+    """Return one sha256 of a file, or of the weights, configs, tokenizer files and rows in a folder and below it."""
+    if path.is_file():
+        return digest([f"{path.name}:{digest_file(path)}"])
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in DECISIVE)
+    return digest([f"{file.relative_to(path).as_posix()}:{digest_file(file)}" for file in files])
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:

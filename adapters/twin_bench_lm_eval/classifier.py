@@ -81,17 +81,8 @@ class ClassifierTwin(ServedTwin):
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         self.batch_size = 32 if str(batch_size).startswith("auto") else positive("batch_size", batch_size)
         if twin is None:
-            if pretrained is None:
-                raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
-            twin = TwinClassifier.from_pretrained(
-                str(pretrained),
-                device=usable(device),
-                dtype=None if dtype == "auto" else dtype,
-                protocol=protocol or "standard",  # type: ignore[arg-type]
-                tolerance=tolerance,
-                trust_remote_code=trust_remote_code,
-            )
-            twin.feature_cache = named_directory()
+            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance}
+            twin = _loaded(pretrained, device, dtype, trust_remote_code=trust_remote_code, **chosen)
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin
@@ -194,3 +185,15 @@ class ClassifierTwin(ServedTwin):
 
     def _is_regression(self, task: str) -> bool:
         return bool(self.twin.num_labels[task] == 1)
+
+
+def _loaded(
+    pretrained: str | Path | None, device: str | None, dtype: str | torch.dtype | None, **options: Any
+) -> TwinClassifier:
+    """Return the twin in a directory, with the router's features kept where the environment says."""
+    if pretrained is None:
+        raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
+    named = None if dtype == "auto" else dtype
+    twin = TwinClassifier.from_pretrained(str(pretrained), device=usable(device), dtype=named, **options)
+    twin.feature_cache = named_directory()
+    return twin

@@ -1,7 +1,7 @@
-"""What the generative tasks' YAML files name: their prompts, and their scores with standard errors.
+"""Functions that the generative tasks' YAML files name: prompts, and scores with standard errors.
 
-Each score has its standard error as a metric of its own (see tasks/glue/twin_glue.py for why), and a multiple
-choice task the level of chance as well: the mean of one over the number of options.
+The standard error of a score is a metric of its own; tasks/glue/twin_glue.py says why. A multiple-choice task also has
+the metric `chance`, the mean of one over the number of options.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def dataset(
 ) -> dict[str, Any]:
     """Return a task's documents as {"rows": Dataset} with columns prompt, answer, options, task and idx.
 
-    `data`, `split` and `shots` come from the model's arguments or from --metadata: a directory of
-    TASK/SPLIT.jsonl (else TWIN_BENCH_DATA, else the hub), the split (validation) and the number of few-shot
-    examples (the task's own: five, none for a summary). The rows come in an order drawn from a seed, so that
-    --limit N takes a fair sample.
+    `data`, `split` and `shots` come from the model's arguments or from --metadata. `data` is a directory of
+    TASK/SPLIT.jsonl; without it TWIN_BENCH_DATA is used, and without that the hub. `split` is validation by default.
+    `shots` is the number of few-shot examples, by default the task's own: five, or none for a summary. The order of the
+    rows is drawn from a seed, so that --limit N takes a fair sample.
     """
     from datasets import Dataset
 

@@ -1,9 +1,9 @@
-"""What the GLUE tasks' YAML files name: their rows, and their scores with standard errors.
+"""Functions that the GLUE tasks' YAML files name: rows, and scores with standard errors.
 
-Each task has one metric under two names: `mcc`, say, and `mcc_stderr`. lm-eval knows no standard error for
-a metric of one's own and writes "N/A" under the key `mcc_stderr,none`; a metric of that very name, scored
-after the first, puts the value there, where the results' table and its readers look for it. (lm-eval's own
-`mcc` and `f1` would take 100,000 resamples, which is minutes.)
+Each task has one metric under two names, for example `mcc` and `mcc_stderr`. lm-eval has no standard error for a custom
+metric and writes "N/A" under the key `mcc_stderr,none`. A metric named `mcc_stderr`, scored after the first, puts the
+value there, where the results' table and its readers look for it. (lm-eval's own `mcc` and `f1` would take 100,000
+resamples, which takes minutes.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ one_line_errors()
 def dataset(glue_task: str, data: str | None = None, split: str | None = None, **_: Any) -> dict[str, Any]:
     """Return a task's documents as {"rows": Dataset} with columns text, text_pair, label, task and idx.
 
-    `data` and `split` come from the model's arguments or from --metadata: a directory of TASK/SPLIT.jsonl
-    (else TWIN_BENCH_DATA, else the hub's nyu-mll/glue) and the split (validation).
+    `data` and `split` come from the model's arguments or from --metadata. `data` is a directory of TASK/SPLIT.jsonl;
+    without it TWIN_BENCH_DATA is used, and without that the hub's nyu-mll/glue. `split` is validation by default.
     """
     from datasets import Dataset
 
@@ -50,7 +50,7 @@ def _document(row: Row, position: int, task: GlueTask) -> dict[str, Any]:
 
 
 def context(doc: dict[str, Any]) -> str:
-    """Return the document's text as it is, the second of a pair on a line of its own."""
+    """Return the document's text unchanged. The second text of a pair is on a line of its own."""
     return joined(doc["text"], doc["text_pair"])
 
 
@@ -62,8 +62,8 @@ def labels(doc: dict[str, Any]) -> list[str]:
 def process_results(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, tuple[float, float]]:
     """Return (reference, prediction) under the metric's name and under the name of its standard error.
 
-    A label's number is predicted, or a regression's number. Where no label has a probability (the routed
-    protocol chose a head that lacks them all) the prediction is -1, which is wrong everywhere.
+    The prediction is a label's number, or the value of a regression. If no label has a probability, the prediction is
+    -1, which is always wrong. This happens if the routed protocol chose a head that lacks all of the labels.
     """
     task = GLUE[doc["task"]]
     if task.is_regression:

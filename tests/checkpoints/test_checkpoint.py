@@ -22,6 +22,8 @@ from twin_bench.checkpoints.sources import open_sources
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 
+pytestmark = pytest.mark.versions
+
 
 def opened(directory: Path, kind: str) -> tuple[Checkpoint, Skeleton]:
     skeleton = skeleton_of(read_config(directory), "sequence_classification")

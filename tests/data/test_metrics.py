@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from twin_bench.data.metrics import METRICS, score, standard_error
+from twin_bench.data.metrics import METRICS, RESAMPLED, score, standard_error
 
 
 def peer(metric, references, predictions):
@@ -41,6 +41,17 @@ def test_scores_equal_those_of_sklearn_and_scipy(metric, rows, noise):
             assert score(metric, references.tolist(), predictions.tolist()) == pytest.approx(
                 peer(metric, references, predictions), abs=1e-9
             )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("rows", "classes"), [(2, 2), (7, 2), (40, 3), (300, 4)])
+def test_all_draws_at_once_are_the_scores_of_each_draw(metric, rows, classes):
+    references, predictions = drawn(metric, rows, rows, classes=classes)
+    draws = np.random.default_rng(1).integers(0, rows, (50, rows))
+    weights = np.stack([np.bincount(draw, minlength=rows) for draw in draws]).astype(float)
+    at_once = RESAMPLED[metric](np.asarray([references, predictions], dtype=float), weights)
+    each = [score(metric, references[draw], predictions[draw]) for draw in draws]
+    np.testing.assert_allclose(100 * at_once, each, atol=1e-9)
 
 
 def test_matthews_with_more_classes_than_the_task_has():

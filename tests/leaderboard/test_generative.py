@@ -86,7 +86,7 @@ def test_an_expert_scores_what_lm_evals_own_model_scores(board: Any, wide_llama:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"tasks": ["mmlu", "cola"]}, "mmlu needs a classifier or cola does"),
+        ({"tasks": ["mmlu", "cola"]}, "one of mmlu and cola needs a classifier"),
         ({"tasks": ["mmul"]}, "did you mean 'mmlu'"),
         ({"dtype": "bfloat"}, "dtype"),
         ({"protocol": "paper", "methods": ["task_arithmetic"]}, "protocol paper adds A and B of LoRA adapters"),

@@ -197,7 +197,7 @@ def test_normalisation_keeps_negative_values_and_admits_a_worthless_expert(board
         ({"methods": [{"twin": {"router": {"layr": 1}}}]}, "twin: layr"),
         ({"methods": [{"../x": {"method": "ties"}}]}, "label '../x'"),
         ({"methods": ["ties", {"ties": {"density": 0.3}}]}, "two methods are labelled 'ties'"),
-        ({"methods": [{"experts": {"method": "ties"}}]}, "label 'experts' is a bound's"),
+        ({"methods": [{"experts": {"method": "ties"}}]}, "label 'experts' belongs to a bound"),
         ({"methods": [{"ties": {"density": "half"}}]}, "ties: density must be a number, not 'half'"),
         ({"tasks": ["colla"]}, "unknown task 'colla'; did you mean 'cola'"),
         ({"experts": {"cola": "x"}}, "no expert for task 'stsb'"),

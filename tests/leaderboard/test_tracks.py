@@ -146,7 +146,7 @@ def test_a_method_without_its_rows_is_skipped_with_the_reason(
     assert run(changed, tmp_path) == 0
     assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "emr"}
     (skipped,) = json.loads((tmp_path / "out" / "skipped.json").read_text())
-    reason = f"{tmp_path}/data/stsb/train.jsonl: no such file; statistics are taken of training rows"
+    reason = f"{tmp_path}/data/stsb/train.jsonl: no such file; statistics are computed from training rows"
     expected = {"suite": "tiny", "protocol": "standard", "method": "fisher", "track": "calibration", "reason": reason}
     assert skipped == expected
     line = f"Skipped: fisher (standard): {reason}."

@@ -219,7 +219,7 @@ def test_statistics_are_kept_and_are_those_of_the_expert_with_its_head(
 def test_rows_that_are_not_there(families: Any, data: Path, tmp_path: Path) -> None:
     recipe = families("bert").recipe
     sources = open_sources(recipe["base_model"], recipe["experts"])
-    with pytest.raises(UnsuitedError, match=r"cola/train.jsonl: no such file; statistics are taken of training rows"):
+    with pytest.raises(UnsuitedError, match=r"cola/train.jsonl: no such file; statistics are computed from"):
         calibrate("fisher", sources, tmp_path, tmp_path / "kept")
     (tmp_path / "cola").mkdir()
     (tmp_path / "cola" / "train.jsonl").write_text('{"sentense": "a cat"}\n')

@@ -248,7 +248,7 @@ def test_language_adapters_on_different_modules_merge_to_one(tmp_path: Path) -> 
     torch.testing.assert_close(logits(adapted), logits(mean), rtol=1e-4, atol=1e-5)
 
 
-def test_what_no_single_adapter_can_say(tmp_path: Path, families: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_no_single_adapter_can_express(tmp_path: Path, families: Any, capsys: pytest.CaptureFixture[str]) -> None:
     plain = {"task_type": "SEQ_CLS", "target_modules": ["query"], "r": 2}
     experts = save_adapters(tmp_path, tiny_classifier("bert"), plain, {"c": {"bias": "all"}})
     lora = {"base_model": str(tmp_path / "base"), "experts": experts, "as_adapter": True}
@@ -256,9 +256,9 @@ def test_what_no_single_adapter_can_say(tmp_path: Path, families: Any, capsys: p
     on_embeddings = {"task_type": "CAUSAL_LM", "target_modules": ["embed_tokens"], "r": 2}
     tied = save_adapters(tmp_path / "causal", tiny_causal("llama"), on_embeddings)
     cases = {
-        "as_adapter: ties is no sum of task vectors": {**lora, "merge": {"method": "ties"}},
+        "as_adapter: ties does not sum task vectors": {**lora, "merge": {"method": "ties"}},
         "as_adapter: expert 'c' replaces": {**lora, "merge": {"method": "average"}},
-        "as_adapter: expert 'cola' is no LoRA adapter": recipe_of(families("bert"), as_adapter=True),
+        "as_adapter: expert 'cola' is not a LoRA adapter": recipe_of(families("bert"), as_adapter=True),
         "is tied to the output layer": {
             **lora,
             "base_model": str(tmp_path / "causal" / "base"),
@@ -277,7 +277,7 @@ def test_what_no_single_adapter_can_say(tmp_path: Path, families: Any, capsys: p
     [
         ({"merge": {"method": "tis"}}, "unknown merge method 'tis'; did you mean 'ties'"),
         ({"merge": {"method": "ties", "densty": 1}}, "ties has no option 'densty'; did you mean 'density'"),
-        ({"merge": {"method": "twin"}}, "no static merge"),
+        ({"merge": {"method": "twin"}}, "not a static merge method"),
         ({"merge": None}, "merge: "),
         ({"head": "rte"}, "head: no expert 'rte'"),
         ({"shared": {"method": "ties"}}, "shared: unknown key"),

@@ -62,9 +62,8 @@ def peaks(root: Path, width: int, merges: list[dict[str, Any]]) -> dict[str, dic
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    measured = {
-        method: peak for peaks in side_by_side(partial(half, 0), partial(half, 1)) for method, peak in peaks.items()
-    }
+    first, second = side_by_side(partial(half, 0), partial(half, 1))
+    measured = first | second
     return {merge["method"]: peak for merge in merges if (peak := measured[merge["method"]])}
 
 

@@ -129,7 +129,7 @@ def test_another_arithmetic_is_said(causal_families: Any, tmp_path: Path, capsys
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert "trims over the whole model" in notes[0]
-    assert "sums in float32, mergekit in bfloat16" in notes[0]
+    assert "sums in float32, while mergekit takes them in bfloat16" in notes[0]
 
 
 def test_parameters_of_a_model_come_before_the_files(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("task_arithmetic", {"nonsense": 1}, "nonsense: unknown key"),
     ("task_arithmetic", {"base_model": None}, "base_model: task_arithmetic needs one"),
     ("task_arithmetic", {"models": []}, "models: "),
-    ("task_arithmetic", {"models": [{"model": "org/base"}]}, "none but the base model"),
+    ("task_arithmetic", {"models": [{"model": "org/base"}]}, "only the base model is listed"),
     ("task_arithmetic", {"models": [{"model": "org/a"}]}, "weight: missing for org/a"),
     ("task_arithmetic", {"models": [{"model": "org/base+org/lora"}]}, "name the adapter alone"),
     (
@@ -173,15 +173,15 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("task_arithmetic", {"parameters": {"density": 0.5}}, "parameters.density: has no counterpart"),
     ("task_arithmetic", {"parameters": {"lambda": "0.5"}}, "parameters.lambda: must be a number, not '0.5'"),
     ("task_arithmetic", {"parameters": {"normalize": 1}}, "parameters.normalize: must be true or false, not 1"),
-    ("ties", {"parameters": {"int8_mask": True}}, "parameters.int8_mask: masks take no lasting memory"),
+    ("ties", {"parameters": {"int8_mask": True}}, "parameters.int8_mask: masks are not kept in memory"),
     ("ties", {"parameters": {"density": [0.1, 0.9]}}, "parameters.density: differs between layers"),
     (
         "ties",
         {"parameters": {"density": [{"filter": "mlp", "value": 1}]}},
         "parameters.density: differs between layers",
     ),
-    ("ties", {"parameters": {"normalize": False}}, "normalize: ties without it takes the sum"),
-    ("dare_ties", {}, "normalize: dare_ties without it takes the sum"),
+    ("ties", {"parameters": {"normalize": False}}, "normalize: without it ties takes the sum"),
+    ("dare_ties", {}, "normalize: without it dare_ties takes the sum"),
     ("dare_linear", {"parameters": {"rescale": False}}, "parameters.rescale: "),
     ("linear", {"parameters": {"normalize": False}}, "normalize: the weights don't sum to 1"),
     ("passthrough", {}, "merge_method: 'passthrough' has no counterpart here"),

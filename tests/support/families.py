@@ -31,7 +31,7 @@ def make_family(root: Path, kind: str, labels: dict[str, int] | None = None) -> 
     base = tiny_classifier(kind)
     experts = {task: tiny_classifier(kind, n, seed, like=base) for seed, (task, n) in enumerate(labels.items(), 1)}
     base.save_pretrained(root / "base")
-    tiny_tokenizer().save_pretrained(root / "base")
+    tiny_tokenizer(kind).save_pretrained(root / "base")
     for task, expert in experts.items():
         expert.save_pretrained(root / task)
     write_router_rows(root / "router.jsonl", list(labels))

@@ -14,8 +14,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 CAUSAL_VOCABULARY = 300  # the bytes, the special tokens and some merges
 
 
-def tiny_tokenizer() -> Any:
-    """Return a word-level tokenizer that wraps texts and pairs as BERT's does."""
+def tiny_tokenizer(kind: str = "bert") -> Any:
+    """Return a word-level tokenizer that wraps texts and pairs as BERT's does; DistilBERT takes no token types."""
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -31,7 +31,7 @@ def tiny_tokenizer() -> Any:
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=["input_ids", *([] if kind == "distilbert" else ["token_type_ids"]), "attention_mask"],
     )
 
 

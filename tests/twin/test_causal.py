@@ -23,6 +23,8 @@ from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.layers import install
 from twin_bench.twin.recipe import Recipe
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModel
 from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
 from twin_bench.twin.builder import build_twin
+from twin_bench.twin.directory import load_parts, read_manifest, verify
 from twin_bench.twin.recipe import Recipe
 
 
@@ -77,6 +78,22 @@ def test_a_newer_format_or_no_twin_is_refused(built: Path, tmp_path: Path) -> No
         TwinModel.from_pretrained(copy)
     with pytest.raises(InputError, match="twin-bench build"):
         TwinModel.from_pretrained(tmp_path / "nothing")
+
+
+def test_the_version_that_built_a_twin_is_information_only(built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "twin")
+    manifest = json.loads((copy / "twin.json").read_text())
+    assert manifest["format_version"] == 1
+    (copy / "twin.json").write_text(json.dumps({**manifest, "twin_bench": "0.0.1"}))
+    verify(copy, read_manifest(copy))
+    assert load_parts(copy).digests == load_parts(built).digests
+
+
+def test_a_file_that_is_not_listed_is_found(built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "twin")
+    (copy / "model" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: not listed in twin\.json"):
+        verify(copy, read_manifest(copy))
 
 
 def test_a_failed_build_leaves_nothing(families: Any, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from twin_bench import TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["bert", "roberta", "distilbert", "gpt2"]
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.merging import linear_algebra
 from twin_bench.merging.linear_algebra import truncated_svd
-from twin_bench.twin import exclusive
 from twin_bench.twin.exclusive import exclusive_vector
 
 
@@ -35,7 +35,7 @@ def test_a_lora_experts_difference_needs_no_full_svd(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     base = 0.05 * torch.randn(300, 200)
     expert = base + 0.002 * torch.randn(300, 8) @ torch.randn(8, 200)
-    monkeypatch.setattr(exclusive, "FULL_SVD_OPERATIONS", -1)
+    monkeypatch.setattr(linear_algebra, "FULL_SVD_OPERATIONS", -1)
     monkeypatch.setattr(torch, "svd_lowrank", lambda *_, **__: pytest.fail("not recognised"))
     for rank, kept in ((4, 4), (8, 8), (20, 8)):
         B, A = truncated_svd(expert - base, rank)
@@ -45,7 +45,7 @@ def test_a_lora_experts_difference_needs_no_full_svd(monkeypatch: pytest.MonkeyP
 
 
 def test_large_matrices_are_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exclusive, "FULL_SVD_OPERATIONS", -1)
+    monkeypatch.setattr(linear_algebra, "FULL_SVD_OPERATIONS", -1)
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(size, 120)).Q for size in (300, 200))
     matrix = U * torch.arange(1, 121).float().rsqrt() @ V.T

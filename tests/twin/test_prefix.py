@@ -18,6 +18,8 @@ from twin_bench.twin.prefix import Sharing, shared_prefixes
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Score, score
 
+pytestmark = pytest.mark.versions
+
 A, B = tuple(range(100, 140)), tuple(range(200, 260))
 
 

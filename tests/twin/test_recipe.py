@@ -62,7 +62,7 @@ def test_build_keeps_features_where_a_directory_is_named(
         ({"exclusive": {"rank": 0}}, "exclusive.rank"),
         ({"shared": {"method": "tis"}}, "unknown merge method 'tis'; did you mean 'ties'"),
         ({"shared": {"method": "ties", "scalin": 1}}, "ties has no option 'scalin'; did you mean 'scaling'"),
-        ({"shared": {"method": "twin"}}, "no static merge"),
+        ({"shared": {"method": "twin"}}, "not a static merge method"),
         ({"ruter": {}}, "unknown key; did you mean 'router'"),
         ({"router": {"data": "x", "epoch": 3}}, "router.epoch: unknown key; did you mean 'epochs'"),
         ({"experts": {}}, "experts"),

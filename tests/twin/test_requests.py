@@ -20,6 +20,8 @@ from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Sampling, takes_largest
 
+pytestmark = pytest.mark.versions
+
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "opt"]
 END = 3
 

@@ -11,9 +11,10 @@ import torch
 from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
 from twin_bench.data.task import TaskInput
-from twin_bench.twin.builder import build_twin, held_out_rows
+from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.router import Router, RouterConfig, fusion_weights, train_router
+from twin_bench.twin.router_training import held_out_rows
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])

@@ -1,1 +1,1 @@
-"""Methods that adapt to what they are given: a row, a token, or the unlabelled test inputs."""
+"""Methods that adapt to their input: to a row, to a token, or to the unlabelled test inputs."""

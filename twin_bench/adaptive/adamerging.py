@@ -1,4 +1,4 @@
-"""AdaMerging (Yang et al., 2024), layer-wise: coefficients learnt from the entropy of predictions on test inputs."""
+"""AdaMerging (Yang et al., 2024), layer-wise: coefficients learned from the entropy of predictions on test inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from twin_bench.merging.task_vectors import TaskVectors
 from twin_bench.twin.classifier import TwinClassifier
 
 Gradient = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""From parameters to the gradient of the loss at them."""
+"""A function from parameters to the gradient of the loss at these parameters."""
 
 
 @served_method(
@@ -44,16 +44,16 @@ def adamerging(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Iterator[Contender]:
-    """theta_0 + sum_t clamp(lambda_t^l, 0, 1) tau_t^l, lambda learnt from the entropy on unlabelled test inputs.
+    """theta_0 + sum_t clamp(lambda_t^l, 0, 1) tau_t^l, lambda learned from the entropy on unlabelled test inputs.
 
     lambda minimises the sum over tasks of the mean entropy of the merged model's predictions on batches of *test*
-    inputs, each under its own task's head. A layer l is a parameter tensor, as in the authors' layer-wise code and in
-    FusionBench's: a weight and its bias have coefficients of their own.
+    inputs. Each task is predicted under its own head. A layer l is one parameter tensor, as in the authors' layer-wise
+    code and in FusionBench's, so a weight and its bias have separate coefficients.
 
-    The clamp is the authors' code's (the paper has none), as are lambda's start (`scaling`, 0.3), Adam with 1e-3 and
-    500 steps. A step takes one batch of `batch_size` inputs of every task, as the paper and FusionBench have it; the
-    authors' loop takes two. Nothing is chosen by a label. A regression's head has no entropy: such a task adds no loss,
-    and its coefficients follow the other tasks' losses. Learning runs in float32.
+    The clamp comes from the authors' code; the paper has none. lambda's start (`scaling`, 0.3) and Adam with 1e-3 and
+    500 steps come from that code as well. A step takes one batch of `batch_size` inputs of every task, as in the paper
+    and FusionBench; the authors' loop takes two. No label decides anything. A regression head has no entropy, so its
+    task adds no loss, and its coefficients follow the other tasks' losses. Learning runs in float32.
     """
     started = time.perf_counter()
     inputs = unlabelled_inputs(context)
@@ -79,7 +79,7 @@ def adamerging(
 def entropy_gradient(twin: TwinClassifier, batches: Iterator[Batches]) -> Gradient:
     """Return the function from parameters of `twin` to the gradient of the next batches' loss at them.
 
-    The loss is the sum over tasks of the mean entropy over a batch; the other parameters stay the twin's.
+    The loss is the sum over tasks of the mean entropy over a batch. All other parameters keep the twin's values.
     """
 
     def gradient(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -100,23 +100,23 @@ def learn_coefficients(
     learning_rate: float,
     learning: Learning | None = None,
 ) -> dict[str, Tensor]:
-    """Return each changed parameter's coefficients, clamped to [0, 1]: (T,) in float32.
+    """Return the coefficients of each changed parameter, clamped to [0, 1]: (T,) in float32.
 
-    The loss is never differentiated through the sum over experts: its gradient G^l at the merged parameters gives
-    d loss / d lambda_t^l = <G^l, tau_t^l>, so that one model's activations are held. All task vectors of the
-    parameters that some expert changed are held as well.
+    The loss is never differentiated through the sum over experts. Its gradient G^l at the merged parameters gives d
+    loss / d lambda_t^l = <G^l, tau_t^l>. Memory holds the activations of one model, and all task vectors of the
+    parameters that some expert changed.
 
     Args:
         vectors: the task vectors.
-        gradient: from the merged parameters that some expert changed to the loss's gradient at them; asked once a
-            step, so that it can draw the next batch.
-        scaling: where all coefficients start.
-        steps: of Adam.
+        gradient: maps the merged parameters that some expert changed to the loss's gradient at them. It is called once
+            a step, so it can draw the next batch.
+        scaling: the initial value of all coefficients.
+        steps: the number of Adam's steps.
         learning_rate: Adam's.
-        learning: the steps that have been taken; `gradient` is asked for those that follow.
+        learning: the steps that earlier runs have taken. `gradient` is called for the remaining steps.
 
     Raises:
-        InputError: steps is no whole number from 0, or learning_rate not above 0.
+        InputError: steps is not a whole number from 0, or learning_rate is not above 0.
     """
     floats = [name for name in vectors if vectors.base[name].is_floating_point()]
     taus = {name: tau for name in floats if (tau := vectors[name]).any()}
@@ -142,7 +142,7 @@ def learn_coefficients(
 
 
 def merge_with_coefficients(vectors: TaskVectors, coefficients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """theta_0^l + sum_t lambda_t^l tau_t^l of given coefficients (T,); a parameter without any is theta_0's."""
+    """theta_0^l + sum_t lambda_t^l tau_t^l for coefficients (T,). A parameter without coefficients stays theta_0's."""
 
     def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
         return combined(base, taus, coefficients[name]) if name in coefficients else base

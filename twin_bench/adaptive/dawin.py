@@ -1,4 +1,4 @@
-"""DaWin (Oh et al., 2025): experts interpolated for every input by how sure each of them is of it."""
+"""DaWin (Oh et al., 2025): experts interpolated for every input by the confidence of their predictions."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from twin_bench.twin.parts import Parts
 def dawin(context: Context, *, scaling: float = 1.0) -> Iterator[Contender]:
     """theta_0 + sum_t w_t(x) tau_t, w_t(x) = scaling * exp(-H(p_t(x))) / sum_u exp(-H(p_u(x))).
 
-    p_t(x) is expert t's prediction under the head of x's own task: T forwards, then the interpolated model's. Nothing
-    is trained.
+    p_t(x) is expert t's prediction under the head of x's own task. An input takes T forward passes, and one of the
+    interpolated model. Nothing is trained.
 
-    This is the paper's sample-wise rule. The authors' multi-task code takes scaling = 0.3 T (task arithmetic's 0.3 for
-    each expert; the default 1 here interpolates, as the paper's equation and its two-model code do), and then not a
-    row's own weights but one set for each *dataset*, the parameters of a Dirichlet fitted to all its rows' weights. The
-    two-model code offers cluster means of a Beta mixture, an offset from the entropies' spread over the dataset, and
-    temperatures tuned on validation rows. All of these make a row's answer depend on the other rows and are left out.
+    This is the paper's sample-wise rule. The authors' multi-task code takes scaling = 0.3 T, which is task arithmetic's
+    0.3 for each expert. The default 1 here interpolates, as the paper's equation and its two-model code do. The
+    multi-task code also does not use a row's own weights. It uses one set of weights for each *dataset*: the parameters
+    of a Dirichlet fitted to the weights of all its rows. The two-model code offers cluster means of a Beta mixture, an
+    offset from the spread of the entropies over the dataset, and temperatures tuned on validation rows. All of these
+    make a row's answer depend on other rows, so they are left out.
 
-    A regression's head has one output, whose entropy is 0 under every expert: its rows weigh all experts equally.
+    A regression head has one output, whose entropy is 0 under every expert. Its rows weigh all experts equally.
     """
     require_classifiers(context)
     started = time.perf_counter()
@@ -51,18 +52,19 @@ def dawin(context: Context, *, scaling: float = 1.0) -> Iterator[Contender]:
 
 
 def confidence_weights(logits: Tensor, scaling: float = 1.0) -> Tensor:
-    """Return the weights (rows, T) of experts' logits (T, rows, labels); a row's sum to `scaling`."""
+    """Return the weights (rows, T) from the experts' logits (T, rows, labels). A row's weights sum to `scaling`."""
     return scaling * (-entropy(logits)).softmax(dim=0).T
 
 
 class DawinClassifier(TwinClassifier):
     """A twin whose weights are its experts' confidence (see `dawin`).
 
-    An expert's own forward is one-hot weights. The row's task must be told: its head is what all experts are read by.
+    One-hot weights give an expert's own forward pass. A row's task must be given, because all experts are read under
+    the head of that task.
     """
 
     def __init__(self, model: Any, tokenizer: Any, parts: Parts, *, scaling: float = 1.0) -> None:
-        """Make one of `model`, which holds theta_0, and of whole task vectors (see `TwinModel`)."""
+        """Build a twin from `model`, which holds theta_0, and whole task vectors (see `TwinModel`)."""
         super().__init__(model, tokenizer, parts)
         self.scaling = scaling
 
@@ -72,7 +74,7 @@ class DawinClassifier(TwinClassifier):
     ) -> Tensor:
         """Return each row's weights (rows, experts) from T passes over the rows, one with each expert alone."""
         if tasks is None:
-            raise InputError("an expert's confidence is read under a row's own head: name the rows' tasks")
+            raise InputError("an expert's confidence is read under the head of the row's task: name the rows' tasks")
         if not encoded:
             return torch.zeros(0, len(self.expert_names), device=self.device)
         logits = []
@@ -91,7 +93,7 @@ class DawinClassifier(TwinClassifier):
         fusion_weights: Tensor | None = None,
         task: str | Sequence[str] | None = None,
     ) -> SequenceClassifierOutput:
-        """Run a batch as `TwinClassifier.forward` does; where weights are not given, the experts run first."""
+        """Run a batch as `TwinClassifier.forward` does. If no weights are given, the experts run first."""
         inputs = (input_ids, attention_mask, token_type_ids)
         if fusion_weights is None:
             logits = []

@@ -1,4 +1,4 @@
-"""Steps of Adam that are kept in a file as they are taken, so that learning outlives the run it was begun in."""
+"""Adam's state stored in a file as the steps are taken, so that learning continues after an interrupted run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from twin_bench.errors import InputError
 from twin_bench.files import read_tensors, write_tensors
 
 FORMAT = 1
-"""The format of stored learning. It is raised with every change of what is learnt and how."""
+"""The format of stored learning. It is raised when the parameters or the way they are learned change."""
 STEPS_KEPT = 50
-"""A run that is killed loses fewer steps than these."""
+"""The state is written after so many steps, so a killed run loses fewer."""
 
 
 class Learning:
-    """What Adam has learnt: how many `steps` it has taken and in how many `seconds`, the earlier runs' included.
+    """Adam's state: the number of `steps` taken and the `seconds` they took, including those of earlier runs.
 
-    Where `file` is given it is read if it is there, and written every 50 steps and after the last one. It must stand
-    for all that decides what is learnt.
+    If `file` is given, it is read if it exists, and written every 50 steps and after the last one. Its name must
+    identify everything that the learned parameters depend on.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -43,17 +43,17 @@ class Learning:
         steps: int,
         learning_rate: float,
     ) -> None:
-        """Take what is left of `steps` on named parameters, in place: as if none had been taken before, bit for bit.
+        """Take the remaining ones of `steps` on named parameters, in place, bit for bit as in one uninterrupted run.
 
         Args:
-            parameters: where learning starts; where steps have been taken, their result takes its place.
-            set_gradients: sets each parameter's gradient; asked once a step, of which the first is number `self.steps`.
-            method: whose steps they are, for errors.
-            steps: of Adam, those that have been taken included.
+            parameters: the starting point. If steps have been taken, their result replaces it.
+            set_gradients: sets each parameter's gradient. It is called once a step, first for step `self.steps`.
+            method: the method's name, for errors.
+            steps: the number of Adam's steps, including those that have been taken.
             learning_rate: Adam's.
 
         Raises:
-            InputError: steps is no whole number from 0, or learning_rate not above 0.
+            InputError: steps is not a whole number from 0, or learning_rate is not above 0.
         """
         if steps < 0 or steps != int(steps):
             raise InputError(f"{method}: steps must be a whole number from 0, not {steps}")

@@ -1,4 +1,4 @@
-"""SMILE (Tang et al., 2024): in every linear layer, each token takes the expert whose inputs it resembles."""
+"""SMILE (Tang et al., 2024): in every linear layer, each token is routed to the experts whose inputs it resembles."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from twin_bench.twin.parts import Parts
 def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int = 1) -> Iterator[Contender]:
     """W_0 x + b_0 + sum_t w_t(x) (U_t S_t V_t^T x + b_t - b_0), U_t S_t V_t^T the truncated SVD of W_t - W_0.
 
-    The gate is ||V_t^T x|| over the first `gate_rank` right singular vectors. A softmax over the experts, all but the
-    `top_k` largest set to 0 and the rest renormalised, makes it w. Nothing is trained. What is no linear layer
-    (embeddings, norms) stays the base model's, as in the authors' code.
+    The gate is ||V_t^T x|| over the first `gate_rank` right singular vectors. w is its softmax over the experts, with
+    all but the `top_k` largest set to 0 and the rest renormalised. Nothing is trained. Parameters outside linear layers
+    (embeddings, norms) stay the base model's, as in the authors' code.
 
-    The defaults are the paper's smaller setting for CLIP (k_gate 16, k 32, top 1); the authors' FusionBench has others
-    in each of its configurations. It keeps `gate_rank` vectors of every expert. Singular vectors of a singular value
-    that is rounding, of which a LoRA delta has many, point anywhere and are left out of the gate here. FusionBench
-    replaces nn.Linear alone; here GPT-2's Conv1D is replaced as well.
+    The defaults are the paper's smaller setting for CLIP (k_gate 16, k 32, top 1). The authors' FusionBench has other
+    values in each of its configurations. FusionBench keeps `gate_rank` vectors of every expert. A LoRA delta has many
+    singular values that are rounding error, and their singular vectors are arbitrary. These are left out of the gate
+    here. FusionBench replaces nn.Linear alone; here GPT-2's Conv1D is replaced as well.
     """
     started = time.perf_counter()
     sources = context.sources
@@ -47,14 +47,14 @@ def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int =
 
 
 def gate(x: Tensor, V: Tensor, owner: Tensor, experts: int, top_k: int) -> Tensor:
-    """Return each token's weights (..., T), at most `top_k` of them not 0 and summing to 1.
+    """Return each token's weights (..., T). At most `top_k` of them are not 0, and they sum to 1.
 
     Args:
         x: tokens, (..., n).
         V: right singular vectors of all experts as rows, (R, n).
         owner: the expert of each row, (R,).
         experts: T.
-        top_k: experts a token takes.
+        top_k: the number of experts for a token.
     """
     squares = (x @ V.T).square()
     norms = squares.new_zeros(*squares.shape[:-1], experts).index_add_(-1, owner, squares).sqrt()
@@ -85,7 +85,7 @@ class SmileLinear(nn.Module):
         gate_rank: int,
         top_k: int,
     ) -> None:
-        """Make a layer of the base's weight and bias, each expert's SVD as factors, and bias_vectors (T, m)."""
+        """Build a layer from the base's weight and bias, the SVD of each expert as factors, and bias_vectors (T, m)."""
         super().__init__()
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -99,7 +99,7 @@ class SmileLinear(nn.Module):
         self.register_buffer("bias_vectors", None if bias_vectors is None else bias_vectors.to(weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., m) of x (..., n), each token by the experts that its own gate chooses."""
+        """Return (..., m) for x (..., n). Each token uses the experts that its own gate chooses."""
         weights = gate(x.to(self.V), self.V, self.gate_owner, self.experts, self.top_k).to(x)
         y = F.linear(x, self.weight, self.bias)
         y = y + F.linear(F.linear(x, self.A) * weights[..., self.owner], self.B)
@@ -107,17 +107,17 @@ class SmileLinear(nn.Module):
 
 
 def install_smile(model: nn.Module, vectors: TaskVectors, *, rank: int, gate_rank: int, top_k: int) -> int:
-    """Replace every linear layer of `model` that an expert changes; return how many numbers the experts add.
+    """Replace every linear layer of `model` that an expert changes. Return how many numbers the experts add.
 
     Args:
-        model: holds the base model; changed in place.
+        model: holds the base model and is changed in place.
         vectors: the task vectors, under `model`'s parameter names.
-        rank: singular values kept of each expert.
-        gate_rank: right singular vectors that route.
-        top_k: experts a token takes.
+        rank: the number of singular values kept of each expert.
+        gate_rank: the number of right singular vectors in the gate.
+        top_k: the number of experts for a token.
 
     Raises:
-        InputError: an option out of its range.
+        InputError: an option is out of its range.
     """
     experts = len(vectors.experts)
     for option, value, most in (("rank", rank, None), ("gate_rank", gate_rank, None), ("top_k", top_k, experts)):

@@ -1,4 +1,4 @@
-"""The unlabelled test inputs that test-time methods learn from, and the entropy that they minimise on them."""
+"""The unlabelled test inputs that test-time methods learn from, and the entropy that they minimise."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Batches = Mapping[str, Mapping[str, Tensor]]
 
 
 def require_classifiers(context: Context) -> None:
-    """Raise UnsuitedError for a suite of language models."""
+    """Raise UnsuitedError if the suite compares language models."""
     if context.task_type != "sequence_classification":
-        raise UnsuitedError(f"{context.name} reads how sure a classifier is; the suite is of language models")
+        raise UnsuitedError(f"{context.name} needs a classifier's entropy; the suite has language models")
 
 
 def unlabelled_inputs(context: Context) -> list[TaskInput]:
-    """Return the inputs that are scored, without their labels. Regressions, which have no entropy, are left out.
+    """Return the inputs that are scored, without their labels and without regressions, which have no entropy.
 
-    Raises UnsuitedError for a suite of language models.
+    Raises UnsuitedError if the suite compares language models.
     """
     require_classifiers(context)
     tasks = [TASKS[task] for task in context.tasks if not TASKS[task].is_regression]
@@ -48,20 +48,20 @@ def unlabelled_inputs(context: Context) -> list[TaskInput]:
 
 
 def earlier_learning(context: Context, inputs: Sequence[TaskInput]) -> Learning:
-    """Return what earlier runs have learnt with these settings from these inputs."""
+    """Return the learning of earlier runs with these settings and inputs."""
     decisive = digest([dict(context.settings), list(context.tasks), context.max_length, inputs])
     return Learning(context.workspace / f"{context.name}-{decisive[:16]}.safetensors")
 
 
 def adapted_note(inputs: Sequence[TaskInput]) -> dict[str, Any]:
-    """Return the note of a model that has seen the inputs on which it is scored."""
+    """Return the note for a model that has learned from the inputs on which it is scored."""
     return {"adapted_on": {"inputs": "unlabelled test inputs", "rows": dict(Counter(row.task for row in inputs))}}
 
 
 def learning_batches(
     context: Context, twin: TwinClassifier, inputs: Sequence[TaskInput], *, after: int
 ) -> Iterator[Batches]:
-    """Return the batches that learning takes, one a step, without those of the first `after` steps."""
+    """Return the batches for learning, one a step. Those of the first `after` steps are skipped."""
     settings = context.settings
     batches = unlabelled_batches(
         twin, inputs, batch_size=settings["batch_size"], seed=settings["seed"], max_length=context.max_length
@@ -72,10 +72,10 @@ def learning_batches(
 def unlabelled_batches(
     twin: TwinClassifier, rows: Sequence[TaskInput], *, batch_size: int, seed: int, max_length: int | None = None
 ) -> Iterator[Batches]:
-    """Return batches without end, each with inputs of every task that has labels to be unsure of.
+    """Return endless batches, each with inputs of every classification task.
 
-    A task's rows are taken in an order that is drawn by the seed, and drawn again when they are used up. A batch does
-    not go past the end of an order, so a task with few rows has smaller batches.
+    The order of a task's rows is drawn by the seed, and drawn again when the rows are used up. A batch ends with its
+    order, so a task with few rows has smaller batches.
 
     Raises:
         InputError: a batch size below 1.

@@ -1,4 +1,4 @@
-"""Whole task vectors in the form that twins take: nothing is truncated."""
+"""Whole task vectors in the form that twins take, without truncation."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from twin_bench.twin.exclusive import Exclusive
 def whole_task_vector(expert: Checkpoint, base: Mapping[str, Tensor], skeleton: Skeleton) -> Exclusive:
     """Return tau_t as an exclusive vector that is not truncated.
 
-    A LoRA delta is given by its own factors. Any other matrix (m, n) is itself times the identity of its shorter side.
+    A LoRA delta keeps its own factors. Any other matrix (m, n) becomes the product of itself and an identity matrix of
+    its shorter side.
 
-    Raises InputError for a tensor of three or more dimensions that differs from the base model's.
+    Raises InputError if a tensor of three or more dimensions differs from the base model's.
     """
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
@@ -47,7 +48,7 @@ def whole_task_vector(expert: Checkpoint, base: Mapping[str, Tensor], skeleton: 
 
 
 def part_of(vector: Exclusive, names: Container[str]) -> Exclusive:
-    """Return a task vector's part in the parameters `names`."""
+    """Return the part of a task vector for the parameters `names`."""
     return Exclusive(
         {name: pair for name, pair in vector.factors.items() if name in names},
         {name: tensor for name, tensor in vector.vectors.items() if name in names},
@@ -55,6 +56,6 @@ def part_of(vector: Exclusive, names: Container[str]) -> Exclusive:
 
 
 def stored_numbers(vector: Exclusive) -> int:
-    """Return how many numbers a task vector takes: each matrix as its factors or whole, whichever is smaller."""
+    """Return how many numbers a task vector stores. A matrix counts as its factors or whole, whichever is smaller."""
     factors = sum(min(B.numel() + A.numel(), len(B) * A.shape[1]) for B, A in vector.factors.values())
     return factors + size(vector.vectors)

@@ -51,14 +51,14 @@ def wemoe(
 ) -> Iterator[Contender]:
     """theta_0 + sum_t w_t(x) tau_t in the linear layers of an MLP block, task arithmetic with `scaling` elsewhere.
 
-    Each block has weights of its own: w(x) is the mean over x's tokens of W_2 relu(W_1 h + b_1) + b_2, where h is what
-    enters the block. It is no distribution. The gates start at `scaling` (b_2; their matrices are normal with
-    deviation 0.01) and learn from the entropy of predictions on *unlabelled test inputs*, one batch of `batch_size` of
-    every task a step, by Adam. Learning runs in float32.
+    Each block has its own weights: w(x) is the mean over x's tokens of W_2 relu(W_1 h + b_1) + b_2, where h is the
+    block's input. The weights need not be positive or sum to 1. The gates start at `scaling` (b_2; their matrices are
+    normal with deviation 0.01). They learn by Adam from the entropy of predictions on *unlabelled test inputs*, with
+    one batch of `batch_size` of every task a step. Learning runs in float32.
 
     The authors' code (FusionBench) averages the gate over the batch while it learns, and over padding tokens always.
-    Here every input has weights of its own, in learning as in scoring, and padding does not count, so that an answer
-    depends on nothing else in the batch. A regression's head has no entropy: such a task adds no loss.
+    Here every input has its own weights, in learning as in scoring, and padding does not count. An answer therefore
+    depends on nothing else in the batch. A regression head has no entropy, so its task adds no loss.
     """
     started = time.perf_counter()
     sources = context.sources
@@ -84,7 +84,7 @@ def wemoe(
 
 
 class Gate(nn.Module):
-    """One block's gate: d -> d -> T."""
+    """The gate of one block, a network d -> d -> T."""
 
     def __init__(self, width: int, experts: int, scaling: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Gate(nn.Module):
                 layer.bias.fill_(bias)
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Return each row's weights (batch, T) of hidden states (batch, length, d), padding (mask 0) left out."""
+        """Return each row's weights (batch, T) from hidden states (batch, length, d). Padding (mask 0) is left out."""
         weights: Tensor = self.output(torch.relu(self.hidden(hidden)))
         if mask is None:
             return weights.mean(dim=1)
@@ -104,7 +104,7 @@ class Gate(nn.Module):
 
 
 def mlp_layers(model: Any) -> list[list[str]]:
-    """Return the paths of the linear layers of each block that are not attention's, in the order they run."""
+    """Return, for each block, the paths of its linear layers outside attention in the order in which they run."""
     paths = {id(module): path for path, module in model.named_modules()}
     blocks = blocks_of(model.base_model, model.config.num_hidden_layers)
     return [
@@ -118,13 +118,13 @@ def mlp_layers(model: Any) -> list[list[str]]:
 
 
 def install_gates(model: Any, vectors: Mapping[str, Exclusive], *, scaling: float, seed: int) -> nn.ModuleList:
-    """Let the MLP blocks of `model` mix task vectors; return the gates that decide how, one a block.
+    """Let the MLP blocks of `model` mix task vectors. Return the gates that set the weights, one for each block.
 
     Args:
-        model: holds theta_0 in its MLP blocks' linear layers; changed in place, the gates become part of it.
-        vectors: expert to its whole task vector, of which only those layers' part is used.
-        scaling: what every gate's weights start at.
-        seed: of the gates' initial matrices.
+        model: holds theta_0 in the linear layers of its MLP blocks. It is changed in place and contains the gates then.
+        vectors: expert to its whole task vector. Only its part in those layers is used.
+        scaling: the initial value of all gates' weights.
+        seed: the seed of the gates' initial matrices.
 
     Raises:
         UnsuitedError: no expert changes a linear layer of an MLP block.
@@ -161,8 +161,8 @@ def learn_gates(
 ) -> None:
     """Train the gates of `twin` in place: Adam on the sum over tasks of a batch's mean entropy.
 
-    `learning` are the steps that have been taken, `batches` those of the steps that follow. Raises InputError where
-    steps is no whole number from 0, or learning_rate not above 0.
+    `learning` holds the steps that have been taken, and `batches` yields the batches of the remaining steps. Raises
+    InputError if steps is not a whole number from 0, or learning_rate is not above 0.
     """
 
     def set_gradients() -> None:
@@ -178,7 +178,7 @@ def learn_gates(
 
 
 class _Mask:
-    """Keeps the attention mask of the batch that runs, which blocks see in other shapes, or not at all."""
+    """Keeps the attention mask of the current batch. Blocks get it in other shapes, or not at all."""
 
     current: Tensor | None = None
 
@@ -187,7 +187,7 @@ class _Mask:
 
 
 class _Follow:
-    """Before a block's first linear layer runs, sets the block's weights from what enters it."""
+    """Sets the weights of a block from the block's input, before the block's first linear layer runs."""
 
     def __init__(self, gate: nn.Module, fusion: Fusion, mask: _Mask) -> None:
         self.gate, self.fusion, self.mask = gate, fusion, mask

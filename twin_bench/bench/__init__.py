@@ -1,4 +1,4 @@
-"""The benchmark of fusion: `run.bench` measures, `classifier` and `causal` hold its cases; it is twin-bench bench.
+"""The benchmark of fusion, which is twin-bench bench: `run.bench` measures, `classifier` and `causal` hold its cases.
 
-Importing this package imports no torch.
+Importing this package does not import torch.
 """

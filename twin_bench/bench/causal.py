@@ -1,4 +1,4 @@
-"""What is measured of a language model's twin: generation and few-shot log-likelihoods, against plain transformers."""
+"""The cases of a language model's twin: generation and few-shot log-likelihoods, against plain transformers."""
 
 from __future__ import annotations
 
@@ -23,23 +23,30 @@ LETTERS = "ABCD"
 
 
 def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str, rows: int, batch_size: int) -> Cases:
-    """Return the cases of a language model's twin.
+    """Return the cases of a language model's twin: those of `generation_cases`, `letter_cases` and `harness_cases`.
 
-    Generation of 32 tokens after the last 64 of `batch_size` prompts, tokens a second: `plain` is transformers' own,
-    `generate_diffuse` gives each row weights of its own, drawn from a flat Dirichlet. Log-likelihoods of the letters
-    that answer five-shot questions, rows a second: `plain_letters` is transformers' forward of every prompt,
-    `letters` the twin with the true task's weights, which shares what prompts begin with, and `letters_routed` the
-    same with its router's weights at the twin's default tolerance, routing counted. Last those of `harness_cases`.
+    The last ones need a router. They are optional.
     """
     plain: Any = load_twin(directory, dtype=twin.model.dtype).model.to(twin.device).eval()
-    task = next((name for name in ("mmlu", "bbq", "truthfulqa") if name in twin.expert_names), None)
-    if task is None:
-        raise InputError("bench: the twin has no expert of a multiple-choice task to take prompts of")
-    kind = GENERATIVE[task]
-    examples = few_shot_pool(kind, data)
-    asked = task_rows(kind, split, data)[:rows]
-    prompts = [twin.tokenizer(kind.prompt(row, kind.examples(row, examples)))["input_ids"] for row in asked]
-    letters = [twin.tokenizer.encode(f" {letter}", add_special_tokens=False)[:1] for letter in LETTERS]
+    task, prompts = _prompts(twin, data, split, rows)
+    whole = harness_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
+    return Cases(
+        {
+            **generation_cases(twin, plain, prompts, batch_size=batch_size),
+            **letter_cases(twin, plain, task, prompts, batch_size=batch_size),
+            **whole,
+        },
+        {"task": task, "mean_tokens": sum(map(len, prompts)) / len(prompts), "tolerance": twin.tolerance},
+        optional=whole.keys(),
+    )
+
+
+def generation_cases(twin: TwinCausalLM, plain: Any, prompts: list[list[int]], *, batch_size: int) -> dict[str, Case]:
+    """Return the generation of 32 tokens after the last 64 tokens of `batch_size` prompts, in tokens a second.
+
+    `plain` is transformers' own generation. `generate_diffuse` gives each row its own weights, drawn from a flat
+    Dirichlet.
+    """
     starts = torch.tensor([ids[-PROMPT_TOKENS:] for ids in (prompts * batch_size)[:batch_size]], device=twin.device)
     generator = torch.Generator().manual_seed(0)
     drawn = -torch.rand(batch_size, len(twin.expert_names), generator=generator).log()
@@ -49,14 +56,31 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
         "do_sample": False,
         "pad_token_id": twin.tokenizer.pad_token_id,
     }
-    own = torch.zeros(len(twin.expert_names))
-    own[twin.expert_names.index(task)] = 1.0
 
     def generate_plain() -> None:
         finished(plain.generate(input_ids=starts, attention_mask=torch.ones_like(starts), **options))
 
     def generate_diffuse() -> None:
         finished(twin.generate(starts, fusion_weights=drawn / drawn.sum(dim=1, keepdim=True), **options))
+
+    return {
+        "plain": Case(generate_plain, batch_size * GENERATED),
+        "generate_diffuse": Case(generate_diffuse, batch_size * GENERATED),
+    }
+
+
+def letter_cases(
+    twin: TwinCausalLM, plain: Any, task: str, prompts: list[list[int]], *, batch_size: int
+) -> dict[str, Case]:
+    """Return the log-likelihoods of the letters that answer five-shot questions, in rows a second.
+
+    `plain_letters` is transformers' forward of every prompt. `letters` is the twin with the true task's weights; it
+    shares the prefix of prompts. `letters_routed` is the same with the router's weights at the twin's default
+    tolerance, and its time includes routing.
+    """
+    letters = [twin.tokenizer.encode(f" {letter}", add_special_tokens=False)[:1] for letter in LETTERS]
+    own = torch.zeros(len(twin.expert_names))
+    own[twin.expert_names.index(task)] = 1.0
 
     @torch.no_grad()
     def plain_letters() -> None:
@@ -70,19 +94,11 @@ def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str,
         score(twin, requests, fusion_weights=given, batch_size=batch_size)
 
     routed = Case(lambda: score_letters(None), len(prompts), "plain_letters")
-    whole = harness_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
-    return Cases(
-        {
-            "plain": Case(generate_plain, batch_size * GENERATED),
-            "generate_diffuse": Case(generate_diffuse, batch_size * GENERATED),
-            "plain_letters": Case(plain_letters, len(prompts), "plain_letters"),
-            "letters": Case(lambda: score_letters(own), len(prompts), "plain_letters"),
-            **({"letters_routed": routed} if twin.router else {}),
-            **whole,
-        },
-        {"task": task, "mean_tokens": sum(map(len, prompts)) / len(prompts), "tolerance": twin.tolerance},
-        optional=whole.keys(),
-    )
+    return {
+        "plain_letters": Case(plain_letters, len(prompts), "plain_letters"),
+        "letters": Case(lambda: score_letters(own), len(prompts), "plain_letters"),
+        **({"letters_routed": routed} if twin.router else {}),
+    }
 
 
 def harness_cases(
@@ -90,8 +106,8 @@ def harness_cases(
 ) -> dict[str, Case]:
     """Return whole evaluations through lm-eval: of the twin, and of lm-eval's own model on the plain weights.
 
-    The first `rows` documents of each task that the twin has an expert of are scored. Where lm-eval is not installed,
-    the case says so when it is run.
+    They score the first `rows` documents of each task that the twin has an expert of. If lm-eval is not installed, the
+    case fails with a message that says so.
     """
     tasks = [name for name in GENERATIVE if name in twin.expert_names]
     documents = sum(len(task_rows(GENERATIVE[task], split, data)[:rows]) for task in tasks)
@@ -106,3 +122,14 @@ def harness_cases(
         return {"lm_eval_hf": Case(missing, documents, "lm_eval_hf")}
     runs = harness.timed_runs(twin, plain, tasks, data, split=split, rows=rows, batch_size=batch_size)
     return {name: Case(run, documents, "lm_eval_hf") for name, run in runs.items()}
+
+
+def _prompts(twin: TwinCausalLM, data: Path, split: str, rows: int) -> tuple[str, list[list[int]]]:
+    """Return a multiple-choice task that the twin has an expert of, and its first `rows` prompts as tokens."""
+    task = next((name for name in ("mmlu", "bbq", "truthfulqa") if name in twin.expert_names), None)
+    if task is None:
+        raise InputError("bench: the twin has no expert of a multiple-choice task to take prompts from")
+    kind = GENERATIVE[task]
+    examples = few_shot_pool(kind, data)
+    asked = task_rows(kind, split, data)[:rows]
+    return task, [twin.tokenizer(kind.prompt(row, kind.examples(row, examples)))["input_ids"] for row in asked]

@@ -1,4 +1,4 @@
-"""What is measured of a classifier's twin: exact and near fusion, PEFT's mixed batch, the authors' merge a row."""
+"""The cases of a classifier's twin: exact and near fusion, PEFT's mixed batch, and the authors' merge for each row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,18 +28,20 @@ def classifier_cases(
 ) -> Cases:
     """Return the cases of a classifier's twin, all on the same encoded rows.
 
-    `plain` (the shared expert as transformers runs it); `one_hot` and `diffuse` (exact fusion with weights given, so
-    that routing is not counted: the true task's expert, and draws from a flat Dirichlet); `soft` (the router's own
-    weights, likewise) and `soft_TOLERANCE`; `routed` and `routed_top_1` (routing counted; the largest weight alone);
-    `peft_mixed` (PEFT's mixed batch, which can give a row one adapter only, and none where experts changed position
-    embeddings) and `per_sample_merge` (all weights merged for each row, as the authors' code does).
+    - `plain`: the shared expert as transformers runs it.
+    - `one_hot` and `diffuse`: exact fusion with given weights, so without routing. The weights are the true task's
+      expert, or draws from a flat Dirichlet.
+    - The cases of `_router_cases`, if the twin has a router.
+    - `peft_mixed`: PEFT's mixed batch, which gives each row one adapter only. It is unsupported if experts changed
+      position embeddings.
+    - `per_sample_merge`: all weights are merged for each row, as in the authors' code.
     """
     encoded, tasks = _stream(twin, data, split, rows)
+    stream = _Stream(twin, encoded, tasks, batch_size)
     lengths = [len(row["input_ids"]) for row in encoded]
     everything = Group(tuple(range(len(encoded))), None)
     plain_batches = [list(b.rows) for b in batches(everything, lengths, batch_size, overhead=twin.batch_overhead)]
-    experts = len(twin.expert_names)
-    one_hot = torch.nn.functional.one_hot(torch.tensor([twin.expert_names.index(task) for task in tasks]), experts)
+    one_hot = _one_hot([twin.expert_names.index(task) for task in tasks], twin)
     generator = torch.Generator().manual_seed(0)
     exponentials = -torch.rand(one_hot.shape, generator=generator).log()
     diffuse = exponentials / exponentials.sum(dim=1, keepdim=True)
@@ -50,49 +52,80 @@ def classifier_cases(
         for batch in plain_batches:
             finished(plain(**twin.collate([encoded[row] for row in batch])).logits)
 
-    def answers(weights: Tensor | None, tolerance: float = 0.0) -> list[Tensor]:
-        twin.tolerance = tolerance
-        found = twin.answer(encoded, tasks, batch_size=batch_size, fusion_weights=weights)
-        finished(found[-1].logits)
-        return [prediction.logits for prediction in found]
-
-    def run(weights: Tensor | None, tolerance: float = 0.0) -> Callable[[], None]:
-        def run_it() -> None:
-            answers(weights, tolerance)
-
-        return run_it
-
     cases = {
         "plain": Case(run_plain, len(encoded)),
-        "one_hot": Case(run(one_hot.float()), len(encoded)),
-        "diffuse": Case(run(diffuse), len(encoded)),
+        "one_hot": stream.case(one_hot),
+        "diffuse": stream.case(diffuse),
     }
     notes: dict[str, Any] = {"rows": len(encoded), "mean_tokens": sum(lengths) / len(lengths)}
     if twin.router is not None:
-        twin.tolerance = 0.0
-        own = twin.route_all(encoded, tasks, batch_size=batch_size)
-        cases["soft"] = Case(run(own), len(encoded))
-        exact = answers(own)
-        if twin.sensitivity is not None:
-            notes |= {"sensitivity": twin.sensitivity, "errors": {}}
-            for tolerance in TOLERANCES:
-                cases[f"soft_{tolerance:g}"] = Case(run(own, tolerance), len(encoded))
-                notes["errors"][f"{tolerance:g}"] = _error(answers(own, tolerance), exact, tasks)
-        cases["routed"] = Case(run(None), len(encoded))
-        notes["router_layer"] = twin.router.config.layer
-
-        def run_top_1() -> None:
-            weights = twin.route_all(encoded, tasks, batch_size=batch_size)
-            answers(torch.nn.functional.one_hot(weights.argmax(dim=1), experts).float())
-
-        cases["routed_top_1"] = Case(run_top_1, len(encoded))
+        routed, found = _router_cases(stream)
+        cases |= routed
+        notes |= {**found, "router_layer": twin.router.config.layer}
     cases["peft_mixed"] = Case(_peft_mixed(directory, twin, encoded, tasks, plain_batches), len(encoded))
     cases["per_sample_merge"] = Case(_per_sample_merge(plain, twin, encoded, diffuse, merged_rows), merged_rows)
     return Cases(cases, notes, optional={"peft_mixed"})
 
 
+class _Stream(NamedTuple):
+    """A twin and the encoded rows that every case answers."""
+
+    twin: TwinClassifier
+    encoded: list[Encoded]
+    tasks: list[str]
+    batch_size: int
+
+    def route(self) -> Tensor:
+        """Return the router's weights for every row."""
+        return self.twin.route_all(self.encoded, self.tasks, batch_size=self.batch_size)
+
+    def answers(self, weights: Tensor | None, tolerance: float = 0.0) -> list[Tensor]:
+        """Return the logits of every row; without weights the twin routes."""
+        self.twin.tolerance = tolerance
+        found = self.twin.answer(self.encoded, self.tasks, batch_size=self.batch_size, fusion_weights=weights)
+        finished(found[-1].logits)
+        return [prediction.logits for prediction in found]
+
+    def case(self, weights: Tensor | None, tolerance: float = 0.0) -> Case:
+        """Return the case that answers with these weights."""
+        return Case(lambda: self.answers(weights, tolerance), len(self.encoded))
+
+
+def _router_cases(stream: _Stream) -> tuple[dict[str, Case], dict[str, Any]]:
+    """Return the cases that need a router, and what is known about them.
+
+    - `soft`: exact fusion with the router's weights, given, so without routing.
+    - `soft_TOLERANCE`: the same with a tolerance. The notes have its sensitivity and errors.
+    - `routed`: routing included.
+    - `routed_top_1`: routing included, with the largest weight alone.
+    """
+    twin = stream.twin
+    twin.tolerance = 0.0
+    own = stream.route()
+    cases, notes = {"soft": stream.case(own)}, {}
+    exact = stream.answers(own)
+    if twin.sensitivity is not None:
+        errors = {}
+        for tolerance in TOLERANCES:
+            cases[f"soft_{tolerance:g}"] = stream.case(own, tolerance)
+            errors[f"{tolerance:g}"] = _error(stream.answers(own, tolerance), exact, stream.tasks)
+        notes = {"sensitivity": twin.sensitivity, "errors": errors}
+    cases["routed"] = stream.case(None)
+
+    def run_top_1() -> None:
+        stream.answers(_one_hot(stream.route().argmax(dim=1), twin))
+
+    cases["routed_top_1"] = Case(run_top_1, len(stream.encoded))
+    return cases, notes
+
+
+def _one_hot(experts: Sequence[int] | Tensor, twin: TwinClassifier) -> Tensor:
+    """Return weights (rows, experts) that are 1 for each row's expert and 0 for the others."""
+    return torch.nn.functional.one_hot(torch.as_tensor(experts), len(twin.expert_names)).float()
+
+
 def _error(found: Sequence[Tensor], exact: Sequence[Tensor], tasks: Sequence[str]) -> float:
-    """Return the logits' error relative to their size, both as root mean squares over a task's rows, at its most."""
+    """Return the logits' largest relative error over tasks, from root mean squares over each task's rows."""
     worst = 0.0
     for task in set(tasks):
         rows = [row for row, of in enumerate(tasks) if of == task]
@@ -105,7 +138,7 @@ def _stream(twin: TwinClassifier, data: Path, split: str, rows: int) -> tuple[li
     """Return `rows` encoded rows drawn evenly from the twin's tasks, shuffled, and their tasks."""
     known = [task for task in twin.expert_names if task in GLUE]
     if not known:
-        raise InputError("bench: the twin has no expert of a GLUE task to take rows of")
+        raise InputError("bench: the twin has no expert of a GLUE task to take rows from")
     drawn = [
         (GLUE[task].texts(row), task)
         for task in known
@@ -123,7 +156,7 @@ def _peft_mixed(
     tasks: Sequence[str],
     cut: Sequence[Sequence[int]],
 ) -> Callable[[], None]:
-    """Return a run of PEFT's mixed batch: each row through its own task's adapter, no fusion of several."""
+    """Return a run of PEFT's mixed batch: each row uses its own task's adapter, and adapters are not fused."""
     from peft import PeftModel
     from transformers import AutoModel
 
@@ -146,7 +179,7 @@ def _peft_mixed(
 def _per_sample_merge(
     plain: Any, twin: TwinClassifier, encoded: Sequence[Encoded], weights: Tensor, rows: int
 ) -> Callable[[], None]:
-    """Return a run as the authors' code has it: batch 1, a dense sum of all experts' vectors for every sample."""
+    """Return a run like the authors' code: batch 1, and a dense sum of all experts' vectors for every sample."""
     merged = copy.deepcopy(plain)
     targets: list[tuple[Tensor, Tensor, Tensor]] = []
     modules = dict(plain.named_modules())

@@ -1,4 +1,4 @@
-"""How cases are measured: in turn, round after round, after a warm-up; ratios are taken within a round."""
+"""How cases are measured: in turn, round after round, after a warm-up. Ratios are taken within a round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """Something to run, and how many rows (or tokens) it answers; `against` is the case it is compared with."""
+    """Something to run, and how many rows (or tokens) it answers. `against` is the case that it is compared with."""
 
     run: Callable[[], object]
     amount: int
@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
 
 class Cases(NamedTuple):
-    """Cases by name, what else is known of them, and which may be unsupported (they raise ValueError)."""
+    """Cases by name, notes about them, and the names of those that may be unsupported (they raise ValueError)."""
 
     cases: Mapping[str, Case]
     notes: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Cases(NamedTuple):
 
 
 def measure(given: Cases, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return each case's rate a second (the median, and every run's) and its ratio; and why others are missing."""
+    """Return each case's rate a second (the median and every run's) and its ratio, and why other cases are missing."""
     cases = dict(given.cases)
     unsupported: dict[str, str] = {}
     for name, case in given.cases.items():
@@ -59,6 +59,6 @@ def measure(given: Cases, rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def finished(tensor: Tensor) -> None:
-    """Wait until a tensor is there."""
+    """Wait until a tensor is computed."""
     if tensor.is_cuda:
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""A twin measured: fusion against the plain model, the authors' per-sample merge and PEFT, in one run.
+"""The measurement of a twin: fusion against the plain model, the authors' per-sample merge and PEFT, in one run.
 
-All cases answer the same encoded rows on the same machine in turn, round after round, after a warm-up; the
-figures are medians, and ratios are taken against the plain model of the same round.
+All cases answer the same encoded rows on the same machine in turn, round after round, after a warm-up. The figures are
+medians. A ratio is taken against the plain model of the same round.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def bench(
 ) -> dict[str, Any]:
     """Return the machine, the settings, each case's rate and its ratio to the plain model's, memory and build time.
 
-    The cases of a classifier's twin are those of `classifier_cases`, of a language model's those of `causal_cases`.
-    `memory` is in parameters of the plain model: the factors, the joint bases, the fused copy, 1-D vectors. `build` is
-    the time of exclusive vectors by `torch.linalg.svd(full_matrices=True)` over that taken here.
+    The cases are those of `classifier_cases` for a classifier's twin, and of `causal_cases` for a language model's.
+    `memory` is given in fractions of the plain model's parameters: the factors, the joint bases, the fused copy, 1-D
+    vectors. `build` is the time of `torch.linalg.svd(full_matrices=True)` divided by the time that the exclusive
+    vectors take here.
     """
     twin: Any = TwinModel.from_pretrained(twin_directory, device=device, dtype=dtype)
     options: Any = {"split": split, "rows": rows, "batch_size": batch_size}
@@ -74,7 +75,7 @@ def bench(
 
 
 def _memory(twin: TwinModel) -> dict[str, float]:
-    """Return what fusion holds beside the plain model, as fractions of the plain model's parameters."""
+    """Return what fusion holds in memory beside the plain model, as fractions of the plain model's parameters."""
     plain = sum(parameter.numel() for parameter in twin.model.parameters())
     kinds = {"A": "factors", "B": "factors", "fused_weight": "fused"}
     held = {"factors": 0, "joint_bases": 0, "fused": 0, "vectors": 0}
@@ -87,10 +88,11 @@ def _memory(twin: TwinModel) -> dict[str, float]:
 
 
 def _build_times(twin: TwinModel) -> dict[str, float]:
-    """Return how many times faster than `torch.linalg.svd(full_matrices=True)` the exclusive vectors are found.
+    """Return how many times faster the exclusive vectors are computed than `torch.linalg.svd(full_matrices=True)`.
 
-    One matrix of each shape that the experts change, medians of five: the sum of all experts' vectors, which has the
-    rank that one expert's difference from the shared expert has, and one of full rank.
+    One matrix of each shape that the experts change is measured, as the median of five. `low_rank` is the sum of all
+    experts' vectors, which has the rank of one expert's difference from the shared expert. `full_rank` is a random
+    matrix.
     """
     layers = {tuple(m.weight.shape): m for m in twin.model.modules() if isinstance(m, TwinLinear) and m.ranks[0]}
     seconds = {"low_rank": [0.0, 0.0], "full_rank": [0.0, 0.0]}

@@ -1,1 +1,1 @@
-"""Checkpoints on disk and on the hub: read lazily, written whole."""
+"""Checkpoints on disk and on the hub. Tensors are read lazily, and files are written whole."""

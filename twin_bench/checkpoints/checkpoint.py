@@ -1,8 +1,8 @@
 """Checkpoints as lazy mappings from parameter name to tensor.
 
-A `Skeleton` says which parameters a model has (from its config alone, nothing allocated); a checkpoint on
-disk, full or a PEFT LoRA adapter, is then a read-only mapping over exactly those names. One tensor is read
-at a time: merging never holds whole models.
+A `Skeleton` says which parameters a model has. It is built from the model's config alone and allocates no weights.
+A checkpoint, whether a full model or a PEFT LoRA adapter, is a read-only mapping over exactly those parameters.
+Each tensor is read when it is asked for, so a merge never holds whole models in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from twin_bench.files import read_json
 
 
 class LowRank(NamedTuple):
-    """A LoRA adapter of one matrix: scale * B A, A (r, n) and B (m, r) read when asked for."""
+    """One matrix's LoRA adapter, scale * B A. `A` reads the (r, n) factor and `B` the (m, r) factor."""
 
     A: Callable[[], Tensor]
     B: Callable[[], Tensor]
@@ -31,11 +31,12 @@ class LowRank(NamedTuple):
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The backbone parameters of one model under a skeleton's names, read when asked for.
+    """The backbone parameters of one model, a read-only mapping from a skeleton's names to tensors.
 
-    `head` holds the task head's tensors, read likewise. Reading a tensor that holds NaN or inf is an
-    InputError that names it. Of an adapter `low_rank` are the factors of what it changes by a product, and
-    `replaced` what it replaces whole.
+    Tensors are read when they are asked for. Reading a tensor that holds NaN or inf raises an InputError that names
+    the tensor. `head()` returns the task head's tensors.
+    For an adapter, `low_rank` holds the factors of the matrices that it changes, and `replaced` the names of the
+    parameters that it stores whole. Both are empty for a full checkpoint.
     """
 
     def __init__(
@@ -56,11 +57,11 @@ class Checkpoint(Mapping[str, Tensor]):
         return require_finite(self._backbone[name](), name, self.source)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype; of a memory-mapped one nothing is read for it."""
+        """Return a tensor's dtype. The data of a memory-mapped tensor is not read."""
         return self._backbone[name]().dtype
 
     def __contains__(self, name: object) -> bool:
-        return name in self._backbone  # Mapping's own would read the tensor
+        return name in self._backbone  # Mapping's own implementation would read the tensor.
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._backbone)
@@ -69,16 +70,19 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._backbone)
 
     def head(self) -> dict[str, Tensor]:
-        """Return the task head's tensors by name; empty when the checkpoint has none."""
+        """Return the task head's tensors by name, an empty dict if the checkpoint has no head."""
         return {name: require_finite(read(), name, self.source) for name, read in self._head.items()}
 
 
 def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a full Hugging Face checkpoint (safetensors, sharded or not).
+    """Open a full Hugging Face checkpoint in safetensors format, a single file or shards.
 
-    Names are matched with or without the base model's prefix, so a bare backbone and a model with a head
-    read alike. A missing tensor, or one of another shape, is an InputError. A pickle is refused unless
-    `allow_pickle`, and then read with `weights_only=True`.
+    Tensors may be stored with or without the base model's prefix, so a bare backbone can be opened like a model
+    with a head. With `allow_pickle` a pickle is read too, with `weights_only=True`.
+
+    Raises:
+        InputError: The directory has no weights, a tensor is missing, or the weights are a pickle. Reading a tensor of
+            another shape than the skeleton's raises one as well.
     """
     stored = stored_tensors(directory, "model", "pytorch_model", allow_pickle=allow_pickle)
 
@@ -98,18 +102,18 @@ def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool =
 def stored_tensors(
     directory: Path, stem: str, pickle_stem: str, *, allow_pickle: bool
 ) -> dict[str, Callable[[], Tensor]]:
-    """Return a reader for every tensor stored in `directory`, single file or shards."""
+    """Return a function that reads each tensor stored in `directory`, by the tensor's name.
+
+    The first of these that exists is read: the index of sharded STEM.safetensors, STEM.safetensors, PICKLE_STEM.bin.
+
+    Raises:
+        InputError: None of them exists, the file is damaged, or it is a pickle and `allow_pickle` is False.
+    """
     index = directory / f"{stem}.safetensors.index.json"
     single = directory / f"{stem}.safetensors"
     pickle = directory / f"{pickle_stem}.bin"
     if index.is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise InputError(f"{index}: no weight_map in it; copy the checkpoint again")
-        for shard in set(shards.values()):
-            if Path(shard).name != shard:
-                raise InputError(f"{index}: shard name {shard!r} leaves the directory")
-        return {key: functools.partial(_read_tensor, directory / shard, key) for key, shard in shards.items()}
+        return {key: functools.partial(_read_tensor, file, key) for key, file in _sharded(index).items()}
     if single.is_file():
         try:
             with safe_open(single, framework="pt") as file:
@@ -127,6 +131,17 @@ def stored_tensors(
     raise InputError(f"{directory}: no {stem}.safetensors there; is it a checkpoint or an adapter?")
 
 
+def _sharded(index: Path) -> dict[str, Path]:
+    """Return each tensor's file, from a sharded checkpoint's index. InputError for a shard outside its directory."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise InputError(f"{index}: no weight_map in it; copy the checkpoint again")
+    for shard in set(shards.values()):
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: shard name {shard!r} leaves the directory")
+    return {key: index.parent / shard for key, shard in shards.items()}
+
+
 def _read_tensor(file: Path, key: str) -> Tensor:
     try:
         with safe_open(file, framework="pt") as stored:
@@ -137,7 +152,7 @@ def _read_tensor(file: Path, key: str) -> Tensor:
 
 
 def with_shape(read: Callable[[], Tensor], expected: torch.Size, name: str, directory: Path) -> Callable[[], Tensor]:
-    """Return a reader that raises an InputError for a tensor of another shape than `expected`."""
+    """Return `read` with a check: the result raises an InputError for a tensor of another shape than `expected`."""
 
     def checked() -> Tensor:
         tensor = read()
@@ -149,11 +164,11 @@ def with_shape(read: Callable[[], Tensor], expected: torch.Size, name: str, dire
 
 
 def shape_message(source: Path, name: str, found: torch.Size, expected: torch.Size) -> str:
-    """Return the message for a tensor of another shape than the base model's."""
+    """Return the error message for a tensor whose shape differs from the base model's."""
     hint = "; the vocabularies differ: resize it to the base model's" if "embed" in name else ""
     return f"{source}: tensor {name} is {tuple(found)}, the base model's is {tuple(expected)}{hint}"
 
 
 def _legacy(name: str) -> str:
-    """Return the name under which checkpoints of the first BERT releases hold LayerNorm's parameters."""
+    """Return the name that the first BERT releases use for LayerNorm's parameters, gamma and beta."""
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

@@ -1,4 +1,4 @@
-"""The names of the dtypes that a model can have."""
+"""Names of the dtypes that a model can have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from twin_bench.errors import InputError
 
 
 def known_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype named, None for `auto`; InputError for a name that is none."""
+    """Return the dtype of that name, or None for `auto` and None. InputError for an unknown name."""
     if dtype in (None, "auto") or isinstance(dtype, torch.dtype):
         return None if isinstance(dtype, str) else dtype
     found = getattr(torch, str(dtype).removeprefix("torch."), None)

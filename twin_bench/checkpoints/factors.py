@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """A matrix as B @ A, with B of shape (m, r) and A of shape (r, n).
+    """A matrix B @ A of rank r, with B of shape (m, r) and A of shape (r, n).
 
-    Of a truncated SVD they are B = U sqrt(S) and A = sqrt(S) V^T.
+    The factors of a truncated SVD U S V^T are B = U sqrt(S) and A = sqrt(S) V^T.
     """
 
     B: Tensor

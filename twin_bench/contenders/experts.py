@@ -12,7 +12,7 @@ from twin_bench.merging.registry import PROTOCOLS, served_method
 
 @served_method(title="Individual experts", paper="", track="bound", protocols=PROTOCOLS)
 def experts(context: Context) -> Iterator[Contender]:
-    """Answer every task by its own fine-tuned model: the upper bound."""
+    """theta_t for each task t: every task is answered by its own fine-tuned model, the upper bound."""
     for task in context.tasks:
         contender = static_contender(context.sources.experts[task], (task,), context, started=time.perf_counter())
         yield dataclasses.replace(contender, parameters=len(context.sources.experts) * contender.parameters)

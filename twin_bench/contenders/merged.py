@@ -1,4 +1,4 @@
-"""Merge methods on the leaderboard: merge the experts and serve the result."""
+"""Merge methods on the leaderboard: merge the experts and make a contender of the result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def merged_contenders(method: MergeMethod, context: Context) -> Iterator[Contend
 
 
 def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs: Mapping[str, Any]) -> Contender:
-    """Merge and serve the result for `tasks`; `inputs` are what the method must be given."""
+    """Merge and return the contender for `tasks`. `inputs` are those that the method must be given."""
     started = time.perf_counter()
     sources, options = context.sources, {**context.settings, **inputs}
     merged: Mapping[str, Tensor]
@@ -50,10 +50,10 @@ def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs:
 
 
 def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> Contender:
-    """Merge with statistics of training rows. They are kept in the workspace and serve every method of their kind."""
+    """Merge with statistics of training rows. They are kept in the workspace for all methods that use their kind."""
     if context.protocol == "paper" and not context.sources.skeleton.head:
         raise UnsuitedError(
-            f"protocol paper merges A and B of LoRA adapters, and {method.name} has statistics of whole weights"
+            f"protocol paper merges A and B of LoRA adapters, and {method.name} needs statistics of whole weights"
         )
     decisive = [kind, context.calibration_rows, context.seed, context.max_length]
     calibration = calibrate(

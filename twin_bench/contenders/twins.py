@@ -1,4 +1,4 @@
-"""Twins on the leaderboard: build one from a suite's entry, keep it, and serve it."""
+"""Twins on the leaderboard: build a twin from a suite's entry, keep it, and make a contender of it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BUILD_FORMAT = 1
 
 
 class TwinOptions(Settings):
-    """A twin entry's options: what a recipe says, and which weights fuse it.
+    """A twin entry's options: those of a recipe, and which weights fuse the twin.
 
-    `weights: task` gives every row the exclusive vector of its true task. It needs no router, it is the ceiling of any
-    router, and it is on the track "task-id given".
+    `weights: task` gives every row the exclusive vector of its true task. It needs no router. It is the upper limit of
+    every router, and it is on the track "task-id given".
     """
 
     shared: Shared = Field(default_factory=Shared)
@@ -41,10 +41,10 @@ class TwinOptions(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TwinMethod(ServedMethod):
-    """The header of twins, whose options are blocks of settings."""
+    """The header of twins, whose options are groups of settings."""
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options as plain data, defaults included; InputError names the key of what is wrong."""
+        """Return the options as plain data, defaults included. An InputError names the key that is wrong."""
         try:
             twin = TwinOptions.model_validate(dict(options))
             RouterSettings.model_validate({"data": "", **twin.router})
@@ -55,11 +55,11 @@ class TwinMethod(ServedMethod):
         return twin.model_dump(mode="json")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
-        """Return the track: a twin that is told the task is not on that of routers."""
+        """Return the track. A twin that is given the task is not on the routers' track."""
         return "task-id given" if options.get("weights") == "task" else self.track
 
     def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
-        """Return whether a twin runs under a protocol: `routed` takes the head from the router."""
+        """Return whether a twin runs under a protocol. The protocol `routed` takes the head from the router."""
         return protocol != "routed" or options.get("weights") != "task"
 
 
@@ -80,10 +80,10 @@ def twin(
     router: Mapping[str, Any] = MappingProxyType({"layer": -1}),
     weights: str = "router",
 ) -> Iterator[Contender]:
-    """theta*(x) = theta_s + sum_t w_t(x) v_t: a shared expert, compressed exclusive experts, a router, fused per input.
+    """theta*(x) = theta_s + sum_t w_t(x) v_t: a shared expert, compressed exclusive vectors, and a router's weights.
 
-    `shared` names a static merge, `exclusive` gives a density or a rank, `router` the settings of a recipe's router.
-    With `weights` "task" every row has the exclusive vector of its true task.
+    `shared` names a static merge, `exclusive` gives a density or a rank, and `router` the settings of a recipe's
+    router. With `weights` "task" every row has the exclusive vector of its true task.
     """
     recipe = twin_recipe(context)
     directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
@@ -123,9 +123,9 @@ def twin_recipe(context: Context) -> Recipe:
 
 
 def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
-    """Build the twin unless it is there, and return how long that took; None where nobody has measured it.
+    """Build the twin unless it exists. Return how long the build took, or None if nobody has measured it.
 
-    Where another process builds the same twin and is faster, its twin is used.
+    If another process has built the same twin first, its twin is used.
     """
     record = directory.with_suffix(".json")  # beside the twin, whose own files depend on its inputs alone
     if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""The tasks: what a row is, how rows are read, and what scores the answers."""
+"""The tasks: what a row is, how rows are read, and how answers are scored."""
 
 from __future__ import annotations
 

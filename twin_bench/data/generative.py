@@ -1,7 +1,7 @@
-"""The four generative tasks: how a row becomes a prompt and what answers it, after the paper's protocol in HELM.
+"""The four generative tasks: how a row becomes a prompt and its answer, by the paper's protocol in HELM.
 
-MMLU, TruthfulQA (mc_single) and BBQ are multiple choice, all options in one prompt and a letter as the answer
-(HELM's multiple_choice_joint), after five few-shot examples; CNN/DailyMail asks for three sentences.
+MMLU, TruthfulQA (mc_single) and BBQ are multiple choice (HELM's multiple_choice_joint). The prompt holds all options
+after five few-shot examples, and the answer is a letter. CNN/DailyMail asks for three sentences.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Drawn = TypeVar("Drawn")
 
 @dataclass(frozen=True)
 class Item:
-    """A row as it is asked: `question` ends where the answer begins; `answer` is what it should be.
+    """A row as a question: `question` ends where the answer begins, and `answer` is the expected answer.
 
-    `options` is the number of answers to choose from, 0 for a text.
+    `options` is the number of answers to choose from. It is 0 for a free text.
     """
 
     question: str
@@ -32,11 +32,12 @@ class Item:
 
 @dataclass(frozen=True)
 class GenerativeTask(Task):
-    """One task: its rows' form and its metric.
+    """One task: the form of its rows and its metric.
 
-    `fields` are those a row must have; `item` makes an Item of it. `shots` few-shot examples stand before the
-    question, of the same `group` (MMLU: the subject) where that is named. `hub` is (data set, configuration, split to
-    score, split of examples) on the hub; where that has no examples' split, a tenth of the rows is set aside for it.
+    A row must have the fields `fields`, and `item` makes an Item of it. `shots` few-shot examples stand before the
+    question. If `group` names a field (MMLU: the subject), they have the same value of it. `hub` is (data set,
+    configuration, split to score, split of examples) on the hub. If the split of examples is None, a tenth of the rows
+    is set aside for examples.
     """
 
     name: str
@@ -50,12 +51,12 @@ class GenerativeTask(Task):
     task_type: ClassVar[TaskType] = "causal_lm"
 
     def prompt(self, row: Row, examples: Sequence[Row]) -> str:
-        """Return what the model is asked: instructions, few-shot examples, the row's question."""
+        """Return what the model is asked: instructions, few-shot examples, and the row's question."""
         answered = [f"{item.question} {item.answer}\n\n" for item in map(self.item, examples)]
         return self.instructions(row) + "".join(answered) + self.item(row).question
 
     def examples(self, row: Row, pool: Sequence[Row], shots: int | None = None) -> list[Row]:
-        """Return the few-shot examples that stand before `row`: the first of `pool` in its group, itself left out."""
+        """Return the few-shot examples for `row`: the first rows of `pool` in its group, without the row itself."""
         count = self.shots if shots is None else shots
         own = (other for other in pool if self.group is None or other[self.group] == row[self.group])
         picked: list[Row] = []
@@ -67,7 +68,7 @@ class GenerativeTask(Task):
         return picked
 
     def check(self, row: Row, where: str) -> None:
-        """Raise an InputError, led by `where`, unless `row` has the task's form."""
+        """Raise an InputError that begins with `where` unless `row` has the task's form."""
         for field in self.fields:
             if field not in row:
                 raise InputError(f"{where}: no field {field!r}{nearest(field, row)}")
@@ -77,14 +78,14 @@ class GenerativeTask(Task):
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: not a row of {self.name} ({type(error).__name__}: {error})") from None
         if not item.answer.strip() or item.options == 1:
-            raise InputError(f"{where}: no answer, or nothing to choose from; {self.name} needs both")
+            raise InputError(f"{where}: no answer, or only one option; {self.name} needs an answer and options")
 
     def inputs(self, rows: Sequence[Row], pool: Sequence[Row]) -> list[TaskInput]:
         """Return the rows' prompts, few-shot examples included."""
         return [TaskInput(self.prompt(row, self.examples(row, pool)), None, self.name) for row in rows]
 
     def training_inputs(self, rows: Iterable[tuple[str, Row]], pool: Sequence[Row]) -> Iterator[TaskInput]:
-        """Yield the rows' prompts: every other one with few-shot examples, as it is scored, the rest without."""
+        """Yield the rows' prompts. Every other prompt has few-shot examples, as in scoring; the others have none."""
         for index, (where, row) in enumerate(rows):
             self.check(row, where)
             examples = self.examples(row, pool) if index % 2 else []
@@ -99,16 +100,16 @@ class GenerativeTask(Task):
         return shuffled(rows)
 
     def hub_split(self, split: str) -> HubSplit:
-        """Return where the rows are; `train` is the split of the few-shot examples."""
+        """Return where the rows are. `train` is the split of the few-shot examples."""
         if split not in ("train", "validation"):
             raise InputError(
-                f"{self.name}: split {split!r}; of the hub's rows validation is scored, and train has examples"
+                f"{self.name}: no split {split!r}; use validation, which is scored, or train, which has examples"
             )
         dataset, configuration, scored, examples = self.hub
         return HubSplit(dataset, configuration, scored if split == "validation" else (examples or scored))
 
     def of_hub_split(self, rows: Sequence[Row], split: str) -> list[Row]:
-        """Return all rows; without a split of examples a tenth, drawn by a seed, is `train`, the rest `validation`."""
+        """Return all rows of the split. Without a split of examples, `train` is a tenth of them, drawn by a seed."""
         if self.hub[3] is not None:
             return list(rows)
         drawn = shuffled(rows)
@@ -138,7 +139,7 @@ def _mmlu(row: Row) -> Item:
 def _truthfulqa(row: Row) -> Item:
     choices, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
     order = list(range(len(choices)))
-    random.Random(row["question"]).shuffle(order)  # the source has the correct one first
+    random.Random(row["question"]).shuffle(order)  # the correct option is the first in the source
     options = [choices[index] for index in order]
     return _choice(f"Question: {row['question'].strip()}", options, [labels[index] for index in order].index(1))
 

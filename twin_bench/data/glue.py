@@ -1,4 +1,4 @@
-"""The eight GLUE tasks in one table: fields, labels, metrics, splits, named as in the hub's nyu-mll/glue."""
+"""The eight GLUE tasks in one table: fields, labels, metrics and splits, named as in the hub's nyu-mll/glue."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from twin_bench.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class GlueTask(Task):
-    """One task: which fields of a row hold its text, what its labels are, what scores it.
+    """One task: the fields of a row that hold its text, its labels, and its metric.
 
-    `fields` holds one name for a single sentence and two for a pair; `metric` is one of
-    `twin_bench.data.metrics.METRICS`; `label_names` is in the order of the ids, and empty for a regression.
+    `fields` holds one name for a single sentence and two for a pair. `metric` is one of
+    `twin_bench.data.metrics.METRICS`. `label_names` is in the order of the ids, and empty for a regression.
     """
 
     name: str
@@ -47,7 +47,7 @@ class GlueTask(Task):
             raise InputError(f"{where}: label {label!r}; {self.name} needs one of: {known}")
 
     def texts(self, row: Row, where: str = "row") -> tuple[str, str | None]:
-        """Return a row's text and its second text (None for single sentences); `where` begins the InputError."""
+        """Return a row's text and its second text (None for a single sentence). An InputError begins with `where`."""
         texts = [text_field(row, field, where) for field in self.fields]
         return texts[0], (texts[1] if len(texts) == 2 else None)
 
@@ -67,7 +67,7 @@ class GlueTask(Task):
 
 
 def text_field(row: Row, field: str, where: str) -> str:
-    """Return a field's text; InputError that begins with `where` for a field that is missing or no text."""
+    """Return a field's text. Raises an InputError that begins with `where` if the field is missing or not text."""
     if field not in row:
         raise InputError(f"{where}: no field {field!r}{nearest(field, row)}")
     if not isinstance(row[field], str):

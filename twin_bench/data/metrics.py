@@ -1,9 +1,10 @@
 """The tasks' metrics and their standard errors.
 
-GLUE's `score` and `standard_error` are in points: 0 to 100, and down to -100 for the correlations.
+GLUE's `score` and `standard_error` are in points: from 0 to 100, and down to -100 for the correlations. Scores are
+those of scikit-learn and scipy. Bootstrapped errors compute the same metrics for all draws at once, from counts.
 
-A class is any integer. An answer that is none of the task's labels (the routed protocol can choose a head
-that lacks them) is a class of its own that never equals a reference.
+A class is any integer. Under the routed protocol an answer may be no label of the task, because the chosen head lacks
+it. Such an answer counts as a class of its own that never equals a reference.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Array = NDArray[np.float64]
 
@@ -19,16 +22,16 @@ Array = NDArray[np.float64]
 def score(metric: str, references: Sequence[float], predictions: Sequence[float]) -> float:
     """Return the score in points.
 
-    `metric` is `mcc` (Matthews correlation, any number of classes), `acc`, `acc_f1` (mean of accuracy and the
-    F1 of class 1) or `pearson_spearman` (mean of the two correlations). `references` holds a label for each
-    row, `predictions` a predicted class, or a number for `pearson_spearman`.
+    `metric` is `mcc` (Matthews correlation, any number of classes), `acc`, `acc_f1` (mean of accuracy and the F1 of
+    class 1) or `pearson_spearman` (mean of the two correlations). `references` holds a label for each row.
+    `predictions` holds a predicted class, or a number for `pearson_spearman`.
 
-    A correlation (Matthews' too) with constant references or predictions is 0, not NaN, as is the F1 of a
-    class that is neither there nor predicted. Raises ValueError for an unknown metric, no rows, lists of
-    different lengths, or numbers that are not finite.
+    A correlation (Matthews' too) with constant references or predictions is 0, not NaN. The F1 of a class that occurs
+    in neither list is 0 too. Raises ValueError for an unknown metric, no rows, lists of different lengths, or numbers
+    that are not finite.
     """
-    samples, statistic = _prepare(metric, references, predictions)
-    return float(100 * statistic(samples, np.ones((1, samples.shape[1])))[0])
+    references_, predictions_ = _prepare(metric, references, predictions)
+    return float(100 * _SCORES[metric](references_, predictions_))
 
 
 def standard_error(
@@ -41,11 +44,11 @@ def standard_error(
 ) -> float:
     """Return the standard error of `score` over draws of the rows, in the same points.
 
-    Accuracy has the closed form sqrt(p (1 - p) / (n - 1)); the others are bootstrapped: the standard
-    deviation of the score over `resamples` draws of n rows with replacement, the same for the same `seed`.
-    One row alone gives 0. Arguments and errors as for `score`.
+    Accuracy has the closed form sqrt(p (1 - p) / (n - 1)). The other metrics are bootstrapped: the error is the
+    standard deviation of the score over `resamples` draws of n rows with replacement. It is the same for the same
+    `seed`. A single row gives 0. Arguments and errors are those of `score`.
     """
-    samples, statistic = _prepare(metric, references, predictions)
+    samples = _prepare(metric, references, predictions)
     rows = samples.shape[1]
     if rows == 1:
         return 0.0
@@ -59,11 +62,11 @@ def standard_error(
         # A draw of rows is a draw of (reference, prediction) cells, and there are only a few distinct ones.
         samples, counts = np.unique(samples, axis=1, return_counts=True)
         weights = rng.multinomial(rows, counts / rows, size=resamples)
-    return float(100 * np.std(statistic(samples, weights.astype(np.float64)), ddof=1))
+    return float(100 * np.std(RESAMPLED[metric](samples, weights.astype(np.float64)), ddof=1))
 
 
 def rouge_2(reference: str, prediction: str) -> float:
-    """Return the F1 of shared bigrams, 0 to 1, words stemmed: ROUGE-2 as HELM takes it (Lin 2004; rouge-score)."""
+    """Return ROUGE-2 as HELM computes it: the F1 of shared bigrams, 0 to 1, words stemmed (Lin 2004; rouge-score)."""
     from rouge_score import rouge_scorer
 
     scorer = rouge_scorer.RougeScorer(["rouge2"], use_stemmer=True)
@@ -71,30 +74,58 @@ def rouge_2(reference: str, prediction: str) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean of rows' own scores."""
+    """Return the mean of the rows' scores."""
     return float(np.mean(np.asarray(values, dtype=np.float64)))
 
 
 def mean_standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of `mean` over draws of the rows: s / sqrt(n); one row alone gives 0."""
+    """Return the standard error of `mean` over draws of the rows: s / sqrt(n). A single row gives 0."""
     sample = np.asarray(values, dtype=np.float64)
     return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
-# A statistic takes samples (2, n), references over predictions, and weights (draws, n), how often each row
-# counts in each draw, and returns one value a draw, (draws,).
-Statistic = Callable[[Array, Array], Array]
-
-
-def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> tuple[Array, Statistic]:
-    if metric not in _STATISTICS:
+def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> Array:
+    """Return (2, n): references over predictions. Raises ValueError for input that no metric is defined for."""
+    if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     if len(references) != len(predictions) or len(references) == 0:
         raise ValueError(f"{metric} of {len(references)} references and {len(predictions)} predictions")
     samples = np.asarray([references, predictions], dtype=np.float64)
     if not np.isfinite(samples).all():
         raise ValueError(f"{metric}: references and predictions must be finite")
-    return samples, _STATISTICS[metric]
+    return samples
+
+
+def _matthews_correlation(references: Array, predictions: Array) -> float:
+    if len(np.unique([references, predictions])) < 2:
+        return 0.0  # scikit-learn returns 0 too, with a warning
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
+    f1 = f1_score(references == 1, predictions == 1, zero_division=0.0)
+    return (float(accuracy_score(references, predictions)) + float(f1)) / 2
+
+
+def _mean_of_correlations(references: Array, predictions: Array) -> float:
+    if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
+        return 0.0  # scipy returns NaN
+    return float(pearsonr(references, predictions).statistic + spearmanr(references, predictions).statistic) / 2
+
+
+_SCORES: dict[str, Callable[[Array, Array], float]] = {
+    "mcc": _matthews_correlation,
+    "acc": accuracy_score,
+    "acc_f1": _mean_of_accuracy_and_f1,
+    "pearson_spearman": _mean_of_correlations,
+}
+METRICS: tuple[str, ...] = tuple(_SCORES)
+
+Resampled = Callable[[Array, Array], Array]
+"""A metric of all draws at once: (samples, weights) -> (draws,).
+
+samples (2, n) are references over predictions. weights (draws, n) say how often each row is in each draw.
+"""
 
 
 def _accuracy(samples: Array, weights: Array) -> Array:
@@ -127,7 +158,7 @@ def _pearson_spearman(samples: Array, weights: Array) -> Array:
 
 
 def _pearson(x: Array, y: Array, weights: Array) -> Array:
-    """Correlate x and y, each (n,) or (draws, n)."""
+    """Return the correlation of x and y, each (n,) or (draws, n), in each draw: (draws,)."""
     x, y = _standardised(x), _standardised(y)
 
     def mean(values: Array) -> Array:
@@ -135,7 +166,7 @@ def _pearson(x: Array, y: Array, weights: Array) -> Array:
 
     mean_x, mean_y = mean(x), mean(y)
     spread_x, spread_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
-    # After standardising, less than this is a draw of equal values and its rounding.
+    # After standardising, a smaller spread is the rounding error of a draw of equal values.
     varies = np.minimum(spread_x, spread_y) > 1e-12
     return _ratio(mean(x * y) - mean_x * mean_y, np.sqrt(np.where(varies, spread_x * spread_y, 0)))
 
@@ -147,7 +178,7 @@ def _standardised(x: Array) -> Array:
 
 
 def _ranks(x: Array, weights: Array) -> Array:
-    """Return each value's average rank within each draw, (draws, n): rows drawn twice are ties."""
+    """Return each value's average rank within each draw, (draws, n). A row that is drawn twice is a tie."""
     _, group = np.unique(x, return_inverse=True)
     counts = np.zeros((len(weights), group.max() + 1))
     np.add.at(counts.T, group, weights.T)
@@ -158,10 +189,10 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
-_STATISTICS: dict[str, Statistic] = {
+RESAMPLED: dict[str, Resampled] = {
     "mcc": _matthews,
     "acc": _accuracy,
     "acc_f1": _accuracy_f1,
     "pearson_spearman": _pearson_spearman,
 }
-METRICS: tuple[str, ...] = tuple(_STATISTICS)
+"""Each metric of all draws at once. A draw that holds every row once gives the metric's score."""

@@ -14,7 +14,10 @@ from twin_bench.errors import InputError, nearest
 
 
 def split_path(data: Path, task: str, split: str = "validation") -> Path:
-    """Return `data`/`task`/`split`.jsonl, a task's rows; InputError for a split that is no plain name."""
+    """Return `data`/`task`/`split`.jsonl, the file of a task's rows.
+
+    Raises InputError if the split is not a plain name.
+    """
     if not split.replace("_", "").replace("-", "").isalnum():
         raise InputError(f"split {split!r}: expected the name of a split, such as validation")
     return data / task / f"{split}.jsonl"
@@ -23,12 +26,12 @@ def split_path(data: Path, task: str, split: str = "validation") -> Path:
 def read_rows(path: Path, task: Task) -> list[Row]:
     """Read the labelled rows of one task.
 
-    The file holds JSON lines in the schema that the task's data set has on the hub (GLUE's, or see
-    `twin_bench.data.generative`). Blank lines are skipped and other fields kept.
+    The file holds JSON lines in the schema of the task's data set on the hub (GLUE's, or see
+    `twin_bench.data.generative`). Blank lines are skipped. Other fields are kept.
 
     Raises:
-        InputError: names the file and the line of a missing, empty or malformed file, a missing or non-text field, or
-            a label that is not one of the task's.
+        InputError: names the file and the line. The file is missing, empty or malformed, a field is missing or not
+            text, or a label is not one of the task's.
     """
     rows = []
     for where, row in _read_json_lines(path):
@@ -38,7 +41,7 @@ def read_rows(path: Path, task: Task) -> list[Row]:
 
 
 def hub_rows(task: Task, split: str) -> list[Row]:
-    """Read a task's rows from the hub; InputError with the remedy where it can't be reached."""
+    """Read a task's rows from the hub. If it can't be reached, an InputError names the remedy."""
     import datasets
 
     source = task.hub_split(split)
@@ -57,14 +60,14 @@ def hub_rows(task: Task, split: str) -> list[Row]:
 
 
 def task_rows(task: Task, split: str, directory: Path | None) -> list[Row]:
-    """Read a task's rows from `directory`/TASK/SPLIT.jsonl, or from the hub where no directory is named."""
+    """Read a task's rows from `directory`/TASK/SPLIT.jsonl, or from the hub if no directory is given."""
     return read_rows(split_path(directory, task.name, split), task) if directory else hub_rows(task, split)
 
 
 def few_shot_pool(task: Task, directory: Path | None, shots: int | None = None) -> list[Row]:
-    """Return the rows that few-shot examples are taken from, in their order: dev.jsonl, else train, shuffled.
+    """Return the rows that few-shot examples are taken from: dev.jsonl in its order, or else train.jsonl shuffled.
 
-    There are none where no examples are asked for: `shots`, by default the task's own number.
+    The list is empty if `shots` (by default the task's own number) is 0.
     """
     if not (task.shots if shots is None else shots):
         return []
@@ -74,22 +77,22 @@ def few_shot_pool(task: Task, directory: Path | None, shots: int | None = None) 
 
 
 def scored_inputs(task: Task, directory: Path, file: Path, limit: int | None) -> list[TaskInput]:
-    """Return what a model reads of the first `limit` rows of a file (None: all), in the order they are scored in."""
+    """Return a model's inputs for the first `limit` rows of a file (None: all), in the order of scoring."""
     rows = task.scoring_order(read_rows(file, task))[:limit]
     return task.inputs(rows, few_shot_pool(task, directory))
 
 
 def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]:
-    """Read the training inputs of a router; labels are not read.
+    """Read the training inputs of a router. Labels are not read.
 
     Args:
-        path: a directory of {task}/train.jsonl in the tasks' own schemas, of which those named in `expert_names` are
+        path: a directory of {task}/train.jsonl in the tasks' own schemas, from which the tasks in `expert_names` are
             read. Or a file, or a directory of .jsonl files, with rows {"text": ..., "task": ...} and an optional
             "text_pair".
-        expert_names: the experts, each of which needs rows.
+        expert_names: the experts. Each of them needs rows.
 
     Raises:
-        InputError: an expert without rows, a row of an unknown task, and whatever is malformed.
+        InputError: an expert without rows, a row of an unknown task, or a malformed row.
     """
     train_files = {name: split_path(path, name, "train") for name in expert_names if name in TASKS}
     if any(file.is_file() for file in train_files.values()):

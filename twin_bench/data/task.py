@@ -1,4 +1,4 @@
-"""The interface of a task: what a row of it is, what a model reads of a row, and what scores the answers."""
+"""The interface of a task: what a row is, what a model reads of a row, and how the answers are scored."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class HubSplit(NamedTuple):
 
 
 class Task(abc.ABC):
-    """One task. A new kind of task implements this class and nothing else needs to know of it.
+    """One task. A new kind of task implements this class, and no other code changes.
 
-    `metric` is what the harness calls the score. `shots` is the number of few-shot examples that stand before a
+    `metric` is the harness's name for the score. `shots` is the number of few-shot examples that stand before a
     question. `is_regression` says that the answer is a number and not one of several labels.
     """
 
@@ -46,29 +46,29 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def inputs(self, rows: Sequence[Row], pool: Sequence[Row]) -> list[TaskInput]:
-        """Return what a model reads of rows, as they are scored; few-shot examples are taken from `pool`."""
+        """Return a model's inputs for rows that are scored. Few-shot examples are taken from `pool`."""
 
     @abc.abstractmethod
     def training_inputs(self, rows: Iterable[tuple[str, Row]], pool: Sequence[Row]) -> Iterator[TaskInput]:
-        """Yield what a router is trained on, of (where, row) pairs; `where` begins an InputError."""
+        """Yield a router's training inputs for (where, row) pairs. `where` begins an InputError."""
 
     @abc.abstractmethod
     def hub_split(self, split: str) -> HubSplit:
-        """Return where the rows of `split` are on the hub; InputError where the data set has none."""
+        """Return where the rows of `split` are on the hub. Raises InputError if the data set has no such split."""
 
     def answer(self, row: Row) -> str | None:
-        """Return the text that a language model should answer, None where a label is the answer."""
+        """Return the text that a language model should answer, or None if the answer is a label."""
         return None
 
     def scoring_order(self, rows: Sequence[Row]) -> list[Row]:
-        """Return rows in the order in which they are scored, of which a limit takes the first."""
+        """Return rows in the order in which they are scored. A limit takes the first of them."""
         return list(rows)
 
     def of_hub_split(self, rows: Sequence[Row], split: str) -> list[Row]:
-        """Return which rows of the hub's split belong to `split`."""
+        """Return those rows of the hub's split that belong to `split`."""
         return list(rows)
 
 
 def joined(text: str, text_pair: str | None) -> str:
-    """Return a row's texts as one string, the second on a line of its own: a harness's context."""
+    """Return a row's texts as one string, which is a harness's context. The second text is on a line of its own."""
     return text if text_pair is None else f"{text}\n{text_pair}"

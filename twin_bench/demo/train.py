@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from twin_bench.checkpoints.hub import model_directory
-from twin_bench.cli import reporting_errors
+from twin_bench.console import reporting_errors
 from twin_bench.data.glue import GLUE
 from twin_bench.data.metrics import score
 from twin_bench.demo import BASE_MODEL, TASKS
@@ -88,7 +88,7 @@ def train(task: str, seed: int, progress: Progress) -> tuple[Any, Any]:
 
 
 def save(model: Any, directory: Path) -> None:
-    """Write the adapter's two files, the config with its lists in a fixed order."""
+    """Write the adapter's two files. The lists in the config are sorted."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as unfinished:
         model.save_pretrained(unfinished, save_embedding_layers=False)  # "auto" would ask the hub

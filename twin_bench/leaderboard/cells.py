@@ -1,4 +1,4 @@
-"""Cells: one method's score on one task, written to disk the moment it is there."""
+"""Cells: one method's score on one task, written to disk as soon as it is computed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from twin_bench.files import read_record, write_record
 
 FORMAT = 2
-"""The format of a cell's file. It is raised with every change of a cell's fields or of what they mean."""
+"""The format of a cell's file. It is raised when a cell's fields or their meaning change."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A score with all it takes to read it.
+    """A score with everything that is needed to read it.
 
-    `score` and `stderr` are in points (0 to 100, correlations down to -100) over `n` rows; `seconds` is the
-    evaluation's wall time, `build_seconds` the merge's or build's, `parameters` what the method stores.
-    `key` is a digest of everything that decides the score.
+    `score` and `stderr` are in points (0 to 100, correlations down to -100) over `n` rows. `seconds` is the wall time
+    of the evaluation, and `build_seconds` that of the merge or build. `parameters` is how many the method stores. `key`
+    is a digest of everything that decides the score.
     """
 
     suite: str
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A method that these experts or rows don't suit: it has no row, and `reason` says why."""
+    """A method that does not suit these experts or rows. It has no row in the table, and `reason` says why."""
 
     suite: str
     protocol: str
@@ -52,7 +52,7 @@ class Skipped:
 
 
 class Board(NamedTuple):
-    """What a suite came to: its cells, and the methods that have none."""
+    """The result of a suite: its cells, and the methods that have none."""
 
     cells: Sequence[Cell]
     skipped: Sequence[Skipped] = ()
@@ -65,9 +65,9 @@ class Cells:
         self.directory = directory
 
     def read(self, protocol: str, method: str, task: str, key: str) -> Cell | None:
-        """Return a finished cell; None where there is none, or what decides its score has changed.
+        """Return a finished cell. It is None if there is none, or if something that decides its score has changed.
 
-        A cell of an older format, or a damaged one, is None as well: it is run again.
+        A damaged cell or one of an older format is None as well, so it is run again.
         """
         stored = read_record(self._file(protocol, method, task), format_number=FORMAT)
         return Cell(**stored) if stored is not None and stored["key"] == key else None

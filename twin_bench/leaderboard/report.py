@@ -1,11 +1,11 @@
-"""From cells to a leaderboard: normalised scores, and the table as JSON, CSV, Markdown, HTML and in the terminal."""
+"""From cells to a leaderboard: normalised scores, and the table as JSON, CSV, Markdown, HTML and terminal output."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,10 @@ PACKAGES = ("twin-bench", "torch", "transformers", "lm-eval", "peft")
 
 
 def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return one row a cell with its normalised score.
+    """Return one row for each cell, with its normalised score.
 
-    normalized = 100 * score / the expert's score on that task, under the same protocol (the paper's
-    equation 4); negative values stay; None where the expert's score is not above 0.
+    normalized = 100 * score / the expert's score on that task under the same protocol (the paper's equation 4).
+    Negative values are kept. It is None if the expert's score is not above 0.
     """
     experts = {(cell.protocol, cell.task): cell.score for cell in cells if cell.method == "experts"}
     rows = []
@@ -40,12 +40,11 @@ def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Return one line a protocol and method: mean normalised score, its standard error, scores a task, costs.
+    """Return one line for each protocol and method: mean normalised score, standard error, each task's score, costs.
 
-    The mean is over the tasks with a normalised score, which are the same for every method of a protocol:
-    those whose expert scores above 0. Its standard error takes tasks as independent and the experts' scores
-    as exact: it is what the rows drawn for this method contribute, not the error of a difference between two
-    methods on the same rows.
+    The mean is over the tasks whose expert scores above 0. They are the same for every method of a protocol. The
+    standard error treats tasks as independent and the experts' scores as exact. It measures the contribution of the
+    rows drawn for this method. It is not the error of a difference between two methods on the same rows.
     """
     experts = {(row["protocol"], row["task"]): row["score"] for row in rows if row["method"] == "experts"}
     lines = []
@@ -85,7 +84,7 @@ def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
 
 
 def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[Skipped] = ()) -> str:
-    """Return the leaderboard as Markdown, a section a protocol, with what its figures mean."""
+    """Return the leaderboard as Markdown, with a section for each protocol and a legend."""
     sections = [f"# {rows[0]['suite']}\n"]
     for protocol, part in table.groupby("protocol", sort=False):
         shown = _shown(rows, part, str(protocol))
@@ -96,52 +95,75 @@ def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Seque
 
 
 def legend(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped] = ()) -> str:
-    """Return what a reader must know of the figures: rows, metrics, seed, versions, routers, methods left out."""
+    """Return what a reader must know about the figures: rows, metrics, seed, versions, routers, methods left out."""
+    paragraphs = [_FIGURES, _rows_scored(rows), *_chance_levels(rows), *_tasks_left_out(rows)]
+    for (protocol, method), own in _grouped(rows).items():
+        notes = own[0]["notes"]
+        paragraphs += [
+            f"{method} ({protocol}): {said(notes[note])}." for note, said in _NOTES.items() if notes.get(note)
+        ]
+    paragraphs += [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in skipped]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+_FIGURES = (
+    "Scores are in points, ± one standard error. Normalized is the mean over tasks of 100 x score / the expert's score "
+    "on that task, under the same protocol. Its error treats tasks as independent and the experts' scores as exact. "
+    "Speed is rows a second against the pretrained model's, routing included, measured in one run."
+)
+
+
+def _rows_scored(rows: Sequence[dict[str, Any]]) -> str:
     counts: dict[str, set[int]] = {}
     for row in rows:
         counts.setdefault(f"{row['task']} ({row['metric']})", set()).add(row["n"])
     scored = ", ".join(f"{task} {'/'.join(map(str, sorted(n)))}" for task, n in counts.items())
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    lines = [
-        "Scores are in points, ± one standard error. Normalized is the mean over tasks of 100 x score / the "
-        "expert's score on that task, same protocol; its error takes tasks as independent and the experts as exact. "
-        "Speed is rows a second against the pretrained model's, routing counted, everything in one run.",
-        f"Rows scored: {scored}. Seed {rows[0]['seed']}. Versions: {versions}.",
-    ]
+    return f"Rows scored: {scored}. Seed {rows[0]['seed']}. Versions: {versions}."
+
+
+def _chance_levels(rows: Sequence[dict[str, Any]]) -> list[str]:
     chances = {row["task"]: row["notes"]["chance"] for row in rows if "chance" in row["notes"]}
-    if chances:
-        levels = ", ".join(f"{task} {level:.2f}" for task, level in chances.items())
-        lines.append(f"Chance (one over the number of options, mean of the rows scored): {levels}.")
-    left_out = sorted({f"{row['task']} ({row['protocol']})" for row in rows if row["normalized"] is None})
-    if left_out:
-        lines.append(f"Not in the normalized mean, the expert's own score not being above 0: {', '.join(left_out)}.")
-    for (protocol, method), own in _grouped(rows).items():
-        adapted = own[0]["notes"].get("adapted_on")
-        if adapted:
-            seen = ", ".join(f"{task} {count}" for task, count in adapted["rows"].items())
-            lines.append(
-                f"{method} ({protocol}): learnt on {adapted['inputs']}, the very rows it is scored on: {seen}."
-            )
-        router = own[0]["notes"].get("router")
-        if router:
-            accuracy = ", ".join(f"{task} {value:.2f}" for task, value in router["task_accuracy"].items())
-            lines.append(
-                f"{method} ({protocol}): router on layer {router['layer']}, chosen on {router['selected_on']} "
-                f"({router['selection_rows']}), task-id accuracy there {router['accuracy']:.3f}: {accuracy}."
-            )
-        chosen = own[0]["notes"].get("tuned")
-        if chosen:
-            options = ", ".join(
-                f"{option} {value} of {chosen['grid'][option]}" for option, value in chosen["chosen"].items()
-            )
-            used = ", ".join(f"{task} {count}" for task, count in chosen["rows"].items())
-            lines.append(f"{method} ({protocol}): {options}, chosen on {chosen['chosen_on']}: {used}.")
-        calibration = own[0]["notes"].get("calibration")
-        if calibration:
-            used = ", ".join(f"{task} {count}" for task, count in calibration["rows"].items())
-            lines.append(f"{method} ({protocol}): {calibration['statistics']} statistics of training rows: {used}.")
-    lines += [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in skipped]
-    return "\n\n".join(lines) + "\n"
+    if not chances:
+        return []
+    levels = ", ".join(f"{task} {level:.2f}" for task, level in chances.items())
+    return [f"Chance (one over the number of options, mean of the rows scored): {levels}."]
+
+
+def _tasks_left_out(rows: Sequence[dict[str, Any]]) -> list[str]:
+    tasks = sorted({f"{row['task']} ({row['protocol']})" for row in rows if row["normalized"] is None})
+    if not tasks:
+        return []
+    return [f"Not in the normalized mean, because the expert's score is not above 0: {', '.join(tasks)}."]
+
+
+def _adapted(note: Mapping[str, Any]) -> str:
+    return f"learned on {note['inputs']}, the same rows that it is scored on: {_row_counts(note)}"
+
+
+def _routed(note: Mapping[str, Any]) -> str:
+    accuracy = ", ".join(f"{task} {value:.2f}" for task, value in note["task_accuracy"].items())
+    return (
+        f"router on layer {note['layer']}, chosen on {note['selected_on']} ({note['selection_rows']}), "
+        f"task-id accuracy there {note['accuracy']:.3f}: {accuracy}"
+    )
+
+
+def _tuned(note: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{option} {value} of {note['grid'][option]}" for option, value in note["chosen"].items())
+    return f"{options}, chosen on {note['chosen_on']}: {_row_counts(note)}"
+
+
+def _calibrated(note: Mapping[str, Any]) -> str:
+    return f"{note['statistics']} statistics of training rows: {_row_counts(note)}"
+
+
+def _row_counts(note: Mapping[str, Any]) -> str:
+    return ", ".join(f"{task} {count}" for task, count in note["rows"].items())
+
+
+_NOTES = {"adapted_on": _adapted, "router": _routed, "tuned": _tuned, "calibration": _calibrated}
+"""The notes of a cell that the legend shows, in this order, and the sentence of each."""
 
 
 def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[Skipped] = ()) -> str:
@@ -162,7 +184,7 @@ def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[
 def print_leaderboard(
     rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console, skipped: Sequence[Skipped] = ()
 ) -> None:
-    """Print the leaderboard to a terminal: scores without their errors, which the files have."""
+    """Print the leaderboard to a terminal. Scores have no errors there; the files have them."""
     for protocol, part in table.groupby("protocol", sort=False):
         shown = _shown(rows, part, str(protocol)).drop(columns=["track", "parameters", "build"])
         printed = Table(title=f"{rows[0]['suite']}, protocol {protocol}", box=None, pad_edge=False)
@@ -189,7 +211,7 @@ def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) ->
     shown["build"] = [f"{seconds:.0f} s" for seconds in part["build_seconds"]]
     shown["speed"] = ["n/a" if math.isnan(speed) else f"{speed:.2f}x" for speed in part["speed"]]
     chances = {row["task"]: f"{row['notes']['chance']:.2f}" for row in rows if "chance" in row["notes"]}
-    if chances:  # a line of its own under the scores: what an answer drawn blindly gets
+    if chances:  # one more line below the methods: the score of a random answer
         shown = pd.concat([shown, pd.DataFrame([{"method": "chance", **chances}])], ignore_index=True).fillna("")
     return shown
 

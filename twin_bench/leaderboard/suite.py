@@ -23,17 +23,17 @@ BOUNDS = ("pretrained", "experts")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 MethodItem = str | dict[str, dict[str, Any] | None]
 EMBEDDED = "embedded"
-"""In a suite: the demo's own experts and rows."""
+"""A suite's value for the demo's experts and rows."""
 HUB = "hub"
-"""In a suite: rows of the tasks' data sets on the hub."""
+"""A suite's value for the rows of the tasks' data sets on the hub."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One row of the leaderboard: a label, a method and its options.
 
-    `protocols`, where given, are those of the suite's under which it runs. `to_tune` says that its options are to be
-    chosen on held-out training rows; `notes` then tell of the choice.
+    `protocols`, if given, are those of the suite's protocols under which it runs. `to_tune` says that its options are
+    to be chosen on held-out training rows; `notes` then describe the choice.
     """
 
     label: str
@@ -61,14 +61,16 @@ class Entry:
 class Suite(Settings):
     """A leaderboard: base model, experts, rows, tasks, methods, protocols and seed.
 
-    `experts`: task to path or hub id; or one folder with an expert a task in it; or `embedded`. `data`: a
-    directory of {task}/{split}.jsonl; or `hub`; or `embedded`. `split` is scored; routers see train alone.
-    `methods`: names, or {label: {method: NAME, option: value}} with `method` left out where the label is it;
-    `protocol` among the options restricts an entry to some of the suite's. `rows` is how many of a task's rows
-    are scored where --limit says nothing (all of them by default), `dtype` what the models run in (by default the
-    base model's), `batch_size` inputs a forward. `calibration_rows`: how many training rows of each task the methods
-    that need statistics of them may take. `helm`: a directory of HELM's raw files, as they lie under
-    benchmark_output/scenarios, for --harness helm.
+    - `experts`: task to path or hub id; or one folder with an expert for each task; or `embedded`.
+    - `data`: a directory of {task}/{split}.jsonl; or `hub`; or `embedded`.
+    - `split`: the rows that are scored. Routers see train alone.
+    - `methods`: names, or {label: {method: NAME, option: value}}. `method` may be left out if it equals the label. The
+      option `protocol` restricts an entry to some of the suite's protocols.
+    - `rows`: how many rows of a task are scored without --limit, by default all of them.
+    - `dtype`: what the models compute in, by default the base model's.
+    - `batch_size`: inputs in a forward pass.
+    - `calibration_rows`: how many training rows of each task may be used for statistics.
+    - `helm`: a directory of HELM's raw files as under benchmark_output/scenarios, for --harness helm.
     """
 
     name: str
@@ -100,13 +102,13 @@ class Suite(Settings):
                 raise InputError(f"unknown task {task!r}{nearest(task, TASKS)}")
             if TASKS[task].task_type != TASKS[tasks[0]].task_type:
                 raise InputError(
-                    f"{tasks[0]} needs a classifier or {task} does, and the other a language model; split it"
+                    f"one of {tasks[0]} and {task} needs a classifier, the other a language model; split the suite"
                 )
         return tasks
 
     @property
     def task_type(self) -> TaskType:
-        """What kind of models the suite compares."""
+        """The kind of models that the suite compares."""
         return TASKS[self.tasks[0]].task_type
 
     @property
@@ -170,14 +172,14 @@ def _entry(item: MethodItem) -> Entry:
     if isinstance(item, str):
         item = {item: {}}
     if len(item) != 1:
-        raise InputError(f"one label an item, found {', '.join(item)}")
+        raise InputError(f"an item has one label, found {', '.join(item)}")
     ((label, given),) = item.items()
     if not LABEL.fullmatch(label):
         raise InputError(f"label {label!r}: letters, digits, '-', '_', '.' and '+' only")
     options = dict(given or {})
     method = find_method(str(options.pop("method", label)))
     if label in BOUNDS and method.name != label:
-        raise InputError(f"label {label!r} is a bound's; give {method.name} another")
+        raise InputError(f"label {label!r} belongs to a bound; give {method.name} another label")
     protocols = options.pop("protocol", None)
     if protocols is not None:
         protocols = tuple([protocols] if isinstance(protocols, str) else protocols)

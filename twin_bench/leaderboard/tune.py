@@ -1,4 +1,4 @@
-"""Options chosen on a held-out part of each task's training rows: no row that is scored is ever looked at."""
+"""Options chosen on a held-out part of each task's training rows. Scored rows are never used."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.merging.registry import ProtocolName
 
 HELD_OUT = 256
-"""Rows of a task that choose, at most."""
+"""The largest number of held-out rows of a task."""
 
 
 def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the entries, each whose method has a grid followed by one to be tuned, NAME+tuned."""
+    """Return the entries. An entry whose method has a grid is followed by one to be tuned, NAME+tuned."""
     listed: list[Entry] = []
     for entry in entries:
         listed.append(entry)
@@ -42,21 +42,21 @@ def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
 def tuned(
     entry: Entry, protocol: ProtocolName, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
 ) -> Entry:
-    """Return `entry` with those options of its method's grid that do best on held-out training rows.
+    """Return `entry` with the options of its method's grid that score best on held-out training rows.
 
-    Best is the largest mean over tasks of 100 x score / the expert's score on the same rows, as in the table; of
-    equals the first. What was chosen from what goes into the entry's notes.
+    The best options have the largest mean over tasks of 100 x score / the expert's score on the same rows, as in the
+    table. Among equals the first is taken. The entry's notes say what was chosen and from which values.
 
     Args:
-        entry: what to tune; options outside the grid stay as they are.
-        protocol: under which it is chosen.
-        suite: whose tasks, experts and seed; `rows` of it bounds how many are held out.
+        entry: what to tune. Options outside the grid keep their values.
+        protocol: the protocol under which the options are chosen.
+        suite: its tasks, experts and seed are used, and its `rows` limit how many rows are held out.
         data: {task}/train.jsonl.
-        workspace: where the held-out rows go.
-        run: runs a suite, the bounds included.
+        workspace: the folder for the held-out rows.
+        run: runs a suite, including its bounds.
 
     Raises:
-        UnsuitedError: a task without training rows, a method that the experts don't suit, or no expert that scores.
+        UnsuitedError: a task has no training rows, the method does not suit the experts, or no expert scores above 0.
     """
     rows = hold_out(suite.tasks, data, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
     names, values = zip(*entry.method.tune.items(), strict=True)
@@ -94,8 +94,8 @@ def tuned(
 def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed: int) -> Path:
     """Return a directory of {task}/{train,validation}.jsonl made of `data`'s training rows, drawn by the seed.
 
-    validation.jsonl has at most `limit` of them and at most half, train.jsonl the rest: prompts take their solved
-    examples from there, or from the task's dev.jsonl, which is copied.
+    validation.jsonl has at most `limit` rows and at most half of them. train.jsonl has the rest. Prompts take their
+    few-shot examples from train.jsonl, or from the task's dev.jsonl, which is copied.
     """
     files = {task: split_path(data, task, "train") for task in tasks}
     for file in files.values():
@@ -108,7 +108,9 @@ def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed
         rows = shuffled(read_rows(file, TASKS[task]), seed)
         count = min(limit, len(rows) // 2)
         if not count:
-            raise UnsuitedError(f"{file}: one row; options are chosen on held-out training rows, and one must stay")
+            raise UnsuitedError(
+                f"{file}: only one row; options are chosen on held-out training rows, and one must stay"
+            )
         for split, own in (("validation", rows[-count:]), ("train", rows[:-count])):
             write_text(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
         if (dev := file.with_name("dev.jsonl")).is_file():

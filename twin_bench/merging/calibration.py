@@ -1,7 +1,7 @@
 """Statistics of training inputs for the methods that need them: Fisher diagonals and Gram matrices.
 
-They are taken of an expert with its own head, in float32, over rows of {task}/train.jsonl alone, one row at a time:
-no padding, no dropout, no dependence on a batch.
+They are computed on an expert with its own head, in float32, from rows of {task}/train.jsonl alone. Each row is run
+alone, so there is no padding and no dependence on a batch. There is no dropout.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from twin_bench.files import StoredTensors, read_tensors, write_tensors
 from twin_bench.merging.registry import Statistics, StatisticsKind
 
 FORMAT = 1
-"""The format of stored statistics. It is raised with every change of what they hold or how they are computed."""
+"""The format of stored statistics. It is raised when their content or their computation changes."""
 ROWS = 256
-"""Training rows of a task where nothing else is said: what the authors of both methods find to be enough."""
+"""The default number of training rows of a task. The authors of both methods find this number to be enough."""
 
 
 class Example(NamedTuple):
-    """One training row as the model takes it, (1, length) tensors by name.
+    """One training row as the model reads it: (1, length) tensors by name.
 
-    `answer`: how many of its last tokens are the row's answer; 0 for a classifier.
+    `answer` is the number of tokens at the end that are the row's answer. It is 0 for a classifier.
     """
 
     inputs: Mapping[str, Tensor]
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The experts' statistics, how many rows of each task gave them, and how long that took."""
+    """The experts' statistics, the number of rows that each task gave, and the time of the computation."""
 
     statistics: Statistics
     rows: Mapping[str, int]
@@ -53,16 +53,17 @@ class Calibration(NamedTuple):
 def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) -> dict[str, Tensor]:
     """Return the diagonal of the model's Fisher information by parameter name, each in the parameter's shape.
 
-    F = mean_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2], the labels being the model's own.
+    F = mean_x E_{y ~ p(y|x)} [(d log p(y|x) / d theta)^2]. The labels y are the model's own, not the rows'.
 
-    Of a classifier the expectation is exact, a backward pass a label. A regression head (one label, STS-B's) is read
-    as the mean of a normal distribution of unit variance, whose Fisher is (d f(x) / d theta)^2: the row's own label
-    plays no part. Of a language model p(y|x) is that of the answer's tokens given the prompt: one label is drawn by
-    `seed` at each position of the row's answer, given the answer before it, and F is the square of the gradient of
-    their joint log-probability; its expectation is the sum of the positions' Fishers.
+    For a classifier the expectation is exact and takes one backward pass for each label. A regression head (one label,
+    STS-B's) is read as the mean of a normal distribution of unit variance. Its Fisher is (d f(x) / d theta)^2, and the
+    row's label is not used. For a language model p(y|x) is the distribution of the answer's tokens given the prompt. At
+    each position of the row's answer one label is drawn by `seed`, given the answer's tokens before it. F is the square
+    of the gradient of their joint log-probability. The expectation of that square is the sum of the positions' Fishers.
 
-    The authors' code is the classifier's. RegMean's, MergeLM's and FusionBench's square the gradient of a *sum* over
-    labels (and rows of a batch), which has cross terms, and use the true labels for a regression.
+    The authors' code is for classifiers. The code of RegMean's authors, MergeLM and FusionBench square the gradient of
+    a *sum* over labels (and over the rows of a batch). That square has cross terms. They use the true labels for a
+    regression.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -82,21 +83,21 @@ def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) 
 
 @torch.no_grad()
 def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
-    """Return X^T X / n of the n inputs X (n, in) of each linear layer, (in, in) in float32; summed up in float64.
+    """Return X^T X / n (in, in) in float32 of the n inputs X (n, in) of each linear layer; sums are taken in float64.
 
-    It has the weight's name where the weight is stored (out, in), and that name with ".T" where it is stored (in, out):
-    GPT-2's Conv1D. n counts tokens, as in the authors' code, so that a task of long texts weighs no more than one of
-    short ones; theirs counts padding, of which there is none here.
+    A matrix has its weight's name if the weight is stored (out, in). It has that name with ".T" appended if the weight
+    is stored (in, out), as in GPT-2's Conv1D. n counts tokens, as in the authors' code, so a task of long texts weighs
+    no more than a task of short texts. The authors' count includes padding; there is no padding here.
     """
     names = dict(model.named_parameters())
     layers = {
         f"{path}.weight.T" if isinstance(module, Conv1D) else f"{path}.weight": module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names  # an output layer that is tied is not
+        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names  # leaves out a tied output layer
     }
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    last: list[Tensor] = []  # an input and its product: queries, keys and values read the same one
+    last: list[Tensor] = []  # the last input and its X^T X: queries, keys and values have the same input
 
     def watch(name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -123,13 +124,13 @@ def calibration_examples(
 ) -> list[Example]:
     """Return at most `rows` rows of a task's train.jsonl, drawn by the seed, as its expert reads them.
 
-    A generative task's row is its prompt, few-shot examples included, with its answer behind; of one that is too long
-    the last `max_length` tokens stay. Raises UnsuitedError where there is no such file, InputError where it is
+    A row of a generative task is its prompt, few-shot examples included, followed by its answer. If it is too long, its
+    last `max_length` tokens are kept. Raises UnsuitedError if there is no such file, and InputError if the file is
     malformed.
     """
     file = split_path(data, task, "train")
     if not file.is_file():
-        raise UnsuitedError(f"{file}: no such file; statistics are taken of training rows")
+        raise UnsuitedError(f"{file}: no such file; statistics are computed from training rows")
     kind = TASKS[task]
     drawn = shuffled(read_rows(file, kind), seed)[:rows]
     inputs = kind.inputs(drawn, few_shot_pool(kind, data))
@@ -138,7 +139,7 @@ def calibration_examples(
 
 
 def _example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -> Example:
-    """Return a row as tokens; a language model's is followed by its answer, and its last `limit` tokens are kept."""
+    """Return a row's tokens. For a language model its answer follows, and the last `limit` tokens are kept."""
     if answer is None:
         return Example(
             dict(tokenizer(asked.text, asked.text_pair, truncation=True, max_length=limit, return_tensors="pt"))
@@ -160,10 +161,10 @@ def calibrate(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Return the statistics of all experts, each read from `folder`/TASK.safetensors when it is asked for.
+    """Return the statistics of all experts. A tensor is read from `folder`/TASK.safetensors when it is accessed.
 
-    Those that are not there yet are computed; `folder` must stand for all that decides them. Raises as
-    `calibration_examples` does, before anything is computed.
+    Statistics that are not stored there yet are computed. The name of `folder` must identify everything that they
+    depend on. Raises as `calibration_examples` does, before anything is computed.
     """
     progress = progress or Progress(disable=True)
     examples = {
@@ -188,7 +189,7 @@ def calibrate(
 def _statistics(
     kind: StatisticsKind, sources: Sources, task: str, examples: Sequence[Example], seed: int, progress: Progress
 ) -> dict[str, Tensor]:
-    """Return one expert's statistics, taken with its own head."""
+    """Return one expert's statistics, computed with its own head."""
     model = load_expert(sources, task, "float32")
     watched = progress.track(examples, description=f"{kind} {task}")
     found = fisher_diagonals(model, watched, seed=seed) if kind == "fisher" else gram_matrices(model, watched)
@@ -196,7 +197,7 @@ def _statistics(
 
 
 def _log_probabilities(model: Any, example: Example, generator: torch.Generator) -> Iterator[tuple[float, Tensor]]:
-    """Yield (weight, log-probability), of whose squared gradients a row's Fisher is the weighted sum."""
+    """Yield pairs (weight, log-probability): a row's Fisher is the weighted sum of their squared gradients."""
     logits = model(**example.inputs).logits[0]
     if example.answer:
         asked = logits[-example.answer - 1 : -1].log_softmax(dim=-1)

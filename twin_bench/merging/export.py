@@ -1,4 +1,4 @@
-"""From a merge recipe to an ordinary checkpoint, or to one LoRA adapter, with a model card."""
+"""Merging to an ordinary checkpoint or to one LoRA adapter, with a model card."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:
     """Read and check a merge recipe, or a mergekit file (one with `merge_method`).
 
     Returns:
-        The recipe, and one line that says what mergekit would compute differently ("" where nothing is different).
+        The recipe, and one line that says what mergekit computes differently ("" if nothing differs).
 
     Raises:
-        InputError: names the file and the key of whatever is wrong.
+        InputError: names the file and the key that is wrong.
     """
     raw = read_yaml(file)
     if "merge_method" in raw:
@@ -48,14 +48,14 @@ def merge_to_directory(
 ) -> int:
     """Merge and write the result to `directory`, which appears whole or not at all.
 
-    Parameters are merged and written one at a time. Of a classifier the backbone is written, under the name of its
-    own class, and with `recipe.head` the classifier with that expert's head and labels.
+    Parameters are merged and written one at a time. For classifiers the backbone alone is written, under the name of
+    its own class. With `recipe.head` the classifier is written, with that expert's head and labels.
 
     Returns:
         The number of parameters written.
 
     Raises:
-        InputError: whatever is wrong with the recipe or its inputs.
+        InputError: the recipe or one of its inputs is wrong.
     """
     progress = progress or Progress(disable=True)
     sources = open_sources(
@@ -65,7 +65,7 @@ def merge_to_directory(
         trust_remote_code=recipe.trust_remote_code,
     )
     if recipe.head is not None and not sources.skeleton.head:
-        raise InputError(f"head: {recipe.head}: a language model has no head of its own; leave it out")
+        raise InputError(f"head: {recipe.head}: a language model has no separate head; leave head out")
     options = {**find_method(recipe.merge.method).seeded(recipe.seed), **recipe.merge.options}
     with written_at_once(directory) as root, quiet_transformers():
         if recipe.as_adapter:
@@ -100,7 +100,7 @@ def _write_checkpoint(
         for name in progress.track(ordered(layouts), description="merging"):
             tensor = head[name] if name in head else merged[name]
             yield name.removeprefix(kept_prefix), _fitting(name, tensor, layouts[name].dtype)
-            del tensor  # not to be held while the next one is merged
+            del tensor  # frees it before the next one is merged
 
     stored = {name.removeprefix(kept_prefix): layout for name, layout in layouts.items()}
     write_sharded(root, stored, stream(), shard_bytes=shard_bytes)
@@ -116,7 +116,7 @@ def _write_adapter(recipe: MergeRecipe, sources: Sources, options: Mapping[str, 
     if tied and factors.keys() & sources.skeleton.embeddings:
         raise UnsuitedError(
             f"as_adapter: {min(factors.keys() & sources.skeleton.embeddings)} is tied to the output layer, which an "
-            "adapter would leave as it is; leave as_adapter out"
+            "adapter does not change; leave as_adapter out"
         )
     head = sources.experts[recipe.head].head() if recipe.head else {}
     if recipe.dtype:
@@ -135,7 +135,7 @@ def _fitting(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merged_config(recipe: MergeRecipe, sources: Sources, head: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """Return the base's config with the class, the dtype and, of a head, the labels of what is written."""
+    """Return the base's config with the class and dtype of what is written and, if a head is written, its labels."""
     config = copy.deepcopy(sources.config)
     config.dtype = dtype
     if recipe.head is not None:
@@ -153,7 +153,7 @@ def _merged_config(recipe: MergeRecipe, sources: Sources, head: Mapping[str, Ten
 
 
 class _Widened(Mapping[str, Tensor]):
-    """A base model that loses nothing of `dtype`: a merge comes in its base's dtype."""
+    """A base model with dtypes that hold `dtype` without loss. A merge returns its base's dtypes."""
 
     def __init__(self, base: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._base = base

@@ -1,10 +1,10 @@
-"""Singular values and vectors by Gram matrices in float64: faster than an SVD, and in half the memory.
+"""Singular values and vectors from Gram matrices in float64: faster than an SVD, and in half the memory.
 
-A Gram matrix squares singular values, and float64 keeps squares to a relative 1e-16: of float32 entries, which tell
-1e-7 apart, nothing is lost. Matrices whose entries are float64 themselves are decomposed as they are.
+A Gram matrix holds the squares of the singular values. float64 resolves squares to a relative 1e-16, so nothing is lost
+for float32 entries, which are resolved to 1e-7. Matrices with float64 entries are decomposed directly.
 
-A matrix X (m, n) is taken as `Rows`: views of its rows, made float64 one block at a time. Its Gram matrix is
-(n, n): whoever decomposes a wide one gives its columns.
+A matrix X (m, n) is given as `Rows`: views of its rows, converted to float64 one block at a time. Its Gram matrix is
+(n, n), so a caller gives a wide matrix by its columns.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.finite import all_finite
 
 FULL_SVD_OPERATIONS = 10**10
-"""m * n * min(m, n) up to which the Gram matrix is decomposed: about half a second on two cores."""
+"""The Gram matrix is decomposed up to this m * n * min(m, n), which takes about half a second on two cores."""
 
 
 def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     """Return the best rank-`rank` approximation of an (m, n) matrix as factors.
 
-    A matrix of low rank, such as a LoRA expert's, is recognised: where a sketch of it leaves nothing but rounding,
-    the sketch's singular vectors are the matrix's own. Else they are the eigenvectors of its Gram matrix up to
-    FULL_SVD_OPERATIONS; beyond, those of torch.svd_lowrank in the matrix's own precision with 16 columns of
-    oversampling and 4 power iterations, whose error was within 0.4% of the optimum on slowly decaying spectra
-    (4096 x 4096, rank 8: 0.24 s against 11 s). Singular values below the matrix's rounding error are dropped, so a
-    LoRA expert's delta keeps no more columns than it has.
+    A sketch recognises matrices of low rank, such as a LoRA expert's. If it leaves out nothing but rounding error, its
+    singular vectors are the matrix's own. Other matrices up to FULL_SVD_OPERATIONS get the eigenvectors of their Gram
+    matrix. Larger ones get torch.svd_lowrank in the matrix's own precision, with 16 columns of oversampling and 4 power
+    iterations. Its error was within 0.4% of the optimum on slowly decaying spectra (4096 x 4096, rank 8: 0.24 s against
+    11 s). Singular values below the matrix's rounding error are dropped, so a LoRA expert's delta gets no more columns
+    than its rank.
 
-    Returns the factors in the matrix's dtype, float32 at least.
+    Returns the factors in the matrix's dtype, but in float32 or better.
     """
     matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-    if matrix.shape[0] < matrix.shape[1]:  # the Gram matrix is that of the smaller side
+    if matrix.shape[0] < matrix.shape[1]:  # the Gram matrix belongs to the smaller side
         B, A = truncated_svd(matrix.T, rank, seed=seed)
         return Factors(A.T.contiguous(), B.T.contiguous())
     noise = partial(_noise, shape=matrix.shape, dtype=matrix.dtype)
@@ -57,18 +57,18 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
 
 
 def _noise(S: Tensor, shape: torch.Size, dtype: torch.dtype) -> float:
-    """Return the singular value up to which a matrix of a dtype is rounding: as numpy's matrix_rank has it."""
+    """Return the largest singular value that is rounding error in this dtype, by the rule of numpy's matrix_rank."""
     return float(S[0]) * max(shape) * torch.finfo(dtype).eps
 
 
 Rows = Sequence[Tensor]
-"""Blocks (b, ...) of a matrix's rows, their further dimensions counting as one."""
+"""Blocks (b, ...) of a matrix's rows. All dimensions after the first count as one."""
 Decomposed = tuple[Tensor, Tensor]
-"""S (k), falling, and V (n, k): all n, or the first ones."""
+"""S (k) in decreasing order and V (n, k): all n singular values, or the first k."""
 BLOCK = 2**18
 """Entries of a block: 2 MB in float64."""
 LARGE = 512
-"""Columns from which a Gram matrix is decomposed in place."""
+"""A Gram matrix with at least this many columns is decomposed in place."""
 
 
 def rows_of(matrix: Tensor) -> Rows:
@@ -85,7 +85,7 @@ def product(rows: Rows, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def gram(rows: Rows, *, scale: float = 1.0, onto: Tensor | None = None) -> Tensor:
-    """Return scale * X^T X (n, n), computed in float64; added to `onto`, in place, where it is given."""
+    """Return scale * X^T X (n, n), computed in float64. If `onto` is given, it is added to that in place."""
     columns = rows[0][:1].numel()
     found = torch.zeros(columns, columns, dtype=torch.float64, device=rows[0].device) if onto is None else onto
     for block in rows:
@@ -95,10 +95,10 @@ def gram(rows: Rows, *, scale: float = 1.0, onto: Tensor | None = None) -> Tenso
 
 
 def right_singular(rows: Rows) -> Decomposed:
-    """Return all of a matrix's singular values and right singular vectors, in float64.
+    """Return all singular values and right singular vectors of a matrix, in float64.
 
-    Values below 1e-8 of the largest are rounding, but of float64 entries. Raises torch.linalg.LinAlgError where
-    neither of two LAPACK drivers converges, as where an entry is not finite.
+    Values below 1e-8 of the largest are rounding error, except for float64 entries. Raises torch.linalg.LinAlgError if
+    neither of two LAPACK drivers converges, for example because an entry is not finite.
     """
     if rows[0].dtype == torch.float64:
         return _first_to_converge((_torch_svd, _scipy_svd), lambda: torch.cat([_exact(block) for block in rows]))
@@ -106,22 +106,23 @@ def right_singular(rows: Rows) -> Decomposed:
 
 
 def spectrum(make_gram: Callable[[], Tensor]) -> Decomposed:
-    """Return S and V of X, given what computes X^T X (n, n) in float64; see right_singular.
+    """Return S and V of X from a function that computes X^T X (n, n) in float64; see right_singular.
 
-    It is called once more if the first driver, which may work in place, does not converge.
+    The function is called again if the first driver does not converge, because a driver may overwrite its input.
     """
     return _first_to_converge((_eigenvectors, _eigenvectors_otherwise), make_gram)
 
 
 def of_low_rank(rows: Rows, columns: int, *, seed: int, noise: Callable[[Tensor], float]) -> Decomposed | None:
-    """Return what right_singular does, of the first `columns` singular values, if these leave no more than noise.
+    """Return the first `columns` singular values and right singular vectors, if they leave out nothing but noise.
 
-    The row space is that of `columns` random combinations of the rows (Halko et al., arXiv:0909.4061), which holds all
-    of a LoRA expert's task vector. `noise` gives, of the singular values found, the Frobenius norm up to which what is
-    left out is rounding: as a difference of squared norms, float64 resolves it to 1e-8 of the matrix's.
+    The row space is found from `columns` random combinations of the rows (Halko et al., arXiv:0909.4061). It contains
+    the whole task vector of a LoRA expert. `noise` maps the singular values found to a Frobenius norm: what is left out
+    is rounding error up to this norm. The norm of what is left out is a difference of squared norms, which float64
+    resolves to 1e-8 of the matrix's norm.
 
-    Returns None of a matrix of higher rank, of one with fewer than 2 * `columns` columns, since the whole Gram matrix
-    costs as little, and of float64 entries, which tell more than 1e-8 apart.
+    Returns None for a matrix of higher rank, for fewer than 2 * `columns` columns, and for float64 entries. With so few
+    columns the whole Gram matrix costs as little. float64 entries are resolved to more than 1e-8.
     """
     if 2 * columns > rows[0][:1].numel() or rows[0].dtype == torch.float64:
         return None
@@ -154,7 +155,7 @@ def _first_to_converge(drivers: Sequence[Callable[[Tensor], Decomposed]], make: 
         try:
             return driver(made)
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]
-            del made  # not to be held while the next one is made
+            del made  # frees it before the next one is made
     raise torch.linalg.LinAlgError("no LAPACK driver converges")  # type: ignore[attr-defined]
 
 
@@ -167,19 +168,19 @@ def _eigenvectors_otherwise(gram: Tensor) -> Decomposed:
 
 
 def _in_place(gram: Tensor) -> bool:
-    """Whether memory matters more than that scipy's threads, which wait in a loop, take torch's time afterwards."""
+    """Return whether memory matters more than speed: scipy's threads wait in a loop and slow down torch afterwards."""
     return len(gram) >= LARGE and gram.device.type == "cpu"
 
 
 def _relatively_robust(gram: Tensor) -> Decomposed:
-    """By LAPACK's syevr, which works in place of the Gram matrix."""
-    falling = gram.neg_().cpu().numpy().T  # eigenvalues come rising; .T is LAPACK's own layout
+    """Decompose with LAPACK's syevr, which overwrites the Gram matrix."""
+    falling = gram.neg_().cpu().numpy().T  # negated, since eigenvalues ascend; .T is LAPACK's layout
     squares, V = scipy.linalg.eigh(falling, driver="evr", overwrite_a=True, check_finite=False)
     return torch.from_numpy(-squares).clamp(min=0).sqrt().to(gram), torch.from_numpy(V).to(gram)
 
 
 def _divide_and_conquer(gram: Tensor) -> Decomposed:
-    """By LAPACK's syevd, which takes twice the Gram matrix's memory to work in."""
+    """Decompose with LAPACK's syevd, which needs twice the Gram matrix's memory as workspace."""
     squares, V = torch.linalg.eigh(gram.neg_())
     return squares.neg().clamp(min=0).sqrt(), V
 
@@ -190,6 +191,6 @@ def _torch_svd(matrix: Tensor) -> Decomposed:
 
 
 def _scipy_svd(matrix: Tensor) -> Decomposed:
-    """By LAPACK's QR iteration (gesvd), where divide and conquer (gesdd) does not converge."""
+    """Decompose with LAPACK's QR iteration (gesvd), if divide and conquer (gesdd) does not converge."""
     _, S, Vh = scipy.linalg.svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd", check_finite=False)
     return torch.from_numpy(S).to(matrix), torch.from_numpy(Vh).to(matrix).T

@@ -1,21 +1,23 @@
-"""mergekit's YAML, read where twin-bench has a method of the same meaning; all else is an error that says so.
+"""mergekit's YAML, read if twin-bench has a method of the same meaning. Anything else is an error that says so.
 
-What is the same, up to rounding (sums are taken in float32 here, in `dtype` there):
+These methods give the same result up to rounding (sums are taken in float32 here, in `dtype` in mergekit):
 
-- `linear` with equal weights is `average`; `task_arithmetic` with equal weights is `task_arithmetic`, scaling being
-  lambda times the weight (lambda / T under `normalize: true`); `slerp` is `slerp`; `model_stock` is `model_stock`.
+- `linear` with equal weights is `average`.
+- `task_arithmetic` with equal weights is `task_arithmetic`. Its scaling is lambda times the weight, or lambda / T under
+  `normalize: true`.
+- `slerp` is `slerp`, and `model_stock` is `model_stock`.
 
-What is the same method by another arithmetic, which `from_mergekit` says in a line:
+These are the same method with other arithmetic. `from_mergekit` describes the difference in one line:
 
-- `ties` trims each tensor to `density` by itself there, the whole model at once here, as the paper does. With
-  `normalize: true`, its default, the rest is the same: the mean of the entries that agree. Entries whose sum is
-  exactly 0 keep the positive ones there and are dropped here.
-- `dare_linear` and `dare_ties` draw other entries for want of a common generator, and rescale what is kept by
-  1 / density here, as the paper does; recent mergekit rescales each tensor to the L1 norm that it had.
-- `breadcrumbs` and `della` as their own pages in leaderboards/METHODS.md say.
+- `ties`: mergekit trims each tensor separately to `density`. Here the trimming is over the whole model, as in the
+  paper. With `normalize: true`, mergekit's default, the rest is the same: the mean of the entries that agree. If the
+  sum of an entry is exactly 0, mergekit keeps its positive values; here the entry is dropped.
+- `dare_linear` and `dare_ties`: other entries are drawn, because the random generators differ. Kept entries are
+  rescaled by 1 / density here, as in the paper. Recent versions of mergekit rescale each tensor to its former L1 norm.
+- `breadcrumbs` and `della`: the methods' docstrings describe the differences.
 
-`dare_ties`, like any election without `normalize: true`, takes the *sum* of the entries that agree there: no method
-here does.
+mergekit's `dare_ties`, like every election without `normalize: true`, takes the *sum* of the entries that agree. No
+method here does.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ from twin_bench.merging.registry import methods
 
 @dataclass(frozen=True)
 class Counterpart:
-    """What a mergekit method is called here.
+    """The method that a mergekit method corresponds to here.
 
-    `mixes`: how it puts task vectors together: their weighted sum; an election and the mean or sum of the entries
-    that agree; or a way of its own. `of_each` are the parameters that mergekit reads for each model (beside the
-    weight), `of_all` those it reads once, with mergekit's defaults; `normalize` is mergekit's default.
+    `mixes` is how mergekit combines task vectors: by their weighted sum; by an election and the mean or sum of the
+    entries that agree; or in its own way. `of_each` holds the parameters that mergekit reads for each model (beside the
+    weight), with mergekit's defaults. `of_all` names the parameters that it reads once. `normalize` is mergekit's
+    default. `difference` says what is computed differently here.
     """
 
     method: str
@@ -51,7 +54,10 @@ class Counterpart:
     difference: str = ""
 
 
-_DRAWS = "draws other entries than mergekit and rescales them by 1 / density, recent mergekit to the tensor's L1 norm"
+_DRAWS = (
+    "draws other entries than mergekit and rescales them by 1 / density, while recent mergekit restores each tensor's "
+    "L1 norm"
+)
 COUNTERPARTS = {
     "linear": Counterpart("average", "own", normalize=True),
     "task_arithmetic": Counterpart("task_arithmetic", "sum"),
@@ -60,7 +66,7 @@ COUNTERPARTS = {
         "election",
         normalize=True,
         of_each={"density": 1.0},
-        difference="trims over the whole model, as the paper does, mergekit each tensor by itself",
+        difference="trims over the whole model, as the paper does, while mergekit trims each tensor separately",
     ),
     "dare_linear": Counterpart("dare_task_arithmetic", "sum", of_each={"density": 1.0}, difference=_DRAWS),
     "dare_ties": Counterpart("dare_ties", "election", of_each={"density": 1.0}, difference=_DRAWS),
@@ -80,11 +86,11 @@ COUNTERPARTS = {
 
 _REFUSED = {
     "slices": "layers of several models can't be stacked here; give whole models under models, or use mergekit",
-    "modules": "parts of a model can't be merged apart here; give whole models under models, or use mergekit",
+    "modules": "parts of a model can't be merged separately here; give whole models under models, or use mergekit",
     "tokenizer": "the result has the base model's tokenizer; remove the key, or use mergekit",
-    "chat_template": "the result has the base model's; remove the key and set the template afterwards",
-    "int8_mask": "masks take no lasting memory here and change no result; remove the key",
-    "rescale": "whether a method rescales is part of the method here; remove the key",
+    "chat_template": "the result has the base model's template; remove the key and set the template afterwards",
+    "int8_mask": "masks are not kept in memory here, so the key has no effect; remove it",
+    "rescale": "each method here determines whether it rescales; remove the key",
     "filter_wise": "angles are taken over whole tensors here; remove the key, or use mergekit",
 }
 
@@ -105,11 +111,11 @@ class _Configuration(Settings):
 
 
 def from_mergekit(raw: Mapping[str, Any], file: Path) -> tuple[MergeRecipe, str]:
-    """Return the merge recipe that a mergekit configuration stands for, and what is computed otherwise here.
+    """Return the merge recipe that a mergekit configuration corresponds to, and what is computed differently here.
 
     Raises:
-        InputError: a method or key that has no counterpart, weights or other parameters that differ between models,
-            layer-wise lists, LoRA notation (MODEL+LORA). Nothing is ignored.
+        InputError: a method or key without a counterpart, weights or other parameters that differ between models,
+            layer-wise lists, LoRA notation (MODEL+LORA). No key is ignored.
     """
     for key in raw.keys() & _REFUSED.keys():
         raise InputError(f"{file}: {key}: {_REFUSED[key]}")
@@ -129,7 +135,7 @@ def from_mergekit(raw: Mapping[str, Any], file: Path) -> tuple[MergeRecipe, str]
     }
     differences = [counterpart.difference] if counterpart.difference else []
     if (config.dtype or "float32") != "float32":
-        differences.append(f"takes sums in float32, mergekit in {config.dtype}")
+        differences.append(f"takes sums in float32, while mergekit takes them in {config.dtype}")
     said = f"{file}: {counterpart.method} here {' and '.join(differences)}" if differences else ""
     return parse(MergeRecipe, recipe, str(file)), said
 
@@ -145,7 +151,7 @@ class _Parameters:
         if config.base_model is None and name != "linear":
             raise InputError(f"{file}: base_model: {name} needs one; name it")
         self.base = config.base_model or config.models[0].model
-        # Under linear a base model that is listed is averaged like any other; slerp lists both its ends.
+        # linear averages a listed base model like any other model; slerp lists both ends of its arc.
         with_base = name in ("linear", "slerp")
         self.experts = [entry for entry in config.models if with_base or entry.model != self.base]
         if name == "slerp":
@@ -153,7 +159,7 @@ class _Parameters:
             if len(self.experts) != 2 or self.experts[0].model != self.base:
                 raise InputError(f"{file}: models: slerp takes two, one of them the base_model")
         if not self.experts:
-            raise InputError(f"{file}: models: none but the base model; name what is to be merged")
+            raise InputError(f"{file}: models: only the base model is listed; add the models to merge")
         weighted = {"weight"} if name not in ("slerp", "model_stock") else set()
         self._of_each = weighted | counterpart.of_each.keys()
         summed = {"lambda"} if counterpart.mixes != "own" else set()
@@ -182,8 +188,8 @@ class _Parameters:
             return {**options, "scaling": self._of_all("lambda", 1.0) * (1 / count if normalize else weight)}
         if counterpart.mixes == "election" and not normalize:
             raise InputError(
-                f"{self._file}: normalize: {name} without it takes the sum of the entries that agree, twin-bench their "
-                "mean; set normalize: true, or use mergekit"
+                f"{self._file}: normalize: without it {name} takes the sum of the entries that agree, and twin-bench "
+                "takes their mean; set normalize: true, or use mergekit"
             )
         if name == "linear" and not normalize and abs(weight * count - 1) > 1e-6:
             raise InputError(
@@ -207,7 +213,7 @@ class _Parameters:
                 raise InputError(f"{self._file}: {where}.{key}: must be {wanted}, not {value!r}")
 
     def _of_every_expert(self, key: str, default: float | None = None) -> float:
-        """Return a parameter that all experts have the same value of: a model's own, the file's, or mergekit's."""
+        """Return a parameter that is equal for all experts: a model's own value, the file's, or mergekit's default."""
         fallback = self._config.parameters.get(key, default)
         values: list[Any] = [entry.parameters.get(key, fallback) for entry in self.experts]
         if None in values:
@@ -230,7 +236,7 @@ class _Parameters:
 
 
 def _names(models: Sequence[str]) -> list[str]:
-    """Return a name for each expert: the last part of its path, told apart by a number where two are the same."""
+    """Return a name for each expert: the last part of its path. A number is appended to a name that is taken."""
     names: list[str] = []
     for model in models:
         name = re.sub(r"[^A-Za-z0-9_-]", "-", model.rstrip("/").rpartition("/")[2]).lstrip("-") or "expert"

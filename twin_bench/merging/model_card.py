@@ -1,4 +1,4 @@
-"""The model card of a merge: what it is made of, well enough to be made again."""
+"""The model card of a merge: everything that is needed to make the merge again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from twin_bench.merging.registry import find_method
 
 
 def model_card(recipe: MergeRecipe, options: Mapping[str, Any], sources: Sources, name: str, parameters: int) -> str:
-    """Return README.md of a merge: the method, its options and paper, and a digest of everything that went in.
+    """Return README.md of a merge: the method, its options and paper, and a digest of each input.
 
-    Local folders are given by their last name alone: a card is published, and digests say which files they were.
+    A local folder is named by the last part of its path, because a card is published. The digests identify the files.
     """
     method = find_method(recipe.merge.method)
     models = {"base model": recipe.base_model, **recipe.experts}
@@ -58,6 +58,6 @@ def _head(recipe: MergeRecipe, sources: Sources) -> str:
         base = f" Load the base model with `num_labels={labels}` first." if recipe.as_adapter else ""
         return f"The head is that of the expert `{recipe.head}`, unmerged; the tokenizer is the base model's.{base}"
     return (
-        "This is the backbone alone: heads belong to a task and aren't merged. Loaded as a classifier it gets a new, "
-        "untrained head; `head: TASK` in the recipe writes an expert's own. The tokenizer is the base model's."
+        "This is the backbone alone: each head belongs to a task and is not merged. A classifier loaded from it gets a "
+        "new, untrained head; `head: TASK` in the recipe writes an expert's head. The tokenizer is the base model's."
     )

@@ -1,4 +1,4 @@
-"""Merge recipes: the YAML that says what a merged checkpoint is made of."""
+"""Merge recipes: the YAML that describes a merged checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twin_bench.merging.registry import find_method
 
 
 class Shared(BaseModel):
-    """A static merge method and its options: a twin's shared expert, or the whole of a merge."""
+    """A static merge method and its options: those of a twin's shared expert, or those of a whole merge."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -34,9 +34,9 @@ class Shared(BaseModel):
 class MergeRecipe(Settings):
     """A merged checkpoint: base model, experts and a static merge method.
 
-    `head`: the expert whose head a merged classifier gets; without it the backbone alone is written. `as_adapter`:
-    write one PEFT LoRA adapter on the base model, which experts that are adapters allow under a method that sums
-    task vectors. `dtype`: of what is written; by default the base model's. Sums are taken in float32 or better.
+    `head` names the expert whose head a merged classifier gets. Without it the backbone alone is written. `as_adapter`
+    writes one PEFT LoRA adapter on the base model; it needs experts that are adapters and a method that sums task
+    vectors. `dtype` is the dtype that is written, by default the base model's. Sums are taken in float32 or better.
     """
 
     base_model: str

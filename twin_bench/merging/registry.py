@@ -1,10 +1,10 @@
-"""The registry of methods: their headers, and how one is found by its name.
+"""The registry of methods: their headers, and how a method is found by its name.
 
 There are two kinds of method. A `MergeMethod` is a function of weights: a file in `twin_bench/merging/methods/` with
 `@merge_method(...)` above a function `(vectors: TaskVectors, *, options) -> mapping`. A `ServedMethod` is a function
 that yields models: `@served_method(...)` above a generator `(context, *, options)`, see `twin_bench.contenders`. In
-both cases the function's name is the method's name, its docstring the documentation, and its keyword defaults are the
-options. Modules that register methods are found by the entry-point group `twin_bench.methods`.
+both cases the function's name is the method's name, its docstring is the documentation, and its keyword defaults are
+the options. Modules that register methods are found by the entry-point group `twin_bench.methods`.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ ENTRY_POINTS = "twin_bench.methods"
 Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
 TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
 Sight = Literal["training rows", "scored rows", "task"]
-"""What a method sees besides weights: training rows, the rows that are scored without their labels, the true task."""
+"""What a method sees beside weights: training rows, the scored rows without their labels, or the true task."""
 ProtocolName = Literal["standard", "paper", "routed"]
 PROTOCOLS: tuple[ProtocolName, ...] = ("standard", "paper", "routed")
 MergeFunction = Callable[..., Mapping[str, Tensor]]
 ServeFunction = Callable[..., Iterator[Any]]
 Statistics = Mapping[str, Mapping[str, Tensor]]
-"""Expert to parameter name to a tensor that training inputs gave: see `twin_bench.merging.calibration`."""
+"""Expert to parameter name to a tensor computed from training inputs: see `twin_bench.merging.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
 SCALINGS: Mapping[str, Sequence[float]] = MappingProxyType({"scaling": (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)})
-"""The grid of a method whose lambda the paper searches."""
+"""The grid of a method whose paper searches lambda."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's header: what a table or a catalogue says of it, and what it may see.
+    """A method's header: what tables and the catalogue say about it, and what it may see.
 
-    `needs` lists in words what the method takes beyond weights. `sees` says the same for keys and tables. `defaults`
-    maps options to their defaults. `protocols` are those under which the method runs. `tune` lists the values from
-    which a leaderboard's --tune chooses an option. `origin` is where the method is defined.
+    `needs` lists in words what the method takes beside weights. `sees` says the same in fixed terms, for keys and
+    tables. `defaults` maps options to their defaults. `protocols` are those under which the method runs. `tune` lists
+    the values from which a leaderboard's --tune chooses an option. `origin` is where the method is defined.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Method:
         return {**self.defaults, **({"seed": seed} if "seed" in self.defaults else {})}
 
     def given(self, options: Mapping[str, Any]) -> Method:
-        """Return the header for these options; a method that builds on another one has that one's options as well."""
+        """Return the header for these options. A method that builds on another method also has its options."""
         return self
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return options as plain data; InputError for an unknown option or a value of another kind."""
+        """Return options as plain data. Raises InputError for an unknown option or a value of the wrong kind."""
         for option, value in options.items():
             self.check(option, value)
         return dict(options)
@@ -102,16 +102,17 @@ class Method:
 
     def require_weights_alone(self) -> None:
         """Raise an InputError unless the method merges weights and needs nothing else."""
-        raise InputError(f"{self.name} is no static merge; known: task_arithmetic, average, ties, ...")
+        raise InputError(f"{self.name} is not a static merge method; known: task_arithmetic, average, ties, ...")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeMethod(Method):
-    """A method that merges weights into one set of parameters, or one set a task.
+    """A method that merges weights into one set of parameters, or into one set for each task.
 
-    `function` computes it. `inputs` names what it must be given besides weights: `task`, where each task has parameters
-    of its own, or `statistics` of the kind that `statistics` names. `stored` returns how many parameters are stored for
-    a model of so many, so many experts and so many bits a parameter; None where the model alone is stored.
+    `function` computes it. `inputs` names what a caller must pass beside weights: `task`, if each task has its own
+    parameters, or `statistics` of the kind that the field `statistics` names. `stored` computes the number of stored
+    parameters from the model's number of parameters, the number of experts and the bits of a parameter. It is None if
+    only the merged model is stored.
     """
 
     function: MergeFunction
@@ -120,9 +121,9 @@ class MergeMethod(Method):
     stored: Callable[[int, int, int], int] | None = None
 
     def given(self, options: Mapping[str, Any]) -> MergeMethod:
-        """Return the header for these options: with those of the method that the option `merge` names, if any.
+        """Return the header for these options, with the options of the method that the option `merge` names, if any.
 
-        Raises InputError where `merge` names no other data-free method.
+        Raises InputError if `merge` does not name another data-free method.
         """
         if "merge" not in self.defaults:
             return self
@@ -132,29 +133,29 @@ class MergeMethod(Method):
         return replace(self, needs=self.needs + inner.needs, defaults={**inner.defaults, **self.defaults})
 
     def require_weights_alone(self) -> None:
-        """Raise an InputError where the method needs more than weights."""
+        """Raise an InputError if the method needs more than weights."""
         if self.inputs:
             raise InputError(f"{self.name} needs {self.inputs[0]}, and a shared expert is made of weights alone")
 
     def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
-        """Raise an InputError unless what the method must be given is there, for these experts."""
+        """Raise an InputError unless `given` holds every input that the method needs, for these experts."""
         if "task" in self.inputs and given.get("task") not in experts:
             asked = f"not {given['task']!r}; " if "task" in given else ""
             raise InputError(
-                f"{self.name} has one set of parameters a task: say which with task=, {asked}known: "
+                f"{self.name} has one set of parameters for each task: name the task with task=, {asked}known: "
                 f"{', '.join(sorted(experts))}"
             )
         lacking = [task for task in experts if task not in (given.get("statistics") or {})]
         if "statistics" in self.inputs and lacking:
             raise InputError(
-                f"{self.name} needs statistics of training inputs, those of expert {lacking[0]!r} are missing: give "
-                "statistics={task: {parameter: tensor}}, which twin_bench.merging.calibration computes"
+                f"{self.name} needs statistics of training inputs, and those of expert {lacking[0]!r} are missing: "
+                "pass statistics={task: {parameter: tensor}}, which twin_bench.merging.calibration computes"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedMethod(Method):
-    """A method that is more than a merge of weights: `serve(context, **options)` yields the models that answer for it.
+    """A method that is more than a merge of weights: `serve(context, **options)` yields the contenders that it enters.
 
     Examples are the experts themselves, a twin, and methods that learn or route at test time.
     """
@@ -163,7 +164,7 @@ class ServedMethod(Method):
 
 
 REGISTRY: dict[str, Method] = {}
-"""The methods that have been registered, by name. `methods` loads the modules that register them first."""
+"""The registered methods by name. `methods` first imports the modules that register them."""
 
 
 def merge_method(
@@ -178,8 +179,8 @@ def merge_method(
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register the decorated function `(vectors, *, options)` as the merge method of its own name.
 
-    A keyword without a default is no option but something that a merge must be given: `task`, where each task has
-    parameters of its own, or `statistics` of training inputs, of the kind that `statistics` names.
+    A keyword without a default is not an option but an input that a caller must pass: `task`, if each task has its own
+    parameters, or `statistics` of training inputs, of the kind that `statistics` names.
     """
 
     def decorate(function: MergeFunction) -> MergeFunction:
@@ -214,8 +215,8 @@ def served_method(
 ) -> Callable[[ServeFunction], ServeFunction]:
     """Register the decorated generator `(context, *, options)` as the method of its own name.
 
-    It yields `twin_bench.contenders.Contender`s. `kind` is a subclass of ServedMethod for methods whose options say
-    more than a value each.
+    It yields `twin_bench.contenders.Contender`s. `kind` is a subclass of ServedMethod for a method whose options are
+    not single values.
     """
 
     def decorate(function: ServeFunction) -> ServeFunction:
@@ -230,7 +231,7 @@ def served_method(
 def register(method: Method) -> None:
     """Add a method to the registry.
 
-    Raises InputError where another method has its name already. The same module may be loaded twice.
+    Raises InputError if another method has the same name. Loading the same module twice is not an error.
     """
     known = REGISTRY.get(method.name)
     if known is not None and known.origin != method.origin:
@@ -239,14 +240,14 @@ def register(method: Method) -> None:
 
 
 def methods() -> Mapping[str, Method]:
-    """Return every method's header by name, bounds first, then by track and name."""
+    """Return the headers of all methods by name, ordered by track (bounds first) and name."""
     _load_all()
     ordered = sorted(REGISTRY.values(), key=lambda method: (TRACKS.index(method.track), method.name))
     return MappingProxyType({method.name: method for method in ordered})
 
 
 def find_method(name: str) -> Method:
-    """Return the header of method `name`; an unknown name is an InputError with the nearest one."""
+    """Return the header of method `name`. Raises an InputError that suggests the nearest name if it is unknown."""
     known = methods()
     if name not in known:
         raise InputError(f"unknown merge method {name!r}{nearest(name, known)}")
@@ -263,7 +264,7 @@ def merge_lazily(
     header = find_method(method).given(params)
     if not isinstance(header, MergeMethod):
         raise InputError(
-            f"{method} is no merge of weights alone: run it in a suite (twin-bench leaderboard), or, a twin, build it "
+            f"{method} is not a merge of weights alone: run it in a suite (twin-bench leaderboard), or build a twin "
             "(twin-bench build)"
         )
     header.check_inputs(experts, params)
@@ -280,16 +281,16 @@ def merge(
         method: a name from `methods()`.
         base: the pretrained model theta_0, parameter name to tensor.
         experts: task to the fine-tuned model's mapping over the same names.
-        **params: the method's options (`methods()[method].defaults`); `scaling` is lambda, `density` the
-            kept fraction, `seed` where one draws; and what it must be given (`methods()[method].inputs`):
-            `task`, where each task has parameters of its own; `statistics`, where it takes those.
+        **params: the method's options (`methods()[method].defaults`) and its inputs (`methods()[method].inputs`).
+            Common options are `scaling` (lambda), `density` (the fraction that is kept) and `seed`. Inputs are `task`,
+            if each task has its own parameters, and `statistics`, if the method uses them.
 
     Returns:
-        Every name of `base`, in `base`'s dtypes; sums are taken in float32 or better.
+        Every name of `base`, in `base`'s dtypes. Sums are taken in float32 or better.
 
     Raises:
-        InputError: unknown method or option, an input that is missing, a tensor that an expert lacks or has in
-            another shape, an option out of its range.
+        InputError: an unknown method or option, a missing input, a tensor that an expert lacks or has in another shape,
+            or an option out of its range.
     """
     return dict(merge_lazily(method, base, experts, **params).items())
 
@@ -301,7 +302,7 @@ def require_fraction(method: str, option: str, value: float) -> None:
 
 
 def statistics_of(method: str, statistics: Statistics, task: str, name: str, shape: torch.Size) -> Tensor:
-    """Return one tensor of an expert's statistics; InputError where it is missing, misshapen or not finite."""
+    """Return one tensor of an expert's statistics. Raises InputError if it is missing, misshapen or not finite."""
     if name not in statistics[task]:
         raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
     tensor = require_finite(statistics[task][name], name, f"{method}: statistics of expert {task!r}")
@@ -315,7 +316,7 @@ def statistics_of(method: str, statistics: Statistics, task: str, name: str, sha
 
 @cache
 def _load_all() -> None:
-    """Import every module that registers methods: those that the entry points name, and those in named packages."""
+    """Import every module that registers methods: those that entry points name, and the modules of named packages."""
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             module = importlib.import_module(point.value)
@@ -323,13 +324,13 @@ def _load_all() -> None:
                 importlib.import_module(f"{point.value}.{found.name}")
         except ImportError as error:
             raise InputError(
-                f"the methods of {point.value} (entry point {point.name}) can't be imported ({error}); mend or "
+                f"the methods of {point.value} (entry point {point.name}) can't be imported ({error}); repair or "
                 "uninstall that package"
             ) from error
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Return a function's keywords: those with a default, which are options, and the names of the others."""
+    """Return a function's keyword defaults, which are its options, and the names of the keywords without a default."""
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     defaults = {p.name: p.default for p in keywords if p.default is not p.empty}
     plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in defaults.items()}

@@ -1,8 +1,8 @@
-"""What methods share that merge matrix by matrix: the walk over parameters, and an SVD that ends where rounding begins.
+"""Shared parts of methods that merge matrix by matrix: the walk over parameters, and an SVD cut at rounding error.
 
-A LoRA expert's task vector has few singular values and a thousand directions of pure rounding, which LAPACK returns
-as singular vectors all the same. A method that orthogonalises vectors or flattens a spectrum would give those
-directions weight, another one on every machine; here they are cut. On matrices of full rank nothing is.
+A LoRA expert's task vector has few singular values and a thousand directions of pure rounding error. LAPACK returns
+singular vectors for these directions too. A method that orthogonalises vectors or flattens a spectrum would give them
+weight, and they differ between machines. They are cut here. Matrices of full rank lose nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from twin_bench.merging.linear_algebra import Rows, of_low_rank, product, right_
 from twin_bench.merging.task_vectors import TaskVectors
 
 MatrixMerge = Callable[[str, Tensor, float], Tensor]
-"""(name, tau (T, m, n), their rounding) -> the merged task vector (m, n)."""
+"""(name, tau (T, m, n), a bound on their rounding error) -> the merged task vector (m, n)."""
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -38,18 +38,18 @@ def merged_by_matrix(vectors: TaskVectors, merge: MatrixMerge, *, scaling: float
 
 
 def rounding(base: Tensor, taus: Tensor) -> float:
-    """Return a bound, with a factor of ten to spare, on the norm of what in tau = theta_t - theta_0 is rounding."""
+    """Return a bound on the norm of the rounding error in tau = theta_t - theta_0, with a factor of ten to spare."""
     norms = (float(torch.linalg.vector_norm(tensor, dtype=taus.dtype)) for tensor in (base, taus))
     return 10 * torch.finfo(taus.dtype).eps * sum(norms)
 
 
 def svd(matrix: Tensor, name: str, *, above: float, most: int | None = None) -> Factors:
-    """Return U (m, r), S (r), V (n, r) of an (m, n) matrix = U diag(S) V^T, S falling.
+    """Return U (m, r), S (r), V (n, r) of an (m, n) matrix = U diag(S) V^T, S in decreasing order.
 
-    r counts the singular values larger than `above`, and is `most` where there are more; a matrix of zeros has none
-    and is not decomposed. Where they are up to a quarter of min(m, n), as a LoRA expert's, all is in float64: its weak
-    directions are what matters there, and they are small. Else it is in the matrix's dtype, at half the memory.
-    An InputError names the tensor `name` if no LAPACK driver converges.
+    r is the number of singular values larger than `above`, but at most `most`. A matrix of zeros has r = 0 and is not
+    decomposed. If the number of those values is at most a quarter of min(m, n), as for a LoRA expert, all three are in
+    float64: its weak directions matter, and they are small. Otherwise they are in the matrix's dtype, at half the
+    memory. An InputError names the tensor `name` if no LAPACK driver converges.
     """
     if matrix.shape[0] < matrix.shape[1]:
         V, S, U = svd(matrix.T, name, above=above, most=most)
@@ -59,17 +59,17 @@ def svd(matrix: Tensor, name: str, *, above: float, most: int | None = None) -> 
     rows = rows_of(matrix)
     S, V = decompose(rows, name, sketch_size(matrix), above=above)
     dtype = torch.float64 if 4 * len(S) <= matrix.shape[1] else matrix.dtype
-    S, V = S[:most], V[:, :most].clone()  # a view would hold all of V
+    S, V = S[:most], V[:, :most].clone()  # a view would keep all of V in memory
     return product(rows, V, dtype).div_(S.to(dtype)), S.to(dtype), V.to(dtype)
 
 
 def sketch_size(matrix: Tensor) -> int:
-    """Return how many directions of an (m, n) task vector to look for before all: a LoRA expert's rank is within."""
+    """Return how many directions of an (m, n) task vector a sketch looks for. A LoRA expert's rank is below that."""
     return min(matrix.shape) // 4 + 8
 
 
 def decompose(rows: Rows, name: str, sketch: int, *, above: float) -> tuple[Tensor, Tensor]:
-    """Return S (r) and V (n, r) of a tall matrix, in float64; see `svd`. `sketch` directions are looked for first."""
+    """Return S (r) and V (n, r) of a tall matrix, in float64; see `svd`. A sketch of `sketch` columns comes first."""
     with converged(name):
         S, V = of_low_rank(rows, sketch, seed=0, noise=lambda _: above / 2) or right_singular(rows)
     rank = int((above < S).sum())
@@ -78,12 +78,12 @@ def decompose(rows: Rows, name: str, sketch: int, *, above: float) -> tuple[Tens
 
 @contextmanager
 def converged(name: str) -> Iterator[None]:
-    """Name the tensor `name` in an InputError where it can't be decomposed."""
+    """Raise an InputError that names the tensor `name` if it can't be decomposed."""
     try:
         yield
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise InputError(
-            f"tensor {name}: the SVD of its task vectors does not converge; merge with a method without one "
+            f"tensor {name}: the SVD of its task vectors does not converge; merge with a method without SVD "
             "(task_arithmetic, ties), or retrain the expert"
         ) from None
 
@@ -91,8 +91,13 @@ def converged(name: str) -> Iterator[None]:
 def polar(columns: Tensor, name: str) -> Tensor:
     """Return the matrix with orthonormal columns nearest to (m, k) `columns` (Procrustes): U V^T of its SVD.
 
-    Columns that coincide to float32's rounding share one direction: the result is then a partial isometry of the
-    columns' rank, where an SVD's full U and V would add directions that no column has.
+    Columns that are equal up to float32's rounding share one direction. The result is then a partial isometry of the
+    columns' rank. The full U and V of an SVD would add directions that no column has.
     """
     U, _, V = svd(columns, name, above=max(columns.shape) * torch.finfo(torch.float32).eps)
-    return (U @ V.T).to(columns)  # U's and V's own precision depends on their rank
+    return (U @ V.T).to(columns)  # the dtype of U and V depends on their rank
+
+
+def isotropic(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
+    """Return mean(S) U V^T (m, n) of U (m, r), S (r), V (n, r). It is zero if r is 0, as when experts cancel."""
+    return (S.sum() / max(len(S), 1)) * (U @ V.T)

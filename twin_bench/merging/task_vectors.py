@@ -17,9 +17,9 @@ Merge = Callable[[str, Tensor, Tensor], Tensor]
 class TaskVectors(Mapping[str, Tensor]):
     """The stacked task vectors of T experts over one base model.
 
-    `vectors[name]` is a (T, *shape) tensor in float32 (float64 where the base is float64), computed when
-    asked for; rows follow `experts`. Only floating-point parameters have one. The base's names count: a
-    tensor missing in an expert, or of another shape, is an InputError that names it.
+    `vectors[name]` is a (T, *shape) tensor in float32, or in float64 if the base is float64. It is computed on access,
+    and its rows follow `experts`. Only floating-point parameters have a task vector. The names are the base's. A tensor
+    that an expert lacks or has in another shape is an InputError that names it.
     """
 
     def __init__(self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -43,9 +43,9 @@ class TaskVectors(Mapping[str, Tensor]):
         return len(self.base)
 
     def map(self, transform: PerParameter) -> TaskVectors:
-        """Return these task vectors with `transform(name, (T, *shape))` applied when they are read.
+        """Return these task vectors with `transform(name, (T, *shape))` applied on access.
 
-        What it is given is its own: it may work in place.
+        `transform` may change its argument in place.
         """
         mapped = TaskVectors(self.base, self._experts)
         mapped._transforms = (*self._transforms, transform)
@@ -87,7 +87,7 @@ class TaskVectors(Mapping[str, Tensor]):
 class Merged(Mapping[str, Tensor]):
     """A merged model as a lazy mapping: a parameter is computed when it is read, in the base's dtype.
 
-    Parameters that are not floating point (position ids and the like) are the base's own.
+    Parameters that are not floating point (position ids, for example) are the base's own.
     """
 
     def __init__(self, vectors: TaskVectors, merge: Merge) -> None:

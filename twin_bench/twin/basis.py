@@ -1,4 +1,4 @@
-"""The joint basis: what experts' low-rank factors share, in fewer columns than they have side by side."""
+"""The joint basis of the experts' low-rank factors: the directions that they share, fewer than their columns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 WORTHWHILE = 0.7
-"""A joint basis is kept where a token's products with it take at most this part of those with all columns."""
+"""A joint basis is used if it needs at most this fraction of the multiplications that the factors need for a token."""
 
 
 class JointBasis(NamedTuple):
-    """Factors in the directions that they share, J of the input's and K of the output's.
+    """The factors of all experts, in J shared directions of the input and K shared directions of the output.
 
-    Expert k's share of a layer is x -> x @ down @ cores[k] @ up, with down (n, J), cores (experts, J, K), up (K, m).
-    The factors themselves are down @ inner and outer @ up, with inner (J, R) and outer (R, K).
+    Expert k adds x @ down @ cores[k] @ up to a layer's output, with down (n, J), cores (experts, J, K) and up (K, m).
+    The factors themselves are down @ inner (n, R) and outer @ up (R, m), with inner (J, R) and outer (R, K).
     """
 
     down: Tensor
@@ -26,18 +26,20 @@ class JointBasis(NamedTuple):
 
 
 def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise: float) -> JointBasis | None:
-    """Return a joint basis of factors side by side, None where it would cost as much as they do.
+    """Return the joint basis of all experts' factors, or None if there is no cheap and accurate one.
 
-    Experts of LoRA rank r over one shared expert differ from it within the T r directions of all of them, and
-    each keeps a truncation of its own: T truncations have more columns than directions. Nothing is lost but
-    rounding: None also where some expert's product would differ by more than `noise`.
+    T experts that are LoRA adapters of rank r differ from the shared expert in at most T * r directions. Each
+    exclusive vector is truncated on its own, so the T truncations together can have more columns than directions.
+    The basis represents the factors up to rounding. The result is None if the basis needs more than `WORTHWHILE` of
+    the factors' multiplications, or if any expert's matrix would change by more than `noise`.
 
     Args:
-        down: (n, R), what the input meets first; in float32 at least.
-        up: (R, m).
-        owner: (R,) expert of each column.
-        experts: T.
-        noise: the Frobenius norm of a difference that is rounding: that of the weights which the experts change.
+        down: (n, R) factors that multiply the input, side by side; in float32 or float64.
+        up: (R, m) factors that multiply the result.
+        owner: (R,) index of each column's expert.
+        experts: The number of experts, T.
+        noise: The largest accepted error of an expert's matrix, as a Frobenius norm. It should be of the size of the
+            rounding errors of the weights that the experts change.
     """
     n, R, m = *down.shape, up.shape[1]
     if R == 0:
@@ -62,7 +64,7 @@ def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, n
 def _range(matrix: Tensor) -> Tensor:
     """Return an orthonormal basis (n, J) of the columns of an (n, R) matrix, in float64."""
     exact = matrix.double()
-    columns = exact / exact.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)  # small columns count as well
+    columns = exact / exact.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)  # Small columns count, too.
     U, S, _ = torch.linalg.svd(columns, full_matrices=False)
     precision = torch.finfo(matrix.dtype).eps
     return U[:, S[0] * max(matrix.shape) * precision < S] if S.numel() else U

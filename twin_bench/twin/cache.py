@@ -1,6 +1,7 @@
-"""The router's features on disk, so that another run over the same rows does not run the model for them.
+"""A cache of the router's features on disk. A second run over the same rows reads them instead of running the model.
 
-A list of rows is kept whole: a row of another list ran in another batch, and its features differ in the last bit.
+A cache entry holds the features of a whole list of rows. The same row in another list runs in another batch, where
+its features can differ in the last bit.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
 
 FORMAT = 1
-"""The format of stored features. It is raised with every change of what a router reads."""
+"""The version of stored features. It is raised with every change in how features are computed."""
 
 _log = logging.getLogger(__name__)
 
 
 def named_directory() -> Path | None:
-    """Return where features are kept unless a caller says it: TWIN_BENCH_CACHE/features, None where that is not set."""
+    """Return the default directory of the cache, TWIN_BENCH_CACHE/features, or None if the variable is not set."""
     root = os.environ.get("TWIN_BENCH_CACHE")
     return Path(root) / "features" if root else None
 
@@ -33,15 +34,18 @@ def named_directory() -> Path | None:
 def cached(
     folder: Path, decisive: Mapping[str, Any], layers: Sequence[int], compute: Callable[[list[int]], list[Tensor]]
 ) -> list[Tensor]:
-    """Return each layer's features, (rows, width) on the CPU: those in `folder`, and those `compute` gives of the rest.
+    """Return each layer's features, (rows, width) on the CPU. Those that are not in the cache are computed and stored.
+
+    A damaged file is computed again, with a warning.
 
     Args:
-        folder: where they are kept, a file a layer; made where it is not there.
-        decisive: all that decides the features, the layer apart, as plain data.
-        layers: whose features.
-        compute: from a list of layers to their features.
+        folder: The cache's directory, with one file for each list of rows and layer. It is created if necessary.
+        decisive: Everything that decides the features except the layer, as plain data.
+        layers: The layers whose features are returned.
+        compute: A function from a list of layers to their features.
 
-    Raises InputError where `folder` can't be made. A damaged file is computed anew, with a warning.
+    Raises:
+        InputError: `folder` can't be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,10 +66,10 @@ def cached(
 
 
 def backbone_digest(model: Any, overrides: Mapping[str, Tensor]) -> str:
-    """Return a digest of what a transformers model's hidden states depend on besides its input and where it runs.
+    """Return a digest of everything in a transformers model that its hidden states depend on.
 
-    `overrides` stand in for the backbone's parameters of their names. What only fusion reads is left out: it is in no
-    state_dict.
+    `overrides` replace the backbone's parameters of the same names. Tensors that only fusion uses are not in the state
+    dict and not in the digest.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     modules = [(path, type(module).__name__) for path, module in model.base_model.named_modules()]
@@ -74,7 +78,7 @@ def backbone_digest(model: Any, overrides: Mapping[str, Tensor]) -> str:
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Return what decides the last bit of a result besides model and input: versions, device, threads, precision."""
+    """Return what else can change the last bit of a result: versions, device, threads and precision of products."""
     on_gpu = device.type == "cuda"
     return {
         "versions": [version(package) for package in ("torch", "transformers")],

@@ -77,14 +77,16 @@ class TwinCausalLM(TwinModel):
                 prefix = Prefix(shared.length, DynamicCache(config=self.model.config))
                 ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
                 kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}
-                begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
+                with self.fusion.shared():
+                    begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
             rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
             lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
             for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
                 given = self._after(prefix, self.collate([rest[row] for row in batch.rows]))
                 count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
-                own = [pool(state, mask) * count for state in hidden_states(self.model, given, layers)]
+                with self.fusion.shared():
+                    own = [pool(state, mask) * count for state in hidden_states(self.model, given, layers)]
                 total = shared.length + count
                 yield batch.rows, [(before + after) / total for before, after in zip(begun, own, strict=True)]
 

@@ -1,13 +1,15 @@
-"""A twin on disk: an ordinary checkpoint, one PEFT adapter an expert, and a router.
+"""A twin on disk: an ordinary checkpoint, one PEFT adapter for each expert, and a router.
 
 my-twin/
-  twin.json            format version, task type, names, settings, a digest of every file
+  twin.json            format version, task type, names, settings, the checksum of every file
   model/               the shared expert: a Hugging Face checkpoint with its tokenizer (a classifier's without head)
-  experts/NAME/        adapter_config.json, adapter_model.safetensors: the factors as a PEFT LoRA adapter on
-                       model/ (scale 1); vectors.safetensors: 1-D tensors; head.safetensors: a classifier's head
+  experts/NAME/        adapter_config.json, adapter_model.safetensors: the exclusive factors as a PEFT LoRA adapter
+                       on model/ (scale 1); vectors.safetensors: the exclusive vector's 1-D tensors, which LoRA cannot
+                       express; head.safetensors: a classifier's head
   router/              config.json, router.safetensors
-  router/paper/        for the protocol paper: biases.safetensors of classifiers, lora.safetensors of language models
-                       (the experts' own factors), and the authors' router where test rows were given to select it
+  router/paper/        for the protocol paper: biases.safetensors (pretrained biases) for classifiers, lora.safetensors
+                       (the experts' own LoRA factors) for language models; the authors' router, if there were test
+                       rows to select it on
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -30,63 +31,64 @@ from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transfor
 from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
-from twin_bench.files import digest_file, written_at_once
+from twin_bench.files import digest_file, read_json, write_json, written_at_once
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.paper import AdapterStack, PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.router import Router, RouterConfig
 
 FORMAT_VERSION = 1
+"""The version of the directory's format. It is raised when an older twin-bench could not read a new directory.
+
+Directories of all earlier versions stay readable. The version of twin-bench that built a twin is in twin.json for
+information only, and is part of no digest.
+"""
+
+EXPERT_FILES = ("adapter_config.json", "adapter_model.safetensors", "vectors.safetensors")
+HEAD_FILE = "head.safetensors"
 
 
 def save_twin(
     directory: Path, model: Any, tokenizer: Any, parts: Parts, skeleton: Skeleton, settings: Mapping[str, Any]
 ) -> None:
-    """Write a twin; the directory appears whole or not at all.
+    """Write a twin. The directory appears whole or not at all.
 
     Args:
-        directory: must not exist yet.
-        model: the transformers model that holds the shared expert, untouched by `install`.
-        tokenizer: its tokenizer.
-        parts: what makes it a twin.
-        skeleton: the model's skeleton.
-        settings: what twin.json says of how it was built.
+        directory: It must not exist yet.
+        model: The transformers model that holds the shared expert, before `install` changed it.
+        tokenizer: Its tokenizer.
+        parts: The exclusive vectors, heads and routers.
+        skeleton: The model's skeleton.
+        settings: How the twin was built, for twin.json.
+
+    Raises:
+        InputError: `directory` exists already.
     """
     with written_at_once(directory) as root:
         (model.base_model if skeleton.head else model).save_pretrained(root / "model")
         tokenizer.save_pretrained(root / "model")
-        for name, exclusive in parts.exclusive.items():
-            folder = root / "experts" / name
-            folder.mkdir(parents=True)
-            save_adapter(folder, exclusive.factors, skeleton, base_model="../../model")
-            save_tensors(exclusive.vectors, folder / "vectors.safetensors")
-            if skeleton.head:
-                save_tensors(parts.heads[name], folder / "head.safetensors")
+        for name in parts.exclusive:
+            _save_expert(root / "experts" / name, name, parts, skeleton)
         if parts.router is not None:
             _save_router(root / "router", parts.router)
         if parts.paper is not None:
-            (root / "router" / "paper").mkdir(parents=True, exist_ok=True)
-            if parts.paper.factors is None:
-                save_tensors(parts.paper.biases, root / "router" / "paper" / "biases.safetensors")
-            else:
-                _save_adapters(parts.paper.factors.adapters, root / "router" / "paper" / "lora.safetensors")
-            if parts.paper.router is not None:
-                _save_router(root / "router" / "paper", parts.paper.router)
-        files = {
-            file.relative_to(root).as_posix(): digest_file(file) for file in sorted(root.rglob("*")) if file.is_file()
-        }
+            _save_paper(root / "router" / "paper", parts.paper)
         manifest = {
             "format_version": FORMAT_VERSION,
             "task_type": skeleton.task_type,
             "experts": list(parts.exclusive),
             **settings,
-            "files": files,
+            "files": {
+                file.relative_to(root).as_posix(): digest_file(file)
+                for file in sorted(root.rglob("*"))
+                if file.is_file()
+            },
         }
-        (root / "twin.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(root / "twin.json", manifest)
 
 
 class Loaded(NamedTuple):
-    """A twin directory's contents: the transformers model that holds the shared expert, and the rest."""
+    """A twin directory's contents. `model` is the transformers model that holds the shared expert."""
 
     task_type: TaskType
     model: Any
@@ -95,10 +97,16 @@ class Loaded(NamedTuple):
 
 
 def load_twin(directory: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Loaded:
-    """Read a twin directory, its digests verified.
+    """Read a twin directory and verify its checksums.
+
+    Args:
+        directory: Written by `save_twin`.
+        dtype: The dtype of the shared expert, or its name; by default the one that it is stored in.
+        trust_remote_code: Let transformers run code that comes with the shared expert.
 
     Raises:
-        InputError: no twin there, a newer format, a file that is missing, edited or damaged, an unknown dtype.
+        InputError: There is no twin, its format is newer, a file is missing, edited or damaged, or the dtype is
+            unknown.
     """
     parts = load_parts(directory, trust_remote_code=trust_remote_code)
     task_type: TaskType = read_manifest(directory)["task_type"]
@@ -111,18 +119,18 @@ def load_twin(directory: Path, *, dtype: torch.dtype | str | None = None, trust_
 
 
 def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
-    """Read what a twin directory holds beside the shared expert, all digests verified.
+    """Read everything in a twin directory except the shared expert, and verify the checksums of all files.
 
     Raises:
-        InputError: no twin there, a newer format, a file that is missing, edited or damaged.
+        InputError: There is no twin, its format is newer, or a file is missing, edited or damaged.
     """
     manifest = read_manifest(directory)
-    _verify(directory, manifest)
+    verify(directory, manifest)
     config = read_config(directory / "model", trust_remote_code=trust_remote_code)
     skeleton = skeleton_of(config, manifest["task_type"])
     folders = {name: directory / "experts" / name for name in manifest["experts"]}
     return Parts(
-        heads={name: load_file(folder / "head.safetensors") for name, folder in folders.items() if skeleton.head},
+        heads={name: load_file(folder / HEAD_FILE) for name, folder in folders.items() if skeleton.head},
         exclusive={
             name: Exclusive(load_adapter(folder, skeleton), load_file(folder / "vectors.safetensors"))
             for name, folder in folders.items()
@@ -136,7 +144,11 @@ def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return a twin directory's twin.json, checked for format and names."""
+    """Return the content of a twin directory's twin.json.
+
+    Raises:
+        InputError: There is no twin.json, it is damaged, its format is newer, or an expert's name is unsafe.
+    """
     file = directory / "twin.json"
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
@@ -157,22 +169,97 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Check that a twin directory has exactly the files that twin.json lists, and that their checksums match.
+
+    Args:
+        directory: The twin directory.
+        manifest: The content of its twin.json, as `read_manifest` returns it.
+
+    Raises:
+        InputError: A needed file is not listed, a file is not listed but there, or a listed file is missing, edited,
+            damaged or outside the directory. The message names the file.
+    """
+    files: Mapping[str, str] = manifest["files"]
+    _require_listed(directory, manifest)
+    _require_nothing_else(directory, files)
+    for name, checksum in files.items():
+        _require_inside(directory, name)
+        _require_checksum(directory / name, checksum)
+
+
+def _require_listed(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise an InputError unless twin.json lists the files of every expert."""
+    needed = [*EXPERT_FILES, *([HEAD_FILE] if manifest["task_type"] == "sequence_classification" else [])]
+    for name in (f"experts/{expert}/{file}" for expert in manifest["experts"] for file in needed):
+        if name not in manifest["files"]:
+            raise InputError(f"{directory / 'twin.json'}: damaged, {name} is not listed; build the twin again")
+
+
+def _require_nothing_else(directory: Path, files: Mapping[str, str]) -> None:
+    """Raise an InputError for a file that twin.json does not list."""
+    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    unlisted = there - files.keys() - {"twin.json"}
+    if unlisted:
+        raise InputError(f"{directory / min(unlisted)}: not listed in twin.json; remove it, or build the twin again")
+
+
+def _require_inside(directory: Path, name: str) -> None:
+    """Raise an InputError for a file name in twin.json that leads out of the directory."""
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise InputError(f"{directory / 'twin.json'}: file name {name!r} leaves the directory")
+
+
+def _require_checksum(file: Path, checksum: str) -> None:
+    """Raise an InputError unless a file exists and has this sha256."""
+    if not file.is_file():
+        raise InputError(f"{file}: missing; copy the twin again, or build it again")
+    try:
+        found = digest_file(file)
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error})") from None
+    if found != checksum:
+        raise InputError(f"{file}: edited or damaged (its sha256 is not the one in twin.json); build the twin again")
+
+
+def _save_expert(folder: Path, name: str, parts: Parts, skeleton: Skeleton) -> None:
+    """Write one expert's exclusive vector and, for a classifier, its head."""
+    exclusive = parts.exclusive[name]
+    folder.mkdir(parents=True)
+    save_adapter(folder, exclusive.factors, skeleton, base_model="../../model")
+    save_tensors(exclusive.vectors, folder / "vectors.safetensors")
+    if skeleton.head:
+        save_tensors(parts.heads[name], folder / HEAD_FILE)
+
+
 def _save_router(folder: Path, router: Router) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(router.config), indent=2) + "\n")
+    write_json(folder / "config.json", asdict(router.config))
     save_tensors(router.state_dict(), folder / "router.safetensors")
 
 
 def _load_router(folder: Path) -> Router | None:
+    """Return the router in a folder, or None if there is none."""
     if not (folder / "router.safetensors").is_file():
         return None
-    settings = json.loads((folder / "config.json").read_text())
+    settings = read_json(folder / "config.json")
     router = Router(RouterConfig(**{**settings, "experts": tuple(settings["experts"])}))
     router.load_state_dict(load_file(folder / "router.safetensors"))
     return router.eval()
 
 
+def _save_paper(folder: Path, paper: PaperParts) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if paper.factors is None:
+        save_tensors(paper.biases, folder / "biases.safetensors")
+    else:
+        _save_adapters(paper.factors.adapters, folder / "lora.safetensors")
+    if paper.router is not None:
+        _save_router(folder, paper.router)
+
+
 def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
+    """Return the parts for the protocol paper, or None if the twin was built without them."""
     router = _load_router(folder)
     if (folder / "lora.safetensors").is_file():
         limits = manifest["exclusive"]
@@ -194,40 +281,11 @@ def _load_adapters(file: Path) -> dict[str, AdapterStack]:
     return {n: AdapterStack(stored[f"{n}.A"], stored[f"{n}.B"], float(stored[f"{n}.scale"])) for n in names}
 
 
-def _verify(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise an InputError unless the files are those that twin.json lists, and are whole."""
-    files: Mapping[str, str] = manifest["files"]
-    needed = ["adapter_config.json", "adapter_model.safetensors", "vectors.safetensors"]
-    if manifest["task_type"] == "sequence_classification":
-        needed.append("head.safetensors")
-    for name in (f"experts/{expert}/{file}" for expert in manifest["experts"] for file in needed):
-        if name not in files:
-            raise InputError(f"{directory / 'twin.json'}: damaged, {name} is not listed; build the twin again")
-    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    unlisted = there - files.keys() - {"twin.json"}
-    if unlisted:
-        raise InputError(f"{directory / min(unlisted)}: not listed in twin.json; remove it, or build the twin again")
-    for name, expected in files.items():
-        file = directory / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise InputError(f"{directory / 'twin.json'}: file name {name!r} leaves the directory")
-        if not file.is_file():
-            raise InputError(f"{file}: missing; copy the twin again, or build it again")
-        try:
-            found = digest_file(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: can't be read ({error})") from None
-        if found != expected:
-            raise InputError(
-                f"{file}: edited or damaged (its sha256 is not the one in twin.json); build the twin again"
-            )
-
-
 def _part_digests(files: Mapping[str, str]) -> dict[str, str]:
-    """Return one digest each for the shared expert, every expert and the router, from their files'."""
+    """Return one digest for the shared expert, for every expert and for the router, from their files' checksums."""
     grouped: dict[str, list[str]] = {}
-    for name, digest in sorted(files.items()):
+    for name, checksum in sorted(files.items()):
         pieces = Path(name).parts
         part = "/".join(pieces[:2]) if pieces[0] == "experts" else pieces[0]
-        grouped.setdefault(part, []).append(f"{name}:{digest}")
+        grouped.setdefault(part, []).append(f"{name}:{checksum}")
     return {part: hashlib.sha256("\n".join(lines).encode()).hexdigest() for part, lines in grouped.items()}

@@ -1,4 +1,7 @@
-"""Exclusive vectors: v_t = SVD_r(theta_t - theta_s) of each matrix; 1-D tensors pass through unchanged."""
+"""Exclusive vectors: v_t = SVD_r(theta_t - theta_s) for each matrix. Differences of 1-D tensors are kept unchanged.
+
+The method is that of Twin-Merging (arXiv:2406.15479).
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,17 @@ from twin_bench.merging.linear_algebra import truncated_svd
 
 @dataclass(frozen=True)
 class Exclusive:
-    """One expert's exclusive vector by parameter name: matrices as factors, 1-D tensors whole."""
+    """One expert's exclusive vector, by parameter name: `factors` of matrices, and `vectors`, the 1-D tensors."""
 
     factors: Mapping[str, Factors]
     vectors: Mapping[str, Tensor]
 
 
 def exclusive_rank(shape: torch.Size, *, density: float | None = None, rank: int | None = None) -> int:
-    """Return the rank kept of an (m, n) matrix: int(density * min(m, n)), or `rank` capped by min(m, n).
+    """Return the rank to which an (m, n) matrix is truncated: int(density * min(m, n)), or min(rank, m, n).
 
-    As in the paper a density can round down to 0 (0.1 of a 2 x 768 token-type embedding): nothing is kept.
+    As in the paper, a density can give rank 0 (0.1 for a 2 x 768 token-type embedding). Then nothing of the matrix's
+    difference is kept. InputError unless exactly one of `density` and `rank` is given and is in range.
     """
     if (density is None) == (rank is None):
         raise InputError("exclusive: give either density or rank")
@@ -49,18 +53,18 @@ def exclusive_vector(
     """Return v_t of one expert over the shared expert, parameter by parameter.
 
     Args:
-        expert: theta_t, name to tensor.
-        shared: theta_s under the same names; its floating-point tensors count.
-        density: kept fraction of each matrix's rank, or
-        rank: kept rank.
-        seed: of the randomised SVD.
+        expert: The expert's parameters theta_t, by name.
+        shared: The shared expert's parameters theta_s, under the same names. Only floating-point tensors are compared.
+        density: The fraction of each matrix's rank that is kept. Give either a density or a rank.
+        rank: The rank that is kept.
+        seed: The seed of the randomised SVD.
 
     Returns:
-        float32 (or better) factors and vectors; what does not differ is left out.
+        Factors and vectors in float32, or in float64 for float64 parameters. Equal parameters are left out.
 
     Raises:
-        InputError: density or rank out of range; a tensor of three or more dimensions that differs, or one whose
-            difference can't be decomposed (it is not finite, say).
+        InputError: Density or rank is out of range, a tensor of three or more dimensions differs, or the SVD of a
+            difference fails (because it is not finite, for example).
     """
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
@@ -79,7 +83,7 @@ def exclusive_vector(
                 kept = truncated_svd(difference, limit, seed=seed)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise InputError(
-                    f"tensor {name}: its difference can't be decomposed ({error}); mend the expert"
+                    f"tensor {name}: the SVD of its difference fails ({error}); correct the expert"
                 ) from None
             if kept.A.shape[0]:
                 factors[name] = kept

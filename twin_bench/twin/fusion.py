@@ -1,24 +1,26 @@
 """Fusion: theta*(x) = theta_s + sum_t w_t(x) v_t for every row of a mixed batch, exactly.
 
-The layers that some expert changes are replaced with twins of themselves (`twin_bench.twin.layers`). Each runs in one
-of three ways, set by the model's one `Fusion`:
+theta_s is the shared expert, v_t the exclusive vector of expert t, and w_t(x) the router's fusion weights for input x.
+Every layer that some expert changes is replaced by one of `twin_bench.twin.layers`. A model has one `Fusion` object,
+which sets the mode in which all these layers run:
 
-- shared: theta_s alone, as the router's features need it;
-- fused:  W = W_s + B diag(w) A built once, then the plain layer (`Fusion.fuse`);
-- rows:   y = W_s x + B (w * (A x)), every row with weights of its own (`Fusion.per_row`).
+- shared: theta_s alone, for the router's features;
+- fused:  W = W_s + B diag(w) A is computed once, and the layer runs as a plain layer (`Fusion.fuse`);
+- rows:   y = W_s x + B (w * (A x)), with different weights w for each row (`Fusion.per_row`).
 
-B and A hold all experts' factors side by side: R = sum_t r_t columns, column c belonging to expert `owner[c]`.
-A batch multiplies the columns of those experts alone that some row of it gives a weight; or all experts' joint
-basis (`twin_bench.twin.basis`), where there is one and it has fewer.
-Biases and norms are fused per row as well, and embeddings through the factors' gathered rows; an output layer
-that is tied to the embeddings is fused as they are.
+B and A hold the factors of all experts side by side. They have R = sum_t r_t columns, and column c belongs to expert
+`owner[c]`. A batch is multiplied only by the columns of experts that have a weight in some row, or by the experts'
+joint basis (`twin_bench.twin.basis`) if there is one and it is cheaper.
+Biases and norms are fused for each row as well. Embeddings are fused for the tokens that occur, and an output layer
+that is tied to the embeddings uses the embeddings' factors.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,14 +29,19 @@ from twin_bench.twin.plan import Costs
 
 
 class Fusion:
-    """How the twin layers of one model run at the moment, and with which weights.
+    """The mode and the fusion weights with which the twin layers of one model run at the moment.
 
-    `bias_weights` are those of biases; they differ from `weights` only under the paper protocol, where
-    biases come whole from the true task's expert.
+    `weights` is (experts,) in the mode `fused` and (batch, experts) in the mode `rows`. `bias_weights` has the same
+    shape and applies to biases. It differs from `weights` only under the protocol paper, which takes all biases from
+    the true task's expert.
+
+    A model is in one mode at a time. The blocks of `shared`, `fuse` and `per_row` therefore hold a lock: another thread
+    waits until the block ends. A thread may open one block inside another.
     """
 
     def __init__(self, experts: int) -> None:
         self.experts = experts
+        self._lock = threading.RLock()
         self.mode: Literal["shared", "fused", "rows"] = "shared"
         self.weights: Tensor | None = None
         self.bias_weights: Tensor | None = None
@@ -43,29 +50,41 @@ class Fusion:
         self._columns: dict[tuple[int, ...], Columns] = {}
 
     @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Run the block with the shared expert alone."""
+        with self._running("shared", None, None):
+            yield
+
+    @contextmanager
     def fuse(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
-        """Run with weights (experts,) fused into every layer; rebuilt only when they are not the last ones."""
+        """Run the block with weights (experts,) fused into every layer.
+
+        The fused weights are kept, and computed again only for other weights.
+        """
         bias_weights = weights if bias_weights is None else bias_weights
-        if self._fused is None or not all(map(torch.equal, self._fused, (weights, bias_weights))):
-            self._fused = None
-            for layer in self.layers:
-                layer.fuse(weights, bias_weights)
-            self._fused = (weights.clone(), bias_weights.clone())
         with self._running("fused", weights, bias_weights):
+            if self._fused is None or not all(map(torch.equal, self._fused, (weights, bias_weights))):
+                self._fused = None
+                for layer in self.layers:
+                    layer.fuse(weights, bias_weights)
+                self._fused = (weights.clone(), bias_weights.clone())
             yield
 
     @contextmanager
     def per_row(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
-        """Run each row b of a batch with its own weights[b] of a (batch, experts) tensor."""
+        """Run the block with weights (batch, experts), of which weights[b] applies to row b of every batch."""
         with self._running("rows", weights, weights if bias_weights is None else bias_weights):
             yield
 
     def follow(self, weights: Tensor) -> None:
-        """Run each row b with weights[b] from here on, as `per_row` does: weights that the model itself decides."""
+        """Run with weights (batch, experts) as `per_row` does, from here on. It is for a router inside the model."""
         self.mode, self.weights, self.bias_weights, self._columns = "rows", weights, weights, {}
 
     def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Columns:
-        """Return which of a layout's columns the rows use, and their weights; found once a forward."""
+        """Return the columns that the rows use and their weights, for factors of `ranks` with columns of `owner`.
+
+        The result is computed once for all layers with the same ranks.
+        """
         if ranks not in self._columns:
             assert self.weights is not None
             active = self.weights.any(dim=0)
@@ -74,7 +93,7 @@ class Fusion:
         return self._columns[ranks]
 
     def costs(self) -> Costs:
-        """Return the planner's costs from the layers' shapes, in multiplications a plain token takes."""
+        """Return the planner's costs, computed from the layers' shapes, in multiplications of a plain token."""
         matrices = [layer for layer in self.layers if layer.is_matrix]
         plain = sum(layer.weight.numel() for layer in matrices) or 1
         fuse, columns = [0.0] * self.experts, [0.0] * self.experts
@@ -87,37 +106,48 @@ class Fusion:
 
     @contextmanager
     def _running(
-        self, mode: Literal["fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
+        self, mode: Literal["shared", "fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
     ) -> Iterator[None]:
-        before = self.mode, self.weights, self.bias_weights, self._columns
-        self.mode, self.weights, self.bias_weights, self._columns = mode, weights, bias_weights, {}
-        try:
-            yield
-        finally:
-            self.mode, self.weights, self.bias_weights, self._columns = before
+        with self._lock:
+            before = self.mode, self.weights, self.bias_weights, self._columns
+            self.mode, self.weights, self.bias_weights, self._columns = mode, weights, bias_weights, {}
+            try:
+                yield
+            finally:
+                self.mode, self.weights, self.bias_weights, self._columns = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, which can be neither copied nor pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state without a lock, and make a new one."""
+        self.__dict__.update(state, _lock=threading.RLock())
 
 
 class Columns(NamedTuple):
-    """Columns that a batch uses (None: all) and its rows' weights over them, (batch, columns)."""
+    """The indices of the columns that a batch uses (None for all), and the rows' weights of them, (batch, columns)."""
 
     used: Tensor | None
     scale: Tensor
 
 
 REBUILD_TOKENS = 16.0
-"""What writing every fused weight once costs, in tokens of the plain forward: it is bound by memory, not by
-multiplications. Measured on two cores for a 6-layer, 384-wide encoder."""
+"""The cost of writing every fused weight once, in tokens of the plain forward.
+
+The cost is bound by memory, not by multiplications. It was measured on two cores for a 6-layer, 384-wide encoder.
+"""
 
 
 class FusedLayer(Protocol):
-    """What Fusion asks of a layer: to fuse itself, and its share of the costs."""
+    """The interface of a layer that Fusion controls."""
 
     weight: Tensor
     ranks: tuple[int, ...]
     is_matrix: bool
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
-        """Build what the layer runs with in the fused mode, for weights (experts,)."""
+        """Compute the weight and bias for the mode `fused`, for weights and bias weights (experts,)."""
 
     def joint_cost(self) -> float:
-        """Return the least multiplications that a token's low-rank path takes, whatever its weights."""
+        """Return an upper bound of the multiplications that a token's exclusive vectors cost, for any weights."""

@@ -1,4 +1,4 @@
-"""Task heads: each task keeps its own, and a row of a mixed batch runs through the one named for it."""
+"""Task heads: every task keeps its own head, and each row of a mixed batch runs through its task's head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from twin_bench.errors import InputError
 
 
 class TaskHead(nn.Module):
-    """One task's head: the modules outside the base model, under their own names."""
+    """One task's head: the modules outside the base model, by their names in the model.
+
+    `rows` holds the indices of the batch's rows that use the head, or None if no row does.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], num_labels: int) -> None:
         super().__init__()
@@ -24,15 +27,18 @@ class TaskHead(nn.Module):
 
 
 class HeadSwitch(nn.Module):
-    """Stands where a model has its head, and runs each row through its own task's."""
+    """A module in place of a model's head. It runs each row through its own task's head."""
 
     def __init__(self, name: str, heads: Mapping[str, TaskHead]) -> None:
         super().__init__()
         self.name = name
-        self._heads = dict(heads)  # owned by the TwinModel; a plain dict, so they are not registered twice
+        self._heads = dict(heads)  # The TwinModel owns the heads. A plain dict does not register them again.
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, ..., widest head) of x (batch, ..., width), -inf where a row's head has no label."""
+        """Return (batch, ..., labels) for x (batch, ..., width). The widest head in use sets the number of labels.
+
+        A row whose head has fewer labels is filled up with -inf.
+        """
         outputs = {
             task: head.parts[self.name](x if len(head.rows) == len(x) else x[head.rows])
             for task, head in self._heads.items()
@@ -50,7 +56,7 @@ class HeadSwitch(nn.Module):
 
 @contextmanager
 def heads_in_use(heads: Any, tasks: Sequence[str]) -> Iterator[None]:
-    """Run row i of the batches inside through the head of tasks[i]."""
+    """Run row i of each batch in the block through the head of tasks[i]."""
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(tasks):
         rows.setdefault(task, []).append(row)
@@ -64,7 +70,10 @@ def heads_in_use(heads: Any, tasks: Sequence[str]) -> Iterator[None]:
 
 
 def install_heads(model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> Any:
-    """Put a HeadSwitch where `model` has its head; return the tasks' heads as a ModuleDict."""
+    """Replace the head of `model` by a HeadSwitch, and return the tasks' heads as a ModuleDict.
+
+    InputError if a task's tensors are not those of the model's head.
+    """
     skeleton = skeleton_of(model.config, "sequence_classification")
     built: dict[str, TaskHead] = {}
     names = sorted({name.partition(".")[0] for name in skeleton.head})

@@ -174,7 +174,8 @@ class TwinModel(nn.Module, abc.ABC):
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
         """Return the features that a router on each of `layers` reads: (batch, width) means over each row's tokens."""
         overrides = {name: tensor.to(self.device, self.model.dtype) for name, tensor in self.router_overrides.items()}
-        states = hidden_states(self.model, inputs, layers, overrides=overrides)
+        with self.fusion.shared():
+            states = hidden_states(self.model, inputs, layers, overrides=overrides)
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:

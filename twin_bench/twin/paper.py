@@ -1,8 +1,10 @@
-"""The authors' arithmetic for LoRA experts: A and B are merged, truncated and fused as matrices of their own.
+"""The protocol paper for LoRA experts: the authors' code merges, truncates and fuses A and B separately.
 
-W(x) = W_0 + s B(x) A(x), with A(x) = A_s + sum_t w_t(x) v^A_t, where A_s is the merge of all A_t and v^A_t the
-truncated SVD of A_t - A_s, and B(x) likewise. The product has cross terms between experts that the fusion of
-delta W = s B A lacks, and the shared expert's lambda acts squared. Protocol `paper` alone does this.
+W(x) = W_0 + s B(x) A(x) with A(x) = A_s + sum_t w_t(x) v^A_t. A_s is the merge of all A_t, and v^A_t is the truncated
+SVD of A_t - A_s. B(x) is computed in the same way.
+
+This differs from the paper's text, which fuses delta W = s B A. The product has cross terms between experts, and the
+shared expert's lambda is squared. Only the protocol paper computes this.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from twin_bench.twin.layers import by_row
 
 
 class AdapterStack(NamedTuple):
-    """One matrix's adapters: A (T, r, n) and B (T, m, r) of the experts in their order, and the scale of all."""
+    """One matrix's LoRA adapters of all T experts: A (T, r, n) and B (T, m, r) in the experts' order.
+
+    `scale` multiplies every B A.
+    """
 
     A: Tensor
     B: Tensor
@@ -34,7 +39,11 @@ class AdapterStack(NamedTuple):
 
 @dataclass(frozen=True)
 class PaperFactors:
-    """What a twin needs to run as the authors': its experts' adapters, and how they are merged and truncated."""
+    """The experts' LoRA factors by parameter name, with the settings by which the authors merge and truncate them.
+
+    `scaling` is the lambda of task arithmetic. Of `density` and `rank`, which limit the rank of exclusive vectors, one
+    is None.
+    """
 
     adapters: Mapping[str, AdapterStack]
     scaling: float
@@ -43,10 +52,11 @@ class PaperFactors:
 
 
 def stack_adapters(experts: Mapping[str, Checkpoint]) -> dict[str, AdapterStack]:
-    """Return the adapters of all experts by parameter name.
+    """Return the stacked adapters of all experts, by parameter name, in float32.
 
-    Raises InputError unless every expert is a LoRA adapter and nothing else, all of one rank and scale on the
-    same matrices: A and B of other shapes can't be added.
+    Raises:
+        InputError: An expert is not a pure LoRA adapter, or the experts' adapters differ in rank, scale or matrices.
+            Factors of different shapes can't be added.
     """
     first = next(iter(experts.values()))
     stacks: dict[str, AdapterStack] = {}
@@ -68,9 +78,9 @@ def stack_adapters(experts: Mapping[str, Checkpoint]) -> dict[str, AdapterStack]
 def merge_lora_factors(
     method: str, base: Checkpoint, experts: Mapping[str, Checkpoint], **options: Any
 ) -> dict[str, Tensor]:
-    """Return a static merge as the authors make it: `method` on A and on B, then W_0 + s B A.
+    """Return the parameters of a static merge as the authors compute it: `method` merges all A and all B separately.
 
-    Raises InputError as `stack_adapters` does.
+    The result is W_0 + s B A in W_0's dtype. Raises InputError as `stack_adapters` does.
     """
     stacks = stack_adapters(experts)
     zeros = {key: torch.zeros_like(tensor[0]) for key, tensor in _sides(stacks).items()}
@@ -84,10 +94,10 @@ def merge_lora_factors(
 
 
 def install_paper_layers(model: nn.Module, parts: PaperFactors) -> Fusion:
-    """Replace the adapted layers of `model` and return what drives them.
+    """Replace the adapted layers of `model` by PaperLinear layers, and return the Fusion that controls them.
 
-    `model` holds theta_s = theta_0 + lambda sum_t tau_t, from which theta_0 is had back. Raises
-    InputError for an adapted layer that is not nn.Linear.
+    `model` holds the shared expert theta_s = theta_0 + lambda sum_t tau_t. The layers subtract the task vectors to
+    recover theta_0. Raises InputError for an adapted layer that is not nn.Linear.
     """
     experts = len(next(iter(parts.adapters.values())).A)
     fusion = Fusion(experts)
@@ -102,7 +112,10 @@ def install_paper_layers(model: nn.Module, parts: PaperFactors) -> Fusion:
 
 
 class PaperLinear(nn.Module):
-    """nn.Linear whose adapters are fused side by side: A (1 + T, r, n) and B (1 + T, m, r), the shared one first."""
+    """nn.Linear under the protocol paper: y = W_0 x + s B(x) A(x) x.
+
+    `A` (1 + T, r, n) and `B` (1 + T, m, r) hold the shared factors at index 0, then the T exclusive vectors.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -119,14 +132,14 @@ class PaperLinear(nn.Module):
         pretrained = (layer.weight.float() - merged.to(layer.weight.device)).to(layer.weight.dtype)
         self.register_parameter("weight", nn.Parameter(pretrained, requires_grad=False))
         self.register_parameter("bias", layer.bias)
-        # In the state_dict, unlike other twin layers' factors: the shared expert itself is run through them.
+        # Other layers' factors are not in the state dict. These are, because the shared expert depends on them.
         for side, tensors in (("A", stack.A), ("B", stack.B)):
             self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight))
         self.register_buffer("fused_weight", None, persistent=False)
         fusion.layers.append(self)
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
-        """Build the fused weight for weights (experts,); biases are no expert's here."""
+        """Compute the fused weight for weights (experts,). Experts of this protocol do not change biases."""
         share = _with_shared(weights).to(self.A)
         A, B = torch.einsum("t,trn->rn", share, self.A), torch.einsum("t,tmr->mr", share, self.B)
         if self.fused_weight is None:
@@ -134,12 +147,12 @@ class PaperLinear(nn.Module):
         torch.addmm(self.weight, self.scale * B, A, out=self.fused_weight)
 
     def joint_cost(self) -> float:
-        """Return the multiplications that a token's low-rank path takes, whatever its weights."""
+        """Return the multiplications that a token's factors cost, for any weights."""
         return float(self.A.numel() + self.B.numel())
 
     @by_row
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, ..., m) of x (batch, ..., n)."""
+        """Return (batch, ..., m) for x (batch, ..., n)."""
         if self.fusion.mode == "fused":
             assert self.fused_weight is not None
             return F.linear(x, self.fused_weight, self.bias)
@@ -154,7 +167,7 @@ class PaperLinear(nn.Module):
 
 
 def _shared_and_exclusive(tensors: Tensor, parts: PaperFactors) -> Tensor:
-    """Return [lambda sum_t X_t, SVD_r(X_t - that) of every t] of experts' matrices (T, p, q): (1 + T, p, q)."""
+    """Return the shared factor S = lambda sum_t X_t and every SVD_r(X_t - S), (1 + T, p, q), for factors (T, p, q)."""
     shared = parts.scaling * tensors.sum(dim=0)
     rank = exclusive_rank(shared.shape, density=parts.density, rank=parts.rank)
     kept = [torch.zeros_like(shared)] * len(tensors)
@@ -165,9 +178,10 @@ def _shared_and_exclusive(tensors: Tensor, parts: PaperFactors) -> Tensor:
 
 
 def _with_shared(weights: Tensor) -> Tensor:
-    """Return weights (..., T) with the shared part's 1 in front."""
+    """Return weights (..., T) with the shared factor's weight 1 in front, (..., 1 + T)."""
     return torch.cat([torch.ones_like(weights[..., :1]), weights], dim=-1)
 
 
 def _sides(stacks: Mapping[str, AdapterStack]) -> dict[str, Tensor]:
+    """Return all stacked factors as tensors of their own, named NAME.A and NAME.B."""
     return {f"{name}.{side}": getattr(stack, side) for name, stack in stacks.items() for side in ("A", "B")}

@@ -1,4 +1,4 @@
-"""What a twin is made of besides its shared expert, and the protocols and routings it runs under."""
+"""The parts of a twin other than its shared expert, and the names of protocols and routings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 
 @dataclass(frozen=True)
 class PaperParts:
-    """What only the authors' protocol needs.
+    """The parts that only the protocol paper needs.
 
-    Of classifiers the pretrained biases, with which their router's features are taken; of language models whose
-    experts are adapters these, to be merged as the authors do; and, where test rows were given to select it,
-    their router.
+    `biases` are a classifier's pretrained biases, with which the authors' router computes its features.
+    `factors` are a language model's LoRA experts, which the authors merge factor by factor.
+    `router` is the router that was selected on test rows, or None if there were none.
     """
 
     biases: Mapping[str, Tensor] = field(default_factory=dict)
@@ -35,11 +35,14 @@ class PaperParts:
 
 @dataclass(frozen=True)
 class Parts:
-    """A twin without its shared expert: what TwinModel adds to a Hugging Face model.
+    """The parts of a twin that TwinModel adds to a Hugging Face model with the shared expert's weights.
 
-    A static merge is a twin with heads and no exclusive vectors; a language model's has no heads either.
-    `max_length`: tokens that an input is truncated to where nothing else is said (None: the kind's own default).
-    `sensitivity`: how far logits move with the weights (`twin_bench.twin.tolerance`), None where nobody measured it.
+    `heads` holds each task's head by parameter name, `exclusive` each expert's exclusive vector. A static merge has
+    heads and no exclusive vectors; a language model has no heads.
+    `max_length` is the default length in tokens to which an input is truncated. None means 128 for a classifier, and
+    the model's window for a language model.
+    `sensitivity` says how far logits move with the fusion weights (see `twin_bench.twin.tolerance`). It is None if it
+    was not measured. `digests` holds one sha256 for the shared expert, for each expert and for the router.
     """
 
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)

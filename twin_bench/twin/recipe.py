@@ -1,4 +1,4 @@
-"""Recipes: the YAML that says what a twin is made of."""
+"""Recipes: the YAML files that describe how a twin is built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twin_bench.merging.recipe import Shared
 
 
 class ExclusiveSettings(Settings):
-    """How much of each matrix's difference is kept: a fraction of its rank, or a rank."""
+    """The rank of the exclusive vectors: `density`, a fraction of each matrix's rank, or `rank`. Give one of them."""
 
     density: float | None = Field(default=None, gt=0, le=1)
     rank: int | None = Field(default=None, ge=1)
@@ -26,13 +26,16 @@ class ExclusiveSettings(Settings):
 
 
 class RouterSettings(Settings):
-    """Where the router's rows come from, what it reads and how it is chosen.
+    """The router's training data, its input and its training.
 
-    `data`: {task}/train.jsonl in the task's own schema, or rows {"text", "task"}. `layer`: the hidden state it reads
-    (0 the embeddings, -1 the last), or auto: the one with the best accuracy on the held-out rows.
-    `held_out`: the fraction of those rows that chooses epoch and layer. `max_rows`: of each task. `paper`:
-    train the authors' router as well, for the paper protocol, where `data` holds each task's validation rows
-    to select it on.
+    `data` is a directory of {task}/train.jsonl in the tasks' own schemas, or a file of rows {"text", "task"}.
+    `layer` is the hidden state that the router reads: 0 for the embeddings, k for block k, -1 for the last. With auto
+    it is the layer with the best accuracy on the held-out rows.
+    `top_k` keeps only the largest weights (0 keeps all), and `temperature` divides the logits.
+    `max_rows` limits each task's rows. `held_out` is the fraction of them on which epoch and layer are chosen.
+    `epochs` counts the passes over the training rows.
+    With `paper`, the authors' router for the protocol paper is trained too if `data` holds each task's validation
+    rows, on which the authors select it.
     """
 
     data: str
@@ -46,11 +49,15 @@ class RouterSettings(Settings):
 
 
 class Recipe(Settings):
-    """A twin: base model, experts, shared expert, exclusive vectors and router.
+    """How a twin is built: its base model, experts, shared expert, exclusive vectors and router.
 
-    `max_length`: tokens an input is truncated to; by default 128 for classifiers, as in the paper, and the
-    model's window for language models. `dtype`: what the router's features are taken in, which is best what the
-    twin will run in; by default the base model's.
+    `base_model` and `experts` are directories or hub ids. Without `router` the twin has none.
+    `max_length` is the length in tokens to which an input is truncated. The default is 128 for classifiers, as in the
+    paper, and the model's window for language models.
+    `dtype` is the dtype in which the router's features are computed, by default the base model's. It should be the
+    dtype in which the twin will run.
+    `allow_pickle` also reads weights from pickles. `trust_remote_code` lets transformers run code that comes with a
+    model.
     """
 
     base_model: str
@@ -66,10 +73,10 @@ class Recipe(Settings):
 
 
 def read_recipe(file: Path) -> Recipe:
-    """Read and check a recipe; environment variables in it are expanded.
+    """Read and check a recipe. Environment variables in it are expanded.
 
-    Relative paths are taken from the recipe's own folder where they exist there, else from the working
-    directory. Raises InputError that names the file and the key.
+    A relative path is looked up in the recipe's folder first, then in the working directory. Raises InputError that
+    names the file and the key.
     """
     raw = with_models_located(read_yaml(file), file)
     if isinstance(raw.get("router"), dict) and "data" in raw["router"]:

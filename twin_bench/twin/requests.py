@@ -137,7 +137,7 @@ def generate(
     Args:
         twin: the twin that answers.
         requests: the requests.
-        batch_size: the largest number of rows in a forward. Every completion is a row.
+        batch_size: the largest number of requests in a forward. Each of their completions is a row.
         max_length: the number of tokens of a prompt and its completion; by default the twin's.
         fusion_weights: (requests, experts), used in place of the router's.
         log_probs: whether to return log-probabilities. Without them no logits are kept, which saves memory.
@@ -204,25 +204,20 @@ def _texts(
     No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
     the rest of its prompt, where a model with a window of attention counts it.
     """
-    asking = [row for row in rows for _ in range(requests[row].completions)]
-    seeds = [seed for row in rows for seed in _seeds(requests[row])]
-    prompts = [requests[row].prompt for row in asking]
     steps, decoding = requests[rows[0]].max_new_tokens, requests[rows[0]].decoding
+    prompts = [request.prompt for request in requests]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    own = weights[asking]
-    waiting: dict[int, dict[int, Completion]] = {row: {} for row in rows}
-    for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(asking)), 0), batch_size, steps):
-        inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
+    for batch, _ in _prefixed(twin, weights, prompts, dict.fromkeys(rows, 0), batch_size, steps):
+        copies = tuple(row for row in batch.rows for _ in range(requests[row].completions))
+        inputs = twin.collate([tokens(prompts[row]) for row in copies], padding_side="left")
         length = inputs["input_ids"].shape[1]
-        options = decoding.options(twin.tokenizer, [seeds[place] for place in batch.rows], length)
+        seeds = [seed for row in batch.rows for seed in _seeds(requests[row])]
+        options = decoding.options(twin.tokenizer, seeds, length)
         wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs}
-        output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
-        found = completed(output, length, ends, twin.tokenizer.pad_token_id)
-        for place, completion in zip(batch.rows, found, strict=True):
-            row = asking[place]
-            waiting[row][place] = completion
-            if len(waiting[row]) == requests[row].completions:
-                yield row, [waiting[row][place] for place in sorted(waiting[row])]
+        output = twin.generate_batch(inputs, Group(copies, batch.weights), weights, **{**options, **wanted})
+        found = iter(completed(output, length, ends, twin.tokenizer.pad_token_id))
+        for row in batch.rows:
+            yield row, [next(found) for _ in range(requests[row].completions)]
 
 
 def _seeds(request: Generate) -> list[str]:

@@ -1,4 +1,4 @@
-"""The router: w(x) = softmax(MLP(h(x))), trained on the task ids of training inputs."""
+"""The router: w(x) = softmax(MLP(h(x))), trained to classify training inputs by their task."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from torch import Tensor, nn
 from twin_bench.errors import InputError
 
 BATCH = 1024
+"""The largest batch of training rows, as in the authors' code."""
+
 STEPS = 40
-"""The paper's 5,500 rows a task make 43 batches of 1,024 an epoch for eight tasks: with fewer rows batches
-shrink, to 32 at least, so that an epoch is still about as many steps."""
+"""The number of steps in an epoch that smaller batches preserve.
+
+The paper's 5,500 rows for each of eight tasks make 43 batches of 1,024. With fewer rows the batches are smaller, but
+of at least 32 rows, so that an epoch has about as many steps.
+"""
 LEARNING_RATE = 5e-4
 DROPOUT = 0.5
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """What a router is: its features and how its logits become weights.
+    """A router's input, and how its logits become weights.
 
-    `layer` is the hidden state it reads (0 the embeddings, k the k-th block's output, -1 the last);
-    `top_k` keeps only the largest weights, renormalised (0: all); `temperature` divides the logits.
+    `layer` is the hidden state that the router reads: 0 for the embeddings, k for the output of block k, -1 for the
+    last. `width` is the number of its features. `top_k` keeps only the largest weights and renormalises them; 0 keeps
+    all. `temperature` divides the logits.
     """
 
     experts: tuple[str, ...]
@@ -35,7 +41,10 @@ class RouterConfig:
 
 
 class Router(nn.Module):
-    """The paper's MLP: d -> 2d -> 2d -> T with BatchNorm, LeakyReLU and dropout, and a softmax."""
+    """The paper's MLP with layers of width d, 2d, 2d and T, BatchNorm, LeakyReLU, dropout, and a softmax.
+
+    InputError if the config's temperature or top_k is out of range.
+    """
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
@@ -52,22 +61,22 @@ class Router(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return logits (N, T) of features (N, width)."""
+        """Return logits (N, T) for features (N, width)."""
         logits: Tensor = self.mlp(features)
         return logits
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move with the twin, but keep the dtype: a twin in half precision routes in float32."""
+        """Move to the twin's device, but keep float32 when the twin is cast to half precision."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
     def weights(self, features: Tensor) -> Tensor:
-        """Return fusion weights (N, T) in float32, rows summing to 1, of features (N, width)."""
+        """Return fusion weights (N, T) in float32 for features (N, width). Each row sums to 1."""
         return fusion_weights(self(features.to(next(self.parameters()))), self.config)
 
 
 def fusion_weights(logits: Tensor, config: RouterConfig) -> Tensor:
-    """Return softmax(logits / temperature), (N, T), all but the `top_k` largest set to 0."""
+    """Return softmax(logits / temperature), (N, T). Weights beyond the `top_k` largest are set to 0."""
     weights = torch.softmax(logits.float() / config.temperature, dim=-1)
     if config.top_k:
         kept = torch.zeros_like(weights).scatter_(1, weights.topk(config.top_k).indices, 1.0)
@@ -78,7 +87,10 @@ def fusion_weights(logits: Tensor, config: RouterConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained router and how it was chosen: `accuracy` on the selection rows, in all and a task."""
+    """A trained router with its accuracy on the selection rows, overall and for each task.
+
+    `epoch` is the epoch that was selected. `rows` and `selection_rows` are counts.
+    """
 
     router: Router
     epoch: int
@@ -98,19 +110,22 @@ def train_router(
     epochs: int = 50,
     seed: int = 0,
 ) -> Trained:
-    """Train the MLP on task ids and keep the epoch with the best accuracy on the selection rows.
+    """Train a router and return its state after the epoch with the best accuracy on the selection rows.
+
+    Of epochs with equal accuracy, the one with the lowest loss on the selection rows is taken.
 
     Args:
-        config: the router to be.
-        features: (N, width) of training rows.
-        tasks: (N,) expert indices.
-        selection_features: (M, width) of the rows that choose the epoch: a held-out part of train, or,
-            under the authors' own protocol, the test rows.
-        selection_tasks: (M,) expert indices.
-        epochs: passes over the rows.
-        seed: of initialisation, order and dropout; the global generator is left as it was.
+        config: The router's config.
+        features: (N, width) features of the training rows.
+        tasks: (N,) indices of the rows' experts.
+        selection_features: (M, width) features of the selection rows. They are held-out training rows, or, as in the
+            authors' code, the test rows.
+        selection_tasks: (M,) indices of the rows' experts.
+        epochs: The number of passes over the training rows.
+        seed: The seed of initialisation, order and dropout. The global random state is not changed.
 
-    Ties between epochs go to the lower selection loss. Raises InputError with fewer than 2 rows.
+    Raises:
+        InputError: There are fewer than two training rows.
     """
     if len(features) < 2:
         raise InputError(f"router: {len(features)} training rows are too few to train on")
@@ -147,7 +162,7 @@ def train_router(
 
 
 def _batches(order: Tensor) -> Sequence[Tensor]:
-    """Cut an order of rows into batches; a last batch of one row joins its neighbour (BatchNorm needs two)."""
+    """Split an order of rows into batches. A last batch of one row is joined to its neighbour: BatchNorm needs two."""
     size = min(BATCH, max(32, len(order) // STEPS))
     chunks = list(order.split(size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:

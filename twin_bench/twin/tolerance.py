@@ -1,16 +1,16 @@
-"""Tolerance: simpler fusion weights whose logits are as good.
+"""Tolerance: leaving out small fusion weights, as long as the error of the logits stays small.
 
-A router gives every expert some weight, most of it next to nothing. Rows whose weights are one expert's alone share a
-fusion, and a row that uses two experts multiplies two experts' factors: so it is small weights that fusion costs.
-Leaving some out changes a row's logits f by
+A router gives every expert some weight, and most weights are close to 0. Small weights are what makes fusion expensive:
+rows that use one expert can share a fused model, and a row that uses two experts multiplies the factors of both.
+Leaving out weights changes a row's logits f by
 
     |f(w') - f(w)| <= |w' - w|_1 max_k |df / dw_k|
 
-along the way from w to w'. `sensitivity` estimates that maximum when a twin is built, by finite differences at the
-router's own weights of held-out training rows: its root mean square over a task's rows, relative to the size of their
-logits. `simplified` keeps |w' - w|_1 times it below the tolerance, and so, to first order, the root mean square of the
-error over such rows; what it is on others is measured (tests, `twin_bench.bench`). It looks at one row at a time, so
-that a row's result still depends on nothing else in its batch.
+where the maximum is taken between w and w'. `sensitivity` estimates it when a twin is built, by finite differences at
+the router's own weights of held-out training rows. It is the root mean square over a task's rows, relative to the size
+of their logits. `simplified` keeps |w' - w|_1 times the sensitivity below the tolerance. To first order this bounds the
+root mean square of the error over such rows. The error on other rows is measured by tests and by `twin_bench.bench`.
+Each row is simplified by itself, so a row's result depends on nothing else in its batch.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ import torch
 from torch import Tensor
 
 STEP = 0.05
-"""The change of a weight over which a derivative is taken."""
+"""The change of a weight for a finite difference."""
 
 
 class Probed(Protocol):
-    """What `sensitivity` asks of a twin."""
+    """The part of a twin that `sensitivity` uses."""
 
     expert_names: tuple[str, ...]
 
     def probe(self, encoded: Sequence[Mapping[str, list[int]]], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
-        """Return the logits that each row's answer is read from, with given fusion weights (rows, experts)."""
+        """Return the logits that give each row's answer, for fusion weights (rows, experts)."""
 
 
 def sensitivity(
     twin: Probed, encoded: Sequence[Mapping[str, list[int]]], tasks: Sequence[str], weights: Tensor
 ) -> float:
-    """Return how far logits move, relative to their size, with a unit of an expert's weight.
+    """Return how far logits move, relative to their size, for each unit of an expert's weight.
 
-    The largest change of any logit by any expert, as a root mean square over a task's rows, divided by that of the
-    largest logit; of the task where this is most.
+    For a row, the largest change of any logit by any expert is taken, and the largest logit. The sensitivity of a task
+    is the quotient of their root mean squares over its rows. The result is the largest sensitivity of all tasks.
 
     Args:
-        twin: whose experts.
-        encoded: rows.
-        tasks: of the rows.
-        weights: (rows, experts) at which the derivatives are taken: the router's own.
+        twin: The twin.
+        encoded: Encoded rows.
+        tasks: The rows' tasks.
+        weights: (rows, experts) fusion weights at which the derivatives are taken, the router's own.
     """
     experts = len(twin.expert_names)
     steps = torch.cat([torch.zeros(1, experts), STEP * torch.eye(experts)]).to(weights)
@@ -64,9 +64,9 @@ def sensitivity(
 
 
 def simplified(weights: Tensor, change: float) -> Tensor:
-    """Return fusion weights (N, K) that differ by at most `change` a row, in the sum of magnitudes.
+    """Return simpler fusion weights (N, K). The absolute changes of a row's weights add up to at most `change`.
 
-    The largest weight becomes 1 and all others 0 where that is near enough; else the smallest are left out.
+    If the change allows it, a row's largest weight becomes 1 and all others 0. Otherwise its smallest weights become 0.
     """
     if change <= 0 or not weights.numel():
         return weights
@@ -74,7 +74,7 @@ def simplified(weights: Tensor, change: float) -> Tensor:
     one_hot = torch.nn.functional.one_hot(top, weights.shape[1]).to(weights)
     magnitudes, order = weights.abs().double().sort(dim=1)
     dropped = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, magnitudes.cumsum(dim=1) <= change)
-    dropped.scatter_(1, top[:, None], False)  # a row keeps its largest, which names its head under `routed`
+    dropped.scatter_(1, top[:, None], False)  # The largest weight is kept: it decides the head under `routed`.
     alone = ((one_hot.double() - weights.double()).abs().sum(dim=1) <= change) & weights.any(dim=1)
     return torch.where(alone[:, None], one_hot, weights.masked_fill(dropped, 0))
 

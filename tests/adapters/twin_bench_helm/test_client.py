@@ -25,6 +25,8 @@ from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.client import TwinClient
 from twin_bench_helm.engine import Engine
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture(scope="module")
 def three(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:

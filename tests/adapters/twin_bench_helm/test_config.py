@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from helm.benchmark.presentation.run_entry import read_run_entries
 from helm.benchmark.scenarios.scenario import create_scenario
 from helm.common.object_spec import parse_object_spec
 
-from tests.support.interpreter import ADAPTERS, ROOT
+from tests.support.interpreter import ADAPTERS, HEAVY, ROOT, loaded_by, python
 from tests.support.models import WORDS
 from twin_bench import InputError
 from twin_bench.cli import main
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
-from twin_bench_helm.config import write_helm_config
+from twin_bench_helm.config import deployment_entry, metadata_entry, tokenizer_entry, write_helm_config
 from twin_bench_helm.plugin import cnndm
 
 
@@ -61,19 +62,52 @@ def test_what_is_refused(twin: Path, families: Any, tmp_path: Path, capsys: pyte
     there = tmp_path / "there"
     assert main(["helm-config", str(twin), "--name", "tiny", "--local-path", str(there)]) == 0
     before = {file.name: file.read_text() for file in there.iterdir()}
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "model_metadata.yaml").write_text("- a list\n")
+    for name, text in (("foreign", "- a list\n"), ("strings", "models: [a, b]\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_metadata.yaml").write_text(text)
     for source, name, local, says in (
         (twin, "tiny", there, "twin_merged/tiny is there already"),
         (twin, "a/b", there, "letters, digits"),
         (tmp_path / "none", "new", there, "no twin there"),
         (tmp_path / "classifier", "new", there, "does not generate text"),
         (twin, "new", tmp_path / "foreign", "is it HELM's?"),
+        (twin, "new", tmp_path / "strings", "is it HELM's?"),
     ):
         assert main(["helm-config", str(source), "--name", name, "--local-path", str(local)]) == 2
         assert says in capsys.readouterr().err
     assert {file.name: file.read_text() for file in there.iterdir()} == before
     assert sorted(file.name for file in (tmp_path / "foreign").iterdir()) == ["model_metadata.yaml"]
+
+
+def test_entries_are_plain_data_of_what_they_are_given(tmp_path: Path) -> None:
+    manifest = {"experts": ["mmlu", "bbq"], "parameters": {"shared": 7, "exclusive": 2}}
+    entry = metadata_entry("twin_merged/mine", manifest, "paper")
+    assert (entry.file, entry.key, entry.content["num_parameters"]) == ("model_metadata.yaml", "models", 9)
+    assert entry.content["description"] == "Twin-merged model of mmlu, bbq, protocol paper."
+    without_ends = SimpleNamespace(eos_token=None, bos_token=None)
+    assert tokenizer_entry("twin_merged/mine", tmp_path, without_ends).content["prefix_token"] == ""
+    ends = SimpleNamespace(eos_token="</s>", bos_token=None)
+    assert tokenizer_entry("twin_merged/mine", tmp_path, ends).content["prefix_token"] == "</s>"
+    client = deployment_entry("twin_merged/mine", 5, {"twin": "t", "device": None}).content["client_spec"]
+    assert client["args"] == {"twin": "t"}
+
+
+def test_the_files_are_written_without_helm() -> None:
+    assert not loaded_by("import twin_bench_helm.command, twin_bench_helm.compat") & HEAVY
+    assert "helm" not in loaded_by("import twin_bench_helm.config")
+
+
+def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, says in (
+        (["--nam", "x"], "unknown option '--nam'; did you mean '--name'?"),
+        ([], "required: --name"),
+        (["--name", "x", "--protocol", "papr"], "invalid choice: 'papr'"),
+    ):
+        assert main(["helm-config", str(tmp_path), *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+    done = python("-m", "twin_bench", "helm-config", "--help")
+    assert done.stdout.startswith("usage: twin-bench helm-config [-h]"), done.stderr
 
 
 def helm(command: str, *arguments: str, directory: Path) -> None:

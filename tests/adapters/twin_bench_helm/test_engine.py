@@ -14,6 +14,8 @@ from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.engine import Ask, Engine
 
+pytestmark = pytest.mark.versions
+
 GREEDY = Ask((5, 6, 7), max_tokens=3, temperature=0.0, top_p=1.0, completions=1, stop=(), seed="s")
 SCORED = dataclasses.replace(GREEDY, prompt=(9, 8, 7, 6), max_tokens=0)
 ASKED = [

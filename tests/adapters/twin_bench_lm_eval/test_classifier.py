@@ -9,6 +9,8 @@ from twin_bench.errors import InputError
 from twin_bench_lm_eval.classifier import ClassifierTwin
 from twin_bench_lm_eval.model import TwinMerged
 
+pytestmark = pytest.mark.versions
+
 
 def manifest(path, **changes):
     description = {"format_version": 1, "task_type": "sequence_classification", "experts": [], "files": {}}

@@ -61,6 +61,7 @@ def test_what_the_wheel_holds(wheel):
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"twin_bench", "twin_bench_helm", "twin_bench_lm_eval", "twin_bench_lm_eval.pth"}
     assert {f"twin_bench/tasks/helm/{file}" for file in ("paper.conf", "small.conf", "schema_twin.yaml")} <= set(names)
+    assert {f"{package}/py.typed" for package in ("twin_bench", "twin_bench_helm", "twin_bench_lm_eval")} <= set(names)
     assert not [name for name in names if name.endswith(".pyc")]
 
 
@@ -101,3 +102,10 @@ def test_an_installed_wheel_has_its_tasks_and_its_entry_point(python, installed)
     assert tasks.split() == sorted(f"twin_{task}" for group in TASKS.values() for task in group)
     assert entry_point == "TwinMerged"
     assert helm_entry == "twin_cnndm:temperature=0.3"
+
+
+def test_an_installed_wheel_has_its_command_and_the_adapters(installed):
+    command = str(installed / "bin" / "python")
+    assert "helm-config  tell HELM of a twin" in run(command, "-m", "twin_bench", "--help", directory=installed)
+    shown = run(command, "-m", "twin_bench", "helm-config", "--help", directory=installed)
+    assert shown.startswith("usage: twin-bench helm-config")

@@ -167,7 +167,7 @@ def test_invariances(method: str, make: Any) -> None:
 def test_errors(method: str, make: Any) -> None:
     base, tuned = models()
     statistics = make(tuned)
-    with pytest.raises(InputError, match=f"{method} needs statistics of training inputs, those of expert 'task0'"):
+    with pytest.raises(InputError, match=f"{method} needs statistics of training inputs, and those of expert 'task0'"):
         twin_bench.merge(method, base, tuned)
     with pytest.raises(InputError, match="those of expert 'task3' are missing"):
         twin_bench.merge(method, base, tuned, statistics={t: statistics[t] for t in ("task0", "task1", "task2")})

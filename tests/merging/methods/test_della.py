@@ -9,7 +9,7 @@ from torch import Tensor
 import twin_bench
 from tests.support.merges import models
 from twin_bench import InputError
-from twin_bench.merging.methods.dare import draws
+from twin_bench.merging.drawing import draws
 
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 1e-5}}
 

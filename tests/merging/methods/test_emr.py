@@ -87,9 +87,9 @@ def test_entries_whose_sum_is_zero_are_dropped() -> None:
 
 def test_a_task_must_be_named() -> None:
     base, tuned = models()
-    with pytest.raises(InputError, match="emr has one set of parameters a task: say which with task=, known: task0"):
+    with pytest.raises(InputError, match="set of parameters for each task: name the task with task=, known: task0"):
         twin_bench.merge("emr", base, tuned)
-    with pytest.raises(InputError, match="say which with task=, not 'cola'; known: task0"):
+    with pytest.raises(InputError, match="name the task with task=, not 'cola'; known: task0"):
         twin_bench.merge("emr", base, tuned, task="cola")
     with pytest.raises(InputError, match="average has no option 'task'"):
         twin_bench.merge("average", base, tuned, task="task0")

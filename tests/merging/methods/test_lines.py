@@ -139,5 +139,5 @@ def test_recipes_and_suites_pass_the_options_on() -> None:
 
 def test_a_model_without_layers_is_unsuited() -> None:
     base = {"layers.0.weight": torch.zeros(2), "embed.weight": torch.zeros(2)}
-    with pytest.raises(UnsuitedError, match="hold no two layers"):
+    with pytest.raises(UnsuitedError, match="needs two layers"):
         twin_bench.merge("lines", base, {"a": base})

@@ -14,6 +14,6 @@ from twin_bench.merging.task_vectors import TaskVectors
 def average(vectors: TaskVectors) -> Mapping[str, Tensor]:
     """theta_0 + (1/T) sum_t tau_t, which is the mean of the experts.
 
-    Written over task vectors so that a parameter no expert changed stays the base's, bit for bit.
+    It is computed from task vectors, so that a parameter no expert changed stays the base's, bit for bit.
     """
     return vectors.merged(lambda name, base, taus: base + taus.mean(dim=0))

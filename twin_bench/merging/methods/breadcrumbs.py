@@ -17,13 +17,13 @@ from twin_bench.merging.task_vectors import TaskVectors
 def breadcrumbs(
     vectors: TaskVectors, *, scaling: float = 0.2, density: float = 0.15, gamma: float = 0.006
 ) -> Mapping[str, Tensor]:
-    """Task arithmetic on each tensor's entries that are neither its outliers nor negligible.
+    """theta_0 + scaling * sum_t m_t * tau_t, m_t dropping a tensor's outliers and its negligible entries.
 
-    Of a task vector's tensor of n entries the int(gamma * n) largest by magnitude are dropped, then the
-    int(density * n) largest of the rest are kept (at least one), unscaled; equal magnitudes are ranked by
-    position. Per tensor, as in the paper and mergekit; the authors' code ranks each row of a matrix by
-    itself. The defaults are the point from which the authors' code starts its search. mergekit drops fewer
-    outliers where gamma + density is more than 1; here, as in the authors' code, outliers always go.
+    m_t drops the int(gamma * n) largest of a tensor's n entries by magnitude. It keeps the int(density * n) largest of
+    the rest (at least one), unscaled. Equal magnitudes are ranked by position. The ranking is per tensor, as in the
+    paper and mergekit; the authors' code ranks each row of a matrix separately. The defaults are the point from which
+    the authors' code starts its search. If gamma + density is more than 1, mergekit drops fewer outliers. Here outliers
+    are always dropped, as in the authors' code.
 
     Raises InputError unless 0 < density <= 1 and 0 <= gamma < 1.
     """
@@ -40,7 +40,7 @@ def breadcrumbs(
 
 
 def middle(magnitudes: Tensor, density: float, gamma: float) -> Tensor:
-    """Return which int(density * n) of magnitudes (n,) are the largest once the int(gamma * n) largest are gone."""
+    """Return a mask of the int(density * n) largest magnitudes (n,), once the int(gamma * n) largest are dropped."""
     total = len(magnitudes)
     outliers = int(gamma * total)
     kept = max(1, int(density * total))
@@ -48,10 +48,10 @@ def middle(magnitudes: Tensor, density: float, gamma: float) -> Tensor:
 
 
 def largest(magnitudes: Tensor, count: int) -> Tensor:
-    """Return which `count` of magnitudes (n,) are the largest, equal ones by position."""
+    """Return a mask of the `count` largest of magnitudes (n,). Equal magnitudes are ranked by position."""
     if not count:
         return torch.zeros_like(magnitudes, dtype=torch.bool)
-    threshold = magnitudes.kthvalue(len(magnitudes) - count + 1).values  # a sort would hold four times as much
+    threshold = magnitudes.kthvalue(len(magnitudes) - count + 1).values  # a sort needs four times the memory
     chosen = magnitudes > threshold
     equal = (magnitudes == threshold).nonzero().squeeze(1)
     chosen[equal[: count - int(chosen.sum())]] = True

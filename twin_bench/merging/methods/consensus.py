@@ -17,16 +17,18 @@ from twin_bench.merging.task_vectors import TaskVectors
 def consensus(
     vectors: TaskVectors, *, scaling: float = 0.3, mask_lambda: float = 0.4, min_tasks: int = 2
 ) -> Mapping[str, Tensor]:
-    """Task arithmetic on the entries where at least `min_tasks` of the masks m_t hold.
+    """theta_0 + scaling * m * sum_t tau_t, m 1 where at least `min_tasks` of the masks m_t hold, else 0.
 
-    m_t = [abs(tau_t) > mask_lambda * abs(sum_u tau_u - tau_t)]: the merged entry is nearer to the expert's than
-    the base's is, up to lambda. Entries that no mask holds ("catastrophic") or only one ("selfish") go back to
-    the base's; min_tasks 0 is task arithmetic. As in the authors' code, masks from the unscaled sum, but for lambda:
-    they choose it on validation rows, for each task from 0.2 to 0.6; here it is one for all, by default the middle of
-    those. `scaling` they choose likewise. They mask TIES' task vector as well, which is not done here.
+    m_t = [abs(tau_t) > mask_lambda * abs(sum_u tau_u - tau_t)]. With mask_lambda 1 it holds where the merged entry is
+    nearer to the expert's entry than the base's entry is. With min_tasks 2, entries that no mask holds ("catastrophic")
+    or only one ("selfish") go back to the base's. With min_tasks 0 this is task arithmetic.
 
-    Raises InputError unless min_tasks is a whole number of at least 0 and mask_lambda at least 0, and UnsuitedError
-    where there are fewer experts than min_tasks.
+    The masks are computed from the unscaled sum, as in the authors' code. The authors choose mask_lambda on validation
+    rows, for each task from 0.2 to 0.6. Here it is one value for all tasks, by default the middle of that range. The
+    authors choose `scaling` on validation rows as well. They also mask TIES' task vector, which is not done here.
+
+    Raises InputError unless min_tasks is a whole number of at least 0 and mask_lambda is at least 0. Raises
+    UnsuitedError if there are fewer experts than min_tasks.
     """
     if min_tasks < 0 or min_tasks % 1:
         raise InputError(f"consensus: min_tasks must be a whole number of at least 0, not {min_tasks}")
@@ -46,5 +48,5 @@ def consensus(
 
 
 def tall_mask(tau: Tensor, together: Tensor, mask_lambda: float) -> Tensor:
-    """Return which entries of a task vector outweigh lambda times what the others add to their sum `together`."""
+    """Return a mask of the entries where tau outweighs lambda times the other experts' part of the sum `together`."""
     return tau.abs() > (together - tau).abs_().mul_(mask_lambda)

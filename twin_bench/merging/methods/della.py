@@ -1,4 +1,4 @@
-"""DELLA (Deep et al., 2024): drop the small more often than the large, rescale, then elect and fuse as TIES does."""
+"""DELLA (Deep et al., 2024): drop small entries more often than large ones, rescale, then elect and fuse as in TIES."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.merging.methods.dare import draws
+from twin_bench.merging.drawing import draws
 from twin_bench.merging.methods.ties import ties
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
 from twin_bench.merging.task_vectors import TaskVectors
@@ -18,14 +18,15 @@ from twin_bench.merging.task_vectors import TaskVectors
 def della(
     vectors: TaskVectors, *, scaling: float = 1.0, density: float = 0.3, epsilon: float = 0.15, seed: int = 0
 ) -> Mapping[str, Tensor]:
-    """TIES' sign election and disjoint mean on tau_t * Bernoulli(p) / p, p growing with an entry's rank in its row.
+    """theta_0 + scaling * disjoint_mean_t(tau_t * Bernoulli(p_t) / p_t), p_t growing with an entry's rank in its row.
 
-    The entries of a row (a matrix's last axis; all of a vector) are kept with probabilities that rise linearly
-    from density - epsilon for the smallest magnitude to density + epsilon for the largest, as in the authors'
-    code, whose window_size is 2 epsilon (the paper divides by n where it divides by n - 1; a row of one entry is kept
-    with probability `density`). What is kept is divided by its probability, as in both; today's mergekit restores
-    the tensor's norm instead. Where the sum is exactly 0 the entry is dropped, where both elect +. With epsilon
-    0 this is DARE + TIES, draw by draw. The authors have no defaults; these are DARE's and mergekit's.
+    A row is a matrix's last axis, or all of a vector. Its entries are kept with probabilities that rise linearly, from
+    density - epsilon for the smallest magnitude to density + epsilon for the largest. This is the authors' code with a
+    window_size of 2 epsilon. The paper divides by n where the code divides by n - 1. A row of one entry is kept with
+    probability `density`. Kept entries are divided by their probability, as in the paper and the code; today's mergekit
+    restores the tensor's norm instead. The sign election is that of TIES. If a sum is exactly 0 the entry is dropped
+    here, while the authors' code and mergekit elect +. With epsilon 0 this is DARE + TIES, draw by draw. The authors
+    give no defaults; these are DARE's and mergekit's.
 
     Raises InputError unless 0 < density <= 1, epsilon >= 0 and density +- epsilon is in (0, 1].
     """
@@ -46,7 +47,10 @@ def della(
 
 
 def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
-    """Return each entry's probability to be kept, linear in its magnitude's rank in its row; equals by position."""
+    """Return each entry's probability of being kept. It is linear in the rank of its magnitude in its row.
+
+    Equal magnitudes are ranked by position.
+    """
     rows = tau.reshape(-1, tau.shape[-1] if tau.ndim else 1)
     length = rows.shape[1]
     ladder = torch.linspace(density - epsilon, density + epsilon, length, dtype=tau.dtype, device=tau.device)

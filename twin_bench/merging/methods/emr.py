@@ -13,9 +13,9 @@ from twin_bench.merging.task_vectors import TaskVectors
 
 
 def stored_parameters(parameters: int, experts: int, bits: int) -> int:
-    """Return what is stored, in parameters of so many bits: theta_0, tau_uni, and a mask and a scale an expert.
+    """Return how many parameters of `bits` bits are stored: theta_0, tau_uni, and a mask and a scale for each expert.
 
-    theta_0 and tau_uni are both needed, for a mask acts on tau_uni alone; a mask is a bit a parameter.
+    theta_0 and tau_uni are both needed, because a mask acts on tau_uni alone. A mask takes one bit for each parameter.
     """
     return 2 * parameters + experts * (math.ceil(parameters / bits) + 1)
 
@@ -30,11 +30,11 @@ def stored_parameters(parameters: int, experts: int, bits: int) -> int:
 def emr(vectors: TaskVectors, *, task: str) -> Mapping[str, Tensor]:
     """theta_0 + scale_t * mask_t * tau_uni, the parameters of task t.
 
-    sigma = sign(sum_t tau_t); tau_uni = sigma * the largest abs(tau_t) among the experts whose entry has sign
-    sigma; mask_t = [tau_t has sign sigma]; scale_t = sum abs(tau_t) / sum abs(mask_t * tau_uni) over the whole
-    model, as in the paper. The authors' code and FusionBench add up each tensor's *mean* instead of its sum, above
-    and below the line, so that a bias weighs as much as a matrix: the two agree on a model of one tensor. Where a
-    sum is exactly 0 there is no sign and the entry is dropped, as in the paper; their codes take it as negative.
+    sigma = sign(sum_t tau_t). tau_uni = sigma * the largest abs(tau_t) among the experts whose entry has sign sigma.
+    mask_t = [tau_t has sign sigma]. scale_t = sum abs(tau_t) / sum abs(mask_t * tau_uni) over the whole model, as in
+    the paper. The authors' code and FusionBench add up each tensor's *mean* in both sums, so a bias weighs as much as a
+    matrix. They agree with the paper on a model of one tensor. If sum_t tau_t is exactly 0 there is no sign and the
+    entry is dropped, as in the paper; the authors' code and FusionBench take the sign as negative.
 
     Raises InputError unless `task` is one of the experts.
     """

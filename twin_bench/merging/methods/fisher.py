@@ -24,15 +24,15 @@ def fisher(vectors: TaskVectors, *, statistics: Statistics, floor: float = 1e-6)
 
     `statistics[t][name]` is F_t, the diagonal of expert t's Fisher information in the parameter's shape (see
     `twin_bench.merging.calibration.fisher_diagonals`). The norm is L2 over the whole model, so that no expert wins by
-    the scale of its gradients alone. Written over task vectors, which is the same average of the experts.
+    the scale of its gradients alone. The average of task vectors gives the same result as the average of experts.
 
-    The floor is *added*, to the norm as well, as in the RegMean authors' code, MergeLM's and FusionBench's; the
-    authors' own takes max(F_t, floor), of the first model alone, and a norm without it. The paper searches c_t on
-    validation rows besides: here all are equal but for the norm. Where the Fisher is far below the floor the experts
-    are averaged, weighted by c_t.
+    The floor is *added*, also to the norm, as in the code of RegMean's authors, MergeLM and FusionBench. The authors of
+    Fisher merging take max(F_t, floor), for the first model alone, and a norm without a floor. Their paper also
+    searches c_t on validation rows; here c_t depends on the norm alone. Where the Fisher is far below the floor, the
+    result is the experts' average weighted by c_t.
 
-    Raises InputError for statistics that lack a parameter, have another shape, or hold a negative or non-finite
-    number, and unless floor > 0.
+    Raises InputError unless floor > 0, and for statistics that lack a parameter, have another shape, or hold a negative
+    or non-finite number.
     """
     if not floor > 0:
         raise InputError(f"fisher: floor must be above 0, not {floor}; it decides where no expert has information")
@@ -51,7 +51,7 @@ def fisher(vectors: TaskVectors, *, statistics: Statistics, floor: float = 1e-6)
 
 
 def _diagonals(vectors: TaskVectors, statistics: Statistics, name: str) -> Tensor:
-    """Return the experts' Fisher diagonals of a parameter, (T, *shape)."""
+    """Return the experts' Fisher diagonals for a parameter: (T, *shape)."""
     base = vectors.base[name]
     exact = torch.promote_types(base.dtype, torch.float32)
     own = [statistics_of("fisher", statistics, task, name, base.shape).to(exact) for task in vectors.experts]

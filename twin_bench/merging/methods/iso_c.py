@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from twin_bench.merging.registry import SCALINGS, merge_method
-from twin_bench.merging.spectral import merged_by_matrix, svd
+from twin_bench.merging.spectral import isotropic, merged_by_matrix, svd
 from twin_bench.merging.task_vectors import TaskVectors
 
 
@@ -15,21 +15,16 @@ from twin_bench.merging.task_vectors import TaskVectors
 def iso_c(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]:
     """theta_0 + scaling * mean(S) U V^T, where U diag(S) V^T is the SVD of sum_t tau_t, matrix by matrix.
 
-    Other tensors take the mean. `scaling` is the paper's alpha, which its authors choose on validation rows; 1 is
-    their code's before that.
+    Other tensors take the mean. `scaling` is the paper's alpha. The authors choose it on validation rows; 1 is the
+    value in their code before that choice.
 
-    The SVD ends at the rank of the sum. Where that is min(m, n), as with full fine-tuning, this is the authors' code
-    and FusionBench's. On sums of lower rank (LoRA) theirs take the mean over min(m, n) values, most of them zero, and
-    give it to as many directions, most of them whatever an SVD returns for a singular value of zero; here the mean
-    is over the directions that the experts have.
+    The SVD is cut at the rank of the sum. If that is min(m, n), as with full fine-tuning, this is the authors' code and
+    FusionBench's. For sums of lower rank (LoRA) their mean is over min(m, n) values, most of them zero. They give it to
+    min(m, n) directions, most of which are arbitrary vectors that an SVD returns for a singular value of zero. Here the
+    mean is over the directions that the experts have.
     """
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
         return isotropic(*svd(taus.sum(dim=0), name, above=rounding))
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
-
-
-def isotropic(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """Return mean(S) U V^T (m, n) of U (m, r), S (r), V (n, r); zeros where r is 0, as when experts cancel."""
-    return (S.sum() / max(len(S), 1)) * (U @ V.T)

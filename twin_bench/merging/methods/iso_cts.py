@@ -1,4 +1,4 @@
-"""Iso-CTS (Marczak et al., 2025): a flat spectrum over a common subspace and one of each task's own."""
+"""Iso-CTS (Marczak et al., 2025): a flat spectrum over a common subspace and a subspace for each task."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.merging.linear_algebra import rows_of
-from twin_bench.merging.methods.iso_c import isotropic
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
-from twin_bench.merging.spectral import merged_by_matrix, polar, svd
+from twin_bench.merging.spectral import isotropic, merged_by_matrix, polar, svd
 from twin_bench.merging.task_vectors import TaskVectors
 
 
@@ -18,21 +17,22 @@ from twin_bench.merging.task_vectors import TaskVectors
 def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction: float = 0.8) -> Mapping[str, Tensor]:
     """theta_0 + scaling * mean(S) U V^T over the sum's leading directions and each task's own beyond them.
 
-    Matrix by matrix, with the SVD of sum_t tau_t = U_0 diag(S_0) V_0^T of rank r:
+    Each matrix is merged with the SVD of sum_t tau_t = U_0 diag(S_0) V_0^T of rank r:
 
-    1. each task gets k = round((r - int(common_space_fraction r)) / T) directions, the common space the other r - T k;
-    2. U_c, S_c, V_c are the sum's first r - T k triplets, U_t, S_t, V_t the first k of tau_t - U_c U_c^T tau_t;
-    3. U = polar([U_1 .. U_T, U_c]), V likewise, S = [S_1 .. S_T, S_c], polar(X) being the matrix with orthonormal
+    1. Each task gets k = round((r - int(common_space_fraction r)) / T) directions. The common space gets r - T k.
+    2. U_c, S_c, V_c are the first r - T k triplets of the sum. U_t, S_t, V_t are the first k of
+       tau_t - U_c U_c^T tau_t.
+    3. U = polar([U_1 .. U_T, U_c]), V likewise, and S = [S_1 .. S_T, S_c]. polar(X) is the matrix with orthonormal
        columns nearest to X.
 
-    Other tensors take the mean. A matrix (m, n) is read as torch.nn.Linear's, m the outputs. `scaling` is the paper's
-    alpha, which its authors choose on validation rows. Where no task gets a direction this is Iso-C.
+    Other tensors take the mean. A matrix (m, n) is read as torch.nn.Linear's: m are the outputs. `scaling` is the
+    paper's alpha, which its authors choose on validation rows. If no task gets a direction, this is Iso-C.
 
-    Where r is min(m, n), as with full fine-tuning, this is the authors' code and FusionBench's. Theirs divide min(m, n)
-    whatever the rank, so that the common space of LoRA experts swallows them whole and rounding fills the rest;
-    here what the experts have is divided. What they have beyond the common space nearly coincides, so that to round
-    checkpoints to float32 moves the result by 0.002 of its distance from the base (eight experts of MiniLM). A k with
-    T k > r, at which theirs fail, is lowered to r // T.
+    If r is min(m, n), as with full fine-tuning, this is the authors' code and FusionBench's. Their codes divide min(m,
+    n) directions whatever the rank. With LoRA experts their common space then holds all that the experts have, and the
+    task directions are rounding error. Here the r directions of the experts are divided. What LoRA experts have beyond
+    the common space nearly coincides, so rounding the checkpoints to float32 moves the result by 0.002 of its distance
+    from the base (eight experts of MiniLM). A k with T k > r is lowered to r // T; their codes fail there.
     """
     require_fraction("iso_cts", "common_space_fraction", common_space_fraction)
 
@@ -41,7 +41,7 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
         rank, tasks = len(total[1]), len(taus)
         own = min(rank // tasks, round((rank - int(rank * common_space_fraction)) / tasks))
         common = rank - tasks * own
-        parts = [[factor[..., :common].clone() for factor in total]]  # views would hold all of it
+        parts = [[factor[..., :common].clone() for factor in total]]  # views would keep all of it in memory
         del total
         U = parts[0][0]
         for tau in taus if own else ():
@@ -57,7 +57,7 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
 
 
 def project_out(U: Tensor, tau: Tensor) -> None:
-    """Turn tau (m, n) into tau - U U^T tau, in place and in float64: what is left may be small."""
+    """Replace tau (m, n) by tau - U U^T tau in place. It is computed in float64, because the result may be small."""
     blocks = rows_of(tau)
     beside = U.split([len(block) for block in blocks])
     inside = torch.zeros(U.shape[1], tau.shape[1], dtype=torch.float64, device=tau.device)

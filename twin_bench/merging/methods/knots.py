@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from twin_bench.merging.elections import disjoint_mean, trim, trim_thresholds
 from twin_bench.merging.linear_algebra import product, rows_of
-from twin_bench.merging.methods.ties import disjoint_mean, trim, trim_thresholds
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
 from twin_bench.merging.spectral import decompose, rounding, sketch_size
 from twin_bench.merging.task_vectors import TaskVectors
@@ -18,19 +18,21 @@ from twin_bench.merging.task_vectors import TaskVectors
 def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -> Mapping[str, Tensor]:
     """theta_0 + scaling * U TIES(A_1 .. A_T): TIES on right factors over a joint basis, A_t = diag(S) V_t^T.
 
-    [tau_1 .. tau_T] = U diag(S) [V_1^T .. V_T^T] is the SVD of the task vectors side by side, an (m, T n) matrix for
-    each (m, n) parameter, cut at its rank; so A_t = U^T tau_t, (rank, n). Then as in `ties`: each expert keeps
-    its `density` largest entries over the whole model, the sign of the sum is elected, the mean is over what agrees.
-    Tensors of other dimensions are trimmed and merged as they are; what no expert changed takes no part.
+    [tau_1 .. tau_T] = U diag(S) [V_1^T .. V_T^T] is the SVD of the task vectors side by side. They are one (m, T n)
+    matrix for each (m, n) parameter, and the SVD is cut at its rank. Therefore A_t = U^T tau_t, of shape (rank, n). The
+    rest is `ties`: each expert keeps its `density` largest entries over the whole model, the sign of the sum is
+    elected, and the mean is over the entries that agree. Tensors of other dimensions are trimmed and merged as they
+    are. A tensor that no expert changed takes no part.
 
-    A matrix is read as torch.nn.Linear's, m the outputs. Experts of any rank will do, but LoRA's are what the
-    method is for: at full rank U is a mere rotation of all outputs. One expert, or equal ones, come back at scaling 1
-    and density 1.
+    A matrix is read as torch.nn.Linear's: m are the outputs. Experts may have any rank, but the method is meant for
+    LoRA: at full rank U only rotates all outputs. A single expert comes back at scaling 1 and density 1, and so do
+    equal experts.
 
-    Defaults are the authors' for CLIP ViT-B/32 (0.5 for ViT-L/14; 0.5 and density 1 for Llama 3 8B); they choose
-    scaling on validation rows. Their code cuts singular values at 1e-5, FusionBench's at 1e-4, here it is where
-    rounding begins. An entry whose sum is exactly 0 takes the model's majority sign in their code and is dropped here,
-    as in `ties`. They have LoRA matrices alone in mind and leave others pretrained unless told to merge them by TIES.
+    The defaults are the authors' for CLIP ViT-B/32 (0.5 for ViT-L/14; 0.5 and density 1 for Llama 3 8B). The authors
+    choose scaling on validation rows. Their code cuts singular values at 1e-5, FusionBench's at 1e-4; here the cut is
+    at rounding error. If the sum of an entry is exactly 0, their code gives it the model's majority sign; here it is
+    dropped, as in `ties`. Their code is for LoRA matrices and leaves other tensors pretrained unless it is told to
+    merge them by TIES.
     """
     require_fraction("knots", "density", density)
 
@@ -50,10 +52,11 @@ def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -
 
 
 def align(name: str, base: Tensor, taus: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return the joint basis U (m, r) of matrices tau (T, m, n), and A_t = U^T tau_t (T, r, n); None and tau of others.
+    """Return the joint basis U (m, r) of matrices tau (T, m, n) and A_t = U^T tau_t (T, r, n).
 
-    U is that of the SVD of [tau_1 .. tau_T]. A direction of which an expert has but rounding is 0 in its A_t, lest
-    the signs of rounding vote. A_t takes the memory of tau.
+    U is taken from the SVD of [tau_1 .. tau_T]. If an expert has only rounding error in a direction, its A_t is 0
+    there, so that signs of rounding error do not vote. A_t uses the memory of tau. For tensors of other dimensions the
+    result is None and tau.
     """
     if taus.ndim != 3:
         return None, taus
@@ -67,7 +70,7 @@ def align(name: str, base: Tensor, taus: Tensor) -> tuple[Tensor | None, Tensor]
 
 
 def _joint_basis(name: str, taus: Tensor, noise: float) -> Tensor:
-    """Return U (m, r) of the SVD of matrices (T, m, n) side by side, none of which is copied."""
+    """Return U (m, r) of the SVD of matrices (T, m, n) side by side, without a copy of them."""
     tasks, height, width = taus.shape
     sketch = sketch_size(taus[0])
     if height <= tasks * width:

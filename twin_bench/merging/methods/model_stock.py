@@ -1,4 +1,4 @@
-"""Model Stock (Jang et al., 2024): how far the mean of the experts is trusted follows from the angle between them."""
+"""Model Stock (Jang et al., 2024): interpolate to the mean of the experts by the angle between them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from twin_bench.merging.task_vectors import TaskVectors
 def model_stock(vectors: TaskVectors) -> Mapping[str, Tensor]:
     """theta_0 + r mean_t tau_t with r = T c / (1 + (T - 1) c), c the mean cosine of two task vectors, per tensor.
 
-    The paper writes r mean_t theta_t + (1 - r) theta_0, which is the same; its angle is at theta_0, so between
-    *task vectors*, in mergekit too. Where T > 2 the paper leaves c open: the authors (issue 2 of their repository)
+    The paper writes r mean_t theta_t + (1 - r) theta_0, which is the same. Its angle is at theta_0, so it is between
+    *task vectors*, in mergekit too. The paper does not define c for T > 2: the authors (issue 2 of their repository)
     and mergekit take the mean of the cosines, FusionBench that of the angles. A task vector of zeros has cosine 0.
-    mergekit and the authors' notebook add a constant to the product of the norms, which moves r where a
-    tensor hardly changed; that is not done here. r is negative where the angle is obtuse, as in both; where the
-    task vectors' directions cancel, at the pole of r, the tensor is the base's.
+    mergekit and the authors' notebook add a constant to the product of the norms, which moves r for a tensor that
+    hardly changed; this is not done here. r is negative if the angle is obtuse, as in both. At the pole of r the
+    directions of the task vectors cancel, and the tensor is the base's.
 
-    Raises UnsuitedError for one expert: there is no angle.
+    Raises UnsuitedError for one expert, because there is no angle.
     """
     if len(vectors.experts) < 2:
         raise UnsuitedError("model_stock: the angle between experts needs two of them, there is one")
@@ -31,7 +31,7 @@ def model_stock(vectors: TaskVectors) -> Mapping[str, Tensor]:
 
 
 def interpolation_ratio(taus: Tensor) -> Tensor:
-    """Return r of task vectors (T, *shape); 0 at its pole, where the sum of their directions vanishes."""
+    """Return r of task vectors (T, *shape). It is 0 at its pole, where the sum of their directions vanishes."""
     count = len(taus)
     directions = torch.nn.functional.normalize(taus.reshape(count, -1), eps=torch.finfo(taus.dtype).tiny)
     cosines = directions @ directions.T

@@ -1,4 +1,4 @@
-"""RegMean (Jin et al., 2023): each linear layer's weights by a least-squares regression to all experts' outputs."""
+"""RegMean (Jin et al., 2023): each linear layer's weights from a least-squares regression to all experts' outputs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def regmean(vectors: TaskVectors, *, statistics: Statistics, alpha: float = 0.9)
     """(sum_t G_t)^-1 sum_t G_t W_t for the weights W (in, out) of a linear layer; the mean of all other parameters.
 
     `statistics[t][name]` is G_t (in, in), the Gram matrix X^T X of the inputs X of expert t's layer with weights
-    `name`, stored (out, in); for weights stored (in, out), GPT-2's Conv1D, it is `statistics[t][name + ".T"]`: a
-    square weight does not show which it is. See `twin_bench.merging.calibration.gram_matrices`. Off-diagonal entries of
-    G_t are multiplied by `alpha` (the authors' 0.9; FusionBench has 0.6 for GPT-2); at 1 the result is the joint
-    least-squares solution. Layers without a Gram matrix (embeddings, norms, biases) are averaged.
+    `name`, if they are stored (out, in). For weights stored (in, out), as in GPT-2's Conv1D, it is `statistics[t][name
+    + ".T"]`, because a square weight does not show how it is stored. See
+    `twin_bench.merging.calibration.gram_matrices`. Off-diagonal entries of G_t are multiplied by `alpha` (0.9 is the
+    authors'; FusionBench has 0.6 for GPT-2). With alpha 1 the result is the joint least-squares solution. Parameters
+    without a Gram matrix (embeddings, norms, biases) are averaged.
 
-    Written as mean tau + (sum_t G_t)^+ sum_t G_t (tau_t - mean tau), the same where the sum is regular. Where it is
-    singular (features that are always 0; with alpha = 1 fewer inputs than features) the pseudo-inverse, taken with
-    features scaled to unit variance so that a small one counts like a large one, leaves the mean in the directions
-    that no input reaches. The authors' code and FusionBench invert the sum as it is and fail there.
+    It is computed as mean tau + (sum_t G_t)^+ sum_t G_t (tau_t - mean tau), which is the same if the sum is regular.
+    The sum is singular if features are always 0 or, with alpha 1, if there are fewer inputs than features. The
+    pseudo-inverse then leaves the mean in the directions that no input reaches. It is taken with features scaled to
+    unit variance, so that a small feature counts like a large one. The authors' code and FusionBench invert the sum
+    directly and fail there.
 
-    Raises InputError unless alpha is in (0, 1], and for Gram matrices that are missing for some experts, of another
-    shape or not finite.
+    Raises InputError unless alpha is in (0, 1], and for Gram matrices that are missing for some experts, have another
+    shape or are not finite.
     """
     require_fraction("regmean", "alpha", alpha)
     known = {name for task in vectors.experts for name in statistics[task]}
@@ -53,7 +55,7 @@ def regmean(vectors: TaskVectors, *, statistics: Statistics, alpha: float = 0.9)
 
 
 def _grams(vectors: TaskVectors, statistics: Statistics, name: str, width: int, alpha: float) -> Tensor:
-    """Return the experts' Gram matrices (T, in, in) in float64, their off-diagonal entries times alpha."""
+    """Return the experts' Gram matrices (T, in, in) in float64, with off-diagonal entries multiplied by alpha."""
     shape = torch.Size((width, width))
     grams = torch.stack([statistics_of("regmean", statistics, t, name, shape).double() for t in vectors.experts])
     return torch.where(torch.eye(width, dtype=torch.bool), grams, alpha * grams)
@@ -64,7 +66,7 @@ def _regressed(name: str, grams: Tensor, taus: Tensor) -> Tensor:
     total = grams.sum(dim=0)
     variance = total.diagonal()
     scale = torch.where(variance > 0, variance, torch.inf).rsqrt()
-    # The statistics are in single precision: what is smaller than its rounding is no direction of the inputs'.
+    # The statistics are in single precision: a direction below its rounding error holds no input.
     rounding = len(total) * torch.finfo(torch.float32).eps
     try:
         inverse = torch.linalg.pinv(scale[:, None] * total * scale, rtol=rounding, hermitian=True)

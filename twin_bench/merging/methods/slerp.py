@@ -13,7 +13,7 @@ from twin_bench.merging.registry import merge_method
 from twin_bench.merging.task_vectors import TaskVectors
 
 COLLINEAR = 0.9995
-"""Above this cosine, or below its negative, the arc is taken for its chord: mergekit's."""
+"""Above this cosine, or below its negative, the arc is replaced by its chord, as in mergekit."""
 
 
 @merge_method(title="SLERP", paper="arXiv:2403.13257", track="data-free")
@@ -21,9 +21,10 @@ def slerp(vectors: TaskVectors, *, t: float = 0.5) -> Mapping[str, Tensor]:
     """(sin((1 - t) phi) theta_1 + sin(t phi) theta_2) / sin(phi): the point at `t` of the arc between two experts.
 
     phi is the angle between the experts' tensors *as weights*, seen from 0 and not from theta_0, as in mergekit and
-    FusionBench, whose `base_model` is theta_1; where abs(cos(phi)) > 0.9995 it is (1 - t) theta_1 + t theta_2. A tensor
-    of zeros is at a right angle to any other. Experts of one base mostly have cosines above 0.9995, which makes this
-    their weighted mean: that is the method's, not a shortcut taken here. theta_1 is the expert that is named first.
+    FusionBench. theta_1 is the expert that is named first; it is their `base_model`. If abs(cos(phi)) > 0.9995 the
+    result is (1 - t) theta_1 + t theta_2. A tensor of zeros is at a right angle to any other. Experts of one base
+    mostly have cosines above 0.9995, so the result is mostly their weighted mean. That is the method itself, not a
+    shortcut of this code.
 
     Raises InputError unless 0 <= t <= 1, and UnsuitedError unless there are two experts.
     """

@@ -1,4 +1,4 @@
-"""TSV-Merge (Gargiulo et al., 2025): every task's leading singular vectors, made orthogonal to one another."""
+"""TSV-Merge (Gargiulo et al., 2025): the leading singular vectors of every task, made orthogonal to one another."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from twin_bench.merging.task_vectors import TaskVectors
 def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]:
     """theta_0 + scaling * U diag(S_1..S_T) V^T: each task's first 1/T singular triplets, U and V orthogonalised.
 
-    Of each matrix tau_t (m, n) the k = min(m, n) // T largest singular values and their vectors are kept;
-    U = polar([U_1 .. U_T]), V = polar([V_1 .. V_T]), polar(X) being the matrix with orthonormal columns nearest
-    to X. Other tensors take the mean. A matrix with fewer than T singular values has no share for anybody and
-    stays the base's, as in the authors' code. One expert at scaling 1 comes back, and so do equal experts whose rank
-    is at most k.
+    Each matrix tau_t (m, n) keeps its k = min(m, n) // T largest singular values and their vectors. U = polar([U_1 ..
+    U_T]) and V = polar([V_1 .. V_T]), where polar(X) is the matrix with orthonormal columns nearest to X. Other tensors
+    take the mean. A matrix with fewer than T singular values has k = 0 and stays the base's, as in the authors' code.
+    At scaling 1 a single expert comes back, and so do equal experts whose rank is at most k.
 
-    The paper and the authors' code agree with this and with FusionBench on task vectors of rank k and more. On
-    those of lower rank (LoRA) theirs also orthogonalise against the arbitrary vectors that an SVD returns for singular
-    values of zero; here such vectors take no part. The authors leave CLIP's text_projection out; there is none here.
+    The paper, the authors' code and FusionBench agree with this on task vectors of rank k and more. On lower ranks
+    (LoRA) the authors and FusionBench also orthogonalise against the arbitrary vectors that an SVD returns for singular
+    values of zero. Here such vectors take no part. The authors leave out CLIP's text_projection; the models here have
+    none.
     """
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
@@ -32,7 +32,7 @@ def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
         tasks = [svd(tau, name, above=rounding, most=kept) for tau in taus]
         U, S, V = (torch.cat(factors, dim=-1) for factors in zip(*tasks, strict=True))
         del tasks
-        if 4 * len(S) > min(taus.shape[1:]):  # in float64 each by itself, too many together
+        if 4 * len(S) > min(taus.shape[1:]):  # one task's factors may be float64, all tasks' take too much memory
             U, S, V = U.to(taus), S.to(taus), V.to(taus)
         U = polar(U, name)
         V = polar(V, name)

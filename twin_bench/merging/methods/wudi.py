@@ -1,4 +1,4 @@
-"""WUDI-Merging (Cheng et al., 2025): the task vector that interferes least with every expert's."""
+"""WUDI-Merging (Cheng et al., 2025): the task vector that interferes least with the task vectors of all experts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ def wudi(
 ) -> Mapping[str, Tensor]:
     """theta_0 + scaling * tau, tau minimising sum_t |(tau - tau_t) tau_t^T|^2 / |tau_t|^2, matrix by matrix.
 
-    `steps` of Adam from tau = sum_t tau_t; norms are Frobenius'. A matrix (m, n) is read as torch.nn.Linear's, n the
-    inputs. An expert that left a matrix alone says nothing about it. Other tensors take the mean. One expert at
-    scaling 1 comes back.
+    tau is found by `steps` of Adam from tau = sum_t tau_t. Norms are Frobenius norms. A matrix (m, n) is read as
+    torch.nn.Linear's: n are the inputs. An expert that did not change a matrix adds no term for it. Other tensors take
+    the mean. A single expert comes back at scaling 1.
 
-    Adam moves an entry by about `learning_rate` a step, whatever the loss: with the defaults, by 0.003 at the most.
-    On larger task vectors (LoRA's often are) the result stays near task arithmetic at scaling 1; raise
-    `learning_rate` or `steps` there, or lower `scaling`. The paper has no scaling; whoever could not reproduce its
-    GLUE figures on other checkpoints (issues 6 and 7 of its repository) found that one must be chosen.
+    Adam moves an entry by about `learning_rate` a step, whatever the loss. With the defaults this is at most 0.003. On
+    larger task vectors, as LoRA's often are, the result stays near task arithmetic at scaling 1. Raise `learning_rate`
+    or `steps` there, or lower `scaling`. The paper has no scaling. Users who could not reproduce its GLUE figures on
+    other checkpoints (issues 6 and 7 of its repository) found that one must be chosen.
 
-    The learning rate is the authors' for CLIP, and FusionBench's; theirs for RoBERTa is 2e-5. The authors merge the
-    linear layers alone and keep the rest pretrained; FusionBench merges every matrix and takes the mean of the
-    rest, as here. Both differentiate the loss as written. Its gradient is 2 (D G + B) for tau = sum_t tau_t + D, with
-    G = sum_t tau_t^T tau_t / |tau_t|^2 and B = sum_t (sum_{s != t} tau_s) tau_t^T tau_t / |tau_t|^2 computed
-    once, so that a step costs one product, or two thin ones where the experts are of low rank. The steps are the same.
+    The learning rate is the authors' for CLIP, and FusionBench's; the authors' for RoBERTa is 2e-5. The authors merge
+    the linear layers alone and keep the rest pretrained. FusionBench merges every matrix and takes the mean of the
+    rest, as here. Both differentiate the loss as written. Here its gradient is computed as 2 (D G + B) for tau = sum_t
+    tau_t + D. G = sum_t tau_t^T tau_t / |tau_t|^2 and B = sum_t (sum_{s != t} tau_s) tau_t^T tau_t / |tau_t|^2 are
+    computed once. A step then costs one product, or two thin products if the experts are of low rank. The steps are the
+    same.
     """
     if learning_rate <= 0 or steps < 0 or steps != int(steps):
         raise InputError(
@@ -60,22 +61,23 @@ def wudi(
 
 
 def _pull(together: Tensor, taus: Sequence[Tensor], norms: Sequence[float]) -> Tensor:
-    """Return B (m, n) of the gradient; exactly 0 of one expert, lest Adam follow its rounding."""
+    """Return B (m, n) of the gradient. It is exactly 0 for one expert, so that Adam does not follow rounding error."""
     pull = torch.zeros_like(together, dtype=torch.float64)
     for tau, norm in zip(taus, norms, strict=True):
         unit = tau.to(torch.float64, copy=True).div_(norm)
         for out, whole, part in zip(rows_of(pull), rows_of(together), rows_of(tau), strict=True):
             out += (whole.double() - part.double()) @ unit.T @ unit
-        del unit  # not to be held while the next one is made
+        del unit  # frees it before the next one is made
     return pull.to(together.dtype)
 
 
 def gram_factors(
     name: str, taus: Sequence[Tensor], norms: Sequence[float], *, noise: float
 ) -> tuple[Tensor | None, Tensor]:
-    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G where r is above min(m, n) / 2.
+    """Return X (n, r) and X^T, whose product is G (n, n) of the gradient; None and G if r is above min(m, n) / 2.
 
-    Two thin products are cheaper than one with the whole. What experts have up to `noise` is rounding and left out.
+    Two thin products cost less than one product with G. Components of the experts up to `noise` are rounding error and
+    are left out.
     """
     rows = [block for tau in taus for block in rows_of(tau)]
     summed: Tensor | None = None

@@ -1,11 +1,11 @@
 """Layers with exclusive vectors: the modules that replace a model's own, one file for each kind.
 
-`install` replaces the layers of a model. `TWINS` (in `install.py`) lists the kinds.
+`install` replaces the layers of a model. `TWINS` (in `kinds.py`) lists the kinds.
 """
 
 from twin_bench.twin.layers.base import TwinLayer, by_row
 from twin_bench.twin.layers.embedding import TiedLinear, TwinEmbedding
-from twin_bench.twin.layers.install import TWINS, install
+from twin_bench.twin.layers.kinds import TWINS, install
 from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
 from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
 

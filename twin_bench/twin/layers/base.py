@@ -17,7 +17,7 @@ class TwinLayer(nn.Module):
     """A layer that adds the fused exclusive vectors of all experts to the shared expert's layer.
 
     A subclass stands for one kind of layer. It names the modules that it replaces in `replaces`, or overrides
-    `stands_for`, and defines `forward` for the three modes of `Fusion`. `twin_bench.twin.layers.install.TWINS`
+    `stands_for`, and defines `forward` for the three modes of `Fusion`. `twin_bench.twin.layers.kinds.TWINS`
     lists the subclasses.
 
     `weight` and `bias` are the shared expert's parameters. `bias` is None in a layer without one.

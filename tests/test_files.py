@@ -1,0 +1,124 @@
+"""Files appear whole or not at all, and what is read back is what was written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from twin_bench.errors import InputError
+from twin_bench.files import (
+    digest_files,
+    read_record,
+    read_tensors,
+    write_bytes,
+    write_record,
+    write_tensors,
+    written_at_once,
+)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "deep" / "file"
+    write_bytes(file, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_a_record_of_another_format_or_a_damaged_one_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "record.json"
+    assert read_record(file, format_number=1) is None
+    content = {"score": 0.1 + 0.2, "name": "é", "list": [1, None, True]}
+    write_record(file, content, format_number=1)
+    assert read_record(file, format_number=1) == content
+    assert read_record(file, format_number=2) is None
+    assert not caplog.records
+    text = file.read_text()
+    for damaged in (text.replace("true", "false"), text[:-20], "[]", "", text.replace('"sha256": "', '"sha256": "0')):
+        file.write_text(damaged)
+        assert read_record(file, format_number=1) is None
+    assert (
+        sum(record.levelno == logging.WARNING and "computed again" in record.message for record in caplog.records) == 4
+    )
+
+
+def test_every_flip_of_a_bit_in_a_record_is_found_or_harmless(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    content = {"score": 12.5, "method": "ties", "n": 3}
+    write_record(file, content, format_number=1)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert read_record(file, format_number=1) in (None, content)
+
+
+def test_tensors_are_read_one_by_one_after_their_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "t.safetensors"
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1], dtype=torch.int64), "none": torch.empty(0)}
+    write_tensors(file, tensors, format_number=3, notes={"rows": "12"})
+    stored = read_tensors(file, format_number=3)
+    assert stored is not None
+    assert stored.notes["rows"] == "12"
+    assert {name: tensor.tolist() for name, tensor in stored.items()} == {n: t.tolist() for n, t in tensors.items()}
+    assert "c" not in stored
+    assert read_tensors(file, format_number=4) is None
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 7):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        found = read_tensors(file, format_number=3)
+        assert found is None or {n: t.tolist() for n, t in found.items()} == {n: t.tolist() for n, t in tensors.items()}
+    assert caplog.records
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), written_at_once(tmp_path / "out") as folder:
+        fail(folder)
+    assert not list(tmp_path.iterdir())
+    with written_at_once(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="exists already"), written_at_once(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "vocab.txt", "merges.txt", "spiece.model", "sub/chat.jinja", "code.py"]
+)
+def test_a_models_digest_holds_all_that_decides_an_answer(tmp_path: Path, name: str) -> None:
+    (tmp_path / "README.md").write_text("a model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = digest_files(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("a")
+    added = digest_files(tmp_path)
+    (tmp_path / name).write_text("b")
+    assert len({before, added, digest_files(tmp_path)}) == 3
+    (tmp_path / "README.md").write_text("another word")
+    (tmp_path / name).write_text("a")
+    assert digest_files(tmp_path) == added
+
+
+def test_a_record_is_plain_json(tmp_path: Path) -> None:
+    write_record(tmp_path / "r.json", {"a": 1}, format_number=7)
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert stored["format"] == 7
+    assert stored["content"] == {"a": 1}

@@ -1,0 +1,69 @@
+"""twin-bench leaderboard, which is also python -m twin_bench.leaderboard."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "--suite", default="demo", help="a suite: a YAML file, or a name in leaderboards/ (default: demo)"
+    )
+    parser.add_argument(
+        "--methods",
+        help="run these methods only: the suite's labels or method names, with commas between them. The pretrained "
+        "model and the experts run in any case",
+    )
+    parser.add_argument(
+        "--out", metavar="DIRECTORY", type=Path, default=Path("results"), help="where results go (default: results)"
+    )
+    parser.add_argument(
+        "--harness",
+        default="lm-eval",
+        help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
+    )
+    parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="add a row NAME+tuned: the method with options chosen on held-out training rows, never on scored ones",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the suite, write its results and print its table; InputError for what is wrong with the suite."""
+    from rich.console import Console
+
+    from twin_bench.console import progress_bars
+    from twin_bench.leaderboard.report import leaderboard_rows, print_leaderboard, write_leaderboard
+    from twin_bench.leaderboard.run import run_suite
+    from twin_bench.leaderboard.suite import read_suite
+
+    suite = read_suite(options.suite)
+    only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
+    with progress_bars(options) as progress:
+        board = run_suite(
+            suite,
+            options.out,
+            only=only,
+            limit=options.limit,
+            harness=options.harness,
+            tune=options.tune,
+            progress=progress,
+        )
+    table = write_leaderboard(board, options.out)
+    console = Console()
+    if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
+        console.width = 110
+    print_leaderboard(leaderboard_rows(board.cells), table, console, board.skipped)
+    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html, skipped.json")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
