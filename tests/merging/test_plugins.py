@@ -31,7 +31,8 @@ import torch, twin_bench
 base, expert = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
 methods = twin_bench.methods()
 from twin_bench.merging.registry import find_method
-print(twin_bench.merge("half", base, {"a": expert})["w"].item(), "third" in methods, methods["ties"].origin, len(methods))
+half = twin_bench.merge("half", base, {"a": expert})["w"].item()
+print(half, "third" in methods, methods["ties"].origin, len(methods))
 print(find_method("half").identity != ["half"], find_method("ties").identity == ["ties"])
 """
 

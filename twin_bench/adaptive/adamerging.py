@@ -63,9 +63,12 @@ def adamerging(
     learner = static_contender(base, context.tasks, context, started=started, dtype="float32").twin
     assert isinstance(learner, TwinClassifier)
     vectors = TaskVectors(base, context.sources.experts)
+    batches = learning_batches(
+        context, learner, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
+    )
     coefficients = learn_coefficients(
         vectors,
-        entropy_gradient(learner, learning_batches(context, learner, inputs, after=learning.steps)),
+        entropy_gradient(learner, batches),
         scaling=scaling,
         steps=steps,
         learning_rate=learning_rate,

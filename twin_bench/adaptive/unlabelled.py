@@ -59,14 +59,18 @@ def adapted_note(inputs: Sequence[TaskInput]) -> dict[str, Any]:
 
 
 def learning_batches(
-    context: Context, twin: TwinClassifier, inputs: Sequence[TaskInput], *, after: int
+    context: Context,
+    twin: TwinClassifier,
+    inputs: Sequence[TaskInput],
+    *,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    after: int,
 ) -> Iterator[Batches]:
-    """Return the batches for learning, one a step. Those of the first `after` steps are skipped."""
-    settings = context.settings
-    batches = unlabelled_batches(
-        twin, inputs, batch_size=settings["batch_size"], seed=settings["seed"], max_length=context.max_length
-    )
-    return islice(context.progress.track(batches, total=settings["steps"], description=context.name), after, None)
+    """Return the batches for learning, one for each of `steps`. Those of the first `after` steps are skipped."""
+    batches = unlabelled_batches(twin, inputs, batch_size=batch_size, seed=seed, max_length=context.max_length)
+    return islice(context.progress.track(batches, total=steps, description=context.name), after, None)
 
 
 def unlabelled_batches(

@@ -74,7 +74,9 @@ def wemoe(
     gates = install_gates(model, vectors, scaling=scaling, seed=seed)
     heads = {task: expert.head() for task, expert in sources.experts.items()}
     twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none")
-    batches = learning_batches(context, twin, inputs, after=learning.steps)
+    batches = learning_batches(
+        context, twin, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
+    )
     learn_gates(twin, gates, batches, steps=steps, learning_rate=learning_rate, learning=learning)
     mixed_parts = [part_of(vector, mixed) for vector in vectors.values()]
     stored = size(base) + sum(map(stored_numbers, mixed_parts)) + sum(p.numel() for p in gates.parameters())

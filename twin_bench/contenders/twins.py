@@ -85,7 +85,7 @@ def twin(
     `shared` names a static merge, `exclusive` gives a density or a rank, and `router` the settings of a recipe's
     router. With `weights` "task" every row has the exclusive vector of its true task.
     """
-    recipe = twin_recipe(context)
+    recipe = _recipe(context, shared, exclusive, router)
     directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
     seconds = _build(recipe, directory, context)
     manifest = read_manifest(directory)
@@ -105,16 +105,17 @@ def twin(
     )
 
 
-def twin_recipe(context: Context) -> Recipe:
+def _recipe(
+    context: Context, shared: Mapping[str, Any], exclusive: Mapping[str, Any], router: Mapping[str, Any]
+) -> Recipe:
     """Return the recipe that builds a suite's twin."""
-    settings = context.settings
     return Recipe.model_validate(
         {
             "base_model": context.base_model,
             "experts": dict(context.experts),
-            "shared": settings["shared"],
-            "exclusive": settings["exclusive"],
-            "router": {"data": str(context.data), **settings["router"]},
+            "shared": shared,
+            "exclusive": exclusive,
+            "router": {"data": str(context.data), **router},
             "seed": context.seed,
             "max_length": context.max_length,
             "dtype": context.dtype,
