@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,36 @@ def test_a_record_is_plain_json(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "r.json").read_text())
     assert stored["format"] == 7
     assert stored["content"] == {"a": 1}
+
+
+def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real" / "file", tmp_path / "link", tmp_path / "pipe"
+    write_bytes(real, b"old")
+    link.symlink_to(real)
+    write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert [path.name for path in real.parent.iterdir()] == ["file"]
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(pipe.read_bytes)
+        write_bytes(pipe, b"through")
+        assert read.result(timeout=30) == b"through"
+    assert pipe.is_fifo()
+
+
+def test_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_bytes(tmp_path / "file", b"x")
+        with written_at_once(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_record_with_numbers_for_keys_is_read_back(tmp_path: Path) -> None:
+    write_record(tmp_path / "r.json", {"epochs": {2: 0.5, 10: 0.25}}, format_number=1)
+    assert read_record(tmp_path / "r.json", format_number=1) == {"epochs": {"2": 0.5, "10": 0.25}}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+OUTDATED = "the installation is older than the code; install twin-bench again (pip install -e . in a checkout)"
+"""What to say where an entry point of twin-bench's own is missing."""
+
 
 class InputError(ValueError):
     """Bad input: the message is one line that names the file, key or tensor and the remedy.

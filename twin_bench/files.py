@@ -30,27 +30,23 @@ _log = logging.getLogger(__name__)
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write a file atomically: it is there whole or not at all, also after a power failure."""
+    """Write a file atomically: it is there whole or not at all, also after a power failure.
+
+    A symbolic link is followed. A device or a pipe, which can't be replaced, is written to as it is.
+    """
+    if file.exists() and not file.is_file():
+        with file.open("wb") as stream:
+            stream.write(content)
+        return
     with write_stream(file) as stream:
         stream.write(content)
 
 
 @contextmanager
 def write_stream(file: Path) -> Iterator[BinaryIO]:
-    """Give a stream whose bytes become the file at the end of the block, atomically; nothing is left after an error."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _flush_directory(file.parent)
+    """Give a stream whose bytes become the file at the end of the block, atomically. An error leaves nothing behind."""
+    with _replacing(file) as temporary, temporary.open("wb") as stream:
+        yield stream
 
 
 def write_text(file: Path, text: str) -> None:
@@ -81,7 +77,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_record(file: Path, content: Mapping[str, Any], *, format_number: int) -> None:
     """Write plain data with the number of its format and its checksum, atomically."""
-    write_json(file, {"format": format_number, "sha256": digest(content), "content": dict(content)})
+    plain = json.loads(json.dumps(dict(content)))  # what is read back: keys of mappings become text
+    write_json(file, {"format": format_number, "sha256": digest(plain), "content": plain})
 
 
 def read_record(file: Path, *, format_number: int) -> dict[str, Any] | None:
@@ -110,11 +107,12 @@ def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], *, format_number: int, notes: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors with the number of their format, notes and their checksum, atomically."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     notes = {"twin_bench_format": str(format_number), **(notes or {})}
-    write_bytes(file, save(contiguous, metadata={**notes, "sha256": digest_tensors(contiguous, notes)}))
+    with _replacing(file) as temporary:
+        save_file(contiguous, temporary, metadata={**notes, "sha256": digest_tensors(contiguous, notes)})
 
 
 class StoredTensors(Mapping[str, "Tensor"]):
@@ -177,18 +175,18 @@ def written_at_once(directory: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         yield partial
-        partial.chmod(0o755)
-        for path in partial.rglob("*"):
-            _flush_directory(path)
+        partial.chmod(0o777 & ~_umask())
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
         os.rename(partial, directory)
-        _flush_directory(directory.parent)
+        _flush(directory.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def digest(value: Any) -> str:
     """Return the sha256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def digest_file(file: Path) -> str:
@@ -221,8 +219,34 @@ def _warn_damaged(file: Path, reason: str) -> None:
     _log.warning("%s: damaged (%s); its content is computed again", file, reason)
 
 
-def _flush_directory(path: Path) -> None:
-    """Ask the system to write a file or a folder's entries to the disk."""
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """Give the name of a temporary file, which takes the place of `file` at the end of the block."""
+    target = Path(os.path.realpath(file))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _flush(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(target.parent)
+
+
+def _umask() -> int:
+    """Return the permissions that this process' new files lack. The system tells them only when they are set."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to write a file, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         default="standard",
         choices=("standard", "paper", "routed"),
-        help="what the twin is told of an input's task; the README explains it (default: standard)",
+        help="what the twin is told of an input's task; docs/protocols.md explains it (default: standard)",
     )
     parser.add_argument(
         "--tolerance",

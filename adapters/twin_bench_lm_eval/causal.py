@@ -93,8 +93,8 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             task: the task of all requests. It is needed only where the twin's routing is `task`.
             device: the device to run on. The CPU replaces a CUDA device that the machine does not have.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
-            protocol: standard (the default), paper or routed: see the README.
-            tolerance: the allowed relative error of the logits; by default 0 in float32: see the README.
+            protocol: standard (the default), paper or routed: see docs/protocols.md.
+            tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
             fusion: exact is the only mode.
             data: where this project's tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.

@@ -313,7 +313,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing(
     assert main(["merge", str(write(recipe_of(family), tmp_path)), str(tmp_path / "out")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main(["merge", str(write(recipe_of(family, head="bbq"), tmp_path)), str(tmp_path / "new")]) == 2
-    assert "a language model has no head" in capsys.readouterr().err
+    assert "a language model has no separate head" in capsys.readouterr().err
     assert (
         main(
             [

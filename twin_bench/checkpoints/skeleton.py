@@ -111,11 +111,12 @@ def _weights_of(model: nn.Module, kind: type[nn.Module]) -> frozenset[str]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars, and its warning that a head is newly initialised: heads are set later."""
-    level = transformers_logging.get_verbosity()
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

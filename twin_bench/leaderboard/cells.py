@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,9 @@ class Cells:
         A damaged cell or one of an older format is None as well, so it is run again.
         """
         stored = read_record(self._file(protocol, method, task), format_number=FORMAT)
-        return Cell(**stored) if stored is not None and stored["key"] == key else None
+        if stored is None or stored.get("key") != key or stored.keys() != {field.name for field in fields(Cell)}:
+            return None
+        return Cell(**stored)
 
     def write(self, cell: Cell) -> None:
         """Write a cell atomically: it is there whole or not at all."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twin_bench.contenders import Contender
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import OUTDATED, InputError, first_line, nearest
 from twin_bench.leaderboard.suite import Suite
 
 ENTRY_POINTS = "twin_bench.harnesses"
@@ -85,12 +85,19 @@ class Harness(abc.ABC):
 def find_harness(name: str) -> Harness:
     """Return the harness of a name; InputError for an unknown one, or one whose package is not installed."""
     points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if not points:
+        raise InputError(f"no harness is registered: {OUTDATED}")
     if name not in points:
         raise InputError(f"unknown harness {name!r}{nearest(name, points)}")
     try:
         found: Harness = points[name].load()()
     except ImportError as error:
         raise InputError(
-            f"harness {name}: its package can't be imported ({error}); pip install 'twin-bench[{name}]'"
+            f"harness {name}: {points[name].value} can't be imported ({first_line(error)}); install what it needs "
+            f"(twin-bench's own: pip install 'twin-bench[{name}]')"
         ) from error
+    if found.name != name:
+        raise InputError(
+            f"harness {name}: {points[name].value} calls itself {found.name!r}; its cells would be mixed up"
+        )
     return found

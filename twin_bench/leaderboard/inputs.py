@@ -85,7 +85,7 @@ def cell_key(
     return digest(
         {
             "format": FORMAT,
-            "method": entry.method.name,
+            "method": entry.method.identity,
             "settings": entry.settings(suite.seed),
             "protocol": protocol,
             "task": task,
@@ -95,7 +95,7 @@ def cell_key(
             "max_length": suite.max_length,
             "dtype": suite.dtype,
             "rows": rows,
-            "calibration_rows": suite.calibration_rows if entry.track == "calibration" else None,
+            "calibration_rows": suite.calibration_rows if "training rows" in entry.method.sees else None,
             "notes": dict(entry.notes),
             "harness": harness,
         }

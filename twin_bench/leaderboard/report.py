@@ -208,7 +208,7 @@ def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) ->
         scored = zip(part["method"], part[task], strict=True)
         shown[task] = [f"{score:.2f} ±{errors[method, task]:.2f}" for method, score in scored]
     shown["parameters"] = [f"{count / 1e6:.1f} M" for count in part["parameters"]]
-    shown["build"] = [f"{seconds:.0f} s" for seconds in part["build_seconds"]]
+    shown["build"] = ["n/a" if pd.isna(seconds) else f"{seconds:.0f} s" for seconds in part["build_seconds"]]
     shown["speed"] = ["n/a" if math.isnan(speed) else f"{speed:.2f}x" for speed in part["speed"]]
     chances = {row["task"]: f"{row['notes']['chance']:.2f}" for row in rows if "chance" in row["notes"]}
     if chances:  # one more line below the methods: the score of a random answer

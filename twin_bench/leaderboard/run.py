@@ -149,7 +149,7 @@ def run_suite(
                 row.append(dataclasses.replace(cell, protocol=listed))
                 done += 1
                 run.progress.advance(bar)
-            finished += row
+            finished += sorted(row, key=lambda cell: suite.tasks.index(cell.task))
         except UnsuitedError as error:
             if entry.track == "bound":
                 raise
@@ -179,7 +179,7 @@ def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
         bounded = suite.model_copy(update={"rows": run.rows})
 
         def trial(held_out: Suite) -> Board:
-            return run_suite(held_out, run.out / "tuning", progress=run.progress)
+            return run_suite(held_out, run.out / "tuning", harness=run.harness.name, progress=run.progress)
 
         entry = tuned(given, protocol, bounded, run.data, run.out / "tuning", trial)
     keys = {task: run.key(entry, protocol, task) for task in suite.tasks}

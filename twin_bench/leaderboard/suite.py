@@ -190,4 +190,5 @@ def _entry(item: MethodItem) -> Entry:
         method = method.given(options)
         return Entry(label, method, method.checked(options), protocols)
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(label) else f"{label}: {error}") from None
+        named = re.match(rf"{re.escape(label)}[: ]", str(error))  # the method's own messages begin with its name
+        raise InputError(str(error) if named else f"{label}: {error}") from None

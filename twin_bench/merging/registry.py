@@ -12,10 +12,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import logging
 import pkgutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -23,10 +26,12 @@ import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.finite import require_finite
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import OUTDATED, InputError, first_line, nearest
+from twin_bench.files import digest_file
 from twin_bench.merging.task_vectors import TaskVectors
 
-ENTRY_POINTS = "twin_bench.methods"
+OWN_PACKAGE = "twin_bench"
+ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
 """The group of entry points whose modules, or packages of modules, register methods."""
 Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
 TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
@@ -63,6 +68,19 @@ class Method:
     sees: frozenset[Sight] = frozenset()
     protocols: tuple[ProtocolName, ...] = ("standard",)
     tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> list[str]:
+        """What stands for the method in a key.
+
+        It is the name. A method of another package has the digest of its module's file besides, since no format number
+        of ours is raised when its code changes.
+        """
+        module = sys.modules.get(self.origin.rpartition(".")[0])
+        file = getattr(module, "__file__", None)
+        if self.origin.partition(".")[0] == OWN_PACKAGE or file is None:
+            return [self.name]
+        return [self.name, self.origin, digest_file(Path(file))]
 
     @property
     def formula(self) -> str:
@@ -128,7 +146,7 @@ class MergeMethod(Method):
         if "merge" not in self.defaults:
             return self
         inner = find_method(str(options.get("merge", self.defaults["merge"])))
-        if inner.track != "data-free" or "merge" in inner.defaults:
+        if not isinstance(inner, MergeMethod) or inner.track != "data-free" or "merge" in inner.defaults:
             raise InputError(f"{self.name}: merge must be a data-free method that builds on no other, not {inner.name}")
         return replace(self, needs=self.needs + inner.needs, defaults={**inner.defaults, **self.defaults})
 
@@ -162,6 +180,8 @@ class ServedMethod(Method):
 
     serve: ServeFunction
 
+
+_log = logging.getLogger(__name__)
 
 REGISTRY: dict[str, Method] = {}
 """The registered methods by name. `methods` first imports the modules that register them."""
@@ -231,8 +251,11 @@ def served_method(
 def register(method: Method) -> None:
     """Add a method to the registry.
 
-    Raises InputError if another method has the same name. Loading the same module twice is not an error.
+    Raises InputError if another method has the same name, or the track is unknown. Loading the same module twice is
+    not an error.
     """
+    if method.track not in TRACKS:
+        raise InputError(f"method {method.name}: unknown track {method.track!r}{nearest(method.track, TRACKS)}")
     known = REGISTRY.get(method.name)
     if known is not None and known.origin != method.origin:
         raise InputError(f"two methods are named {method.name}: in {known.origin} and {method.origin}; rename one")
@@ -317,16 +340,30 @@ def statistics_of(method: str, statistics: Statistics, task: str, name: str, sha
 @cache
 def _load_all() -> None:
     """Import every module that registers methods: those that entry points name, and the modules of named packages."""
-    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    own = [point for point in points if point.module.partition(".")[0] == OWN_PACKAGE]
+    if not own:
+        raise InputError(f"no merge method is registered: {OUTDATED}")
+    for point in own:
+        _load(point.module)
+    for point in points:
         try:
-            module = importlib.import_module(point.value)
-            for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-                importlib.import_module(f"{point.value}.{found.name}")
-        except ImportError as error:
-            raise InputError(
-                f"the methods of {point.value} (entry point {point.name}) can't be imported ({error}); repair or "
-                "uninstall that package"
-            ) from error
+            _load(point.module)
+        except Exception as error:  # whatever another package's import raises, the methods here must keep working
+            _log.warning(
+                "the methods of %s (entry point %s) are left out: %s; repair or uninstall that package",
+                point.value,
+                point.name,
+                first_line(error),
+            )
+
+
+def _load(name: str) -> None:
+    """Import a module; of a package also its modules, but for private ones and `__main__`."""
+    module = importlib.import_module(name)
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        if not found.name.startswith("_"):
+            importlib.import_module(f"{name}.{found.name}")
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -68,7 +68,7 @@ class TaskVectors(Mapping[str, Tensor]):
         vectors -= base.detach().to(exact)
         if not all_finite(vectors):
             culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
-            raise InputError(f"{culprit}: tensor {name} holds NaN or inf; mend or retrain that checkpoint")
+            raise InputError(f"{culprit}: tensor {name} holds NaN or inf; repair or retrain that checkpoint")
         return vectors
 
     def _expert(self, task: str, name: str, base: Tensor) -> Tensor:

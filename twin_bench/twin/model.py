@@ -252,7 +252,7 @@ class TwinModel(nn.Module, abc.ABC):
         decisive = {
             **surroundings(self.device),
             "backbone": self._backbone_digest,
-            "dtype": self.model.dtype,
+            "dtype": str(self.model.dtype),
             "rows": [identity(row) for row in rows],
             "batch_size": batch_size,
         }
