@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils import collect_env
 
-from tests.support.families import Family, make_causal_family, make_family
+from tests.support.families import Family, built, make_causal_family, make_family
 from tests.support.models import tiny_causal_tokenizer
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -23,27 +26,34 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from kind to its family, each made once."""
-    made: dict[str, Family] = {}
-
-    def family(kind: str) -> Family:
-        if kind not in made:
-            made[kind] = make_family(tmp_path_factory.mktemp(kind), kind)
-        return made[kind]
-
-    return family
+    return functools.cache(lambda kind: make_family(tmp_path_factory.mktemp(kind), kind))
 
 
 @pytest.fixture(scope="session")
 def causal_families(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from kind to its family of language models, each made once."""
-    made: dict[str, Family] = {}
+    return functools.cache(lambda kind: make_causal_family(tmp_path_factory.mktemp(f"causal-{kind}"), kind))
 
-    def family(kind: str) -> Family:
-        if kind not in made:
-            made[kind] = make_causal_family(tmp_path_factory.mktemp(f"causal-{kind}"), kind)
-        return made[kind]
 
-    return family
+@pytest.fixture(scope="session")
+def twins(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from kind to the directory of its family's twin, each built once, for reading alone."""
+    return functools.cache(lambda kind: built(families(kind).recipe, tmp_path_factory.mktemp("twin") / "twin"))
+
+
+@pytest.fixture(scope="session")
+def causal_twins(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from kind of language model to the directory of its family's twin, likewise."""
+    return functools.cache(lambda kind: built(causal_families(kind).recipe, tmp_path_factory.mktemp("twin") / "twin"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment_told_once() -> Iterator[None]:
+    """Describe the machine once: lm-eval does with every result, and runs pip, lscpu and others for it."""
+    told = functools.cache(collect_env.get_pretty_env_info)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", told)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.families import built
 from tests.support.interpreter import HEAVY, loaded_by
 from twin_bench import InputError, TwinModel, doctor
 from twin_bench.cli import main
 from twin_bench.doctor import Finding
-from twin_bench.twin.builder import build_twin
 from twin_bench.twin.directory import load_parts
 from twin_bench.twin.paper import PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
-from twin_bench.twin.recipe import Recipe
 
 
 @pytest.fixture
@@ -42,22 +41,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module")
-def twins(families: Any, causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def made(families: Any, twins: Any, causal_twins: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from a name to a twin's folder: of a classifier or a language model, with or without router."""
-    recipes = {
-        "classifier": families("bert").recipe,
-        "classifier, no router": {**families("bert").recipe, "router": None},
-        "causal": causal_families("llama").recipe,
-    }
-    built: dict[str, Path] = {}
-
-    def twin(name: str) -> Path:
-        if name not in built:
-            built[name] = tmp_path_factory.mktemp("doctor") / "twin"
-            build_twin(Recipe.model_validate(recipes[name]), built[name])
-        return built[name]
-
-    return twin
+    unrouted = built({**families("bert").recipe, "router": None}, tmp_path_factory.mktemp("doctor") / "twin")
+    return {
+        "classifier": twins("bert"),
+        "classifier, no router": unrouted,
+        "causal": causal_twins("llama"),
+    }.__getitem__
 
 
 def marks(findings: list[Finding]) -> list[str]:
@@ -249,8 +240,8 @@ def test_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["classifier", "classifier, no router", "causal"])
-def test_the_protocols_are_those_that_the_twin_serves(name: str, twins: Any) -> None:
-    directory, expected = twins(name), []
+def test_the_protocols_are_those_that_the_twin_serves(name: str, made: Any) -> None:
+    directory, expected = made(name), []
     for protocol in ("standard", "paper", "routed"):
         try:
             twin = TwinModel.from_pretrained(directory, protocol=protocol)
@@ -275,10 +266,10 @@ def test_language_models_serve_paper_where_their_experts_factors_are_kept() -> N
     assert doctor.protocols("sequence_classification", Parts()) == ["standard", "paper"]  # a static merge
 
 
-def test_a_twin_is_described(twins: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", str(twins("classifier"))]) == 0
+def test_a_twin_is_described(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(made("classifier"))]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    manifest = json.loads((twins("classifier") / "twin.json").read_text())
+    manifest = json.loads((made("classifier") / "twin.json").read_text())
     assert f"ok       the checksums of its {len(manifest['files'])} files match" in lines
     assert "ok       format 1, a classifier, built by twin-bench 0.1.0" in lines
     assert f"ok       experts: {', '.join(manifest['experts'])}" in lines
@@ -288,13 +279,13 @@ def test_a_twin_is_described(twins: Any, capsys: pytest.CaptureFixture[str]) -> 
     assert f"ok       sensitivity {manifest['sensitivity']:.3g}: a tolerance can be given" in lines
 
 
-def test_a_twin_without_a_router_takes_notes(twins: Any) -> None:
-    assert marks(doctor.twin(twins("classifier, no router"))) == ["ok", "ok", "ok", "ok", "note", "note"]
+def test_a_twin_without_a_router_takes_notes(made: Any) -> None:
+    assert marks(doctor.twin(made("classifier, no router"))) == ["ok", "ok", "ok", "ok", "note", "note"]
 
 
-def test_a_damaged_twin_is_status_2(twins: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_twin_is_status_2(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "twin"
-    shutil.copytree(twins("causal"), copy)
+    shutil.copytree(made("causal"), copy)
     with (copy / "model" / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     for directory, says in ((copy, "model.safetensors: edited or damaged"), (tmp_path / "none", "no twin there")):
@@ -306,7 +297,7 @@ def test_a_damaged_twin_is_status_2(twins: Any, tmp_path: Path, capsys: pytest.C
         assert "packages\n" in shown.out
 
 
-def test_a_twin_that_nothing_here_can_read(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_twin_that_nothing_here_can_read(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "twin_bench.twin.directory", None)
     with pytest.raises(InputError, match="can't be checked; see the problems above"):
-        doctor.twin(twins("causal"))
+        doctor.twin(made("causal"))

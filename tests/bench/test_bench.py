@@ -16,11 +16,9 @@ from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def twin(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bench") / "twin"
-    build_twin(Recipe.model_validate(families("bert").recipe), directory)
-    return directory
+@pytest.fixture
+def twin(twins: Any) -> Path:
+    return twins("bert")
 
 
 def test_all_cases_are_measured_against_the_plain_model(twin: Path, tmp_path: Path) -> None:

@@ -1,9 +1,7 @@
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.support.interpreter import python, side_by_side
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.data.glue import GLUE
 from twin_bench.data.metrics import score
@@ -41,12 +40,10 @@ def digest(directory: Path) -> str:
 
 def test_files_are_the_same_bytes_in_another_process_whatever_its_hash_seed(data, tmp_path):
     code = "import pathlib, sys; from twin_bench.demo import write_data; write_data(pathlib.Path(sys.argv[1]))"
-    for hash_seed in ("1", "2"):
-        target = tmp_path / hash_seed
-        subprocess.run(
-            [sys.executable, "-c", code, str(target)], check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
-        )
-        assert digest(target) == digest(data)
+    targets = {hash_seed: tmp_path / hash_seed for hash_seed in ("1", "2")}
+    runs = (partial(python, "-c", code, str(target), PYTHONHASHSEED=seed) for seed, target in targets.items())
+    assert [done.returncode for done in side_by_side(*runs)] == [0, 0]
+    assert [digest(target) for target in targets.values()] == [digest(data)] * 2
 
 
 def test_the_rows_are_those_that_the_experts_were_trained_on(data):

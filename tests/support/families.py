@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.support.models import tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
 from tests.support.rows import write_router_rows
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.recipe import Recipe
 
 SCALING, DENSITY = 0.29, 0.5
 """Of the families' recipes, and of the dense references that are written out for them."""
@@ -63,3 +66,9 @@ def make_causal_family(root: Path, kind: str) -> Family:
         "router": {"data": str(root / "router.jsonl"), "epochs": 5},
     }
     return Family(root, kind, base, experts, {}, recipe)
+
+
+def built(recipe: Mapping[str, Any], directory: Path) -> Path:
+    """Build the twin of a recipe in `directory`, and return that."""
+    build_twin(Recipe.model_validate(recipe), directory)
+    return directory

@@ -47,9 +47,9 @@ def unpadded(batch: dict[str, Tensor], row: int) -> Tensor:
 @pytest.mark.parametrize("mix", ["one_hot", "diffuse", "any real number", "mixed", "equal"])
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_logits_equal_the_dense_fusion_of_every_sample(
-    causal_families: Any, twins: Any, kind: str, mix: str, pad: str
+    causal_families: Any, causal_twins: Any, kind: str, mix: str, pad: str
 ) -> None:
-    twin = TwinModel.from_pretrained(twins(kind))
+    twin = TwinModel.from_pretrained(causal_twins(kind))
     batch, weights = prompts(4, pad=pad), mixes(4, 3)[mix]
     found = twin(**batch, fusion_weights=weights).logits
     for row in range(4):
@@ -61,9 +61,9 @@ def test_logits_equal_the_dense_fusion_of_every_sample(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mix", ["one_hot", "mixed", "equal"])
-def test_greedy_text_is_the_dense_models_own(causal_families: Any, twins: Any, kind: str, mix: str) -> None:
+def test_greedy_text_is_the_dense_models_own(causal_families: Any, causal_twins: Any, kind: str, mix: str) -> None:
     """A batch with its own weights a row and a KV cache, against one dense model a row without one."""
-    twin = TwinModel.from_pretrained(twins(kind))
+    twin = TwinModel.from_pretrained(causal_twins(kind))
     batch, weights = prompts(4), mixes(4, 3)[mix]
     texts = twin.generate(**batch, fusion_weights=weights, max_new_tokens=8, do_sample=False)
     for row in range(4):
@@ -79,8 +79,8 @@ def test_greedy_text_is_the_dense_models_own(causal_families: Any, twins: Any, k
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer", [0, 1, -1])
-def test_weights_from_a_shared_prefix_are_those_of_each_prompt_alone(twins: Any, kind: str, layer: int) -> None:
-    twin = TwinModel.from_pretrained(twins(kind))
+def test_weights_from_a_shared_prefix_are_those_of_each_prompt_alone(causal_twins: Any, kind: str, layer: int) -> None:
+    twin = TwinModel.from_pretrained(causal_twins(kind))
     assert twin.router is not None
     twin.router.config = dataclasses.replace(twin.router.config, layer=layer)
     generator = torch.Generator().manual_seed(0)
@@ -92,8 +92,8 @@ def test_weights_from_a_shared_prefix_are_those_of_each_prompt_alone(twins: Any,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_on_either_side_changes_no_weight(twins: Any, kind: str) -> None:
-    twin = TwinModel.from_pretrained(twins(kind))
+def test_padding_on_either_side_changes_no_weight(causal_twins: Any, kind: str) -> None:
+    twin = TwinModel.from_pretrained(causal_twins(kind))
     left, right = (prompts(4, pad=side) for side in ("left", "right"))
     for batch in (left, right):
         alone = torch.cat([twin.route(unpadded(batch, row)) for row in range(4)])
@@ -134,9 +134,9 @@ def test_lora_experts_come_back_at_weight_one(causal_families: Any, tmp_path: Pa
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_peft_loads_each_expert_as_it_is(causal_families: Any, twins: Any) -> None:
+def test_peft_loads_each_expert_as_it_is(causal_families: Any, causal_twins: Any) -> None:
     """Qwen2's output layer is not tied, so an adapter says all of an expert but its 1-D parameters."""
-    directory = twins("qwen2")
+    directory = causal_twins("qwen2")
     twin = TwinModel.from_pretrained(directory)
     for layer in twin.fusion.layers:
         layer.vectors = layer.bias_vectors = None
@@ -151,19 +151,19 @@ def test_peft_loads_each_expert_as_it_is(causal_families: Any, twins: Any) -> No
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_as_close_as_its_rounding(causal_families: Any, twins: Any, dtype: str) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"), dtype=dtype)
+def test_half_precision_is_as_close_as_its_rounding(causal_families: Any, causal_twins: Any, dtype: str) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"), dtype=dtype)
     assert twin.model.dtype == getattr(torch, dtype)
     batch, weights = prompts(4), mixes(4, 3)["mixed"]
-    exact = TwinModel.from_pretrained(twins("llama"))(**batch, fusion_weights=weights).logits
+    exact = TwinModel.from_pretrained(causal_twins("llama"))(**batch, fusion_weights=weights).logits
     found = twin(**batch, fusion_weights=weights).logits.float()
     kept = batch["attention_mask"].bool()
     error = (found[kept] - exact[kept]).norm() / exact[kept].norm()
     assert 0 < error < 20 * torch.finfo(getattr(torch, dtype)).eps
 
 
-def test_inputs_that_cannot_be_answered(twins: Any) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
+def test_inputs_that_cannot_be_answered(causal_twins: Any) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     ids = prompts(2)["input_ids"]
     for wrong, says in (
         ({"input_ids": torch.full((1, 65), 5)}, "an input of 65 tokens; the model's window is 64"),

@@ -20,10 +20,8 @@ from twin_bench.twin.recipe import Recipe
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])
-def built(request: pytest.FixtureRequest, families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp(request.param) / "twin"
-    build_twin(Recipe.model_validate(families(request.param).recipe), directory)
-    return directory
+def built(request: pytest.FixtureRequest, twins: Any) -> Path:
+    return twins(request.param)
 
 
 def test_peft_loads_each_expert_as_it_is(built: Path) -> None:

@@ -57,19 +57,6 @@ def dense_logits(family: Family, parts: Any, weights: Tensor, task: str, inputs:
     return logits
 
 
-@pytest.fixture(scope="session")
-def twins(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    built: dict[str, Path] = {}
-
-    def directory(kind: str) -> Path:
-        if kind not in built:
-            built[kind] = tmp_path_factory.mktemp(f"twin-{kind}") / "twin"
-            build_twin(Recipe.model_validate(families(kind).recipe), built[kind])
-        return built[kind]
-
-    return directory
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mix", list(mixes(1, 3)))
 @pytest.mark.parametrize("path", ["planned", "fused", "low-rank"])

@@ -12,17 +12,13 @@ import torch
 
 from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
-from twin_bench.twin.builder import build_twin
-from twin_bench.twin.recipe import Recipe
 
 LEFT_OUT = (re.compile(r".*classifier.*"), re.compile(r".*bias.*"))
 
 
-@pytest.fixture(scope="module")
-def twin_directory(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("protocols") / "twin"
-    build_twin(Recipe.model_validate(families("roberta").recipe), directory)
-    return directory
+@pytest.fixture
+def twin_directory(twins: Any) -> Path:
+    return twins("roberta")
 
 
 def authors_logits(family: Any, router_logits: torch.Tensor, true_task: str, inputs: dict[str, torch.Tensor]) -> Any:

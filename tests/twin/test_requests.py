@@ -31,9 +31,9 @@ def drawn_ids(generator: torch.Generator, count: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_are_those_of_one_dense_model_a_request(causal_families: Any, twins: Any, kind: str) -> None:
+def test_scores_are_those_of_one_dense_model_a_request(causal_families: Any, causal_twins: Any, kind: str) -> None:
     """Token by token, with shared inputs and one over the window, in every order and at every batch size."""
-    twin = TwinModel.from_pretrained(twins(kind))
+    twin = TwinModel.from_pretrained(causal_twins(kind))
     generator = torch.Generator().manual_seed(5)
     context, long = drawn_ids(generator, 6), drawn_ids(generator, 70)
     requests = [Score(context, (token,)) for token in drawn_ids(generator, 3)]
@@ -71,8 +71,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return calls
 
 
-def test_each_distinct_context_is_routed_once_and_nothing_else_is(twins: Any, read: list[list[int]]) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
+def test_each_distinct_context_is_routed_once_and_nothing_else_is(causal_twins: Any, read: list[list[int]]) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     context = (5, 6, 7, 8)
     score(twin, [Score(context, (9,)), Score(context, (10, 11)), Score((12, 13), (9,))])
     assert read == [[5, 6, 7, 8], [12, 13]]
@@ -100,8 +100,10 @@ def greedy(model: Any, prompt: Sequence[int], steps: int) -> tuple[list[int], li
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mix", ["one_hot", "mixed", "equal"])
-def test_texts_are_those_of_one_dense_model_a_request(causal_families: Any, twins: Any, kind: str, mix: str) -> None:
-    twin = TwinModel.from_pretrained(twins(kind))
+def test_texts_are_those_of_one_dense_model_a_request(
+    causal_families: Any, causal_twins: Any, kind: str, mix: str
+) -> None:
+    twin = TwinModel.from_pretrained(causal_twins(kind))
     generator = torch.Generator().manual_seed(2)
     lengths = [9, 3, 6, 2, 9, 5]
     requests = [Generate(drawn_ids(generator, count), 1 + 5 * (row % 2)) for row, count in enumerate(lengths)]
@@ -121,8 +123,8 @@ def test_texts_are_those_of_one_dense_model_a_request(causal_families: Any, twin
     assert all(not completion.log_probs for (completion,) in silent[1::2])
 
 
-def test_a_text_ends_before_its_end_token(twins: Any) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
+def test_a_text_ends_before_its_end_token(causal_twins: Any) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     requests = [Generate((5, 6, 7), 4), Generate((5, 6, 7), 1), Generate((9, 8, 7, 6), 4)]
     whole = [completion.tokens for (completion,) in generate(twin, requests)]
     ends = whole[0][0]
@@ -133,9 +135,9 @@ def test_a_text_ends_before_its_end_token(twins: Any) -> None:
     assert found[2].tokens == kept
 
 
-def test_a_stop_string_ends_a_text_in_any_company(twins: Any) -> None:
+def test_a_stop_string_ends_a_text_in_any_company(causal_twins: Any) -> None:
     """The rows of a batch that end early are filled with padding, which belongs to no completion."""
-    twin = TwinModel.from_pretrained(twins("llama"))
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     prompts = [(5, 6, 7), (9, 8, 7, 6), (20, 30), (100, 110, 120, 130)]
     free = generate(twin, [Generate(prompt, 8) for prompt in prompts])
     stop = next(
@@ -223,8 +225,8 @@ def test_one_token_has_its_probability_under_the_prompts_own_model(sharp_twins: 
     assert len(set(found)) > 0.8 * len(found) > 40
 
 
-def test_a_seed_decides_what_is_drawn(twins: Any) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
+def test_a_seed_decides_what_is_drawn(causal_twins: Any) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     one = dataclasses.replace(TEXTS, prompt=(5, 6, 7), seed="a")
     first, again, other = generate(twin, [one, one, dataclasses.replace(one, seed="b")])
     assert first == again
@@ -232,8 +234,8 @@ def test_a_seed_decides_what_is_drawn(twins: Any) -> None:
     assert first[0] != first[1]
 
 
-def test_a_twin_told_the_task_takes_it_from_the_request(twins: Any, causal_families: Any) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"), routing="task")
+def test_a_twin_told_the_task_takes_it_from_the_request(causal_twins: Any, causal_families: Any) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"), routing="task")
     prompt = (5, 6, 7, 8)
     for index, task in enumerate(twin.expert_names):
         ((completion,),) = generate(twin, [Generate(prompt, 4, task=task)])
@@ -262,14 +264,14 @@ def test_a_twin_told_the_task_takes_it_from_the_request(twins: Any, causal_famil
         (Generate((5,) * 60, 5), "a prompt of 60 tokens and 5 to generate; the model's window is 64"),
     ],
 )
-def test_requests_that_cannot_be_answered(twins: Any, request_: Any, says: str) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
+def test_requests_that_cannot_be_answered(causal_twins: Any, request_: Any, says: str) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     with pytest.raises(InputError, match=says):
         score(twin, [request_]) if isinstance(request_, Score) else generate(twin, [request_])
 
 
-def test_every_answered_request_is_reported(twins: Any) -> None:
-    twin = TwinModel.from_pretrained(twins("llama"))
+def test_every_answered_request_is_reported(causal_twins: Any) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"))
     done: list[int] = []
     score(twin, [Score((5, 6), (7,)), Score((5, 6), (7,)), Score((5,), (6, 7))], progress=done.append)
     assert sum(done) == 3

@@ -18,10 +18,8 @@ from twin_bench.twin.router_training import held_out_rows
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])
-def twin(request: pytest.FixtureRequest, families: Any, tmp_path_factory: pytest.TempPathFactory) -> TwinModel:
-    directory = tmp_path_factory.mktemp("router") / "twin"
-    build_twin(Recipe.model_validate(families(request.param).recipe), directory)
-    return TwinModel.from_pretrained(directory)
+def twin(request: pytest.FixtureRequest, twins: Any) -> TwinModel:
+    return TwinModel.from_pretrained(twins(request.param))
 
 
 def test_features_are_the_mean_of_transformers_own_hidden_states(twin: TwinModel) -> None:

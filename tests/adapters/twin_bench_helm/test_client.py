@@ -28,29 +28,6 @@ from twin_bench_helm.engine import Engine
 pytestmark = pytest.mark.versions
 
 
-@pytest.fixture(scope="module")
-def three(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("helm") / "twin"
-    build_twin(Recipe.model_validate(causal_families("llama").recipe), directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def alone(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a twin of one expert, at full rank: its router can say nothing but 1."""
-    family, root = causal_families("llama"), tmp_path_factory.mktemp("helm-alone")
-    lines = (family.root / "router.jsonl").read_text().splitlines()
-    (root / "rows.jsonl").write_text("\n".join(line for line in lines if '"mmlu"' in line))
-    recipe = {
-        **family.recipe,
-        "experts": {"mmlu": family.recipe["experts"]["mmlu"]},
-        "exclusive": {"density": 1.0},
-        "router": {"data": str(root / "rows.jsonl"), "epochs": 1},
-    }
-    build_twin(Recipe.model_validate(recipe), root / "twin")
-    return root / "twin"
-
-
 def client(twin: Path, cache: Any = None, **options: Any) -> TwinClient:
     return TwinClient(cache or BlackHoleCacheConfig(), str(twin), device="cpu", **options)
 

@@ -27,11 +27,9 @@ from twin_bench_helm.config import deployment_entry, metadata_entry, tokenizer_e
 from twin_bench_helm.plugin import cnndm
 
 
-@pytest.fixture(scope="module")
-def twin(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("helm-config") / "twin"
-    build_twin(Recipe.model_validate(causal_families("llama").recipe), directory)
-    return directory
+@pytest.fixture
+def twin(causal_twins: Any) -> Path:
+    return causal_twins("llama")
 
 
 def test_three_files_name_the_twin_and_keep_what_is_there(twin: Path, tmp_path: Path) -> None:

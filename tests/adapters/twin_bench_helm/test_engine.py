@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from twin_bench import InputError, TwinModel
-from twin_bench.twin.builder import build_twin
-from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.engine import Ask, Engine
 
 pytestmark = pytest.mark.versions
@@ -28,11 +26,9 @@ ASKED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def directory(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("engine") / "twin"
-    build_twin(Recipe.model_validate(causal_families("llama").recipe), directory)
-    return directory
+@pytest.fixture
+def directory(causal_twins: Any) -> Path:
+    return causal_twins("llama")
 
 
 def test_a_list_of_all_kinds_is_answered_in_order(directory: Path) -> None:

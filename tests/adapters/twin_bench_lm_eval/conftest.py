@@ -10,9 +10,7 @@ from lm_eval.api.instance import Instance
 
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import joined
-from twin_bench.twin.builder import build_twin
 from twin_bench.twin.classifier import Prediction
-from twin_bench.twin.recipe import Recipe
 from twin_bench_lm_eval.classifier import ClassifierTwin
 
 
@@ -88,9 +86,7 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def twin_directory(families, tmp_path_factory):
+@pytest.fixture
+def twin_directory(twins):
     """A tiny real twin of cola, stsb and mnli experts."""
-    directory = tmp_path_factory.mktemp("twin") / "tiny"
-    build_twin(Recipe(**families("bert").recipe), directory)
-    return directory
+    return twins("bert")

@@ -1,8 +1,10 @@
 """What the .pth file does at an interpreter's start."""
 
+from functools import partial
+
 import pytest
 
-from tests.support.interpreter import NAMES, START, python
+from tests.support.interpreter import NAMES, START, python, side_by_side
 
 
 def test_the_name_is_there_and_lm_evals_own_are_too():
@@ -11,17 +13,24 @@ def test_the_name_is_there_and_lm_evals_own_are_too():
     assert (done.stdout, done.returncode) == ("TwinMerged HFLM DummyLM\n", 0), done.stderr
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import lm_eval",
-        "import lm_eval.models.dummy",
-        "import importlib.util as u; u.find_spec('lm_eval.models')",
-    ],
+FIRST = (
+    "import lm_eval",
+    "import lm_eval.models.dummy",
+    "import importlib.util as u; u.find_spec('lm_eval.models')",
 )
-def test_it_does_not_matter_what_is_imported_first(first):
-    done = python("-c", START + first + NAMES)
-    assert done.stdout == "True True\n", done.stderr
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Return what an interpreter that imports each of FIRST says."""
+    return dict(
+        zip(FIRST, side_by_side(*(partial(python, "-c", START + first + NAMES) for first in FIRST)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_it_does_not_matter_what_is_imported_first(first, started):
+    assert started[first].stdout == "True True\n", started[first].stderr
 
 
 def test_the_switch_turns_it_off():

@@ -11,8 +11,6 @@ from lm_eval.models.huggingface import HFLM
 from tests.support.dense import dense
 from tests.support.models import WORDS
 from twin_bench import InputError, TwinModel
-from twin_bench.twin.builder import build_twin
-from twin_bench.twin.recipe import Recipe
 from twin_bench_lm_eval.causal import CausalTwin
 from twin_bench_lm_eval.model import TwinMerged
 
@@ -45,31 +43,6 @@ def requests():
     pairs = [(context, f" {text(rng, size)}") for context in contexts for size in (1, 1, 3)]
     pairs += [("", text(rng, 3)), (f"{text(rng, 5)} ", text(rng, 2)), (text(rng, 60), f" {text(rng, 2)}")]
     return pairs, [*contexts, text(rng, 70)], [text(rng, 8), text(rng, 90), text(rng, 3)]
-
-
-@pytest.fixture(scope="module")
-def alone(causal_families, tmp_path_factory):
-    """Return a twin of one expert, at full rank: its router can say nothing but 1."""
-    family = causal_families("llama")
-    directory = tmp_path_factory.mktemp("alone") / "twin"
-    rows = directory.parent / "rows.jsonl"
-    lines = (family.root / "router.jsonl").read_text().splitlines()
-    rows.write_text("\n".join(line for line in lines if '"mmlu"' in line))
-    recipe = {
-        **family.recipe,
-        "experts": {"mmlu": family.recipe["experts"]["mmlu"]},
-        "exclusive": {"density": 1.0},
-        "router": {"data": str(rows), "epochs": 1},
-    }
-    build_twin(Recipe.model_validate(recipe), directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def three(causal_families, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("three") / "twin"
-    build_twin(Recipe.model_validate(causal_families("llama").recipe), directory)
-    return directory
 
 
 def served(directory, **options):

@@ -12,13 +12,12 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from tests.support import parallel
+from tests.support.families import built
 from tests.support.interpreter import ADAPTERS, ROOT
 from tests.support.rows import write_generative_rows
 from twin_bench import InputError
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.paths import tasks_directory
-from twin_bench.twin.builder import build_twin
-from twin_bench.twin.recipe import Recipe
 from twin_bench_lm_eval.causal import CausalTwin
 from twin_bench_lm_eval.model import TwinMerged
 
@@ -28,10 +27,8 @@ pytestmark = pytest.mark.versions
 @pytest.fixture(scope="module")
 def wide(causal_families, wide_llama, tmp_path_factory):
     """Return a twin whose window holds whole prompts."""
-    directory = tmp_path_factory.mktemp("wide") / "twin"
     recipe = {**causal_families("llama").recipe, **wide_llama.recipe}
-    build_twin(Recipe.model_validate(recipe), directory)
-    return directory
+    return built(recipe, tmp_path_factory.mktemp("wide") / "twin")
 
 
 def served(directory, **options):

@@ -6,9 +6,12 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.support.interpreter import side_by_side
 
 ROOT = Path(__file__).resolve().parents[3]
 TASKS = {
@@ -82,8 +85,9 @@ def test_the_switch_turns_it_off(python):
         "import lm_eval.models",
         "print('twin_merged' in models, 'hf' in models)",
     ]
-    assert python(*names) == "True True\n"
-    assert python(*names, TWIN_BENCH_NO_AUTOLOAD="1") == "False True\n"
+    on, off = side_by_side(partial(python, *names), partial(python, *names, TWIN_BENCH_NO_AUTOLOAD="1"))
+    assert on == "True True\n"
+    assert off == "False True\n"
 
 
 def test_an_installed_wheel_has_its_tasks_and_its_entry_point(python, installed):
