@@ -280,10 +280,6 @@ class TwinCausalLM(TwinModel):
             found.update(zip(batch.rows, logits.cpu(), strict=True))
         return [found[row] for row in range(len(encoded))]
 
-    def classify(self, *_: Any, **__: Any) -> Any:
-        """Raise an InputError: a language model has no head to classify with."""
-        raise InputError("a causal_lm twin does not classify; build a twin of sequence classifiers for that")
-
     @functools.cached_property
     def _prefix_argument(self) -> str:
         """The name under which the model takes a prefix's keys and values. It is empty if it can't share them."""

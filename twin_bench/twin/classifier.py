@@ -163,10 +163,6 @@ class TwinClassifier(TwinModel):
         """Return the logits that each row's answer is read from: (labels,) each, on the CPU."""
         return [prediction.logits for prediction in self.answer(encoded, tasks, fusion_weights=weights)]
 
-    def generate(self, *_: Any, **__: Any) -> Tensor:
-        """Raise an InputError: a classifier does not generate text."""
-        raise InputError("a classifier twin does not generate text; build a twin of causal language models for that")
-
     def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
         """Return the logits of one batch of a plan over `keys`."""
         with self.fused(group, keys), heads_in_use(self.heads, heads):
