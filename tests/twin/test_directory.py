@@ -109,3 +109,10 @@ def test_a_build_is_reproducible_bit_for_bit(families: Any, tmp_path: Path) -> N
     assert first == second
     with pytest.raises(InputError, match="exists already"):
         build_twin(Recipe.model_validate(families("bert").recipe), tmp_path / "one")
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"[1]", "no JSON object"), (b"{", "not JSON"), (b"\xff{}", "not JSON")])
+def test_a_twin_json_that_is_none_is_damaged(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "twin.json").write_bytes(content)
+    with pytest.raises(InputError, match=f"twin.json: damaged, {says}"):
+        read_manifest(tmp_path)

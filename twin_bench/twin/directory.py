@@ -151,11 +151,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     file = directory / "twin.json"
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
+        manifest = json.loads(file.read_bytes())
     except OSError:
         raise InputError(f"{directory}: no twin there (no twin.json); build one with twin-bench build") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{file}: damaged, not JSON ({error}); build the twin again") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{file}: damaged, no JSON object; build the twin again")
     version = manifest.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise InputError(f"{file}: format {version}, this twin-bench reads up to {FORMAT_VERSION}; upgrade twin-bench")
