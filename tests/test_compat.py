@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,10 @@ import pytest
 import torch
 import transformers
 
+from tests.support.families import built
 from tests.support.models import tiny_causal
 from twin_bench import compat
-from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Score, score
 
 pytestmark = pytest.mark.versions
@@ -24,10 +25,16 @@ CONTEXT = [*range(4, 24)]
 REQUESTS = [Score([*CONTEXT, 5 + row], [6, 7]) for row in range(3)]
 
 
+@pytest.fixture(scope="module")
+def directory(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = {**causal_families("llama").recipe, "router": None}
+    return built(recipe, tmp_path_factory.mktemp("compat") / "twin")
+
+
 @pytest.fixture
-def twin(causal_families: Any, tmp_path: Path) -> TwinCausalLM:
-    build_twin(Recipe.model_validate({**causal_families("llama").recipe, "router": None}), tmp_path / "twin")
-    return TwinCausalLM.from_pretrained(tmp_path / "twin")
+def load(directory: Path) -> Callable[[], TwinCausalLM]:
+    """Return a function that loads a twin, which has found out nothing of its model yet."""
+    return lambda: TwinCausalLM.from_pretrained(directory)
 
 
 @pytest.fixture
@@ -83,12 +90,24 @@ def renamed(module: Any, name: str) -> None:
     module.forward = {"cache": cache, "past_key_values": past_key_values}[name]
 
 
+def hide(module: Any, *names: str) -> None:
+    """Have a module's forward take what it takes without naming these arguments."""
+    forward = module.forward
+    signature = inspect.signature(forward)
+
+    def unnamed(*args: Any, **options: Any) -> Any:
+        return forward(*args, **options)
+
+    shown = [argument for argument in signature.parameters.values() if argument.name not in names]
+    unnamed.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    module.forward = unnamed
+
+
 @pytest.mark.parametrize("name", compat.CACHE_ARGUMENTS)
 def test_prefixes_are_shared_under_either_name(
-    twin: TwinCausalLM, name: str, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+    load: Callable[[], TwinCausalLM], name: str, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
-    expected = scores(twin)
-    twin.__dict__.pop("_prefix_argument")
+    expected, twin = scores(load()), load()
     renamed(twin.model.base_model, name)
     renamed(twin.model, name)
     passes: list[int] = []
@@ -100,27 +119,25 @@ def test_prefixes_are_shared_under_either_name(
 
     monkeypatch.setattr(twin, "prefix", watched)
     torch.testing.assert_close(scores(twin), expected)
-    assert twin._prefix_argument == name
     assert passes == [len(CONTEXT)]
     assert not said.records
 
 
-def test_no_name_is_deprecated(twin: TwinCausalLM) -> None:
+def test_no_name_is_deprecated(load: Callable[[], TwinCausalLM]) -> None:
+    twin = load()
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         scores(twin)
         rows = [tokens(request.context) for request in REQUESTS]
-        assert [batch for batch, _ in twin._feature_batches(rows, [-1], 4)]
+        assert len(twin.features_of(rows, [-1], batch_size=4)[0]) == len(rows)
 
 
 def test_a_model_without_either_name_shares_nothing_and_says_so_once(
-    twin: TwinCausalLM, said: pytest.LogCaptureFixture
+    load: Callable[[], TwinCausalLM], said: pytest.LogCaptureFixture
 ) -> None:
-    expected = scores(twin)
-    forward = twin.model.base_model.forward
-    twin.model.base_model.forward = lambda *args, **options: forward(*args, **options)
-    for _ in range(2):
-        twin.__dict__.pop("_prefix_argument")
+    expected = scores(load())
+    for twin in (load(), load()):
+        hide(twin.model.base_model, *compat.CACHE_ARGUMENTS)
         torch.testing.assert_close(scores(twin), expected, rtol=1e-4, atol=1e-5)
     (record,) = said.records
     assert record.name == "twin_bench.compat"
@@ -131,13 +148,12 @@ def test_a_model_without_either_name_shares_nothing_and_says_so_once(
     )
 
 
-def test_a_model_that_computes_all_logits_says_so_once(twin: TwinCausalLM, said: pytest.LogCaptureFixture) -> None:
-    expected = scores(twin)
-    forward = twin.model.forward
-    assert twin._prefix_argument
-    twin.model.forward = lambda *args, **options: forward(*args, **options)
-    for _ in range(2):
-        twin.__dict__.pop("_selects_logits")
+def test_a_model_that_computes_all_logits_says_so_once(
+    load: Callable[[], TwinCausalLM], said: pytest.LogCaptureFixture
+) -> None:
+    expected = scores(load())
+    for twin in (load(), load()):
+        hide(twin.model, "logits_to_keep")
         torch.testing.assert_close(scores(twin), expected, rtol=1e-4, atol=1e-5)
     (record,) = said.records
     assert "takes no logits_to_keep: the logits of all tokens are computed" in record.message
