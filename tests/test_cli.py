@@ -193,6 +193,10 @@ def test_a_bug_keeps_its_traceback() -> None:
         cli.reporting_errors(lambda: print(1 / 0))
 
 
+INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""A shell's background job ignores interrupts, and so does what it starts: the tests may run in one."""
+
+
 @pytest.mark.parametrize("swallow", ["raise", "raise ImportError('twice')", "raise OSError('closed')"])
 def test_an_interrupt_while_a_command_is_imported(swallow: str, tmp_path: Path) -> None:
     code = f"""
@@ -204,13 +208,15 @@ except BaseException:
     {swallow}
 """
     (tmp_path / "slow.py").write_text(code)
-    code = "import sys, twin_bench.cli as cli\ncli.COMMANDS = {'slow': 'slow'}\nsys.exit(cli.main(['slow']))"
-    done = python("-c", code, path=[tmp_path])
+    run = "import sys, twin_bench.cli as cli\ncli.COMMANDS = {'slow': 'slow'}\nsys.exit(cli.main(['slow']))"
+    done = python("-c", INTERRUPTIBLE + run, path=[tmp_path])
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
 def test_an_interrupt_while_a_command_works_lets_it_clean_up() -> None:
-    code = """
+    code = (
+        INTERRUPTIBLE
+        + """
 import os, signal, sys, time, types, twin_bench.cli as cli
 def run(options):
     try:
@@ -222,13 +228,18 @@ sys.modules["works"] = types.SimpleNamespace(SUMMARY="", add_arguments=lambda pa
 cli.COMMANDS = {"works": "works"}
 sys.exit(cli.main(["works"]))
 """
+    )
     done = python("-c", code)
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "cleaned up\n")
 
 
 def test_the_usual_handler_of_interrupts_is_put_back() -> None:
-    assert cli.main(["--version"]) == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cli.main(["--version"]) == 0
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_verbose_and_quiet() -> None:
