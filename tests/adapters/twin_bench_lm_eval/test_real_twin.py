@@ -12,8 +12,6 @@ from twin_bench.paths import tasks_directory
 from twin_bench_lm_eval.classifier import ClassifierTwin
 from twin_bench_lm_eval.model import TwinMerged
 
-pytestmark = pytest.mark.versions
-
 TASKS = ("cola", "stsb", "mnli")
 
 
