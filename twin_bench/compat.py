@@ -15,7 +15,7 @@ import transformers
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Conv1D", "cache_argument", "pattern_of", "prefix_argument", "selects_logits"]
+__all__ = ["Conv1D", "cache_argument", "pattern_of", "prefix_argument", "say_once", "selects_logits"]
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """transformers 5.24 renamed the second to the first: its signatures show the first, and it warns of the second."""
@@ -40,7 +40,7 @@ def prefix_argument(model: Any) -> str | None:
     if name is not None and name == cache_argument(model.forward) and not stateful:
         return name
     why = "keeps a state that is no keys and values" if stateful else f"takes none of {', '.join(CACHE_ARGUMENTS)}"
-    _say_once(f"{_named(model)} {why}: what rows begin with alike is run for each of them")
+    say_once(f"{_named(model)} {why}: what rows begin with alike is run for each of them")
     return None
 
 
@@ -48,7 +48,7 @@ def selects_logits(model: Any) -> bool:
     """Return whether a language model can leave out the logits that nobody asks for; where not, it is said once."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return True
-    _say_once(f"{_named(model)} takes no logits_to_keep: the logits of all tokens are computed, which takes memory")
+    say_once(f"{_named(model)} takes no logits_to_keep: the logits of all tokens are computed, which takes memory")
     return False
 
 
@@ -65,6 +65,6 @@ def _named(model: Any) -> str:
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def say_once(reason: str) -> None:
     """Warn, once a process for each reason, that a fast path is off."""
     _log.warning(reason)
