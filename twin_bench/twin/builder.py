@@ -56,8 +56,8 @@ def build_twin(
         allow_pickle=recipe.allow_pickle,
         trust_remote_code=recipe.trust_remote_code,
     )
-    _check_limits(recipe, sources)
-    options = _merge_options(recipe)
+    check_limits(recipe, sources)
+    options = merge_options(recipe)
     merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
@@ -85,7 +85,7 @@ def build_twin(
     return settings
 
 
-def _merge_options(recipe: Recipe) -> dict[str, Any]:
+def merge_options(recipe: Recipe) -> dict[str, Any]:
     """Return the options of the static merge that makes the shared expert, with the recipe's seed if it needs one."""
     header = find_method(recipe.shared.method).given(recipe.shared.options)
     return {**header.seeded(recipe.seed), **recipe.shared.options}
@@ -140,7 +140,7 @@ def _require_writable(directory: Path) -> None:
         raise InputError(f"{directory}: {parent} can't be written to; give another place")
 
 
-def _check_limits(recipe: Recipe, sources: Sources) -> None:
+def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
     config, router = sources.config, recipe.router
     window = context_window(config)
