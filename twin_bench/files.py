@@ -191,6 +191,12 @@ def written_at_once(directory: Path) -> Iterator[Path]:
         _flush(directory.parent)
 
 
+def remove_abandoned(directory: Path) -> None:
+    """Remove the temporary files and folders that killed runs have left in a folder and below it."""
+    for path in directory.rglob(f".*{TEMPORARY}"):
+        _remove_unless_locked(path)
+
+
 def require_writable(file: Path) -> None:
     """Raise an InputError unless a file can be written: its folder, which is made, takes files and no folder is there.
 

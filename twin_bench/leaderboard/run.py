@@ -16,7 +16,7 @@ from twin_bench.contenders import Contender, Context, contenders
 from twin_bench.data import TASKS
 from twin_bench.data.rows import read_router_rows
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.files import digest, require_writable
+from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped
 from twin_bench.leaderboard.checks import check_heads, check_options, check_rows
@@ -248,7 +248,8 @@ def _check(run: Run, entries: Sequence[Entry]) -> None:
 
 
 def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, progress: Progress) -> Run:
-    """Open the experts, find the rows and take the digests of both."""
+    """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
+    remove_abandoned(out)
     data = run_inputs.rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
     if sources.skeleton.task_type != suite.task_type:
