@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from tests.support.dense import batch
+from tests.support.models import tiny_tokenizer
 from twin_bench import InputError, TwinModel
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.directory import load_parts, read_manifest, verify
 from twin_bench.twin.recipe import Recipe
@@ -150,3 +152,17 @@ def test_a_twin_json_that_is_none_is_damaged(tmp_path: Path, content: bytes, say
     (tmp_path / "twin.json").write_bytes(content)
     with pytest.raises(InputError, match=f"twin.json: damaged, {says}"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_tokenizer_is_written_alike_however_it_was_loaded(tmp_path: Path, offline: bool) -> None:
+    """transformers writes whether HF_HUB_OFFLINE was set, which changed a twin's digest."""
+    tiny_tokenizer("bert").save_pretrained(tmp_path / "first")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "first", local_files_only=offline)
+    save_tokenizer(loaded, tmp_path / "second")
+    again = AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert (
+        not {"local_files_only", "is_local"}
+        & json.loads((tmp_path / "second" / "tokenizer_config.json").read_text()).keys()
+    )
+    assert again("the cat")["input_ids"] == loaded("the cat")["input_ids"]

@@ -29,6 +29,7 @@ from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.peft_files import load_adapter, save_adapter, save_tensors
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transformers, read_config, skeleton_of
 from twin_bench.checkpoints.sources import require_expert_name
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_file, read_json, write_json, written_at_once
@@ -67,7 +68,7 @@ def save_twin(
     """
     with written_at_once(directory) as root:
         (model.base_model if skeleton.head else model).save_pretrained(root / "model")
-        tokenizer.save_pretrained(root / "model")
+        save_tokenizer(tokenizer, root / "model")
         for name in parts.exclusive:
             _save_expert(root / "experts" / name, name, parts, skeleton)
         if parts.router is not None:
