@@ -8,17 +8,16 @@ import json
 import logging
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.faults import full_disk
 from twin_bench.errors import InputError
 from twin_bench.files import (
     digest_files,
@@ -204,18 +203,6 @@ def test_what_a_living_writer_works_on_stays(tmp_path: Path) -> None:
             raise RuntimeError
         assert (first / "weights").is_file()
     assert (tmp_path / "twin" / "weights").is_file()
-
-
-@contextlib.contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: writing then fails as on a full disk, with another number."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path) -> None:

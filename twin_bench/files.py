@@ -320,7 +320,7 @@ def _naming(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in CANNOT_WRITE and error.filename is None:
+        if error.errno in CANNOT_WRITE and (error.filename is None or TEMPORARY in str(error.filename)):
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     except Exception as error:

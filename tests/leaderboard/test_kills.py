@@ -1,4 +1,4 @@
-"""Files that killed runs left behind, and files that were damaged since: the next run ends with the same scores."""
+"""Killed runs, damaged files, a full disk: the next run ends with the same scores, and an error is one line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from tests.support.kills import copied_at_each_write
+from tests.support.faults import copied_at_each_write, full_disk
+from twin_bench.cli import main
 from twin_bench.config import parse
 from twin_bench.contenders import Contender
 from twin_bench.data import TASKS
@@ -146,3 +148,24 @@ def test_a_build_and_a_merge_killed_after_each_of_their_writes(families: Any, tm
         else:
             assert make(copy / kind) == expected, copy.name
         require_nothing_left_over(copy)
+
+
+@pytest.mark.parametrize("command", ["build", "merge", "leaderboard"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    families: Any, suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    recipe, out = families("bert").recipe, tmp_path / "out"
+    given = {
+        "build": recipe,
+        "merge": {key: recipe[key] for key in ("base_model", "experts")} | {"merge": {"method": "average"}},
+        "leaderboard": suite.model_dump(exclude_none=True) | {"methods": [METHODS[-1]]},
+    }[command]
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given))
+    named = ["--suite", str(tmp_path / "given.yaml"), "--out", str(out)]
+    with full_disk(8_000):
+        assert main([command, *(named if command == "leaderboard" else [str(tmp_path / "given.yaml"), str(out)])]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"error: {out}")
+    assert line.endswith("File too large")
+    require_nothing_left_over(tmp_path)
+    assert not [file for file in tmp_path.rglob("*.safetensors") if "features" not in file.parts]

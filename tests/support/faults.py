@@ -1,9 +1,11 @@
-"""What a process leaves behind that is killed at one of its writes: a copy of its folder after each of them."""
+"""A process that is killed at one of its writes (its folder is copied after each of them), and a disk that is full."""
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +39,15 @@ def copied_at_each_write(folder: Path, into: Path) -> Iterator[list[Path]]:
         for name in ("fsync", "replace", "rename"):
             patch.setattr(os, name, then_copied(getattr(os, name)))
         yield copies
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes: writing then fails as on a full disk, with another number."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
