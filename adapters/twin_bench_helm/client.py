@@ -27,8 +27,9 @@ from twin_bench.config import parse
 from twin_bench.errors import InputError
 from twin_bench.files import digest
 from twin_bench.twin.sampling import Completion
-from twin_bench_helm.engine import Ask, Engine, Refused, engine
-from twin_bench_helm.prompts import TemplateRefusal, encoded, in_template
+from twin_bench_helm.engine import Ask, Engine, engine
+from twin_bench_helm.errors import RefusedError
+from twin_bench_helm.prompts import encoded, in_template
 from twin_bench_helm.settings import TwinSettings
 
 FORMAT = 2
@@ -91,7 +92,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
                 response, cached = ready.pop(), False
             else:
                 response, cached = self.cache.get(key, lambda: _raw(self.engine.ask(ask)))
-        except (Refused, TemplateRefusal) as error:
+        except RefusedError as error:
             return _failed(str(error), is_fatal=False)
         except InputError as error:
             return _failed(str(error), is_fatal=True)
@@ -124,7 +125,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             for chunk in (missing[start : start + size] for start in range(0, len(missing), size)):
                 answers = self.engine.answer([asked[place][0][1] for place in chunk], bar.update)
                 for place, answer in zip(chunk, answers, strict=True):
-                    if not isinstance(answer, Refused):  # make_request reports why
+                    if not isinstance(answer, RefusedError):  # make_request reports why
                         self._keep(place, [key for key, _ in asked[place]], _raw(answer))
                 hlog(f"The twin has answered {bar.n} of {len(missing)} requests")
 

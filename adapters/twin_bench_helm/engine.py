@@ -21,6 +21,7 @@ from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
 from twin_bench.twin.sampling import Completion, Sampling
+from twin_bench_helm.errors import RefusedError
 from twin_bench_helm.settings import TwinSettings
 
 GATHER_SECONDS = 0.01
@@ -29,11 +30,7 @@ GATHER_SECONDS = 0.01
 _log = logging.getLogger(__name__)
 
 
-class Refused(InputError):
-    """One request that can't be answered. The others of its list can."""
-
-
-Answer = list[Completion] | Refused
+Answer = list[Completion] | RefusedError
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Engine:
         """Return the completions of one request. Requests of other threads may share its batches.
 
         Raises:
-            Refused: this request can't be answered.
+            RefusedError: this request can't be answered.
             InputError: no request can.
         """
         with self._starting:
@@ -97,7 +94,7 @@ class Engine:
             try:
                 self._check(request)
             except InputError as error:
-                answers[request] = Refused(str(error))
+                answers[request] = RefusedError(str(error))
         possible = [request for request in dict.fromkeys(requests) if request not in answers]
         with self._lock:
             answers.update(zip(possible, self._within_memory(possible, progress or _silent), strict=True))
@@ -190,7 +187,7 @@ class Engine:
                     future.set_exception(error)
                 continue
             for (_, future), answer in zip(waiting, answers, strict=True):
-                if isinstance(answer, Refused):
+                if isinstance(answer, RefusedError):
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twin_bench.errors import InputError, first_line
+from twin_bench_helm.errors import RefusedError
 
 PROBES = ("a", "1.", "A b\n")
 """Texts of which the tokens that a chat template adds are counted."""
@@ -13,23 +14,19 @@ PROBES = ("a", "1.", "A b\n")
 Message = Mapping[str, str]
 
 
-class TemplateRefusal(InputError):
-    """A chat template does not take one request's messages."""
-
-
 def in_template(tokenizer: Any, messages: Sequence[Message]) -> str:
     """Return a conversation in the tokenizer's chat template, up to where the assistant answers.
 
     Raises:
         InputError: the tokenizer has no chat template.
-        TemplateRefusal: the template does not take these messages.
+        RefusedError: the template does not take these messages.
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; leave out --chat-template (apply_chat_template: false)")
     try:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is the model's own program, which raises what it likes
-        raise TemplateRefusal(f"the chat template does not take these messages ({first_line(error)})") from None
+        raise RefusedError(f"the chat template does not take these messages ({first_line(error)})") from None
     return text
 
 

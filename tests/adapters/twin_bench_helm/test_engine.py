@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from twin_bench import InputError, TwinModel
-from twin_bench_helm.engine import Ask, Engine, Refused
+from twin_bench_helm.engine import Ask, Engine
+from twin_bench_helm.errors import RefusedError
 
 pytestmark = pytest.mark.versions
 
@@ -75,9 +76,9 @@ def test_what_can_not_be_answered_does_not_disturb_the_rest(directory: Path, max
     found = engine.answer([asked[0], ASKED[0], *asked[1:], ASKED[1]])
     assert [found[1], found[4]] == engine.answer(ASKED[:2])
     for answer, says in zip((found[0], *found[2:4]), refused.values(), strict=True):
-        assert isinstance(answer, Refused)
+        assert isinstance(answer, RefusedError)
         assert says in str(answer)
-    with pytest.raises(Refused, match="an empty prompt"):
+    with pytest.raises(RefusedError, match="an empty prompt"):
         engine.ask(asked[0])
 
 
@@ -128,9 +129,7 @@ def test_a_batch_over_the_memory_is_halved(directory: Path, monkeypatch: pytest.
         for one, other in zip(ours, theirs, strict=True):
             assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
     room = 0
-    with pytest.raises(
-        InputError, match=r"memory of cpu does not hold one row \(CUDA out of memory\.\); use a smaller"
-    ):
+    with pytest.raises(InputError, match=r"of cpu does not hold one row \(CUDA out of memory\.\); use a"):
         engine.answer(asked)
 
 
