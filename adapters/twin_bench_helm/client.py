@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,23 +113,29 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         The requests are answered in chunks. The answers of a chunk are in the cache before the next one begins. Equal
         requests are answered once.
         """
-        asked: dict[str, list[tuple[Any, Ask]]] = {}
+        asked: dict[str, tuple[Any, Ask]] = {}
+        wanted: Counter[str] = Counter()
         for request in requests:
             try:
                 ask = self._ask(request)
                 key = CachingClient.make_cache_key(self._key(ask), request)
             except InputError:
                 continue  # make_request reports the error
-            asked.setdefault(digest(key), []).append((key, ask))
-        missing = [place for place, same in asked.items() if not self._holds(same[0][0])]
+            asked[digest(key)] = key, ask
+            wanted[digest(key)] += 1
+        missing = [place for place, (key, _) in asked.items() if not self._holds(key)]
+        answered, size = 0, CHUNK * self._settings.batch_size
         with tqdm(total=len(missing), desc="Running the twin", unit="request", disable=None) as bar:
-            size = CHUNK * self._settings.batch_size
             for chunk in (missing[start : start + size] for start in range(0, len(missing), size)):
-                answers = self.engine.answer([asked[place][0][1] for place in chunk], bar.update)
+                answers = self.engine.answer([asked[place][1] for place in chunk], bar.update)
                 for place, answer in zip(chunk, answers, strict=True):
-                    if not isinstance(answer, RefusedError):  # make_request reports why
-                        self._keep(place, [key for key, _ in asked[place]], _raw(answer))
-                hlog(f"The twin has answered {bar.n} of {len(missing)} requests")
+                    if isinstance(answer, RefusedError):
+                        continue  # make_request reports the error
+                    raw = _raw(answer)
+                    self.cache.get(asked[place][0], functools.partial(dict, raw))
+                    self._ready[place] = [raw] * wanted[place]
+                    answered += 1
+                hlog(f"The twin has answered {answered} of {len(missing)} requests")
 
     def _holds(self, key: Any) -> bool:
         """Return whether the cache holds an answer."""
@@ -136,11 +144,6 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         except _Miss:
             return False
         return True
-
-    def _keep(self, place: str, keys: Sequence[Any], raw: dict[str, Any]) -> None:
-        """Put an answer into the cache, and make it ready for each of the equal requests with these keys."""
-        self.cache.get(keys[0], lambda: raw)
-        self._ready[place] = [raw] * len(keys)
 
     def _ask(self, request: Request) -> Ask:
         twin = self.engine.twin

@@ -91,8 +91,8 @@ def test_entries_are_plain_data_of_what_they_are_given(tmp_path: Path) -> None:
     entry = metadata_entry("twin_merged/mine", manifest, TwinSettings())
     assert (entry.file, entry.key, entry.content["num_parameters"]) == ("model_metadata.yaml", "models", 9)
     assert entry.content["description"] == (
-        "Twin-merged model of mmlu, bbq: shared expert by ties, exclusive vectors of rank 8, router on layer 4 with its "
-        "2 largest weights, tolerance default, protocol standard."
+        "Twin-merged model of mmlu, bbq: shared expert by ties, exclusive vectors of rank 8, router on layer 4 with "
+        "its 2 largest weights, tolerance default, protocol standard."
     )
     entry = metadata_entry("twin_merged/mine", manifest, TwinSettings(protocol="paper", tolerance=0.01))
     assert entry.content["description"].endswith("router on layer -1, tolerance 0.01, protocol paper.")

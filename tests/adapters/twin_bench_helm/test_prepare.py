@@ -88,12 +88,17 @@ def test_equal_requests_are_answered_once_without_a_cache(three: Path, chunks: l
     assert [result.completions for result in results] == [result.completions for result in results[:3]] * 5
 
 
-def test_one_long_prompt_does_not_lose_the_plan_of_the_rest(three: Path, chunks: list[int]) -> None:
+def test_one_long_prompt_does_not_lose_the_plan_of_the_rest(
+    three: Path, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "hlog", said.append)
     ours = TwinClient(BlackHoleCacheConfig(), str(three), device="cpu", batch_size=8)
     requests = requests_of(6)
     requests[2] = dataclasses.replace(requests[2], prompt=LONG)
     ours.prepare(requests)
     assert chunks == [6]
+    assert said == ["The twin has answered 5 of 6 requests"]
     results = [ours.make_request(request) for request in requests]
     assert [result.success for result in results] == [True, True, False, True, True, True]
     assert chunks == [6, 1]
