@@ -87,6 +87,8 @@ def test_it_answers_as_helms_own_client(alone: Path, causal_families: Any) -> No
         found, expected = (served.make_request(request).completions[0] for served in (ours, theirs))
         assert found.text == expected.text
         assert [token.text for token in found.tokens] == [token.text for token in expected.tokens]
+        assert all(abs(token.logprob) < 1e-3 for token in expected.tokens)  # at a temperature of 1e-7
+        assert any(token.logprob < -1 for token in found.tokens)
     for request in asks(5, echo_prompt=True, max_tokens=0):
         found, expected = (served.make_request(request).completions[0] for served in (ours, theirs))
         assert found.text == expected.text
