@@ -14,6 +14,8 @@ import yaml
 from twin_bench.errors import InputError
 from twin_bench.files import write_text
 
+LOCK = ".helm-config.lock"
+
 
 class Entry(NamedTuple):
     """An entry of one of HELM's files: the file's name, the key of its list, and the entry."""
@@ -134,9 +136,9 @@ def _read(file: Path) -> str:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock. The system frees it when the process ends, however it ends."""
+    """Hold a folder's lock, on an empty file that stays. The system frees it when the process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
 
+from tests.support.models import tiny_causal_tokenizer, tiny_tokenizer
 from twin_bench import TwinModel
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.requests import Generate, generate
-from twin_bench.twin.sampling import Completion, Sampling
+from twin_bench.twin.sampling import Completion, Sampling, stop_length
 
 pytestmark = pytest.mark.versions
 
@@ -71,6 +75,39 @@ def test_a_stop_string_does_not_begin_in_the_prompt(twin: TwinCausalLM) -> None:
     for steps in (1, 6):
         (found,) = texts(twin, [Generate(PROMPTS[0], steps, Sampling(stop=(straddling,)))])
         assert (found.tokens, found.finish_reason) == (free.tokens[:steps], "length")
+
+
+def llama_tokenizer() -> Any:
+    """Return a tokenizer like Llama 2's: a space is part of the token after it, and all bytes are tokens."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "\u2581ab", "ba"]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
+
+
+STOPS = ["a", " a", "ab", "\n", "\n\n", "a b", "b a", "\u00e9", "\u20ac", "a\u00e9b", "the cat", "##"]
+
+
+@pytest.mark.parametrize("make", [llama_tokenizer, tiny_causal_tokenizer, tiny_tokenizer])
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_row_ends_with_the_token_that_completes_the_stop_string(make: Any, stop: str) -> None:
+    """Step by step, as `generate` asks. The prompt holds the stop string itself."""
+    tokenizer, draw = make(), random.Random(stop)
+    prompt = tokenizer(stop)["input_ids"]
+    some = [token for text in (stop, "a", "\u20ac", " the") for token in tokenizer(text)["input_ids"]]
+    for _ in range(60):
+        ids = draw.choices([*some, draw.randrange(len(tokenizer))], k=8)
+        ids[4:4] = prompt if draw.random() < 0.5 else []
+        (criterion,) = Sampling(stop=("#nowhere", stop)).options(tokenizer, ["s"], len(prompt))["stopping_criteria"]
+        for count in range(1, len(ids) + 1):
+            ends = bool(criterion(torch.tensor([[*prompt, *ids[:count]]]), None))
+            assert ends == (stop in tokenizer.decode(ids[:count]))
+            if ends:
+                padded = [*ids[:count], *[tokenizer.pad_token_id] * 3]
+                assert stop_length(tokenizer, padded, ("#nowhere", stop)) == count
+                break
+            assert stop_length(tokenizer, ids[:count], ("#nowhere", stop)) is None
 
 
 def test_one_token_can_complete_a_stop_string_or_end_the_text(twin: TwinCausalLM) -> None:

@@ -132,30 +132,30 @@ class _AtStop(StoppingCriteria):  # type: ignore[misc]
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...], length: int) -> None:
         self._tokenizer, self._stop, self._length = tokenizer, stop, length
-        # Every token has a byte at least. One token more keeps what a tokenizer strips from the start of a text.
-        self._tail = max(len(string.encode()) for string in stop) + 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Return which rows of `input_ids` (rows, length) end, (rows,) bool."""
         new = input_ids[:, self._length :].tolist()
-        ended = [
-            stop_length(self._tokenizer, ids[-self._tail :], self._stop) is not None
-            and stop_length(self._tokenizer, ids, self._stop) is not None
-            for ids in new
-        ]
-        return torch.tensor(ended, device=input_ids.device)
+        return torch.tensor([_holds(self._tokenizer, ids, self._stop) for ids in new], device=input_ids.device)
 
 
 def stop_length(tokenizer: Any, ids: Sequence[int], stop: Collection[str]) -> int | None:
-    """Return how many of a text's tokens it takes to complete the first stop string; None where it holds none."""
+    """Return how many of a text's tokens it takes to complete the first stop string; None where it holds none.
 
-    def stopped(count: int) -> bool:
-        text = tokenizer.decode(list(ids[:count]))
-        return any(string in text for string in stop)
-
-    if not stop or not stopped(len(ids)):
+    The text is one that ended there: what comes after is padding.
+    """
+    if not stop or not _holds(tokenizer, ids, stop):
         return None
-    return bisect.bisect_left(range(len(ids)), True, lo=1, key=stopped)
+    return bisect.bisect_left(range(len(ids)), True, lo=1, key=lambda count: _holds(tokenizer, ids[:count], stop))
+
+
+def _holds(tokenizer: Any, ids: Sequence[int], stop: Collection[str]) -> bool:
+    """Return whether a text holds a stop string.
+
+    All of it is decoded. Its last tokens alone can decode otherwise: a character can take several tokens.
+    """
+    text = tokenizer.decode(list(ids))
+    return any(string in text for string in stop)
 
 
 def takes_largest(options: Mapping[str, Any], generation_config: Any) -> bool:

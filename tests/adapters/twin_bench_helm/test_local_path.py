@@ -99,7 +99,7 @@ def test_nothing_is_written_where_one_file_refuses(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("- a list\n")
     with pytest.raises(InputError, match=r"b\.yaml"):
         add([Entry("a.yaml", "a", {"name": "x"}), Entry("b.yaml", "b", {"name": "x"})], tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["b.yaml"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [local_path.LOCK, "b.yaml"]
 
 
 def test_two_at_once_both_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,4 +120,4 @@ def test_two_at_once_both_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         thread.join()
     found = yaml.safe_load((tmp_path / "a.yaml").read_text())["a"]
     assert sorted(entry["name"] for entry in found) == [f"model-{index}" for index in range(6)]
-    assert [file.name for file in tmp_path.iterdir()] == ["a.yaml"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [local_path.LOCK, "a.yaml"]
