@@ -34,6 +34,7 @@ from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench_helm.engine import hold
+from twin_bench_helm.prompts import surrounding_tokens
 
 SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail": "test"}
 """Which of HELM's splits each task is scored on."""
@@ -84,16 +85,23 @@ class Helm(Harness):
             score=mean(scored.values),
             stderr=mean_standard_error(scored.values),
             n=len(scored.values),
-            notes={"harness": f"crfm-helm {version('crfm-helm')}"},
+            notes={
+                "harness": f"crfm-helm {version('crfm-helm')}",
+                **({"set_aside": "; ".join(scored.set_aside)} if scored.set_aside else {}),
+            },
         )
 
 
 @dataclass(frozen=True)
 class HelmScores:
-    """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows."""
+    """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows.
+
+    `set_aside` says why some rows could not be answered. HELM scores them as empty answers.
+    """
 
     values: list[float]
     means: dict[str, tuple[float, int]]
+    set_aside: list[str]
 
 
 def copy_scenarios(scenarios: Path, data: Path, into: Path) -> None:
@@ -213,7 +221,7 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
         )
     )
     client = ClientSpec(class_name="twin_bench_helm.client.TwinClient", args={"twin": full, "batch_size": batch_size})
-    window = twin.max_length - len(twin.tokenizer("")["input_ids"])
+    window = twin.max_length - surrounding_tokens(twin.tokenizer, templated=False)
     register_model_deployment(
         ModelDeployment(
             full,
@@ -229,6 +237,7 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
 def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
     values: list[float] = []
     means: dict[str, tuple[float, int]] = {}
+    set_aside: list[str] = []
     for run in runs:
         own = [
             stat["mean"]
@@ -241,4 +250,10 @@ def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
         mean = next(stat["mean"] for stat in stats if stat["name"] == {"name": metric, "split": split})
         values += own
         means[run.name] = mean, len(own)
-    return HelmScores(values, means)
+        states = json.loads((run / "scenario_state.json").read_text())["request_states"]
+        set_aside += [
+            f"{state['instance']['id']}: {state['result']['error']}"
+            for state in states
+            if not state["result"]["success"]
+        ]
+    return HelmScores(values, means, set_aside)

@@ -285,7 +285,8 @@ def test_every_answered_request_is_reported(causal_twins: Any) -> None:
     [
         ({}, {}, True),
         ({"do_sample": False, "use_cache": True}, {"eos_token_id": [1, 2], "temperature": 0.6}, True),
-        ({}, {"do_sample": True, "repetition_penalty": 1.0}, True),
+        ({"do_sample": False, "num_beams": 1}, {"do_sample": True, "repetition_penalty": 1.0, "num_beams": 3}, True),
+        ({}, {"do_sample": True}, False),
         ({"do_sample": True}, {}, False),
         ({"num_beams": 2}, {}, False),
         ({"repetition_penalty": 1.1}, {}, False),

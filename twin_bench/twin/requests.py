@@ -7,8 +7,9 @@ requests. No answer depends on the other requests, on their order, or on the bat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -137,26 +138,26 @@ def generate(
     Args:
         twin: the twin that answers.
         requests: the requests.
-        batch_size: the largest number of requests in a forward. Each of their completions is a row.
+        batch_size: the largest number of rows in a forward. Each completion is a row.
         max_length: the number of tokens of a prompt and its completion; by default the twin's.
         fusion_weights: (requests, experts), used in place of the router's.
         log_probs: whether to return log-probabilities. Without them no logits are kept, which saves memory.
         progress: reports answered requests.
 
     Raises:
-        InputError: an empty prompt, no token to generate, a prompt and completion over `max_length`, a token outside
-            the vocabulary, or a missing task.
+        InputError: a request that `check_generate` refuses, or a missing task.
     """
     if not requests:
         return []
-    window = max_length or twin.max_length
     for request in requests:
-        _check_prompt(twin, request, window)
+        check_generate(twin, request, max_length)
+    begun = time.perf_counter()
     weights = _routed(twin, [request.prompt for request in requests], requests, fusion_weights, batch_size)
+    routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
     kinds: dict[tuple[int, Decoding], list[int]] = {}
     for row, request in enumerate(requests):
         kinds.setdefault((request.max_new_tokens, request.decoding), []).append(row)
-    answers: dict[int, list[Completion]] = {}
+    answers: list[dict[int, Completion]] = [{} for _ in requests]
     for (steps, decoding), rows in kinds.items():
         largest = takes_largest(decoding.options(twin.tokenizer, [""], 1), twin.model.generation_config)
         found = (
@@ -164,31 +165,45 @@ def generate(
             if steps == 1 and largest
             else _texts(twin, requests, rows, weights, batch_size, log_probs)
         )
-        for row, completions in found:
-            answers[row] = completions
-            if progress:
+        for (row, number), completion in _timed(found):
+            answers[row][number] = replace(completion, seconds=completion.seconds + routing)
+            if progress and len(answers[row]) == requests[row].completions:
                 progress(1)
-    return [answers[row] for row in range(len(requests))]
+    return [[own[number] for number in range(len(own))] for own in answers]
+
+
+Text = tuple[tuple[int, int], Completion]
+"""A request's place in its list, the number of one of its completions, and that completion."""
+
+
+def _timed(found: Iterator[Sequence[Text]]) -> Iterator[Text]:
+    """Yield the texts of batches. The time that a batch took is shared equally by its texts."""
+    begun = time.perf_counter()
+    for batch in found:
+        share = (time.perf_counter() - begun) / len(batch)
+        for place, completion in batch:
+            yield place, replace(completion, seconds=share)
+        begun = time.perf_counter()
 
 
 def _one_token_each(
     twin: TwinCausalLM, requests: Sequence[Generate], rows: Sequence[int], weights: Tensor, batch_size: int
-) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield some requests' completions of one token. They take one forward, so the prompts can share prefixes.
+) -> Iterator[list[Text]]:
+    """Yield batches of some requests' completions of one token. They take one forward, so prompts can share prefixes.
 
-    All `rows` have the same decoding.
+    All `rows` have the same decoding. The completions of a request are drawn from the logits of one row.
     """
     prompts = [request.prompt for request in requests]
+    decoding = requests[rows[0]].decoding
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     limits = {row: len(prompts[row]) - 1 for row in rows}
     for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
         logits = twin.last_logits([prompts[row][prefix.length :] for row in batch.rows], batch, weights, prefix)
-        counts = torch.tensor([requests[row].completions for row in batch.rows], device=logits.device)
-        seeds = [seed for row in batch.rows for seed in _seeds(requests[row])]
-        options = requests[batch.rows[0]].decoding.options(twin.tokenizer, seeds, max(map(len, prompts)))
-        found = iter(picked(logits.repeat_interleave(counts, dim=0), options, ends))
-        for row in batch.rows:
-            yield row, [next(found) for _ in range(requests[row].completions)]
+        copies = _copies(requests, batch.rows)
+        options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in copies], max(map(len, prompts)))
+        place = {row: index for index, row in enumerate(batch.rows)}
+        drawn = logits[[place[row] for row, _ in copies]]
+        yield list(zip(copies, picked(drawn, options, ends, twin.tokenizer, decoding.stop), strict=True))
 
 
 def _texts(
@@ -198,33 +213,44 @@ def _texts(
     weights: Tensor,
     batch_size: int,
     log_probs: bool,
-) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield some requests' completions of several tokens. All `rows` have the same number of tokens and decoding.
+) -> Iterator[list[Text]]:
+    """Yield batches of some requests' completions of several tokens. All `rows` have the same length and decoding.
 
     No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
     the rest of its prompt, where a model with a window of attention counts it.
     """
     steps, decoding = requests[rows[0]].max_new_tokens, requests[rows[0]].decoding
-    prompts = [request.prompt for request in requests]
+    copies = _copies(requests, rows)
+    prompts = [requests[row].prompt for row, _ in copies]
+    own = weights[[row for row, _ in copies]]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    for batch, _ in _prefixed(twin, weights, prompts, dict.fromkeys(rows, 0), batch_size, steps):
-        copies = tuple(row for row in batch.rows for _ in range(requests[row].completions))
-        inputs = twin.collate([tokens(prompts[row]) for row in copies], padding_side="left")
+    for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, steps):
+        asked = [copies[place] for place in batch.rows]
+        inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
         length = inputs["input_ids"].shape[1]
-        seeds = [seed for row in batch.rows for seed in _seeds(requests[row])]
-        options = decoding.options(twin.tokenizer, seeds, length)
+        options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in asked], length)
         wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs}
-        output = twin.generate_batch(inputs, Group(copies, batch.weights), weights, **{**options, **wanted})
-        found = iter(completed(output, length, ends, twin.tokenizer.pad_token_id))
-        for row in batch.rows:
-            yield row, [next(found) for _ in range(requests[row].completions)]
+        output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
+        yield list(zip(asked, completed(output, length, ends, twin.tokenizer, decoding.stop), strict=True))
 
 
-def _seeds(request: Generate) -> list[str]:
-    return [f"{request.seed}/{number}" for number in range(request.completions)]
+def _copies(requests: Sequence[Generate], rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (row, number) of each completion of some requests."""
+    return [(row, number) for row in rows for number in range(requests[row].completions)]
 
 
-def _check_prompt(twin: TwinCausalLM, request: Generate, window: int) -> None:
+def _seed(requests: Sequence[Generate], copy: tuple[int, int]) -> str:
+    row, number = copy
+    return f"{requests[row].seed}/{number}"
+
+
+def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None = None) -> None:
+    """Raise an InputError for a request that `generate` can't answer.
+
+    That is an empty prompt, no token to generate, a prompt and completion over `max_length` (by default the twin's), or
+    a token outside the vocabulary.
+    """
+    window = max_length or twin.max_length
     if not len(request.prompt):
         raise InputError("an empty prompt: nothing to continue or to route on")
     twin.check_tokens(request.prompt, "prompt")
