@@ -20,6 +20,7 @@ from twin_bench.checkpoints.checkpoint import (
     stored_tensors,
     with_shape,
 )
+from twin_bench.checkpoints.finite import require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.compat import pattern_of
 from twin_bench.errors import InputError
@@ -100,7 +101,8 @@ def _lora_config(directory: Path) -> LoraConfig:
 def _contents(directory: Path, stored: Mapping[str, Callable[[], Tensor]], skeleton: Skeleton) -> _Contents:
     """Sort an adapter's stored tensors by what they change."""
     contents = _Contents({}, {}, {})
-    for key, read in stored.items():
+    for key, unchecked in stored.items():
+        read = functools.partial(_finite, unchecked, key, directory)
         if ".original_module." in key:  # the base model's copy of a module in modules_to_save
             continue
         name = _WRAPPERS.sub(".", key.removeprefix("base_model.model."))
@@ -131,6 +133,10 @@ def _scale(config: LoraConfig, parameter: str, rank: int) -> float:
     alphas = config.alpha_pattern or {}
     alpha = alphas.get(pattern_of(list(alphas), parameter.removesuffix(".weight")), config.lora_alpha)
     return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def _finite(read: Callable[[], Tensor], key: str, directory: Path) -> Tensor:
+    return require_weights(read(), key, str(directory))
 
 
 def _adapted(directory: Path, base: Checkpoint, skeleton: Skeleton, parameter: str, lora: LowRank) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twin_bench.checkpoints.finite import require_finite
+from twin_bench.checkpoints.finite import require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
@@ -33,8 +33,8 @@ class LowRank(NamedTuple):
 class Checkpoint(Mapping[str, Tensor]):
     """The backbone parameters of one model, a read-only mapping from a skeleton's names to tensors.
 
-    Tensors are read when they are asked for. Reading a tensor that holds NaN or inf raises an InputError that names
-    the tensor. `head()` returns the task head's tensors.
+    Tensors are read when they are asked for. Reading a tensor that holds NaN or inf, or has a dtype that weights don't
+    have, raises an InputError that names the tensor. `head()` returns the task head's tensors.
     For an adapter, `low_rank` holds the factors of the matrices that it changes, and `replaced` the names of the
     parameters that it stores whole. Both are empty for a full checkpoint.
     """
@@ -54,7 +54,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.replaced = frozenset(replaced)
 
     def __getitem__(self, name: str) -> Tensor:
-        return require_finite(self._backbone[name](), name, self.source)
+        return require_weights(self._backbone[name](), name, self.source)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype. The data of a memory-mapped tensor is not read."""
@@ -71,7 +71,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def head(self) -> dict[str, Tensor]:
         """Return the task head's tensors by name, an empty dict if the checkpoint has no head."""
-        return {name: require_finite(read(), name, self.source) for name, read in self._head.items()}
+        return {name: require_weights(read(), name, self.source) for name, read in self._head.items()}
 
 
 def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool = False) -> Checkpoint:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.skeleton import quiet_transformers
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import written_at_once
@@ -19,7 +20,8 @@ def convert(gguf: Path, directory: Path) -> None:
     embedding table.
 
     Raises:
-        InputError: The file does not exist or is not GGUF, `directory` exists already, or the package gguf is missing.
+        InputError: The file does not exist or is not GGUF, a weight is NaN or inf, `directory` exists already, or the
+            package gguf is missing.
     """
     if not gguf.is_file():
         raise InputError(f"{gguf}: no such file")
@@ -28,7 +30,10 @@ def convert(gguf: Path, directory: Path) -> None:
             raise InputError(f"{gguf}: not a GGUF file")
     with written_at_once(directory) as root, quiet_transformers():
         tokenizer, quantised, config = _read(gguf)
-        _dequantised(quantised, config).save_pretrained(root)
+        model = _dequantised(quantised, config)
+        for name, tensor in model.state_dict().items():
+            require_finite(tensor, name, str(gguf), "give another file of that model")
+        model.save_pretrained(root)
         tokenizer.save_pretrained(root)
 
 

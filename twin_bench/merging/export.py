@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
-from twin_bench.checkpoints.finite import all_finite
+from twin_bench.checkpoints.finite import require_no_overflow
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.checkpoints.peft_files import save_adapter
 from twin_bench.checkpoints.skeleton import meta_model, quiet_transformers, read_config
@@ -99,8 +99,9 @@ def _write_checkpoint(
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in progress.track(ordered(layouts), description="merging"):
             tensor = head[name] if name in head else merged[name]
-            yield name.removeprefix(kept_prefix), _fitting(name, tensor, layouts[name].dtype)
-            del tensor  # frees it before the next one is merged
+            cast = require_no_overflow(tensor.to(layouts[name].dtype), name, recipe.merge.method)
+            yield name.removeprefix(kept_prefix), cast
+            del tensor, cast  # frees it before the next one is merged
 
     stored = {name.removeprefix(kept_prefix): layout for name, layout in layouts.items()}
     write_sharded(root, stored, stream(), shard_bytes=shard_bytes)
@@ -125,13 +126,6 @@ def _write_adapter(recipe: MergeRecipe, sources: Sources, options: Mapping[str, 
         head = {name: tensor.to(dtype) for name, tensor in head.items()}
     save_adapter(root, factors, sources.skeleton, base_model=recipe.base_model, head=head)
     return sum(t.numel() for pair in factors.values() for t in pair) + sum(t.numel() for t in head.values())
-
-
-def _fitting(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    if not all_finite(cast):
-        raise InputError(f"tensor {name} overflows {str(dtype).removeprefix('torch.')}; set dtype: bfloat16 or float32")
-    return cast
 
 
 def _merged_config(recipe: MergeRecipe, sources: Sources, head: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

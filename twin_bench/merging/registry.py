@@ -28,7 +28,7 @@ from torch import Tensor
 from twin_bench.checkpoints.finite import require_finite
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest
 from twin_bench.files import digest_file
-from twin_bench.merging.task_vectors import TaskVectors
+from twin_bench.merging.task_vectors import FiniteMerge, TaskVectors
 
 OWN_PACKAGE = "twin_bench"
 ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
@@ -102,13 +102,15 @@ class Method:
         return dict(options)
 
     def check(self, option: str, value: Any) -> None:
-        """Raise an InputError unless the method has this option and `value` is of its default's kind."""
+        """Raise an InputError unless the method has this option and `value` is of its default's kind, and finite."""
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
         if isinstance(self.defaults[option], int | float) and (
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
             raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN compares as False
+            raise InputError(f"{self.name}: {option} must be a finite number, not {value}")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
         """Return the track for these options."""
@@ -292,7 +294,7 @@ def merge_lazily(
         )
     header.check_inputs(experts, params)
     header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return header.function(TaskVectors(base, experts), **params)
+    return FiniteMerge(method, header.function(TaskVectors(base, experts), **params))
 
 
 def merge(
@@ -328,7 +330,8 @@ def statistics_of(method: str, statistics: Statistics, task: str, name: str, sha
     """Return one tensor of an expert's statistics. Raises InputError if it is missing, misshapen or not finite."""
     if name not in statistics[task]:
         raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
-    tensor = require_finite(statistics[task][name], name, f"{method}: statistics of expert {task!r}")
+    source = f"{method}: statistics of expert {task!r}"
+    tensor = require_finite(statistics[task][name], name, source, "compute them again")
     if tensor.shape != shape:
         raise InputError(
             f"{method}: the statistics of expert {task!r} have {name} as {tuple(tensor.shape)}, not {tuple(shape)}; "
