@@ -137,8 +137,8 @@ def test_exclusive_vectors_that_are_not_finite_are_refused(shape: tuple[int, ...
 
 def test_a_twin_stores_no_nan(tmp_path: Path) -> None:
     """Heads, routers, biases and exclusive vectors are all stored by this function."""
+    (tmp_path / "router").mkdir()
     with pytest.raises(InputError, match=r"router/router\.safetensors: tensor layers\.0\.weight holds NaN or inf"):
-        (tmp_path / "router").mkdir()
         save_tensors({"layers.0.weight": torch.tensor([torch.nan])}, tmp_path / "router" / "router.safetensors")
     assert not list((tmp_path / "router").iterdir())
 

@@ -58,14 +58,15 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
     stored = stored_tensors(directory, "adapter_model", "adapter_model", allow_pickle=allow_pickle)
     contents = _contents(directory, stored, skeleton)
     _require_complete_pairs(directory, contents.pairs, skeleton)
+    transposed = skeleton.transposed | skeleton.embeddings
     adapters = {
-        name: LowRank(pair["A"], pair["B"], _scale(config, name, pair["A"]().shape[0]))
+        name: LowRank(pair["A"], pair["B"], _scale(config, name, pair["A"]().shape[0]), name in transposed)
         for name, pair in contents.pairs.items()
     }
     backbone: dict[str, Callable[[], Tensor]] = {
         **{name: functools.partial(base.__getitem__, name) for name in skeleton.backbone},
         **contents.replaced,
-        **{name: functools.partial(_adapted, directory, base, skeleton, name, lora) for name, lora in adapters.items()},
+        **{name: functools.partial(_adapted, directory, base, name, lora) for name, lora in adapters.items()},
     }
     return Checkpoint(str(directory), backbone, dict(sorted(contents.head.items())), adapters, contents.replaced)
 
@@ -139,12 +140,11 @@ def _finite(read: Callable[[], Tensor], key: str, directory: Path) -> Tensor:
     return require_weights(read(), key, str(directory))
 
 
-def _adapted(directory: Path, base: Checkpoint, skeleton: Skeleton, parameter: str, lora: LowRank) -> Tensor:
+def _adapted(directory: Path, base: Checkpoint, parameter: str, lora: LowRank) -> Tensor:
     """Return W + scale * B A in float32 or float64. InputError if B A has another shape than W."""
     weight, a, b = base[parameter], lora.A(), lora.B()
     exact = torch.promote_types(weight.dtype, torch.float32)
-    delta = b.to(exact) @ a.to(exact)
-    delta = delta.T if parameter in skeleton.transposed | skeleton.embeddings else delta
+    delta = lora.oriented(b.to(exact) @ a.to(exact))
     if delta.shape != weight.shape:
         raise InputError(shape_message(directory, parameter, delta.shape, weight.shape))
     return weight.to(exact) + lora.scale * delta

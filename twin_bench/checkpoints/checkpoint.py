@@ -23,11 +23,19 @@ from twin_bench.files import read_json
 
 
 class LowRank(NamedTuple):
-    """One matrix's LoRA adapter, scale * B A. `A` reads the (r, n) factor and `B` the (m, r) factor."""
+    """One matrix's LoRA adapter, scale * B A. `A` reads the (r, n) factor and `B` the (m, r) factor.
+
+    `transposed` says that the matrix is stored (n, m): an embedding table, or the weight of a Conv1D.
+    """
 
     A: Callable[[], Tensor]
     B: Callable[[], Tensor]
     scale: float
+    transposed: bool
+
+    def oriented(self, product: Tensor) -> Tensor:
+        """Return a view of an (m, n) product B A that has the stored matrix's orientation."""
+        return product.T if self.transposed else product
 
 
 class Checkpoint(Mapping[str, Tensor]):

@@ -50,8 +50,8 @@ def require_no_overflow(tensor: Tensor, name: str, computed_by: str) -> Tensor:
     """
     if not all_finite(tensor):
         raise InputError(
-            f"{computed_by}: tensor {name} overflows {_named(tensor.dtype)}; set dtype: bfloat16 or float32, whose range "
-            "is wider, or lower the scaling"
+            f"{computed_by}: tensor {name} overflows {_named(tensor.dtype)}; set dtype: bfloat16 or float32, which "
+            "have a wider range, or lower the scaling"
         )
     return tensor
 

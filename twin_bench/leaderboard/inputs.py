@@ -15,7 +15,7 @@ from twin_bench.files import digest, digest_files, write_text
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite
 from twin_bench.merging.registry import ProtocolName
 
-FORMAT = 1
+FORMAT = 2
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
 
 

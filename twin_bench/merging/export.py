@@ -87,7 +87,8 @@ def _write_checkpoint(
 ) -> int:
     wanted = getattr(torch, recipe.dtype) if recipe.dtype else None
     base = _Widened(sources.base, wanted) if wanted else sources.base
-    merged = merge_lazily(recipe.merge.method, base, sources.experts, **options)
+    transposed = sources.skeleton.transposed
+    merged = merge_lazily(recipe.merge.method, base, sources.experts, transposed=transposed, **options)
     head = sources.experts[recipe.head].head() if recipe.head else {}
     kept_prefix = sources.skeleton.prefix if sources.skeleton.head and not head else ""
     layouts = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -21,13 +21,23 @@ class TaskVectors(Mapping[str, Tensor]):
     and its rows follow `experts`. Only floating-point parameters have a task vector. The names are the base's. A tensor
     that an expert lacks, or has in another shape or in a dtype that weights don't have, is an InputError that names it.
     So is one that holds NaN or inf.
+
+    `transposed` names the matrices that are stored (in, out), as the weights of GPT-2's Conv1D layers are. All others
+    are read as torch.nn.Linear's, (out, in).
     """
 
-    def __init__(self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        *,
+        transposed: Collection[str] = frozenset(),
+    ) -> None:
         if not experts:
             raise InputError("there is no expert to merge; name at least one")
         self.base = base
         self.experts = tuple(experts)
+        self.transposed = transposed
         self._experts = experts
         self._transforms: tuple[PerParameter, ...] = ()
 
@@ -48,9 +58,13 @@ class TaskVectors(Mapping[str, Tensor]):
 
         `transform` may change its argument in place.
         """
-        mapped = TaskVectors(self.base, self._experts)
+        mapped = TaskVectors(self.base, self._experts, transposed=self.transposed)
         mapped._transforms = (*self._transforms, transform)
         return mapped
+
+    def as_linear(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a view of a parameter, or of a stack of them, with matrices turned to (out, in), or back from that."""
+        return tensor.mT if name in self.transposed else tensor
 
     def floating(self) -> list[str]:
         """Return the names of the parameters that have a task vector: the floating-point ones."""

@@ -58,7 +58,9 @@ def build_twin(
     )
     _check_limits(recipe, sources)
     options = _merge_options(recipe)
-    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
+    merged = merge_lazily(
+        recipe.shared.method, sources.base, sources.experts, transposed=sources.skeleton.transposed, **options
+    )
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},

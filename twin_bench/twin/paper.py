@@ -88,7 +88,8 @@ def merge_lora_factors(
     merged = merge_lazily(method, zeros, own, **options)
     parameters = dict(base.items())
     for name, stack in stacks.items():
-        delta = stack.scale * merged[f"{name}.B"] @ merged[f"{name}.A"]
+        adapter = next(iter(experts.values())).low_rank[name]
+        delta = adapter.oriented(stack.scale * merged[f"{name}.B"] @ merged[f"{name}.A"])
         parameters[name] = (parameters[name].float() + delta).to(parameters[name].dtype)
     return parameters
 
