@@ -118,7 +118,8 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     same nn.Linear layers, merged by task arithmetic.
     """
     if sources.skeleton.head:
-        return PaperParts({n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)})
+        biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
+        return PaperParts(biases, density=recipe.exclusive.density)
     if recipe.shared.method != "task_arithmetic" or not all(expert.low_rank for expert in sources.experts.values()):
         return None
     adapted = {name for expert in sources.experts.values() for name in expert.low_rank}
