@@ -164,6 +164,64 @@ def test_pickles_are_refused_unless_asked_for(tmp_path: Path) -> None:
     assert_holds(open_checkpoint(tmp_path / "pickled", skeleton, allow_pickle=True), base)
 
 
+def test_pickles_of_every_form_are_read_when_asked_for(tmp_path: Path) -> None:
+    """Before 1.6 torch wrote no zip archive, which can't be mapped into memory; large models come in shards."""
+    base = tiny_classifier("bert")
+    skeleton = skeleton_of(base.config, "sequence_classification")
+    state = base.state_dict()
+    for form in ("old", "shards", "more", "list", "damaged"):
+        base.config.save_pretrained(tmp_path / form)
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    names = list(state)
+    for number, own in enumerate((names[:9], names[9:])):
+        torch.save({name: state[name] for name in own}, tmp_path / "shards" / f"pytorch_model-{number}.bin")
+    index = {"weight_map": {name: f"pytorch_model-{int(i >= 9)}.bin" for i, name in enumerate(names)}}
+    (tmp_path / "shards" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for form in ("old", "shards"):
+        checkpoint = open_checkpoint(tmp_path / form, skeleton, allow_pickle=True)
+        assert_holds(checkpoint, base)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint.head().items())
+        with pytest.raises(InputError, match="a pickle can run code"):
+            open_checkpoint(tmp_path / form, skeleton)
+    torch.save({"state": state, "epoch": 3}, tmp_path / "more" / "pytorch_model.bin")
+    torch.save([Path("x")], tmp_path / "list" / "pytorch_model.bin")
+    (tmp_path / "damaged" / "pytorch_model.bin").write_bytes(b"\x80\x02damaged")
+    for form, message in (
+        ("more", r"more/pytorch_model\.bin: state is a (Ordered)?[dD]ict; save the model's state dict alone"),
+        ("list", r"list/pytorch_model\.bin: can't be read as a pickle of tensors alone"),
+        ("damaged", r"damaged/pytorch_model\.bin: can't be read as a pickle of tensors alone"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            open_checkpoint(tmp_path / form, skeleton, allow_pickle=True)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_base_without_tokenizer_is_refused(tmp_path: Path, families: Any, kind: str) -> None:
+    """transformers 5 makes a tokenizer of special tokens alone, under which every word is unknown."""
+    family = families(kind)
+    shutil.copytree(family.root / "base", tmp_path / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / file).unlink()
+    with pytest.raises(
+        InputError, match=r"base: (no tokenizer there|its tokenizer can't).*expected tokenizer\.json or"
+    ):
+        open_sources(str(tmp_path / "base"), family.recipe["experts"])
+    (tmp_path / "base" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="base: its tokenizer can't be read"):
+        open_sources(str(tmp_path / "base"), family.recipe["experts"])
+
+
+def test_a_base_with_a_vocabulary_in_its_own_files_is_read(tmp_path: Path, families: Any) -> None:
+    family = families("bert")
+    shutil.copytree(family.root / "base", tmp_path / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / file).unlink()
+    (tmp_path / "base" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\n")
+    sources = open_sources(str(tmp_path / "base"), family.recipe["experts"])
+    assert sources.tokenizer("cat")["input_ids"] == [2, 5, 3]
+
+
 def test_a_shard_outside_its_folder_is_refused(tmp_path: Path) -> None:
     base = tiny_classifier("bert")
     base.save_pretrained(tmp_path / "base", max_shard_size="10KB")

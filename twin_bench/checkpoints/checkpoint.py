@@ -8,6 +8,7 @@ Each tensor is read when it is asked for, so a merge never holds whole models in
 from __future__ import annotations
 
 import functools
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -112,14 +113,16 @@ def stored_tensors(
 ) -> dict[str, Callable[[], Tensor]]:
     """Return a function that reads each tensor stored in `directory`, by the tensor's name.
 
-    The first of these that exists is read: the index of sharded STEM.safetensors, STEM.safetensors, PICKLE_STEM.bin.
+    The first of these that exists is read: the index of sharded STEM.safetensors, STEM.safetensors, the index of
+    sharded PICKLE_STEM.bin, PICKLE_STEM.bin. Of pickles nothing but tensors is read (`weights_only=True`).
 
     Raises:
         InputError: None of them exists, the file is damaged, or it is a pickle and `allow_pickle` is False.
     """
     index = directory / f"{stem}.safetensors.index.json"
     single = directory / f"{stem}.safetensors"
-    pickle = directory / f"{pickle_stem}.bin"
+    pickles = (directory / f"{pickle_stem}.bin.index.json", directory / f"{pickle_stem}.bin")
+    pickle = next((file for file in pickles if file.is_file()), None)
     if index.is_file():
         return {key: functools.partial(_read_tensor, file, key) for key, file in _sharded(index).items()}
     if single.is_file():
@@ -128,15 +131,37 @@ def stored_tensors(
                 return {key: functools.partial(_read_tensor, single, key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(f"{single}: not a readable safetensors file ({error})") from None
-    if pickle.is_file():
+    if pickle is not None:
         if not allow_pickle:
             raise InputError(
                 f"{pickle}: a pickle can run code when read; convert it (from_pretrained, then "
                 "save_pretrained writes safetensors) or set allow_pickle: true"
             )
-        tensors = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
-        return {key: functools.partial(tensors.__getitem__, key) for key in tensors}
+        shards = [pickle] if pickle.suffix == ".bin" else sorted(set(_sharded(pickle).values()))
+        return {
+            key: functools.partial(tensors.__getitem__, key) for tensors in map(_unpickled, shards) for key in tensors
+        }
     raise InputError(f"{directory}: no {stem}.safetensors there; is it a checkpoint or an adapter?")
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    """Return the tensors in a file of torch.save. InputError if it holds anything else, or can't be read.
+
+    Files of torch before 1.6 are no zip archives, and can't be mapped into memory.
+    """
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # The file is missing, damaged, or holds more than tensors.
+        raise InputError(
+            f"{file}: can't be read as a pickle of tensors alone ({first_line(error)}); load the model with "
+            "transformers and save it again (save_pretrained)"
+        ) from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds a {type(found).__name__}; expected a state dict, which maps names to tensors")
+    for key, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{file}: {key} is a {type(tensor).__name__}; save the model's state dict alone")
+    return found
 
 
 def _sharded(index: Path) -> dict[str, Path]:

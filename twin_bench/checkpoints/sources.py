@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.hub import WHOLE_VOCABULARIES, model_directory
 from twin_bench.checkpoints.skeleton import (
     Skeleton,
     meta_model,
@@ -25,7 +25,7 @@ from twin_bench.checkpoints.skeleton import (
 )
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -74,9 +74,9 @@ def open_sources(
     """
     for name in experts:
         require_expert_name(name)
-    directory = model_directory(base_model)
+    directory = model_directory(base_model, tokenizer=True, allow_pickle=allow_pickle)
     config = read_config(directory, trust_remote_code=trust_remote_code)
-    folders = {name: model_directory(path) for name, path in experts.items()}
+    folders = {name: model_directory(path, allow_pickle=allow_pickle) for name, path in experts.items()}
     task_type = _common_task_type(folders, config)
     for name, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
@@ -90,7 +90,7 @@ def open_sources(
     opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
         _require_head(name, folders[name], expert, skeleton)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:  # GPT-2 and Llama have none.
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
@@ -99,6 +99,33 @@ def open_sources(
         GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").is_file() else None
     )
     return Sources(config, tokenizer, skeleton, base, opened, generation)
+
+
+def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of the model in `directory`.
+
+    transformers makes a tokenizer without words if the vocabulary's files are missing.
+
+    Raises:
+        InputError: The files of the vocabulary are missing, or can't be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds of errors for missing and damaged files.
+        raise InputError(
+            f"{directory}: its tokenizer can't be read ({first_line(error)}); expected tokenizer.json or the "
+            "vocabulary's files there; save the base model's tokenizer in that folder (save_pretrained)"
+        ) from None
+    named = dict(getattr(tokenizer, "vocab_files_names", None) or {})  # empty for a tokenizer of bytes
+    own = sorted(file for key, file in named.items() if key != "tokenizer_file")
+    whole = any(any(directory.glob(pattern)) for pattern in WHOLE_VOCABULARIES)
+    if named and not whole and not (own and all((directory / file).is_file() for file in own)):
+        expected = " or ".join(["tokenizer.json", *([" and ".join(own)] if own else [])])
+        raise InputError(
+            f"{directory}: no tokenizer there, so every word would be unknown; expected {expected}; save the base "
+            "model's tokenizer in that folder (save_pretrained)"
+        )
+    return tokenizer
 
 
 def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:

@@ -134,7 +134,7 @@ def _merged_config(recipe: MergeRecipe, sources: Sources, head: Mapping[str, Ten
     config = copy.deepcopy(sources.config)
     config.dtype = dtype
     if recipe.head is not None:
-        expert = model_directory(recipe.experts[recipe.head])
+        expert = model_directory(recipe.experts[recipe.head], allow_pickle=recipe.allow_pickle)
         if (expert / "adapter_config.json").is_file():
             config.num_labels = head[sources.skeleton.head_output or min(head)].shape[0]
         else:
