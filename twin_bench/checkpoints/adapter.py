@@ -190,4 +190,5 @@ def _adapted(base: Checkpoint, parameter: str, lora: LowRank) -> Tensor:
 def _known_name(name: str, skeleton: Skeleton) -> str | None:
     """Return the model's name of a parameter, which an adapter may store without the base model's prefix."""
     known = skeleton.backbone.keys() | skeleton.head
-    return next((n for n in (name, skeleton.prefix + name) if n in known), None)
+    candidates = (name, skeleton.prefix + name, skeleton.own_name(name))
+    return next((candidate for candidate in candidates if candidate in known), None)

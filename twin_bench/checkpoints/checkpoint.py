@@ -86,21 +86,26 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a full Hugging Face checkpoint in safetensors format, a single file or shards.
 
-    Tensors may be stored with or without the base model's prefix, so a bare backbone can be opened like a model
-    with a head. With `allow_pickle` a pickle is read too, with `weights_only=True`.
+    Tensors may be stored with or without the base model's prefix, so a bare backbone can be opened like a model with a
+    head. A tensor that transformers renames when it loads the checkpoint is found under its stored name. With
+    `allow_pickle` a pickle is read too, with `weights_only=True`.
 
     Raises:
         InputError: The directory has no weights, a tensor is missing, or the weights are a pickle. Reading a tensor of
             another shape than the skeleton's raises one as well.
     """
-    stored = stored_tensors(directory, "model", "pytorch_model", allow_pickle=allow_pickle)
+    found = stored_tensors(directory, "model", "pytorch_model", allow_pickle=allow_pickle)
+    stored = {**{skeleton.own_name(key): read for key, read in found.items()}, **found}
 
     def find(name: str) -> Callable[[], Tensor]:
         bare = name.removeprefix(skeleton.prefix)
         for candidate in (name, bare, _legacy(name), _legacy(bare)):
             if candidate in stored:
                 return stored[candidate]
-        raise InputError(f"{directory}: tensor {name} is missing; is it a checkpoint of another architecture?")
+        raise InputError(
+            f"{directory}: tensor {name} is missing; is it a checkpoint of another architecture, or of one whose "
+            "weights transformers converts when it loads them (mixtures of experts)?"
+        )
 
     readers = {name: find(name) for name in skeleton.backbone}
     head = {name: stored[name] for name in sorted(skeleton.head & stored.keys())}
