@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import twin_bench
-from tests.support.families import built
 from tests.support.merges import EXPERTS, STATIC, models
 from tests.support.models import tiny_classifier
 from twin_bench import InputError
@@ -78,7 +76,7 @@ def test_options_that_are_not_finite_are_refused_by_name(name: str, value: float
     base, tuned = models(experts=EXPERTS[name])
     for option, default in twin_bench.methods()[name].defaults.items():
         if isinstance(default, int | float) or option == "alpha":
-            with pytest.raises(InputError, match=f"^{name}: {option} must be a finite number, not"):
+            with pytest.raises(InputError, match=f"^{name}: {option} must be a .*number"):
                 twin_bench.merge(name, base, tuned, **{option: value})
 
 
@@ -153,22 +151,3 @@ def test_learning_that_diverges_stops_and_stores_nothing(tmp_path: Path) -> None
     with pytest.raises(InputError, match="wemoe: gate holds NaN or inf after step 1; lower learning_rate"):
         Learning(file).descend(parameters, gradients, method="wemoe", steps=1, learning_rate=0.1)
     assert not file.exists()
-
-
-def test_features_that_are_not_finite_train_no_router(families: Any, tmp_path: Path) -> None:
-    """The weights are finite, and the hidden states that they make are not."""
-    family = families("bert")
-    for name in ("base", *family.labels):
-        shutil.copytree(family.root / name, tmp_path / name)
-        file = tmp_path / name / "model.safetensors"
-        tensors = load_file(file)
-        key = "bert.encoder.layer.1.output.LayerNorm.weight"
-        save_file({**tensors, key: torch.full_like(tensors[key], 3e38)}, file)
-    recipe = {
-        **family.recipe,
-        "base_model": str(tmp_path / "base"),
-        "experts": {task: str(tmp_path / task) for task in family.labels},
-    }
-    with pytest.raises(InputError, match="router: tensor of features of layer -1 holds NaN or inf"):
-        built(recipe, tmp_path / "twin")
-    assert not (tmp_path / "twin").exists()

@@ -40,6 +40,12 @@ def test_a_local_directory_is_returned_as_it_is(tmp_path, monkeypatch):
     assert model_directory("org/model") == Path("org/model")
 
 
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"model\.safetensors': not a directory; give the directory that holds"):
+        model_directory(str(tmp_path / "model.safetensors"))
+
+
 def test_a_cached_snapshot_is_found_offline(cache):
     snapshot = put_in_cache(cache, "org/model", "config.json", "model.safetensors")
     assert model_directory("org/model") == snapshot

@@ -23,11 +23,14 @@ def convert(gguf: Path, directory: Path) -> None:
         InputError: The file does not exist or is not GGUF, a weight is NaN or inf, `directory` exists already, or the
             package gguf is missing.
     """
-    if not gguf.is_file():
-        raise InputError(f"{gguf}: no such file")
-    with gguf.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"{gguf}: not a GGUF file")
+    try:
+        with gguf.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise InputError(f"{gguf}: not a GGUF file")
+    except OSError as error:  # It is missing, a directory, or may not be read.
+        raise InputError(
+            f"{gguf}: {(error.strerror or str(error)).lower()}; give a GGUF file that can be read"
+        ) from None
     with written_at_once(directory) as root, quiet_transformers():
         tokenizer, quantised, config = _read(gguf)
         model = _dequantised(quantised, config)

@@ -79,6 +79,8 @@ def model_directory(name: str, *, tokenizer: bool = False, allow_pickle: bool = 
     path = Path(os.path.expanduser(name))  # For an unknown user's ~, Path.expanduser would raise.
     if name and path.is_dir():
         return path
+    if name and path.exists():
+        raise InputError(f"{name!r}: not a directory; give the directory that holds the model")
     segments = name.split("/")
     if not all(_SEGMENT.fullmatch(segment) and ".." not in segment for segment in segments):
         raise InputError(f"{name!r}: no such directory, and not a hub id; give a local directory or ORG/MODEL")

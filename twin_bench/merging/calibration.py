@@ -130,7 +130,7 @@ def calibration_examples(
     malformed.
     """
     file = split_path(data, task, "train")
-    if not file.is_file():
+    if not file.exists():
         raise UnsuitedError(f"{file}: no such file; statistics are computed from training rows")
     kind = TASKS[task]
     drawn = shuffled(read_rows(file, kind), seed)[:rows]

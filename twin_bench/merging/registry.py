@@ -107,7 +107,7 @@ class Method:
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
             raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
-        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # NaN compares as False
+        if isinstance(self.defaults[option], int | float) and not abs(value) <= sys.float_info.max:  # NaN too
             raise InputError(f"{self.name}: {option} must be a finite number, not {value}")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
@@ -153,7 +153,9 @@ class MergeMethod(Method):
     def require_weights_alone(self) -> None:
         """Raise an InputError if the method needs more than weights."""
         if self.inputs:
-            raise InputError(f"{self.name} needs {self.inputs[0]}, and a shared expert is made of weights alone")
+            raise InputError(
+                f"{self.name} needs {self.inputs[0]}, and a recipe merges weights alone; run it in a suite"
+            )
 
     def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
         """Raise an InputError unless `given` holds every input that the method needs, for these experts."""

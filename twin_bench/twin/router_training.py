@@ -12,7 +12,6 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.sources import Sources, load_model
 from twin_bench.data import TASKS
 from twin_bench.data.rows import scored_inputs, split_path
@@ -140,7 +139,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> T
 def _features(
     twin: TwinModel, rows: Sequence[TaskInput], layers: Sequence[int], progress: Progress, description: str
 ) -> list[Tensor]:
-    """Return the features (rows, width) of each layer, in float32 on the CPU. InputError if one is NaN or inf."""
+    """Return the features (rows, width) of each layer, in float32 on the CPU."""
     encoded = twin.encode([(row.text, row.text_pair) for row in rows])
     lengths = [len(row["input_ids"]) for row in encoded]
     if not all(lengths):
@@ -156,8 +155,6 @@ def _features(
         progress=lambda done: progress.advance(bar, done),
     )
     progress.update(bar, completed=len(distinct_rows))
-    for layer, hidden in zip(layers, features, strict=True):
-        require_finite(hidden, f"of features of layer {layer}", "router", "set dtype: float32 (or bfloat16)")
     return [hidden.float()[place] for hidden in features]
 
 
