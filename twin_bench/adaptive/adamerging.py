@@ -132,7 +132,7 @@ def learn_coefficients(
         gradients = gradient(
             {name: combined(base[name], tau, row) for row, (name, tau) in zip(clamped, taus.items(), strict=True)}
         )
-        slopes = [tau.flatten(1) @ gradients[name].to(tau).flatten() for name, tau in taus.items()]
+        slopes = [tau.reshape(len(tau), -1) @ gradients[name].to(tau).flatten() for name, tau in taus.items()]
         coefficients.grad = torch.where(coefficients == clamped, torch.stack(slopes).to(coefficients), 0.0)
 
     (learning or Learning()).descend(

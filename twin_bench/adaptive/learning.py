@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from twin_bench.checkpoints.finite import all_finite
 from twin_bench.contenders import Context
 from twin_bench.errors import InputError
 from twin_bench.files import read_tensors, write_tensors
@@ -74,7 +75,8 @@ class Learning:
             learning_rate: Adam's.
 
         Raises:
-            InputError: steps is not a whole number from 0, or learning_rate is not above 0.
+            InputError: steps is not a whole number from 0, learning_rate is not above 0, or a parameter becomes NaN or
+                inf. A state that holds one is neither written nor used.
         """
         require_learnable(method, steps, learning_rate)
         started = time.perf_counter() - self.seconds
@@ -85,10 +87,12 @@ class Learning:
                 parameters[name].detach().copy_(tensor)
             else:
                 adam.state[parameters[name]][part] = tensor
+        _require_finite(method, parameters, self.steps)
         while self.steps < steps:
             set_gradients()
             adam.step()
             self.steps += 1
+            _require_finite(method, parameters, self.steps)
             self.seconds = time.perf_counter() - started
             if self._file is not None and (self.steps == steps or self.steps % STEPS_KEPT == 0):
                 self._write(self._file, parameters, adam)
@@ -101,3 +105,9 @@ class Learning:
         }
         taken = {"steps": str(self.steps), "seconds": str(self.seconds)}
         write_tensors(file, state, format_number=FORMAT, notes=taken)
+
+
+def _require_finite(method: str, parameters: Mapping[str, Tensor], steps: int) -> None:
+    for name, parameter in parameters.items():
+        if not all_finite(parameter.detach()):
+            raise InputError(f"{method}: {name} holds NaN or inf after step {steps}; lower learning_rate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
-from twin_bench.compat import Conv1D
+from twin_bench.compat import Conv1D, own_names
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
 
@@ -32,7 +32,8 @@ class Skeleton:
     head's parameters: everything outside the base model for a sequence classifier (classifier, score), nothing for
     a causal LM. `head_output` names the head's weight that has one row for each label.
     `transposed` names the weights of Conv1D layers, which are stored as (in, out). `embeddings` names the embedding
-    tables. `prefix` begins the names of the backbone's parameters in a model with a head, such as "bert.".
+    tables. `prefix` begins the names of the backbone's parameters in a model with a head, such as "bert.". `own_name`
+    maps the name under which a checkpoint stores a tensor to the model's own name for it.
     """
 
     task_type: TaskType
@@ -42,6 +43,7 @@ class Skeleton:
     head_output: str | None
     transposed: frozenset[str]
     embeddings: frozenset[str]
+    own_name: Callable[[str], str]
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -68,6 +70,7 @@ def skeleton_of(config: Any, task_type: TaskType) -> Skeleton:
         head_output=next(output, None),
         transposed=_weights_of(model, Conv1D),
         embeddings=_weights_of(model, nn.Embedding),
+        own_name=own_names(model),
     )
 
 

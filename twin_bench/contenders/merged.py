@@ -40,7 +40,11 @@ def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs:
         base: Mapping[str, Tensor] = sources.base
         if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
-        merged = {**sources.base, **merge_lazily(method.name, base, sources.experts, **options)}
+        transposed = sources.skeleton.transposed
+        merged = {
+            **sources.base,
+            **merge_lazily(method.name, base, sources.experts, transposed=transposed, **options),
+        }
     contender = static_contender(merged, tasks, context, started=started)
     if method.stored is None:
         return contender

@@ -29,7 +29,7 @@ from twin_bench.merging.registry import ProtocolName, methods
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
 """The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
-TWINS_FORMAT = 1
+TWINS_FORMAT = 2
 """The format of the folder of twins and statistics. It is raised when what is built from the same inputs changes."""
 
 

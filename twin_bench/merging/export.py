@@ -12,7 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
-from twin_bench.checkpoints.finite import all_finite
+from twin_bench.checkpoints.finite import require_no_overflow
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.checkpoints.peft_files import save_adapter
 from twin_bench.checkpoints.skeleton import meta_model, quiet_transformers, read_config
@@ -88,7 +88,8 @@ def _write_checkpoint(
 ) -> int:
     wanted = getattr(torch, recipe.dtype) if recipe.dtype else None
     base = _Widened(sources.base, wanted) if wanted else sources.base
-    merged = merge_lazily(recipe.merge.method, base, sources.experts, **options)
+    transposed = sources.skeleton.transposed
+    merged = merge_lazily(recipe.merge.method, base, sources.experts, transposed=transposed, **options)
     head = sources.experts[recipe.head].head() if recipe.head else {}
     kept_prefix = sources.skeleton.prefix if sources.skeleton.head and not head else ""
     layouts = {
@@ -100,8 +101,9 @@ def _write_checkpoint(
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in progress.track(ordered(layouts), description="merging"):
             tensor = head[name] if name in head else merged[name]
-            yield name.removeprefix(kept_prefix), _fitting(name, tensor, layouts[name].dtype)
-            del tensor  # frees it before the next one is merged
+            cast = require_no_overflow(tensor.to(layouts[name].dtype), name, recipe.merge.method)
+            yield name.removeprefix(kept_prefix), cast
+            del tensor, cast  # frees it before the next one is merged
 
     stored = {name.removeprefix(kept_prefix): layout for name, layout in layouts.items()}
     write_sharded(root, stored, stream(), shard_bytes=shard_bytes)
@@ -128,19 +130,12 @@ def _write_adapter(recipe: MergeRecipe, sources: Sources, options: Mapping[str, 
     return sum(t.numel() for pair in factors.values() for t in pair) + sum(t.numel() for t in head.values())
 
 
-def _fitting(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    if not all_finite(cast):
-        raise InputError(f"tensor {name} overflows {str(dtype).removeprefix('torch.')}; set dtype: bfloat16 or float32")
-    return cast
-
-
 def _merged_config(recipe: MergeRecipe, sources: Sources, head: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     """Return the base's config with the class and dtype of what is written and, if a head is written, its labels."""
     config = copy.deepcopy(sources.config)
     config.dtype = dtype
     if recipe.head is not None:
-        expert = model_directory(recipe.experts[recipe.head])
+        expert = model_directory(recipe.experts[recipe.head], allow_pickle=recipe.allow_pickle)
         if (expert / "adapter_config.json").is_file():
             config.num_labels = head[sources.skeleton.head_output or min(head)].shape[0]
         else:

@@ -22,13 +22,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from twin_bench.checkpoints.finite import require_finite
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest
 from twin_bench.files import digest_file
-from twin_bench.merging.task_vectors import TaskVectors
+from twin_bench.merging.task_vectors import FiniteMerge, TaskVectors
 
 OWN_PACKAGE = "twin_bench"
 ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
@@ -103,13 +101,15 @@ class Method:
         return dict(options)
 
     def check(self, option: str, value: Any) -> None:
-        """Raise an InputError unless the method has this option and `value` is of its default's kind."""
+        """Raise an InputError unless the method has this option and `value` is of its default's kind, and finite."""
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
         if isinstance(self.defaults[option], int | float) and (
             isinstance(value, bool) or not isinstance(value, int | float)
         ):
             raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
+        if isinstance(self.defaults[option], int | float) and not abs(value) <= sys.float_info.max:  # NaN too
+            raise InputError(f"{self.name}: {option} must be a finite number, not {value}")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
         """Return the track for these options."""
@@ -154,7 +154,9 @@ class MergeMethod(Method):
     def require_weights_alone(self) -> None:
         """Raise an InputError if the method needs more than weights."""
         if self.inputs:
-            raise InputError(f"{self.name} needs {self.inputs[0]}, and a shared expert is made of weights alone")
+            raise InputError(
+                f"{self.name} needs {self.inputs[0]}, and a recipe merges weights alone; run it in a suite"
+            )
 
     def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
         """Raise an InputError unless `given` holds every input that the method needs, for these experts."""
@@ -282,7 +284,12 @@ def find_method(name: str) -> Method:
 
 
 def merge_lazily(
-    method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
+    method: str,
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    transposed: Collection[str] = frozenset(),
+    **params: Any,
 ) -> Mapping[str, Tensor]:
     """Merge as `merge` does, but compute each parameter when it is read.
 
@@ -296,11 +303,16 @@ def merge_lazily(
         )
     header.check_inputs(experts, params)
     header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return header.function(TaskVectors(base, experts), **params)
+    return FiniteMerge(method, header.function(TaskVectors(base, experts, transposed=transposed), **params))
 
 
 def merge(
-    method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
+    method: str,
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    transposed: Collection[str] = frozenset(),
+    **params: Any,
 ) -> dict[str, Tensor]:
     """Merge experts into one set of parameters.
 
@@ -308,6 +320,8 @@ def merge(
         method: a name from `methods()`.
         base: the pretrained model theta_0, parameter name to tensor.
         experts: task to the fine-tuned model's mapping over the same names.
+        transposed: the names of matrices that are stored (in, out), as the weights of GPT-2's Conv1D layers are. Some
+            methods tell inputs from outputs.
         **params: the method's options (`methods()[method].defaults`) and its inputs (`methods()[method].inputs`).
             Common options are `scaling` (lambda), `density` (the fraction that is kept) and `seed`. Inputs are `task`,
             if each task has its own parameters, and `statistics`, if the method uses them.
@@ -316,29 +330,16 @@ def merge(
         Every name of `base`, in `base`'s dtypes. Sums are taken in float32 or better.
 
     Raises:
-        InputError: an unknown method or option, a missing input, a tensor that an expert lacks or has in another shape,
-            or an option out of its range.
+        InputError: an unknown method or option, a missing input, an option out of its range, or a tensor that an expert
+            lacks, that has another shape or no dtype of weights, or that holds or becomes NaN or inf.
     """
-    return dict(merge_lazily(method, base, experts, **params).items())
+    return dict(merge_lazily(method, base, experts, transposed=transposed, **params).items())
 
 
 def require_fraction(method: str, option: str, value: float) -> None:
     """Raise an InputError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {option} must be in (0, 1], not {value}")
-
-
-def statistics_of(method: str, statistics: Statistics, task: str, name: str, shape: torch.Size) -> Tensor:
-    """Return one tensor of an expert's statistics. Raises InputError if it is missing, misshapen or not finite."""
-    if name not in statistics[task]:
-        raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
-    tensor = require_finite(statistics[task][name], name, f"{method}: statistics of expert {task!r}")
-    if tensor.shape != shape:
-        raise InputError(
-            f"{method}: the statistics of expert {task!r} have {name} as {tuple(tensor.shape)}, not {tuple(shape)}; "
-            "compute them on this model"
-        )
-    return tensor
 
 
 @cache

@@ -58,7 +58,9 @@ def build_twin(
     )
     check_limits(recipe, sources)
     options = merge_options(recipe)
-    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
+    merged = merge_lazily(
+        recipe.shared.method, sources.base, sources.experts, transposed=sources.skeleton.transposed, **options
+    )
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},
@@ -116,7 +118,8 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     same nn.Linear layers, merged by task arithmetic.
     """
     if sources.skeleton.head:
-        return PaperParts({n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)})
+        biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
+        return PaperParts(biases, density=recipe.exclusive.density)
     if recipe.shared.method != "task_arithmetic" or not all(expert.low_rank for expert in sources.experts.values()):
         return None
     adapted = {name for expert in sources.experts.values() for name in expert.low_rank}

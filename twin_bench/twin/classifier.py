@@ -13,8 +13,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
+from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.heads import heads_in_use, install_heads
+from twin_bench.twin.layers import install
 from twin_bench.twin.model import Encoded, Text, TwinModel, identity, present, require_known
+from twin_bench.twin.paper import at_authors_ranks
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.plan import Costs, Group, plan
 
@@ -35,6 +38,10 @@ class TwinClassifier(TwinModel):
     """
 
     task_type: ClassVar[TaskType] = "sequence_classification"
+
+    def _install(self, model: Any, parts: Parts) -> Fusion:
+        density = parts.paper.density if self.protocol == "paper" and parts.paper else None
+        return install(model, parts.exclusive if density is None else at_authors_ranks(parts.exclusive, density))
 
     def _complete(self, parts: Parts) -> None:
         self.heads = install_heads(self.model, parts.heads)

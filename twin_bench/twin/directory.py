@@ -280,7 +280,9 @@ def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
         factors = PaperFactors(adapters, manifest["shared"]["scaling"], limits.get("density"), limits.get("rank"))
         return PaperParts(router=router, factors=factors)
     biases = folder / "biases.safetensors"
-    return PaperParts(load_file(biases), router) if biases.is_file() else None
+    if not biases.is_file():
+        return None
+    return PaperParts(load_file(biases), router, density=manifest["exclusive"].get("density"))
 
 
 def _save_adapters(adapters: Mapping[str, AdapterStack], file: Path) -> None:

@@ -24,7 +24,8 @@ def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -
     elected, and the mean is over the entries that agree. Tensors of other dimensions are trimmed and merged as they
     are. A tensor that no expert changed takes no part.
 
-    A matrix is read as torch.nn.Linear's: m are the outputs. Experts may have any rank, but the method is meant for
+    A matrix is read as torch.nn.Linear's: m are the outputs. One that is stored (in, out), as GPT-2's Conv1D's, is
+    turned first. Experts may have any rank, but the method is meant for
     LoRA: at full rank U only rotates all outputs. A single expert comes back at scaling 1 and density 1, and so do
     equal experts.
 
@@ -37,16 +38,18 @@ def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -
     require_fraction("knots", "density", density)
 
     def aligned(name: str, taus: Tensor) -> Tensor:
-        return align(name, vectors.base[name], taus)[1] if taus.any() else taus.new_zeros(len(taus), 0)
+        if not taus.any():
+            return taus.new_zeros(len(taus), 0)
+        return align(name, vectors.base[name], vectors.as_linear(name, taus))[1]
 
     thresholds = trim_thresholds(vectors.map(aligned), density)
 
     def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
         if not taus.any():
             return base
-        U, factors = align(name, base, taus)
+        U, factors = align(name, base, vectors.as_linear(name, taus))
         merged = disjoint_mean(trim(factors, thresholds))
-        return base + scaling * (merged if U is None else U @ merged)
+        return base + scaling * (merged if U is None else vectors.as_linear(name, U @ merged))
 
     return vectors.merged(merge)
 

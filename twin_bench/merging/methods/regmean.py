@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.merging.registry import Statistics, merge_method, require_fraction, statistics_of
+from twin_bench.merging.registry import Statistics, merge_method, require_fraction
+from twin_bench.merging.statistics import statistics_of
 from twin_bench.merging.task_vectors import TaskVectors
 
 

@@ -21,8 +21,9 @@ def wudi(
     """theta_0 + scaling * tau, tau minimising sum_t |(tau - tau_t) tau_t^T|^2 / |tau_t|^2, matrix by matrix.
 
     tau is found by `steps` of Adam from tau = sum_t tau_t. Norms are Frobenius norms. A matrix (m, n) is read as
-    torch.nn.Linear's: n are the inputs. An expert that did not change a matrix adds no term for it. Other tensors take
-    the mean. A single expert comes back at scaling 1.
+    torch.nn.Linear's: n are the inputs. One that is stored (in, out), as GPT-2's Conv1D's, is turned first. An expert
+    that did not change a matrix adds no term for it. Other tensors take the mean. A single expert comes back at scaling
+    1.
 
     Adam moves an entry by about `learning_rate` a step, whatever the loss. With the defaults this is at most 0.003. On
     larger task vectors, as LoRA's often are, the result stays near task arithmetic at scaling 1. Raise `learning_rate`
@@ -42,6 +43,7 @@ def wudi(
         )
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
+        taus = vectors.as_linear(name, taus)
         changed = [tau for tau in taus if tau.any()]
         norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in changed]
         pull = _pull(taus.sum(dim=0), changed, norms)
@@ -55,7 +57,7 @@ def wudi(
             adam.step()
         for tau in taus:
             correction += tau
-        return correction
+        return vectors.as_linear(name, correction)
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
 
