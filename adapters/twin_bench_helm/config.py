@@ -13,7 +13,6 @@ from twin_bench.checkpoints.skeleton import context_window, read_config
 from twin_bench.config import parse
 from twin_bench.errors import InputError
 from twin_bench.twin.directory import load_parts, read_manifest
-from twin_bench.twin.parts import Parts
 from twin_bench_helm.compat import require_plugins
 from twin_bench_helm.local_path import Entry, add
 from twin_bench_helm.prompts import surrounding_tokens
@@ -66,10 +65,7 @@ def write_helm_config(
     settings = parse(TwinSettings, given, "helm-config")
     if not NAME.fullmatch(name):
         raise InputError(f"name {name!r}: letters, digits, '-', '_' and '.' only")
-    manifest = read_manifest(twin)
-    if manifest["task_type"] != "causal_lm":
-        raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
-    _require_served(load_parts(twin), settings, twin)
+    manifest = _served(twin, settings)
     model = (twin / "model").resolve()
     tokenizer = AutoTokenizer.from_pretrained(model)
     window = manifest.get("max_length") or context_window(read_config(model))
@@ -86,10 +82,14 @@ def write_helm_config(
     return add(entries, local_path, replace=replace)
 
 
-def _require_served(parts: Parts, settings: TwinSettings, twin: Path) -> None:
-    """Raise an InputError for settings that a twin can't serve."""
+def _served(twin: Path, settings: TwinSettings) -> dict[str, Any]:
+    """Return what twin.json holds. Raise an InputError for a twin that can't be served with these settings."""
+    manifest = read_manifest(twin)
+    if manifest["task_type"] != "causal_lm":
+        raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
+    parts = load_parts(twin)
     if not parts.exclusive:
-        return
+        return manifest
     router = parts.router
     if settings.protocol == "paper":
         if parts.paper is None or parts.paper.factors is None:
@@ -104,6 +104,7 @@ def _require_served(parts: Parts, settings: TwinSettings, twin: Path) -> None:
         raise InputError(
             f"{twin}: --tolerance {settings.tolerance} needs its sensitivity; build it again, with a router"
         )
+    return manifest
 
 
 def metadata_entry(full: str, manifest: Mapping[str, Any], settings: TwinSettings) -> Entry:
