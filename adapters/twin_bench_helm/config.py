@@ -68,10 +68,7 @@ def write_helm_config(
     manifest = _served(twin, settings)
     model = (twin / "model").resolve()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    window = manifest.get("max_length") or context_window(read_config(model))
-    window -= surrounding_tokens(tokenizer, templated=apply_chat_template)
-    if window < 1:
-        raise InputError(f"{twin}: its window has no room beside the tokens of its chat template")
+    window = _window(twin, manifest, surrounding_tokens(tokenizer, templated=apply_chat_template))
     full = f"twin_merged/{name}"
     client = {"twin": str(twin.resolve()), **settings.model_dump(), "apply_chat_template": apply_chat_template}
     try:
@@ -80,6 +77,14 @@ def write_helm_config(
         raise InputError(f"{twin / 'twin.json'}: damaged ({error}); build the twin again") from None
     entries = [metadata, tokenizer_entry(full, model, tokenizer), deployment_entry(full, window, client)]
     return add(entries, local_path, replace=replace)
+
+
+def _window(twin: Path, manifest: Mapping[str, Any], surrounding: int) -> int:
+    """Return how many tokens of a prompt and its completion fit beside those that surround a prompt."""
+    window: int = (manifest.get("max_length") or context_window(read_config(twin / "model"))) - surrounding
+    if window < 1:
+        raise InputError(f"{twin}: its window has no room beside the tokens of its chat template")
+    return window
 
 
 def _served(twin: Path, settings: TwinSettings) -> dict[str, Any]:
