@@ -67,7 +67,7 @@ def test_a_head_of_another_task(refused: Any, tiny: dict[str, Any], tmp_path: Pa
         shutil.copy(file, tmp_path / "three")
     said = refused({"experts": {**tiny["experts"], "cola": str(tmp_path / "three")}})
     assert "expert 'cola'" in said
-    assert "its head has 3 labels and cola has 2" in said
+    assert "its head has 3 labels, GLUE has 2" in said
 
 
 @pytest.mark.parametrize("name", FILES)

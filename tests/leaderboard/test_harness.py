@@ -95,3 +95,13 @@ def test_wrong_harnesses_are_named() -> None:
         find_harness("lmeval")
     with pytest.raises(InputError, match="harness misnamed: mine:misnamed calls itself 'lm-eval'"):
         find_harness("misnamed")
+
+
+def test_rows_without_an_answer_are_said_below_the_table() -> None:
+    cells = [
+        Cell("s", "standard", "pretrained", "bound", task, "mcc", 50.0, 1.0, 9, 0, 2.0, 1.0, 5, {}, notes, "k")
+        for task, notes in (("cola", {}), ("mrpc", {"set_aside": "id4: a prompt of 70 tokens"}))
+    ]
+    rows = leaderboard_rows(cells)
+    said = "pretrained (standard): scored without an answer on mrpc: id4: a prompt of 70 tokens."
+    assert said in markdown(rows, summary(rows))

@@ -116,6 +116,11 @@ def legend(rows: Sequence[dict[str, Any]], said: Sequence[str] = ()) -> str:
         paragraphs += [
             f"{method} ({protocol}): {sentence(notes[note])}." for note, sentence in _NOTES.items() if notes.get(note)
         ]
+        paragraphs += [
+            f"{method} ({protocol}): scored without an answer on {row['task']}: {row['notes']['set_aside']}."
+            for row in own
+            if row["notes"].get("set_aside")
+        ]
     return "\n\n".join([*paragraphs, *said]) + "\n"
 
 

@@ -19,7 +19,7 @@ from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped
-from twin_bench.leaderboard.checks import check_heads, check_options, check_rows
+from twin_bench.leaderboard.checks import check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import FILES
 from twin_bench.leaderboard.suite import Entry, Suite, entry_of
@@ -234,11 +234,10 @@ def _left_out(missing: Sequence[str], idle: Sequence[str], others: Sequence[str]
 
 
 def _check(run: Run, entries: Sequence[Entry]) -> None:
-    """Raise an InputError for anything wrong with rows, heads, options and output files. Scoring can take hours."""
+    """Raise an InputError for anything wrong with rows, options and output files. Scoring can take hours."""
     for file in FILES:
         require_writable(run.out / file)
     check_rows(run.suite, run.data)
-    check_heads(run.suite, run.sources)
     for entry in entries:
         protocols = [protocol for protocol in run.suite.protocol if entry.runs_under(protocol)]
         if protocols:
