@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.models import CAUSAL_VOCABULARY, tiny_causal_tokenizer
 from twin_bench import InputError, TwinModel
+from twin_bench.checkpoints.peft_files import load_adapter
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.merging.export import merge_to_directory
 from twin_bench.merging.recipe import MergeRecipe
@@ -67,6 +68,15 @@ def test_gpt_neox_builds_merges_and_loads(tmp_path: Path) -> None:
     for index, name in enumerate(paths):
         found = twin(IDS, fusion_weights=torch.eye(2)[index].repeat(2, 1)).logits
         torch.testing.assert_close(found, models[name](IDS).logits, rtol=1e-4, atol=1e-4)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    stored = load_file(tmp_path / "twin/experts/a/adapter_model.safetensors")
+    older = {
+        key.replace("lm_head", "embed_out"): tensor for key, tensor in stored.items()
+    }  # as transformers 4 names it
+    save_file(older, folder / "adapter_model.safetensors")
+    earlier, now = (load_adapter(path, sources.skeleton) for path in (folder, tmp_path / "twin/experts/a"))
+    assert earlier.keys() == now.keys()
     merge_to_directory(MergeRecipe.model_validate({**recipe, "merge": {"method": "average"}}), tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for name, parameter in merged.named_parameters():

@@ -59,14 +59,17 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def load_adapter(folder: Path, skeleton: Skeleton) -> dict[str, Factors]:
-    """Return the factors that `save_adapter` wrote, by parameter name."""
+    """Return the factors that `save_adapter` wrote, by parameter name.
+
+    It may have written them under another version of transformers, which has other names for some parameters.
+    """
     stored = load_file(folder / "adapter_model.safetensors")
     factors: dict[str, Factors] = {}
     for key in stored:
         module, marker, side = key.removeprefix(PREFIX).partition(".lora_")
         if not marker or "A" not in side:
             continue
-        name = f"{_saved_prefix(skeleton)}{module}.weight"
+        name = skeleton.own_name(f"{_saved_prefix(skeleton)}{module}.weight")
         first = stored[key]
         second = stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
         if name in skeleton.embeddings or name in skeleton.transposed:

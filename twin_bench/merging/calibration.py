@@ -62,9 +62,10 @@ def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) 
     each position of the row's answer one label is drawn by `seed`, given the answer's tokens before it. F is the square
     of the gradient of their joint log-probability. The expectation of that square is the sum of the positions' Fishers.
 
-    The authors' code is for classifiers. The code of RegMean's authors, MergeLM and FusionBench square the gradient of
-    a *sum* over labels (and over the rows of a batch). That square has cross terms. They use the true labels for a
-    regression.
+    The authors' code is for classifiers. The code of RegMean's authors takes the gradient of the likeliest label alone
+    (fisher_variant: hard). Their other variant (soft), MergeLM and FusionBench square the gradient of a *sum* over
+    labels. All three square after summing over the rows of a batch. Such squares have cross terms. They use the true
+    labels for a regression.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}

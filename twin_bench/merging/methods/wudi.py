@@ -30,12 +30,12 @@ def wudi(
     or `steps` there, or lower `scaling`. The paper has no scaling. Users who could not reproduce its GLUE figures on
     other checkpoints (issues 6 and 7 of its repository) found that one must be chosen.
 
-    The learning rate is the authors' for CLIP, and FusionBench's; the authors' for RoBERTa is 2e-5. The authors merge
-    the linear layers alone and keep the rest pretrained. FusionBench merges every matrix and takes the mean of the
-    rest, as here. Both differentiate the loss as written. Here its gradient is computed as 2 (D G + B) for tau = sum_t
-    tau_t + D. G = sum_t tau_t^T tau_t / |tau_t|^2 and B = sum_t (sum_{s != t} tau_s) tau_t^T tau_t / |tau_t|^2 are
-    computed once. A step then costs one product, or two thin products if the experts are of low rank. The steps are the
-    same.
+    The default learning rate is the authors' vision setting (CLIP), and FusionBench's. The authors' for RoBERTa is
+    2e-5. The authors merge the linear layers alone and keep the rest pretrained. FusionBench merges every matrix and
+    takes the mean of the rest, as here. Both differentiate the loss as written. Here its gradient is computed as 2 (D G
+    + B) for tau = sum_t tau_t + D. G = sum_t tau_t^T tau_t / |tau_t|^2 and B = sum_t (sum_{s != t} tau_s) tau_t^T tau_t
+    / |tau_t|^2 are computed once. A step then costs one product, or two thin products if the experts are of low rank.
+    The steps are the same.
     """
     if learning_rate <= 0 or steps < 0 or steps != int(steps):
         raise InputError(
