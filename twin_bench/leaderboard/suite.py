@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from twin_bench.config import Dtype, Settings, locate, parse, read_yaml
+from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml
 from twin_bench.data import TASKS
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
@@ -80,7 +80,7 @@ class Suite(Settings):
     tasks: list[str] = Field(default=list(GLUE), min_length=1)
     methods: list[MethodItem] = Field(default_factory=lambda: list[MethodItem](methods()))
     protocol: list[ProtocolName] = Field(default=["standard"], min_length=1)
-    seed: int = 0
+    seed: Seed = 0
     split: str = "validation"
     max_length: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)

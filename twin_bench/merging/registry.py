@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.finite import require_finite
-from twin_bench.errors import OUTDATED, InputError, first_line, nearest
+from twin_bench.config import LARGEST_SEED
+from twin_bench.errors import OUTDATED, InputError, first_line, nearest, shown
 from twin_bench.files import digest_file
 from twin_bench.merging.task_vectors import TaskVectors
 
@@ -102,13 +103,17 @@ class Method:
         return dict(options)
 
     def check(self, option: str, value: Any) -> None:
-        """Raise an InputError unless the method has this option and `value` is of its default's kind."""
+        """Raise an InputError unless the method has this option and `value` is of its default's kind.
+
+        Where the default is a whole number, which is a count or a seed, the value is one as well, 0 or more.
+        """
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
-        if isinstance(self.defaults[option], int | float) and (
-            isinstance(value, bool) or not isinstance(value, int | float)
-        ):
-            raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
+        default = self.defaults[option]
+        if isinstance(default, int | float) and not _is_number(value):
+            raise InputError(f"{self.name}: {option} must be a number, not {shown(value)}")
+        if isinstance(default, int) and not (isinstance(value, int) and 0 <= value <= LARGEST_SEED):
+            raise InputError(f"{self.name}: {option} must be a whole number, 0 or more, not {shown(value)}")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
         """Return the track for these options."""
@@ -316,6 +321,12 @@ def merge(
             or an option out of its range.
     """
     return dict(merge_lazily(method, base, experts, **params).items())
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite number that a float holds. True and False are none."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def require_fraction(method: str, option: str, value: float) -> None:
