@@ -72,9 +72,7 @@ def _keys(place: Sequence[int | str], raw: Any, *, missing: bool) -> list[str]:
     """
     keys = []
     for number, part in enumerate(place, start=1):
-        if isinstance(raw, dict) and part in raw:
-            raw = raw[part]
-        elif isinstance(raw, list) and isinstance(part, int):
+        if part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int):
             raw = raw[part]
         elif not (missing and number == len(place)):
             continue

@@ -19,8 +19,8 @@ LONGEST = 2000
 class InputError(ValueError):
     """Bad input: the message is one line that names the file, key or tensor and the remedy.
 
-    The message is made fit to be printed, whatever names and values are in it: see `one_line`. Command lines print it to
-    stderr, without a traceback, and exit with status 2.
+    Whatever names and values are in the message, it is made fit to be printed: see `one_line`. Command lines print it
+    to stderr, without a traceback, and exit with status 2.
     """
 
     def __init__(self, message: str) -> None:

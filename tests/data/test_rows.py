@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         read_rows(tmp_path, GLUE["cola"])
     (tmp_path / "latin.jsonl").write_bytes(b'\n{"sentence": "\xe9", "label": 1}')
-    with pytest.raises(InputError, match="latin.jsonl, line 2: cannot be read as UTF-8"):
+    with pytest.raises(InputError, match=r"latin\.jsonl, line 2: cannot be read as UTF-8"):
         read_rows(tmp_path / "latin.jsonl", GLUE["cola"])
 
 

@@ -133,8 +133,8 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; rows are read from DATA/TASK/SPLIT.jsonl") from None
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: cannot be read as UTF-8 text ({error})") from None
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {number}: cannot be read as UTF-8 text ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     if not any(line.strip() for line in lines):
