@@ -277,8 +277,8 @@ def methods() -> Mapping[str, Method]:
 def find_method(name: str) -> Method:
     """Return the header of method `name`. Raises an InputError that suggests the nearest name if it is unknown."""
     known = methods()
-    if name not in known:
-        raise InputError(f"unknown merge method {name!r}{nearest(name, known)}")
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"unknown merge method {shown(name)}{nearest(str(name), known)}")
     return known[name]
 
 
@@ -295,9 +295,10 @@ def merge_lazily(
             f"{method} is not a merge of weights alone: run it in a suite (twin-bench leaderboard), or build a twin "
             "(twin-bench build)"
         )
+    vectors = TaskVectors(base, experts)
     header.check_inputs(experts, params)
     header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return header.function(TaskVectors(base, experts), **params)
+    return header.function(vectors, **params)
 
 
 def merge(

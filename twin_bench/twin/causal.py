@@ -323,7 +323,7 @@ class TwinCausalLM(TwinModel):
 
     def _new_tokens(self, length: int, options: Mapping[str, Any]) -> int:
         """Return the largest number of tokens that `generate` adds with these options. It is bounded by the window."""
-        for name in ("max_new_tokens", "max_length"):
+        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
             if options.get(name) is not None:
                 require_count(options[name], name)
         config = options.get("generation_config") or self.model.generation_config

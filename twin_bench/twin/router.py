@@ -178,9 +178,8 @@ def train_router(
         task: (predicted[selection_tasks == index] == index).float().mean().item()
         for index, task in enumerate(config.experts)
     }
-    assert best is not None
-    if not math.isfinite(best[1]):
-        raise InputError(f"router: the loss on the selection rows is {-best[1]}; check the training rows and the model")
+    if best is None or not math.isfinite(best[1]):
+        raise InputError("router: the loss on the selection rows is not finite; check the training rows and the model")
     return Trained(router, chosen, best[0], by_task, len(features), len(selection_features))
 
 
