@@ -162,8 +162,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def locate(path: Any, file: Path) -> Any:
     """Return `path` relative to the folder of `file` if it exists there, otherwise unchanged."""
-    beside = file.parent / path if isinstance(path, str) else None
-    return str(beside) if beside is not None and beside.exists() else path
+    if not isinstance(path, str):
+        return path
+    beside = file.parent / path
+    return str(beside) if os.path.exists(beside) else path  # Path.exists raises an error for a name that is too long
 
 
 def with_models_located(raw: dict[str, Any], file: Path) -> dict[str, Any]:

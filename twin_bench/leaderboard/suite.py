@@ -182,7 +182,7 @@ def _entry(item: MethodItem) -> Entry:
         raise InputError(f"label {label!r} belongs to a bound; give {method.name} another label")
     protocols = options.pop("protocol", None)
     if protocols is not None:
-        protocols = tuple([protocols] if isinstance(protocols, str) else protocols)
+        protocols = tuple(protocols if isinstance(protocols, list) else [protocols])
         for protocol in protocols:
             if protocol not in PROTOCOLS:
                 raise InputError(f"{label}: unknown protocol {protocol!r}{nearest(str(protocol), PROTOCOLS)}")
