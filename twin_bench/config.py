@@ -3,44 +3,140 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, first_line, nearest, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+"""The seed of a random generator, a whole number that all of them take."""
+
+LARGEST_YAML = 100_000
+"""The largest number of keys and values in a YAML file, with aliases written out. A long text counts as several."""
 
 
 class Settings(BaseModel):
-    """A block of settings in a YAML file. Unknown keys are errors, and settings can't be changed after reading."""
+    """A block of settings in a YAML file. Unknown keys are errors, and settings can't be changed after reading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A number is finite, and true and false are no numbers.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where they would be read as 1 and 0."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise InputError("expected a number")
+        return value
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
-def parse(kind: type[SettingsType], raw: Any, source: str) -> SettingsType:
+def parse(kind: type[SettingsType], raw: Any, source: str = "") -> SettingsType:
     """Return `raw` as settings of `kind`. InputError with the source and the key for the first thing that is wrong."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+        problems = error.errors()
+        problem = problems[0]
+        keys = _keys(problem["loc"], raw, missing=problem["type"] == "missing")
         if problem["type"] == "extra_forbidden":
-            fields: Any = kind
-            for part in (part for part in problem["loc"][:-1] if not isinstance(part, int)):
-                annotation = fields.model_fields[part].annotation
-                candidates = [annotation, *getattr(annotation, "__args__", ())]
-                fields = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-            message = f"unknown key{nearest(str(problem['loc'][-1]), fields.model_fields)}"
-        elif "input" in problem and not isinstance(problem["input"], dict):
-            message += f" (found {problem['input']!r})"
-        raise InputError(f"{source}: {key}: {message}" if key else f"{source}: {message}") from None
+            message = f"unknown key{nearest(keys[-1], _fields(kind, keys[:-1]))}"
+        else:  # a value that may be of several kinds has a problem with each of them
+            alike = [other for other in problems if _keys(other["loc"], raw, missing=False) == keys] or [problem]
+            message = " or: ".join(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in alike))
+            if not isinstance(problem.get("input", {}), dict):
+                message += f" (found {shown(problem['input'])})"
+        raise InputError(": ".join(part for part in (source, ".".join(keys), message) if part)) from None
+
+
+def _keys(place: Sequence[int | str], raw: Any, *, missing: bool) -> list[str]:
+    """Return the keys that a user wrote of pydantic's place of an error, which also names types that it tried.
+
+    Args:
+        place: pydantic's `loc`.
+        raw: what was parsed.
+        missing: whether the last part of `place` is a key that is not there.
+    """
+    keys = []
+    for number, part in enumerate(place, start=1):
+        if part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int):
+            raw = raw[part]
+        elif not (missing and number == len(place)):
+            continue
+        keys.append(str(part))
+    return keys
+
+
+def _fields(kind: type[BaseModel], keys: Sequence[str]) -> list[str]:
+    """Return the keys that the block of settings at `keys` has."""
+    for key in keys:
+        if key in kind.model_fields:
+            annotation = kind.model_fields[key].annotation
+            kinds = [annotation, *get_args(annotation)]
+            kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+    return list(kind.model_fields)
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML that twin-bench does not take."""
+
+    def __init__(self, problem: str, place: yaml.Mark) -> None:
+        super().__init__(problem=problem, problem_mark=place)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that stands twice, and also takes 1e-3 as a number, as YAML 1.2 does.
+
+    PyYAML would take the last of several equal keys. To it, 1e-3 is a text, and only 1.0e-3 is a number.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _Refused(f"the key {shown(key.value)} stands twice; remove one", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _size(node, {}) > LARGEST_YAML:
+            counted = f"over {LARGEST_YAML:,} keys and values, with aliases written out"
+            raise _Refused(f"{counted}; make it shorter", node.start_mark)
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of keys and values in a node, with aliases written out. Each node is visited once."""
+    if id(node) not in known:
+        known[id(node)] = 0  # for as long as its content is counted
+        content = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for item in content for part in (item if isinstance(item, tuple) else (item,))]
+        size = 1 + sum(_size(part, known) for part in parts)
+        known[id(node)] = size if isinstance(node, yaml.CollectionNode) else 1 + len(node.value) // 1000
+    elif not known[id(node)]:
+        raise _Refused("a value that contains itself; write it without the alias", node.start_mark)
+    return known[id(node)]
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -50,9 +146,15 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: can't be read ({error})") from None
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+        raw = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = error.problem if isinstance(error, _Refused) else f"not YAML ({error.problem or error.context})"
+        raise InputError(f"{file}{line}: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{file}: nested too deeply; make it flatter") from None
+    except Exception as error:  # of a date that does not exist, or a tag that does not fit, Python's own errors
+        raise InputError(f"{file}: not YAML ({first_line(error)})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{file}: expected a mapping of keys, found {type(raw).__name__}")
     return {str(key): _expanded(value, file) for key, value in raw.items()}
@@ -60,8 +162,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def locate(path: Any, file: Path) -> Any:
     """Return `path` relative to the folder of `file` if it exists there, otherwise unchanged."""
-    beside = file.parent / path if isinstance(path, str) else None
-    return str(beside) if beside is not None and beside.exists() else path
+    if not isinstance(path, str):
+        return path
+    beside = file.parent / path
+    return str(beside) if os.path.exists(beside) else path  # Path.exists raises an error for a name that is too long
 
 
 def with_models_located(raw: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -83,5 +187,5 @@ def _expanded(value: Any, file: Path) -> Any:
     expanded = os.path.expandvars(value)
     if "$" in expanded:
         name = expanded[expanded.index("$") :].split("/")[0]
-        raise InputError(f"{file}: {value!r} needs the environment variable {name.strip('${}')}; set it")
+        raise InputError(f"{file}: {shown(value)} needs the environment variable {name.strip('${}')}; set it")
     return expanded

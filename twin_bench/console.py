@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -34,7 +34,7 @@ def reporting_errors(run: Callable[[], None]) -> int:
             run()
             sys.stdout.flush()
         except InputError as error:
-            return _report(" ".join(str(error).split()))
+            return _report(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -42,7 +42,7 @@ def reporting_errors(run: Callable[[], None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
             named = error.filename is not None and error.strerror is not None
-            return _report(f"{error.filename}: {error.strerror}" if named else str(error))
+            return _report(one_line(f"{error.filename}: {error.strerror}" if named else str(error)))
     return 0
 
 

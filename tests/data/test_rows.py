@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.glue import GLUE
 from twin_bench.data.rows import read_router_rows, read_rows, split_path
 from twin_bench.data.task import TaskInput, joined
-from twin_bench.errors import InputError
+from twin_bench.errors import LONGEST, InputError
 
 
 def write(path, *rows):
@@ -43,6 +44,13 @@ GOOD = {"sentence": "x", "label": 1}
         ({"sentence": "x", "label": 1.0}, "label 1.0; cola"),
         ({"sentence": "x", "label": True}, "label True; cola"),
         ({"sentence": "x", "label": "1"}, "label '1'; cola"),
+        ({"sentence": "x", "label": float("nan")}, "label nan; cola"),
+        ({"sentence": None, "label": 1}, "field 'sentence' is not a text but None"),
+        ('{"sentence": "x", "label": 0, "label": 1}', "the field 'label' stands twice; remove one"),
+        ('{"sentence": "half \\ud83d", "label": 1}', "an escape \\ud... that is half of a character"),
+        ('{"sentence": "x", "label": 1' + "0" * 5000 + "}", "not JSON (Exceeds the limit"),
+        ("[" * 100_000, "nested too deeply"),
+        ({"sentence": ["\x1b[31m"], "label": 1}, r"is not a text but ['\x1b[31m']"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, bad, says):
@@ -54,7 +62,38 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, bad, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("label", [None, "2.5", True, float("nan"), float("inf")])
+def test_pairs_of_escapes_are_characters(tmp_path):
+    path = write(tmp_path / "r.jsonl", '{"sentence": "\\uD83D\\ude00 \\\\ud83d", "label": 1}')
+    assert read_rows(path, GLUE["cola"]) == [{"sentence": "\U0001f600 \\ud83d", "label": 1}]
+
+
+@pytest.mark.parametrize("bad", [{"sentence": "x", "label": "y" * 50_000_000}, {"x" * 50_000_000: "x", "label": 1}])
+def test_a_line_of_50_megabytes_is_shown_in_short(tmp_path, bad):
+    with pytest.raises(InputError) as error:
+        read_rows(write(tmp_path / "r.jsonl", bad), GLUE["cola"])
+    assert "r.jsonl, line 1: " in str(error.value)
+    assert len(str(error.value)) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("mmlu", {"question": "q", "choices": "abcd", "answer": 1, "subject": "s"}),
+        ("mmlu", {"question": "q", "choices": ["a", "b"], "answer": True, "subject": "s"}),
+        ("mmlu", {"question": "q", "choices": ["a", None], "answer": 1, "subject": "s"}),
+        ("mmlu", {"question": "q", "choices": ["a", "b"], "answer": 2, "subject": "s"}),
+        ("truthfulqa", {"question": "q", "mc1_targets": {"choices": "ab", "labels": [1, 0]}}),
+        ("truthfulqa", {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0, 0]}}),
+        ("truthfulqa", {"question": "q", "mc1_targets": [1]}),
+        ("cnn_dailymail", {"article": None, "highlights": "x"}),
+    ],
+)
+def test_a_bad_row_of_a_generative_task(tmp_path, task, row):
+    with pytest.raises(InputError, match=rf"r\.jsonl, line 1: not a row of {task} \("):
+        read_rows(write(tmp_path / "r.jsonl", row), GENERATIVE[task])
+
+
+@pytest.mark.parametrize("label", [None, "2.5", True, float("nan"), float("inf"), 1e200, 10**400])
 def test_a_regression_label_is_a_finite_number(label):
     row = {"sentence1": "a", "sentence2": "b", "label": label}
     with pytest.raises(InputError, match=r"here: label .*; stsb needs a number"):
@@ -70,8 +109,8 @@ def test_what_is_wrong_with_a_file(tmp_path):
         read_rows(write(tmp_path / "r.jsonl", "", " "), GLUE["cola"])
     with pytest.raises(InputError, match="cannot be read"):
         read_rows(tmp_path, GLUE["cola"])
-    (tmp_path / "latin.jsonl").write_bytes(b'{"sentence": "\xe9", "label": 1}')
-    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+    (tmp_path / "latin.jsonl").write_bytes(b'\n{"sentence": "\xe9", "label": 1}')
+    with pytest.raises(InputError, match=r"latin\.jsonl, line 2: cannot be read as UTF-8"):
         read_rows(tmp_path / "latin.jsonl", GLUE["cola"])
 
 

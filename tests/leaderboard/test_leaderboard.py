@@ -194,7 +194,7 @@ def test_normalisation_keeps_negative_values_and_admits_a_worthless_expert(board
         ({"methods": ["tis"]}, "unknown merge method 'tis'; did you mean 'ties'"),
         ({"methods": [{"ties": {"dense": 1}}]}, "ties has no option 'dense'; did you mean 'density'"),
         ({"methods": [{"twin": {"exclusive": {"density": 2}}}]}, "twin: exclusive.density"),
-        ({"methods": [{"twin": {"router": {"layr": 1}}}]}, "twin: layr"),
+        ({"methods": [{"twin": {"router": {"layr": 1}}}]}, "twin: router: layr"),
         ({"methods": [{"../x": {"method": "ties"}}]}, "label '../x'"),
         ({"methods": ["ties", {"ties": {"density": 0.3}}]}, "two methods are labelled 'ties'"),
         ({"methods": [{"experts": {"method": "ties"}}]}, "label 'experts' belongs to a bound"),

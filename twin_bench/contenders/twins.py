@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from twin_bench.config import Settings
+from twin_bench.config import Settings, parse
 from twin_bench.contenders.context import Contender, Context
 from twin_bench.errors import InputError
 from twin_bench.files import digest, read_record, write_record
@@ -54,13 +54,8 @@ class TwinMethod(ServedMethod):
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options as plain data, defaults included. An InputError names the key that is wrong."""
-        try:
-            twin = TwinOptions.model_validate(dict(options))
-            RouterSettings.model_validate({"data": "", **twin.router})
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise InputError(f"{key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        twin = parse(TwinOptions, dict(options))
+        parse(RouterSettings, {"data": "", **twin.router}, "router")
         return twin.model_dump(mode="json")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from twin_bench.data.task import HubSplit, Row, Task, TaskInput, TaskType
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, first_line, nearest, shown
 
 Drawn = TypeVar("Drawn")
 
@@ -76,7 +76,9 @@ class GenerativeTask(Task):
             item = self.item(row)
             self.instructions(row)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: not a row of {self.name} ({type(error).__name__}: {error})") from None
+            raise InputError(
+                f"{where}: not a row of {self.name} ({type(error).__name__}: {first_line(error)})"
+            ) from None
         if not item.answer.strip() or item.options == 1:
             raise InputError(f"{where}: no answer, or only one option; {self.name} needs an answer and options")
 
@@ -133,14 +135,16 @@ def _choice(lead: str, options: Sequence[str], correct: int) -> Item:
 
 
 def _mmlu(row: Row) -> Item:
-    return _choice(f"Question: {row['question'].strip()}", row["choices"], _index(row["answer"]))
+    return _choice(f"Question: {row['question'].strip()}", _listed(row["choices"]), _index(row["answer"]))
 
 
 def _truthfulqa(row: Row) -> Item:
     choices, labels = row["mc1_targets"]["choices"], row["mc1_targets"]["labels"]
     order = list(range(len(choices)))
     random.Random(row["question"]).shuffle(order)  # the correct option is the first in the source
-    options = [choices[index] for index in order]
+    options = [_listed(choices)[index] for index in order]
+    if len(labels) != len(choices):
+        raise IndexError(f"{len(labels)} labels for {len(choices)} choices")
     return _choice(f"Question: {row['question'].strip()}", options, [labels[index] for index in order].index(1))
 
 
@@ -155,9 +159,15 @@ def _cnn_dailymail(row: Row) -> Item:
     return Item(question, row["highlights"].strip(), 0)
 
 
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{shown(value)} is not a list of choices")
+    return value
+
+
 def _index(value: Any) -> int:
     if type(value) is not int:
-        raise TypeError(f"{value!r} is not a whole number")
+        raise TypeError(f"{shown(value)} is not a whole number")
     return value
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from twin_bench.data.task import HubSplit, Row, Task, TaskInput, TaskType
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, nearest, shown
+
+LARGEST_LABEL = 1e30
+"""The size below which a number to be predicted must be. A correlation sums squares, which would overflow."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class GlueTask(Task):
         self.texts(row, where)
         label = row.get("label")
         if self.is_regression:
-            if not isinstance(label, int | float) or isinstance(label, bool) or not math.isfinite(label):
-                raise InputError(f"{where}: label {label!r}; {self.name} needs a number")
+            if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) < LARGEST_LABEL:
+                raise InputError(f"{where}: label {shown(label)}; {self.name} needs a number")
         elif type(label) is not int or not 0 <= label < self.num_labels:
             known = ", ".join(f"{i} {name}" for i, name in enumerate(self.label_names))
-            raise InputError(f"{where}: label {label!r}; {self.name} needs one of: {known}")
+            raise InputError(f"{where}: label {shown(label)}; {self.name} needs one of: {known}")
 
     def texts(self, row: Row, where: str = "row") -> tuple[str, str | None]:
         """Return a row's text and its second text (None for a single sentence). An InputError begins with `where`."""
@@ -71,7 +73,7 @@ def text_field(row: Row, field: str, where: str) -> str:
     if field not in row:
         raise InputError(f"{where}: no field {field!r}{nearest(field, row)}")
     if not isinstance(row[field], str):
-        raise InputError(f"{where}: field {field!r} is not a text but {row[field]!r}")
+        raise InputError(f"{where}: field {field!r} is not a text but {shown(row[field])}")
     return str(row[field])
 
 

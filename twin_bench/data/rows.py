@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
 from twin_bench.data.glue import text_field
 from twin_bench.data.task import Row, Task, TaskInput
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, nearest, shown
 
 
 def split_path(data: Path, task: str, split: str = "validation") -> Path:
@@ -119,7 +120,7 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
 def _router_row(row: Row, expert_names: Sequence[str], where: str) -> TaskInput:
     task = text_field(row, "task", where)
     if task not in expert_names:
-        raise InputError(f"{where}: no expert is named {task!r}{nearest(task, expert_names)}")
+        raise InputError(f"{where}: no expert is named {shown(task)}{nearest(task, expert_names)}")
     pair = text_field(row, "text_pair", where) if row.get("text_pair") is not None else None
     return TaskInput(text_field(row, "text", where), pair, task)
 
@@ -131,8 +132,11 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; rows are read from DATA/TASK/SPLIT.jsonl") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {number}: cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
     if not any(line.strip() for line in lines):
         raise InputError(f"{path}: empty; expected one JSON object a line")
     for number, line in enumerate(lines, start=1):
@@ -140,9 +144,34 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=_with_each_field_once)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        except RecursionError:
+            raise InputError(f"{where}: nested too deeply; make it flatter") from None
+        except ValueError as error:  # not JSON, or an integer of thousands of digits
             raise InputError(f"{where}: not JSON ({error})") from None
+        if "\\ud" in line.lower() and not _is_text(json.dumps(row, ensure_ascii=False)):
+            raise InputError(f"{where}: an escape \\ud... that is half of a character; write the whole character")
         if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object, found {line.strip()[:40]!r}")
+            raise InputError(f"{where}: expected a JSON object, found {shown(line.strip())}")
         yield where, row
+
+
+def _is_text(text: str) -> bool:
+    """Return whether UTF-8 can express a text, as tokenizers ask for. Half of a surrogate pair has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _with_each_field_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's fields. InputError if a field stands twice, of which json would take the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"the field {shown(twice)} stands twice; remove one")
+    return row

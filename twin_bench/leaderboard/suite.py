@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from twin_bench.config import Dtype, Settings, locate, parse, read_yaml
+from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml
 from twin_bench.data import TASKS
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
@@ -82,7 +82,7 @@ class Suite(Settings):
     tasks: list[str] = Field(default=list(GLUE), min_length=1)
     methods: list[MethodItem] = Field(default_factory=lambda: list[MethodItem](methods()))
     protocol: list[ProtocolName] = Field(default=["standard"], min_length=1)
-    seed: int = 0
+    seed: Seed = 0
     split: str = "validation"
     max_length: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)
@@ -225,7 +225,7 @@ def entry_of(item: MethodItem) -> Entry:
         raise InputError(f"label {label!r} belongs to a bound; give {method.name} another label")
     protocols = options.pop("protocol", None)
     if protocols is not None:
-        protocols = tuple([protocols] if isinstance(protocols, str) else protocols)
+        protocols = tuple(protocols if isinstance(protocols, list) else [protocols])
         for protocol in protocols:
             if protocol not in PROTOCOLS:
                 raise InputError(f"{label}: unknown protocol {protocol!r}{nearest(str(protocol), PROTOCOLS)}")

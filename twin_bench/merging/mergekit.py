@@ -25,6 +25,7 @@ method here does.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from twin_bench.config import Dtype, Settings, locate, parse
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, nearest, shown
 from twin_bench.merging.recipe import MergeRecipe
 from twin_bench.merging.registry import methods
 
@@ -214,9 +215,9 @@ class _Parameters:
             if isinstance(value, list | dict):
                 raise InputError(f"{self._file}: {where}.{key}: differs between layers or tensors; give one number")
             boolean = key == "normalize"
-            if isinstance(value, bool) != boolean or not isinstance(value, int | float):
+            if isinstance(value, bool) != boolean or not isinstance(value, int | float) or not abs(value) < math.inf:
                 wanted = "true or false" if boolean else "a number"
-                raise InputError(f"{self._file}: {where}.{key}: must be {wanted}, not {value!r}")
+                raise InputError(f"{self._file}: {where}.{key}: must be {wanted}, not {shown(value)}")
 
     def _of_every_expert(self, key: str, default: float | None = None) -> float:
         """Return a parameter that is equal for all experts: a model's own value, the file's, or mergekit's default."""

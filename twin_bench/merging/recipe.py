@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twin_bench.config import Dtype, Settings
+from twin_bench.config import Dtype, Seed, Settings
 from twin_bench.errors import InputError, nearest
 from twin_bench.merging.registry import find_method
 
@@ -44,7 +44,7 @@ class MergeRecipe(Settings):
     merge: Shared
     head: str | None = None
     as_adapter: bool = False
-    seed: int = 0
+    seed: Seed = 0
     dtype: Dtype | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False

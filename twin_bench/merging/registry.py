@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from twin_bench.errors import OUTDATED, InputError, first_line, nearest
+from twin_bench.config import LARGEST_SEED
+from twin_bench.errors import OUTDATED, InputError, first_line, nearest, shown
 from twin_bench.files import digest_file
 from twin_bench.merging.task_vectors import FiniteMerge, TaskVectors
 
@@ -101,15 +102,19 @@ class Method:
         return dict(options)
 
     def check(self, option: str, value: Any) -> None:
-        """Raise an InputError unless the method has this option and `value` is of its default's kind, and finite."""
+        """Raise an InputError unless the method has this option and `value` is of its default's kind, and finite.
+
+        Where the default is a whole number, which is a count or a seed, the value is one as well, 0 or more.
+        """
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
-        if isinstance(self.defaults[option], int | float) and (
-            isinstance(value, bool) or not isinstance(value, int | float)
-        ):
-            raise InputError(f"{self.name}: {option} must be a number, not {value!r}")
-        if isinstance(self.defaults[option], int | float) and not abs(value) <= sys.float_info.max:  # NaN too
-            raise InputError(f"{self.name}: {option} must be a finite number, not {value}")
+        default = self.defaults[option]
+        if isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{self.name}: {option} must be a number, not {shown(value)}")
+        if isinstance(default, int | float) and not abs(value) <= sys.float_info.max:  # NaN too
+            raise InputError(f"{self.name}: {option} must be a finite number, not {shown(value)}")
+        if isinstance(default, int) and not (isinstance(value, int) and 0 <= value <= LARGEST_SEED):
+            raise InputError(f"{self.name}: {option} must be a whole number, 0 or more, not {shown(value)}")
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
         """Return the track for these options."""
@@ -278,8 +283,8 @@ def methods() -> Mapping[str, Method]:
 def find_method(name: str) -> Method:
     """Return the header of method `name`. Raises an InputError that suggests the nearest name if it is unknown."""
     known = methods()
-    if name not in known:
-        raise InputError(f"unknown merge method {name!r}{nearest(name, known)}")
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"unknown merge method {shown(name)}{nearest(str(name), known)}")
     return known[name]
 
 
@@ -301,9 +306,10 @@ def merge_lazily(
             f"{method} is not a merge of weights alone: run it in a suite (twin-bench leaderboard), or build a twin "
             "(twin-bench build)"
         )
+    vectors = TaskVectors(base, experts, transposed=transposed)
     header.check_inputs(experts, params)
     header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return FiniteMerge(method, header.function(TaskVectors(base, experts, transposed=transposed), **params))
+    return FiniteMerge(method, header.function(vectors, **params))
 
 
 def merge(

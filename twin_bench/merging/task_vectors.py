@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.finite import all_finite, require_dtype, require_no_overflow, require_weights
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, shown
 
 PerParameter = Callable[[str, Tensor], Tensor]
 Merge = Callable[[str, Tensor, Tensor], Tensor]
@@ -33,8 +34,16 @@ class TaskVectors(Mapping[str, Tensor]):
         *,
         transposed: Collection[str] = frozenset(),
     ) -> None:
+        _require_mapping(base, "base", "tensors")
+        _require_mapping(experts, "experts", "models")
         if not experts:
             raise InputError("there is no expert to merge; name at least one")
+        if not base:
+            raise InputError("base has no tensor; give the pretrained model's parameters")
+        for name, expert in experts.items():
+            if not isinstance(name, str):
+                raise TypeError(f"experts: a name must be a text, not {type(name).__name__} {shown(name)}")
+            _require_mapping(expert, f"expert {name!r}", "tensors")
         self.base = base
         self.experts = tuple(experts)
         self.transposed = transposed
@@ -75,7 +84,9 @@ class TaskVectors(Mapping[str, Tensor]):
         return Merged(self, merge)
 
     def _differences(self, name: str) -> Tensor:
-        base = require_dtype(self.base[name], name, "base model")
+        base = self.base[name]
+        _require_tensor(base, name, "base")
+        require_dtype(base, name, "base model")
         exact = torch.promote_types(base.dtype, torch.float32)
         vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
         for row, task in enumerate(self.experts):
@@ -108,13 +119,27 @@ class TaskVectors(Mapping[str, Tensor]):
         expert = self._experts[task]
         if name not in expert:
             raise InputError(f"expert {task!r} has no tensor {name}; was it trained from another base model?")
-        tensor = require_dtype(expert[name], name, f"expert {task!r}")
+        tensor = expert[name]
+        _require_tensor(tensor, name, f"expert {task!r}")
+        require_dtype(tensor, name, f"expert {task!r}")
         if tensor.shape != base.shape:
             raise InputError(
                 f"expert {task!r}: tensor {name} is {tuple(tensor.shape)}, the base model's is "
                 f"{tuple(base.shape)}; resize the vocabulary, or drop the head from both and merge the backbone only"
             )
         return tensor
+
+
+def _require_mapping(value: Any, what: str, of: str) -> None:
+    """Raise a TypeError that names what should be a mapping unless it is one."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a mapping of names to {of}, not {type(value).__name__} {shown(value)}")
+
+
+def _require_tensor(value: Any, name: str, source: str) -> None:
+    """Raise a TypeError that names the model and the parameter unless a value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{source}: {name} must be a tensor, not {type(value).__name__} {shown(value)}")
 
 
 class Merged(Mapping[str, Tensor]):
@@ -129,6 +154,7 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._vectors.base[name]
+        _require_tensor(base, name, "base")
         if not base.is_floating_point():
             return self._vectors.unmerged(name)
         return self.exact(name).to(base.dtype)

@@ -17,10 +17,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from twin_bench import compat
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
+from twin_bench.twin.arguments import checked_batch, require_count, require_ids, require_texts, tasks_of
 from twin_bench.twin.features import hidden_states, pool
+from twin_bench.twin.finite import peaks, require_finite_logits
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.model import Encoded, Text, TwinModel, present
+from twin_bench.twin.model import Encoded, Text, TwinModel
 from twin_bench.twin.paper import install_paper_layers
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.plan import Group, batches, plan
@@ -28,6 +30,9 @@ from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_prefixes
 
 PROBE_BATCH = 8
 """The number of rows in a forward of `probe`."""
+
+DEFAULT_LENGTH = 20
+"""The number of tokens that transformers' `generate` adds where nothing says how many."""
 
 
 class TwinCausalLM(TwinModel):
@@ -108,7 +113,9 @@ class TwinCausalLM(TwinModel):
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
         """Tokenise texts without padding. Of a text that is too long, the last `max_length` tokens are kept."""
-        limit = max_length or self.max_length
+        require_texts(texts)
+        limit = self.max_length if max_length is None else max_length
+        require_count(limit, "max_length")
         ids = [self.tokenizer(text if pair is None else f"{text}\n{pair}")["input_ids"] for text, pair in texts]
         return [tokens(row[-limit:]) for row in ids]
 
@@ -134,18 +141,21 @@ class TwinCausalLM(TwinModel):
             An output whose `logits` are (batch, length, vocabulary) in the model's dtype.
 
         Raises:
-            InputError: an empty row, a row over the model's window, or a token outside its vocabulary.
+            TypeError: an argument that is to be a tensor is none.
+            InputError: an empty batch or row, a row over the model's window, a token outside its vocabulary, inputs or
+                fusion weights of another shape, dtype or range, or logits that are not finite.
         """
-        self._check(input_ids, attention_mask)
-        weights = self._weights_of(input_ids, attention_mask, fusion_weights, task)
+        inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
+        weights = self._weights_of(inputs, fusion_weights, task)
         positions = _positions(input_ids, attention_mask)
-        inputs = present({"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions})
+        inputs["position_ids"] = positions
         groups = plan(weights, [input_ids.shape[1]] * len(input_ids), self.costs)
         logits: Tensor | None = None
         for group in groups:
             rows = torch.tensor(group.rows, device=input_ids.device)
             with self.fused(group, weights):
                 out = self.model(**{name: tensor[rows] for name, tensor in inputs.items()}, use_cache=False).logits
+            self._require_finite(out, None if attention_mask is None else attention_mask[rows], group, weights)
             if len(groups) == 1:  # the rows are in order, and a copy of all logits would take memory
                 return CausalLMOutput(logits=out)
             if logits is None:
@@ -177,20 +187,25 @@ class TwinCausalLM(TwinModel):
             asks for another output.
 
         Raises:
-            InputError: an empty prompt, padding on the right, a prompt over the model's window, or a token outside its
-                vocabulary.
+            TypeError: an argument that is to be a tensor is none.
+            InputError: an empty batch or prompt, padding on the right, a prompt with its new tokens over the model's
+                window, a token outside its vocabulary, inputs or fusion weights of another shape, dtype or range, an
+                option that transformers refuses, or logits that are not finite.
         """
-        self._check(input_ids, attention_mask)
+        inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise InputError("prompts to generate from are padded on the left")
-        weights = self._weights_of(input_ids, attention_mask, fusion_weights, task)
+        weights = self._weights_of(inputs, fusion_weights, task)
         rows, length = input_ids.shape
-        limit = int(options.get("max_length") or length + 20)  # transformers' own default
-        steps = int(options.get("max_new_tokens") or limit - length)
+        steps = self._new_tokens(length, options)
         groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows)
         group = groups[0] if len(groups) == 1 else Group(tuple(range(rows)), None)
-        inputs = present({"input_ids": input_ids, "attention_mask": attention_mask})
-        generated: Tensor = self.generate_batch(inputs, group, weights, **options)
+        try:
+            generated: Tensor = self.generate_batch(inputs, group, weights, **options)
+        except InputError:
+            raise
+        except ValueError as error:  # of an option, by transformers
+            raise InputError(f"generate: {first_line(error)}") from error
         return generated
 
     @torch.no_grad()
@@ -211,8 +226,16 @@ class TwinCausalLM(TwinModel):
         if group.weights is None and copies > 1:
             weights = weights[list(group.rows)].repeat_interleave(copies, dim=0)
             group = Group(tuple(range(len(weights))), None)
+
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._require_finite(output.logits[:, -1:], None, group, weights)
+
         with self.fused(group, weights):
-            return self.model.generate(**inputs, **options)
+            watch = self.model.register_forward_hook(check)
+            try:
+                return self.model.generate(**inputs, **options)
+            finally:
+                watch.remove()
 
     @torch.no_grad()
     def logits(
@@ -235,10 +258,12 @@ class TwinCausalLM(TwinModel):
         inputs = self._after(prefix, self.collate([tokens(row) for row in rows]))
         asked = torch.tensor(positions, device=self.device)
         with self.fused(group, weights):
-            if self._selects_logits:
-                logits: Tensor = self.model(**inputs, logits_to_keep=asked).logits
-                return logits
-            return self.model(**inputs).logits[:, asked]
+            selected = {"logits_to_keep": asked} if self._selects_logits else {}
+            logits: Tensor = self.model(**inputs, **selected).logits
+        if not selected:
+            logits = logits[:, asked]
+        self._require_finite(logits, inputs["attention_mask"][:, prefix.length + asked], group, weights)
+        return logits
 
     def last_logits(
         self, rows: Sequence[Sequence[int]], group: Group, weights: Tensor, prefix: Prefix = NO_PREFIX
@@ -290,38 +315,46 @@ class TwinCausalLM(TwinModel):
         """Whether the model can compute logits at given positions only. All of them would take most of its memory."""
         return compat.selects_logits(self.model)
 
+    def _require_finite(self, logits: Tensor, mask: Tensor | None, group: Group, weights: Tensor) -> None:
+        """Raise an InputError if logits (batch, length, vocabulary) are not finite where a mask is not 0."""
+        found = peaks(logits)
+        found = found if mask is None else found.masked_fill(mask == 0, 0)
+        require_finite_logits(found, group.rows, weights, self.expert_names, self.model.dtype)
+
+    def _new_tokens(self, length: int, options: Mapping[str, Any]) -> int:
+        """Return the largest number of tokens that `generate` adds with these options. It is bounded by the window."""
+        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
+            if options.get(name) is not None:
+                require_count(options[name], name)
+        config = options.get("generation_config") or self.model.generation_config
+        total = options.get("max_length") or getattr(config, "max_length", None) or DEFAULT_LENGTH
+        steps = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
+        if steps is None:
+            steps = DEFAULT_LENGTH if total == DEFAULT_LENGTH and not options.get("max_length") else total - length
+        window = context_window(self.model.config)
+        if steps < 1:
+            raise InputError(f"max_length {total}: the prompts have {length} tokens; give max_new_tokens")
+        if length + steps > window:
+            raise InputError(
+                f"prompts of {length} tokens and {steps} to generate; the model's window is {window}: give "
+                "max_new_tokens"
+            )
+        return int(steps)
+
     def _weights_of(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        fusion_weights: Tensor | None,
-        task: str | Sequence[str] | None,
+        self, inputs: Mapping[str, Tensor], fusion_weights: Tensor | None, task: str | Sequence[str] | None
     ) -> Tensor:
         """Return the fusion weights of a batch: the given ones, or those that `routing` asks for."""
-        rows = len(input_ids)
+        rows = len(inputs["input_ids"])
         if fusion_weights is not None:
             return self.checked_weights(fusion_weights, rows)
         if self.routing == "router" and self.expert_names:
-            return self.simplest(self.route(input_ids, attention_mask))
-        return self.route_all([{}] * rows, [task] * rows if isinstance(task, str) else task)
-
-    def _check(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        window = context_window(self.model.config)
-        if input_ids.shape[1] > window:
-            raise InputError(f"an input of {input_ids.shape[1]} tokens; the model's window is {window}")
-        if not input_ids.shape[1] or (attention_mask is not None and not attention_mask.any(dim=1).all()):
-            raise InputError("an empty context: give it one token at least (the tokenizer's bos or eos)")
-        for row in (input_ids.min(), input_ids.max()) if input_ids.numel() else ():
-            self.check_tokens([int(row)])
+            return self.simplest(self._routed(inputs))
+        return self.route_all([{}] * rows, None if task is None else tasks_of(task, rows))
 
     def check_tokens(self, ids: Sequence[int], what: str = "context") -> None:
-        """Raise an InputError that names `what` if there are no tokens or one is not in the vocabulary."""
-        if not len(ids):
-            raise InputError(f"an empty {what}: give it one token at least (a context: the tokenizer's bos or eos)")
-        vocabulary = self.model.config.vocab_size
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(f"token {wrong} in a {what}: the model's vocabulary has {vocabulary} tokens")
+        """Raise an error that names `what` unless `ids` is a list of tokens of the vocabulary, and not empty."""
+        require_ids(ids, what, self.model.config.vocab_size)
 
 
 def tokens(ids: Sequence[int]) -> Encoded:

@@ -13,10 +13,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
+from twin_bench.twin.arguments import checked_batch, require_count, require_encoded, require_known, tasks_of
+from twin_bench.twin.finite import require_finite_logits
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.heads import heads_in_use, install_heads
 from twin_bench.twin.layers import install
-from twin_bench.twin.model import Encoded, Text, TwinModel, identity, present, require_known
+from twin_bench.twin.model import Encoded, Text, TwinModel, identity
 from twin_bench.twin.paper import at_authors_ranks
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.plan import Costs, Group, plan
@@ -75,16 +77,18 @@ class TwinClassifier(TwinModel):
             the largest head in the batch is filled with -inf.
 
         Raises:
-            InputError: a missing or unknown task, or fusion weights of another shape.
+            TypeError: an argument that is to be a tensor is none.
+            InputError: a missing or unknown task; an empty batch, or inputs or fusion weights of another shape, dtype
+                or range; or logits that are not finite.
         """
-        size = len(input_ids)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs = present(given)
-        tasks = [task] * size if task is None or isinstance(task, str) else list(task)
+        inputs = checked_batch(given, self.model)
+        size = len(input_ids)
+        tasks = tasks_of(task, size)
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, size)
         elif self.routing == "router" and self.expert_names:
-            weights = self.simplest(self.route(**inputs))
+            weights = self.simplest(self._routed(inputs))
         else:
             weights = self.route_all([{}] * size, [str(name) for name in tasks])
         heads = self._heads_of(weights, tasks)
@@ -139,8 +143,16 @@ class TwinClassifier(TwinModel):
 
         Each distinct input is routed once. It is run once for each task that asks about it. The arguments are those of
         `classify`.
+
+        Raises:
+            TypeError: an argument is no list of rows or tasks, or no tensor.
+            InputError: an unknown task, a row that the model can't read, fusion weights of another shape or kind, or
+                logits that are not finite.
         """
+        require_encoded(encoded, self.model.config)
+        tasks = tasks_of(tasks, len(encoded))
         require_known(tasks, self.heads, "the twin has no expert of task")
+        require_count(batch_size, "batch_size")
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, len(encoded))
         else:
@@ -174,6 +186,10 @@ class TwinClassifier(TwinModel):
         """Return the logits of one batch of a plan over `keys`."""
         with self.fused(group, keys), heads_in_use(self.heads, heads):
             logits: Tensor = self.model(**inputs).logits
+        labels = torch.tensor([self.num_labels[head] for head in heads], device=logits.device)
+        filled = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
+        own = logits.masked_fill(filled, 0)
+        require_finite_logits(own, group.rows, keys, self.expert_names, self.model.dtype)
         return logits
 
     def _fusion_keys(self, weights: Tensor, heads: Sequence[str]) -> Tensor:
@@ -196,8 +212,6 @@ class TwinClassifier(TwinModel):
             if not self.expert_names:
                 raise InputError("protocol routed takes the head from a router, and a static merge has none")
             return [self.expert_names[index] for index in weights.argmax(dim=1).tolist()]
-        if len(tasks) != len(weights):
-            raise InputError(f"{len(tasks)} tasks for {len(weights)} rows; give one task, or one a row")
         named = [task for task in tasks if task is not None]
         if len(named) < len(tasks):
             raise InputError(f"protocol {self.protocol} takes the head from the task: name it with task=")

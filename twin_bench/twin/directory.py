@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transfor
 from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, shown
 from twin_bench.files import digest, digest_file, read_json, write_json, written_at_once
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.paper import AdapterStack, PaperFactors
@@ -170,6 +171,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     missing = [key for key in ("task_type", "experts", "files") if key not in manifest]
     if missing:
         raise InputError(f"{file}: damaged, {missing[0]!r} is missing; build the twin again")
+    _require_kinds(file, manifest)
     if manifest["task_type"] not in AUTO_MODEL:
         raise InputError(f"{file}: task_type {manifest['task_type']!r}; known: {', '.join(AUTO_MODEL)}")
     for name in manifest["experts"]:
@@ -180,6 +182,27 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def _checksum(manifest: Mapping[str, Any]) -> str:
     """Return the sha256 of what twin.json says, but for that sum itself."""
     return digest(json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"})))
+
+
+def _require_kinds(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise an InputError for a key of twin.json whose value is of another kind than `save_twin` writes."""
+
+    def texts(values: Any) -> bool:
+        return all(isinstance(value, str) for value in values)
+
+    experts, files = manifest["experts"], manifest["files"]
+    length, sensitivity = manifest.get("max_length"), manifest.get("sensitivity")
+    number = type(sensitivity) in (int, float)
+    kinds = {
+        "task_type": isinstance(manifest["task_type"], str),
+        "experts": isinstance(experts, list) and texts(experts) and len(set(experts)) == len(experts),
+        "files": isinstance(files, dict) and texts(files.values()),
+        "max_length": length is None or (type(length) is int and length > 0),
+        "sensitivity": sensitivity is None or (number and 0 <= sensitivity <= sys.float_info.max),
+    }
+    for key, fits in kinds.items():
+        if not fits:
+            raise InputError(f"{file}: damaged, {key} is {shown(manifest.get(key))}; build the twin again")
 
 
 def verify(directory: Path, manifest: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return hidden.mean(dim=1)
     mask = attention_mask.to(hidden)[..., None]
-    return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)

@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
+from twin_bench.twin.arguments import (
+    checked_batch,
+    require_count,
+    require_known,
+    require_texts,
+    require_weights,
+    tasks_of,
+)
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
@@ -163,12 +171,14 @@ class TwinModel(nn.Module, abc.ABC):
             **inputs: the model's other inputs (token_type_ids).
 
         Raises:
-            InputError: the twin has no router for its protocol.
+            InputError: the twin has no router for its protocol, an input can't be taken, or a weight is not finite.
         """
-        router = self._required_router()
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        features = self.features(present(given), [router.config.layer])[0]
-        return router.weights(features)
+        return self._routed(checked_batch(given, self.model))
+
+    def _routed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        router = self._required_router()
+        return router.weights(self.features(inputs, [router.config.layer])[0])
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
@@ -179,8 +189,13 @@ class TwinModel(nn.Module, abc.ABC):
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
-        """Tokenise (text, text_pair or None) rows without padding, each truncated to `max_length` tokens."""
-        limit = max_length or self.max_length
+        """Tokenise (text, text_pair or None) rows without padding, each truncated to `max_length` tokens.
+
+        A TypeError or an InputError says what is wrong with a row or `max_length`.
+        """
+        require_texts(texts)
+        limit = self.max_length if max_length is None else max_length
+        require_count(limit, "max_length")
         if limit > context_window(self.model.config):
             raise InputError(f"max_length {limit}: the model's window is {context_window(self.model.config)}")
         return [self.tokenizer(a, b, truncation=True, max_length=limit) for a, b in texts]
@@ -202,18 +217,20 @@ class TwinModel(nn.Module, abc.ABC):
             batch_size: the largest number of rows in a forward.
 
         Raises:
-            InputError: `routing` is `task` and a row's task is missing or unknown.
+            InputError: `routing` is `task` and a row's task is missing or unknown; or a weight is not finite.
         """
         if self.routing == "task":
             if tasks is None:
                 raise InputError("routing=task needs the rows' tasks")
-            return self._one_hot(tasks)
+            return self._one_hot(tasks_of(tasks, len(encoded)))
         if not encoded or self.routing == "none" or not self.expert_names:
             return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         router = self._required_router()
         rows, place = distinct(encoded)
         features = self.features_of(rows, [router.config.layer], batch_size=batch_size)[0]
-        weights = torch.cat([router.weights(part) for part in features.split(batch_size)])
+        numbers = place.new_zeros(len(rows)).scatter_(0, place, torch.arange(len(place)))  # a request of each row
+        parts = zip(features.split(batch_size), numbers.split(batch_size), strict=True)
+        weights = torch.cat([router.weights(part, own.tolist()) for part, own in parts])
         return self.simplest(weights[place.to(weights.device)])
 
     @torch.no_grad()
@@ -306,10 +323,8 @@ class TwinModel(nn.Module, abc.ABC):
         return self.fusion.costs()
 
     def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
-        """Return given fusion weights on the device, simplified. Raise an InputError for another shape."""
-        expected = (rows, len(self.expert_names))
-        if tuple(weights.shape) != expected:
-            raise InputError(f"fusion_weights is {tuple(weights.shape)}, not (rows, experts) = {expected}")
+        """Return given fusion weights on the device, simplified. An error says what is wrong with them."""
+        require_weights(weights, rows, self.expert_names)
         return self.simplest(weights.to(self.device, torch.promote_types(weights.dtype, torch.float32)))
 
     def simplest(self, weights: Tensor) -> Tensor:
@@ -367,11 +382,6 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def present(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Return the inputs that are not None."""
-    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
-
-
 def identity(encoded: Encoded) -> tuple[int, ...]:
     """Return a key that is equal for two encoded rows if and only if they are the same input."""
     return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
@@ -386,10 +396,3 @@ def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
     order = sorted(by_identity)
     place = {one: index for index, one in enumerate(order)}
     return [by_identity[one] for one in order], torch.tensor([place[identity(row)] for row in rows])
-
-
-def require_known(tasks: Sequence[str], known: Any, message: str) -> None:
-    """Raise an InputError that begins with `message` if a task is not in `known`."""
-    for task in tasks:
-        if task not in known:
-            raise InputError(f"{message} {task!r}{nearest(task, known)}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from twin_bench.config import Dtype, Settings, locate, parse, read_yaml, with_models_located
+from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, with_models_located
 from twin_bench.errors import InputError
 from twin_bench.merging.recipe import Shared
 
@@ -65,7 +65,7 @@ class Recipe(Settings):
     shared: Shared = Field(default_factory=Shared)
     exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
     router: RouterSettings | None = None
-    seed: int = 0
+    seed: Seed = 0
     max_length: int | None = Field(default=None, ge=2)
     dtype: Dtype | None = None
     allow_pickle: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twin_bench.errors import InputError
+from twin_bench.checkpoints.finite import all_finite
+from twin_bench.errors import InputError, shown
+from twin_bench.twin.finite import require_finite
 
 BATCH = 1024
 """The largest batch of training rows, as in the authors' code."""
@@ -43,15 +46,12 @@ class RouterConfig:
 class Router(nn.Module):
     """The paper's MLP with layers of width d, 2d, 2d and T, BatchNorm, LeakyReLU, dropout, and a softmax.
 
-    InputError if the config's temperature or top_k is out of range.
+    InputError if a number of the config is out of its range.
     """
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
-        if config.temperature <= 0:
-            raise InputError(f"router: temperature must be above 0, not {config.temperature}")
-        if not 0 <= config.top_k <= len(config.experts):
-            raise InputError(f"router: top_k must be 0 (all) to {len(config.experts)}, not {config.top_k}")
+        _check(config)
         self.config = config
         wide = 2 * config.width
         self.mlp = nn.Sequential(
@@ -70,9 +70,30 @@ class Router(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
-    def weights(self, features: Tensor) -> Tensor:
-        """Return fusion weights (N, T) in float32 for features (N, width). Each row sums to 1."""
-        return fusion_weights(self(features.to(next(self.parameters()))), self.config)
+    def weights(self, features: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Return fusion weights (N, T) in float32 for features (N, width). Each row sums to 1.
+
+        InputError if a weight is not finite, because a feature or a logit is not. It names the row by its number in
+        `rows`, by default 0 to N - 1.
+        """
+        weights = fusion_weights(self(features.to(next(self.parameters()))), self.config)
+        if not all_finite(weights):
+            read = f"the features that the router reads on layer {self.config.layer}"
+            require_finite(features, read, "the model overflows: try float32 or bfloat16, or check its weights", rows)
+            require_finite(weights, "the router's weights", "its logits overflow: build the twin again", rows)
+        return weights
+
+
+def _check(config: RouterConfig) -> None:
+    """Raise an InputError that names a number of a router's config, which comes from a file, and what it must be."""
+    experts, temperature = len(config.experts), config.temperature
+    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
+        raise InputError(f"router: temperature must be above 0, not {shown(temperature)}")
+    for name, low, high in (("width", 1, math.inf), ("layer", -1, math.inf), ("top_k", 0, experts)):
+        value = getattr(config, name)
+        if type(value) is not int or not low <= value <= high:
+            upper = f"to {experts}" if name == "top_k" else "or more"
+            raise InputError(f"router: {name} must be a whole number, {low} {upper}, not {shown(value)}")
 
 
 def fusion_weights(logits: Tensor, config: RouterConfig) -> Tensor:
@@ -125,7 +146,7 @@ def train_router(
         seed: The seed of initialisation, order and dropout. The global random state is not changed.
 
     Raises:
-        InputError: There are fewer than two training rows.
+        InputError: There are fewer than two training rows, or the loss is not finite after any epoch.
     """
     if len(features) < 2:
         raise InputError(f"router: {len(features)} training rows are too few to train on")
@@ -157,7 +178,8 @@ def train_router(
         task: (predicted[selection_tasks == index] == index).float().mean().item()
         for index, task in enumerate(config.experts)
     }
-    assert best is not None
+    if best is None or not math.isfinite(best[1]):
+        raise InputError("router: the loss on the selection rows is not finite; check the training rows and the model")
     return Trained(router, chosen, best[0], by_task, len(features), len(selection_features))
 
 

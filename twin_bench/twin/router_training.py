@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from twin_bench.checkpoints.finite import all_finite
 from twin_bench.checkpoints.sources import Sources, load_model
 from twin_bench.data import TASKS
 from twin_bench.data.rows import scored_inputs, split_path
@@ -155,6 +156,13 @@ def _features(
         progress=lambda done: progress.advance(bar, done),
     )
     progress.update(bar, completed=len(distinct_rows))
+    for layer, hidden in zip(layers, features, strict=True):
+        if not all_finite(hidden):
+            bad = (~torch.isfinite(hidden)).any(dim=1)[place].nonzero()[0]
+            raise InputError(
+                f"router: the model's hidden state on layer {layer} is not finite for a row of {rows[int(bad)].task}; "
+                "set dtype: float32 or bfloat16, or check the experts"
+            )
     return [hidden.float()[place] for hidden in features]
 
 

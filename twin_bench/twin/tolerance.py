@@ -21,6 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from twin_bench.errors import InputError
+
 STEP = 0.05
 """The change of a weight for a finite difference."""
 
@@ -47,6 +49,9 @@ def sensitivity(
         encoded: Encoded rows.
         tasks: The rows' tasks.
         weights: (rows, experts) fusion weights at which the derivatives are taken, the router's own.
+
+    Raises:
+        InputError: All logits of a task's rows are 0.
     """
     experts = len(twin.expert_names)
     steps = torch.cat([torch.zeros(1, experts), STEP * torch.eye(experts)]).to(weights)
@@ -60,6 +65,9 @@ def sensitivity(
         logits = torch.stack(found[row * len(steps) : (row + 1) * len(steps)]).double()
         sizes.setdefault(task, []).append(float(logits[0].abs().max()))
         moves.setdefault(task, []).append(float((logits[1:] - logits[0]).abs().max()) / STEP)
+    for task, own in sizes.items():
+        if not any(own):
+            raise InputError(f"expert {task!r}: all its logits are 0 on its own rows; check its head, or retrain it")
     return max(_root_mean_square(moves[task]) / _root_mean_square(sizes[task]) for task in sizes)
 
 
