@@ -49,7 +49,7 @@ def test_a_bad_row_of_the_third_task(refused: Any, data: Path, tmp_path: Path, s
         ({"ties": {"density": 0}}, "ties: density must be in (0, 1], not 0"),
         ({"mine": {"method": "ties", "density": 1.5}}, "mine: ties: density must be in (0, 1], not 1.5"),
         ({"fisher": {"floor": -1}}, "fisher: floor must be above 0, not -1"),
-        ({"adamerging": {"steps": -5}}, "adamerging: steps must be a whole number from 0, not -5"),
+        ({"adamerging": {"steps": -5}}, "adamerging: steps must be a whole number, 0 or more, not -5"),
         ({"wemoe": {"batch_size": 0}}, "wemoe: batch_size must be a whole number from 1, not 0"),
         ({"smile": {"top_k": 4}}, "smile: top_k must be a whole number from 1 to 3, the number of experts, not 4"),
         ({"twin": {"router": {"layer": 99}}}, "twin: router.layer 99: the base model has 2 blocks; -1 to 2, or auto"),
@@ -113,7 +113,7 @@ def test_a_reason_with_markup_or_control_characters_is_shown_as_text(
     monkeypatch.setitem(REGISTRY, "average", dataclasses.replace(find_method("average"), function=unsuited))
     assert run({**tiny, "tasks": ["cola"], "methods": ["average"]}, tmp_path) == 0
     out = tmp_path / "out"
-    assert "[/x] <script>alert(1)</script>  [31mred" in " ".join(capsys.readouterr().out.split("\n"))
+    assert r"[/x] <script>alert(1)</script> \x1b[31mred" in " ".join(capsys.readouterr().out.split("\n"))
     for name in ("leaderboard.md", "index.html"):
         text = (out / name).read_text()
         assert "&lt;script&gt;" in text

@@ -88,12 +88,7 @@ def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
 def asides(board: Board) -> list[str]:
     """Return a paragraph for each method that was skipped, and for what is left out."""
     skipped = [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in board.skipped]
-    return [_printable(paragraph) for paragraph in (*skipped, *board.left_out)]
-
-
-def _printable(text: str) -> str:
-    """Return text without characters that steer a terminal: a reason may hold what a file says."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return [*skipped, *board.left_out]
 
 
 def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, said: Sequence[str] = ()) -> str:

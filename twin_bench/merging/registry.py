@@ -109,10 +109,8 @@ class Method:
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
         default = self.defaults[option]
-        if isinstance(default, int | float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if isinstance(default, int | float) and not _is_number(value):
             raise InputError(f"{self.name}: {option} must be a number, not {shown(value)}")
-        if isinstance(default, int | float) and not abs(value) <= sys.float_info.max:  # NaN too
-            raise InputError(f"{self.name}: {option} must be a finite number, not {shown(value)}")
         if isinstance(default, int) and not (isinstance(value, int) and 0 <= value <= LARGEST_SEED):
             raise InputError(f"{self.name}: {option} must be a whole number, 0 or more, not {shown(value)}")
 
@@ -340,6 +338,12 @@ def merge(
             lacks, that has another shape or no dtype of weights, or that holds or becomes NaN or inf.
     """
     return dict(merge_lazily(method, base, experts, transposed=transposed, **params).items())
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite number that a float holds. True and False are none."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def require_fraction(method: str, option: str, value: float) -> None:
