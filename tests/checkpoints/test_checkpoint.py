@@ -353,3 +353,32 @@ def test_an_adapter_of_another_base_is_said(tmp_path: Path, families: Any, caplo
         caplog.clear()
         open_sources(family.recipe["base_model"], {"x": str(tmp_path / "adapter")})
         assert ("org/another-model" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("role", "file", "change", "message"),
+    [
+        ("cola", "config.json", {"hidden_size": None}, r"cola: no readable config\.json"),
+        ("cola", "config.json", {"architectures": -1}, r"cola/config\.json: architectures is -1; expected a list"),
+        (
+            "base",
+            "config.json",
+            {"hidden_size": -1},
+            r"'bert': its config\.json makes no model|no readable config\.json",
+        ),
+        ("base", "generation_config.json", None, r"base/generation_config\.json: can't be read as JSON"),
+        ("base", "generation_config.json", [], r"base/generation_config\.json: expected a JSON object, found list"),
+    ],
+)
+def test_damaged_configs_are_one_line(
+    tmp_path: Path, families: Any, role: str, file: str, change: Any, message: str
+) -> None:
+    family = families("bert")
+    for name in ("base", "cola"):
+        shutil.copytree(family.root / name, tmp_path / name)
+    damaged = tmp_path / role / file
+    earlier = json.loads(damaged.read_text()) if damaged.exists() else {}
+    damaged.write_text("" if change is None else json.dumps({**earlier, **change} if change else change))
+    with pytest.raises(InputError, match=message) as caught:
+        open_sources(str(tmp_path / "base"), {"cola": str(tmp_path / "cola")})
+    assert "\n" not in str(caught.value)

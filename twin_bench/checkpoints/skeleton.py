@@ -50,7 +50,7 @@ def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers config of the model in `directory`. InputError if it can't be read."""
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many kinds of errors for missing and damaged files.
         raise InputError(f"{directory}: no readable config.json ({first_line(error)})") from None
 
 
@@ -77,7 +77,7 @@ def skeleton_of(config: Any, task_type: TaskType) -> Skeleton:
 def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
     """Return the transformers model of `config` on the meta device: its modules and shapes, without memory for weights.
 
-    InputError if transformers has no such class for the model type.
+    InputError if transformers has no such class for the model type, or its config makes no model.
     """
     config = copy.deepcopy(config)
     config.num_labels = num_labels
@@ -86,6 +86,10 @@ def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
             return AUTO_MODEL[task_type].from_config(config)
     except ValueError as error:
         raise InputError(f"model type {config.model_type!r} has no {task_type} class: {first_line(error)}") from None
+    except Exception as error:  # A setting is of the wrong kind or size: any line of the model's code may raise.
+        raise InputError(
+            f"model type {config.model_type!r}: its config.json makes no model ({first_line(error)}); correct it"
+        ) from None
 
 
 CLASSIFIER_TOKENS = 128

@@ -99,10 +99,7 @@ def open_sources(
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    generation = (
-        GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").is_file() else None
-    )
-    return Sources(config, tokenizer, skeleton, base, opened, generation)
+    return Sources(config, tokenizer, skeleton, base, opened, _generation_config(directory))
 
 
 def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -156,6 +153,18 @@ def load_expert(sources: Sources, task: str, dtype: str | None = None) -> Any:
 
 def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
+
+
+def _generation_config(directory: Path) -> GenerationConfig | None:
+    """Return a model's generation config, or None if it has none. InputError if it can't be read."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    read_json(file)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # A setting is of the wrong kind.
+        raise InputError(f"{file}: can't be read ({first_line(error)}); correct or remove it") from None
 
 
 def _require_head(name: str, expert: Checkpoint, own: Any, config: Any, skeleton: Skeleton) -> None:
@@ -259,12 +268,16 @@ def _task_type(name: str, folder: Path, base: Any) -> TaskType:
     adapter, full = folder / "adapter_config.json", folder / "config.json"
     if adapter.is_file():
         said = read_json(adapter).get("task_type")
+        if not isinstance(said, str | None):
+            raise InputError(f"{adapter}: task_type is {said!r}; expected SEQ_CLS or CAUSAL_LM")
         architectures = getattr(base, "architectures", None) or []
         if said is None:  # PEFT allows a config without task type. Then the base model's architecture decides.
             said = "CAUSAL_LM" if any("CausalLM" in a or "LMHead" in a for a in architectures) else "SEQ_CLS"
         known: dict[str, TaskType] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
     elif full.is_file():
         architectures = read_json(full).get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise InputError(f"{full}: architectures is {architectures!r}; expected a list of class names")
         said = ", ".join(architectures) or "of no architecture"
         classifies = any("ForSequenceClassification" in a for a in architectures)
         generates = any("ForCausalLM" in a or a.endswith("LMHeadModel") for a in architectures)
