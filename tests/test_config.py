@@ -69,6 +69,9 @@ def test_suites_merges_and_mergekit_files_are_read_as_strictly(tmp_path: Path) -
     def read_it(file: Path) -> Any:
         return read_suite(str(file))
 
+    for protocol in ("true", "[[paper]]", "{paper: 1}"):
+        entry = f"methods: [{{mine: {{method: ties, protocol: {protocol}}}}}]"
+        assert refused(read_it, file, f"{suite}{entry}").startswith(": methods: mine: unknown protocol ")
     assert refused(read_it, file, f"{suite}batch_size: true") == ": batch_size: expected a number (found True)"
     assert refused(read_it, file, f"{suite}rows: 0.5").startswith(": rows: Input should be a valid integer")
     entry = "methods: [{mine: {method: ties, density: .inf}}]"
@@ -95,6 +98,11 @@ def test_numbers_in_their_usual_spellings(tmp_path: Path) -> None:
     router = read_recipe(tmp_path / "some.yaml").router
     assert router is not None
     assert (router.temperature, router.epochs) == (0.1, 20)
+
+
+def test_a_path_that_is_too_long_is_no_path_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text(f"base_model: {'x' * 5000}\nexperts: {{a: y}}")
+    assert read_recipe(tmp_path / "some.yaml").base_model == "x" * 5000
 
 
 LAUGHS = "\n".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 12))

@@ -57,8 +57,8 @@ def one_line(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: its repr, of which the middle is left out if it is long."""
-    text = _SHORT.repr(value)
+    """Return a value as a message shows it: its repr in one line, of which the middle is left out if it is long."""
+    text = one_line(_SHORT.repr(value))
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"
 
 

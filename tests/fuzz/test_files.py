@@ -96,7 +96,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "some.yaml"
 
 
-@cases(400)
+@cases(300)
 @given(data=mutated(RECIPE))
 def test_recipes(file: Path, data: Any) -> None:
     ends_well(lambda: read_recipe(written(file, as_yaml(data))))
@@ -108,13 +108,13 @@ def test_merge_recipes(file: Path, data: Any) -> None:
     ends_well(lambda: read_merge_recipe(written(file, as_yaml(data))))
 
 
-@cases(250)
+@cases(200)
 @given(data=mutated(SUITE))
 def test_suites(file: Path, data: Any) -> None:
     ends_well(lambda: read_suite(str(written(file, as_yaml(data)))).expert_paths)
 
 
-@cases(300)
+@cases(200)
 @given(text=st.sampled_from([RECIPE, MERGE, SUITE]).flatmap(lambda data: scribbled(as_yaml(data))))
 def test_scribbled_yaml(file: Path, text: str) -> None:
     written(file, text)
@@ -187,7 +187,7 @@ def twin(causal_twins: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@cases(150)
+@cases(100)
 @given(data=st.data())
 def test_a_twins_own_file(twin: Path, data: Any) -> None:
     kept = (twin / "twin.json").read_text()

@@ -341,8 +341,8 @@ def merge(
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that a float holds. True and False are none."""
-    largest = sys.float_info.max
+    """Return whether a value is a finite number that torch takes. True and False are none."""
+    largest = LARGEST_SEED if isinstance(value, int) else sys.float_info.max
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 

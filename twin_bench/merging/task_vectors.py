@@ -77,6 +77,8 @@ class TaskVectors(Mapping[str, Tensor]):
 
     def floating(self) -> list[str]:
         """Return the names of the parameters that have a task vector: the floating-point ones."""
+        for name in self:
+            _require_tensor(self.base[name], name, "base")
         return [name for name in self if self.base[name].is_floating_point()]
 
     def merged(self, merge: Merge) -> Merged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ def require_tensor(value: Any, name: str, expected: str) -> None:
     """Raise a TypeError that names the argument unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {expected}, not {type(value).__name__} {shown(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor {expected}, not one of {value.layout}")
 
 
 def checked_batch(inputs: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
@@ -127,10 +130,24 @@ def require_ids(ids: Any, what: str, vocabulary: int) -> None:
         raise InputError(f"token {shown(wrong)} in a {what}: the model's vocabulary has {vocabulary} tokens")
 
 
-def require_count(value: Any, name: str) -> None:
-    """Raise an InputError unless a value is a whole number of 1 or more."""
-    if type(value) is not int or value < 1:
-        raise InputError(f"{name} must be a whole number, 1 or more, not {shown(value)}")
+def require_count(value: Any, name: str, least: int = 1) -> None:
+    """Raise an InputError unless a value is a whole number of `least` or more, in 64 bits."""
+    if type(value) is not int or not least <= value <= sys.maxsize:
+        raise InputError(f"{name} must be a whole number, {least} or more, not {shown(value)}")
+
+
+def require_run(requests: Any, batch_size: Any, max_length: Any) -> None:
+    """Check how a list of requests is to be answered.
+
+    Raises:
+        TypeError: the requests are no sequence.
+        InputError: `batch_size` is no count, or `max_length` neither a count nor None.
+    """
+    if not isinstance(requests, Sequence) or isinstance(requests, str | bytes):
+        raise TypeError(f"requests must be a list, not {type(requests).__name__} {shown(requests)}")
+    require_count(batch_size, "batch_size")
+    if max_length is not None:
+        require_count(max_length, "max_length")
 
 
 def require_known(tasks: Sequence[Any], known: Any, message: str) -> None:

@@ -180,7 +180,8 @@ class TwinCausalLM(TwinModel):
             attention_mask: (batch, length), 0 on padding. None where there is no padding.
             fusion_weights: (batch, experts). None asks the router about the prompts.
             task: the task of all rows, or a sequence with each row's. It is used only where `routing` is `task`.
-            **options: options of transformers' `generate` (max_new_tokens, do_sample, num_beams, ...).
+            **options: options of transformers' `generate` (max_new_tokens, do_sample, num_beams, ...). None stands for
+                transformers' default.
 
         Returns:
             What transformers returns: prompts and continuations, (batch, length + new tokens) int64, unless an option
@@ -197,6 +198,7 @@ class TwinCausalLM(TwinModel):
             raise InputError("prompts to generate from are padded on the left")
         weights = self._weights_of(inputs, fusion_weights, task)
         rows, length = input_ids.shape
+        options = {name: value for name, value in options.items() if value is not None}
         steps = self._new_tokens(length, options)
         groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows)
         group = groups[0] if len(groups) == 1 else Group(tuple(range(rows)), None)
@@ -324,13 +326,13 @@ class TwinCausalLM(TwinModel):
     def _new_tokens(self, length: int, options: Mapping[str, Any]) -> int:
         """Return the largest number of tokens that `generate` adds with these options. It is bounded by the window."""
         for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
-            if options.get(name) is not None:
+            if name in options:
                 require_count(options[name], name)
         config = options.get("generation_config") or self.model.generation_config
         total = options.get("max_length") or getattr(config, "max_length", None) or DEFAULT_LENGTH
         steps = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
         if steps is None:
-            steps = DEFAULT_LENGTH if total == DEFAULT_LENGTH and not options.get("max_length") else total - length
+            steps = DEFAULT_LENGTH if total == DEFAULT_LENGTH and "max_length" not in options else total - length
         window = context_window(self.model.config)
         if steps < 1:
             raise InputError(f"max_length {total}: the prompts have {length} tokens; give max_new_tokens")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.twin.arguments import require_count, require_run
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
@@ -91,12 +92,15 @@ def score(
         InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
             or a missing task.
     """
+    require_run(requests, batch_size, max_length)
     if not requests:
         return []
     window = max_length or twin.max_length
     for request in requests:
         twin.check_tokens(request.context)
         twin.check_tokens(request.continuation, "continuation")
+        if request.routed_on is not None:
+            twin.check_tokens(request.routed_on)
         if len(request.continuation) > window:
             raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
     contexts = [request.context if request.routed_on is None else request.routed_on for request in requests]
@@ -147,6 +151,7 @@ def generate(
     Raises:
         InputError: a request that `check_generate` refuses, or a missing task.
     """
+    require_run(requests, batch_size, max_length)
     if not requests:
         return []
     for request in requests:
@@ -254,6 +259,8 @@ def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None
     if not len(request.prompt):
         raise InputError("an empty prompt: nothing to continue or to route on")
     twin.check_tokens(request.prompt, "prompt")
+    require_count(request.max_new_tokens, "max_new_tokens", least=0)
+    require_count(request.completions, "completions", least=0)
     if request.max_new_tokens < 1 or request.completions < 1:
         raise InputError(
             f"{request.completions} completions of {request.max_new_tokens} tokens: ask for one of each at least"
