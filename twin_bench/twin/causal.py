@@ -79,10 +79,10 @@ class TwinCausalLM(TwinModel):
                 kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}
                 with self.fusion.shared():
                     begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
-            rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
-            lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
+            lengths = {row: len(inputs[row]) - shared.length for row in shared.rows}
             for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
-                given = self._after(prefix, self.collate([rest[row] for row in batch.rows]))
+                rest = [tokens(inputs[row][shared.length :]) for row in batch.rows]
+                given = self._after(prefix, self.collate(rest))
                 count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
                 with self.fusion.shared():

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
+from twin_bench.files import digest
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
 from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
+from twin_bench.twin.prefix import packed
 from twin_bench.twin.router import Router
 from twin_bench.twin.tolerance import simplified
 
@@ -253,7 +255,7 @@ class TwinModel(nn.Module, abc.ABC):
             **surroundings(self.device),
             "backbone": self._backbone_digest,
             "dtype": str(self.model.dtype),
-            "rows": [identity(row) for row in rows],
+            "rows": [digest(identity(row).hex()) for row in rows],
             "batch_size": batch_size,
         }
         last = self.model.config.num_hidden_layers
@@ -372,9 +374,9 @@ def present(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
 
-def identity(encoded: Encoded) -> tuple[int, ...]:
+def identity(encoded: Encoded) -> bytes:
     """Return a key that is equal for two encoded rows if and only if they are the same input."""
-    return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
+    return packed([*encoded["input_ids"], *encoded.get("token_type_ids", ())])
 
 
 def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
@@ -382,10 +384,11 @@ def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
 
     The distinct rows are sorted, so that not even the last bit of a result depends on the order of the rows.
     """
-    by_identity = {identity(row): row for row in rows}
+    keys = [identity(row) for row in rows]
+    by_identity = dict(zip(keys, rows, strict=True))
     order = sorted(by_identity)
     place = {one: index for index, one in enumerate(order)}
-    return [by_identity[one] for one in order], torch.tensor([place[identity(row)] for row in rows])
+    return [by_identity[one] for one in order], torch.tensor([place[key] for key in keys])
 
 
 def require_known(tasks: Sequence[str], known: Any, message: str) -> None:

@@ -7,6 +7,7 @@ requests. No answer depends on the other requests, on their order, or on the bat
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from twin_bench.errors import InputError
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.plan import Group, batches, plan
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, packed, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
 
 Progress = Callable[[int], None]
@@ -99,8 +100,8 @@ def score(
         if len(request.continuation) > window:
             raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
     contexts = [request.context if request.routed_on is None else request.routed_on for request in requests]
-    weights = _routed(twin, [ids[-window:] for ids in contexts], requests, fusion_weights, batch_size)
-    inputs = [(*request.context, *request.continuation)[-window - 1 : -1] for request in requests]
+    weights = _routed(twin, [_last(ids, window) for ids in contexts], requests, fusion_weights, batch_size)
+    inputs = [_input(request, window) for request in requests]
     asked = [len(request.continuation) for request in requests]
     askers = _same(inputs, weights)
     # A prefix ends before the first position whose logits some request needs.
@@ -152,7 +153,9 @@ def generate(
     window = max_length or twin.max_length
     for request in requests:
         _check_prompt(twin, request, window)
-    weights = _routed(twin, [request.prompt for request in requests], requests, fusion_weights, batch_size)
+    weights = _routed(
+        twin, [_last(request.prompt, window) for request in requests], requests, fusion_weights, batch_size
+    )
     kinds: dict[tuple[int, Decoding], list[int]] = {}
     for row, request in enumerate(requests):
         kinds.setdefault((request.max_new_tokens, request.decoding), []).append(row)
@@ -241,7 +244,7 @@ def _check_prompt(twin: TwinCausalLM, request: Generate, window: int) -> None:
 
 def _routed(
     twin: TwinCausalLM,
-    contexts: Sequence[Sequence[int]],
+    contexts: Sequence[list[int]],
     requests: Sequence[Score] | Sequence[Generate],
     given: Tensor | None,
     batch_size: int,
@@ -251,14 +254,25 @@ def _routed(
         return twin.checked_weights(given, len(contexts))
     tasks = [request.task for request in requests if request.task is not None]
     named = tasks if len(tasks) == len(requests) else None
-    return twin.route_all([tokens(ids) for ids in contexts], named, batch_size=batch_size)
+    # Not `tokens`, whose copies and masks would take several times the memory of a long list's contexts.
+    return twin.route_all([{"input_ids": ids} for ids in contexts], named, batch_size=batch_size)
 
 
-def _same(inputs: Sequence[tuple[int, ...]], weights: Tensor) -> dict[int, list[int]]:
+def _last(ids: Sequence[int], window: int) -> list[int]:
+    """Return the last tokens of a text as a list: no copy where `ids` is that list."""
+    return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])
+
+
+def _input(request: Score, window: int) -> Sequence[int]:
+    """Return the tokens whose logits score a request, which are all but its last one, as an array that can be cut."""
+    return array("I", [*request.context, *request.continuation][-window - 1 : -1])
+
+
+def _same(inputs: Sequence[Sequence[int]], weights: Tensor) -> dict[int, list[int]]:
     """Return, for the first row with each combination of input and weights, all rows with that combination."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for row, key in enumerate(weights.tolist()):
-        found.setdefault((inputs[row], tuple(key)), []).append(row)
+        found.setdefault((packed(inputs[row]), tuple(key)), []).append(row)
     return {rows[0]: rows for rows in found.values()}
 
 
