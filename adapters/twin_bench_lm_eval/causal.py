@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
+import torch
+from accelerate import find_executable_batch_size  # type: ignore[import-untyped]
+from lm_eval.models.huggingface import HFLM, eval_logger
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
@@ -23,6 +28,7 @@ from twin_bench.twin.cache import named_directory
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.directory import load_parts
 from twin_bench.twin.parts import PROTOCOLS, ProtocolName
+from twin_bench.twin.rehearsal import rehearse_generation, rehearse_score
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.base import ServedTwin, positive, usable
@@ -37,6 +43,8 @@ CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
 
 Request = tuple[Any, list[int], list[int]]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +126,6 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
-        self._detected: int | None = None
         if twin is None:
             self._load(pretrained, device, batch_size, options)
         else:
@@ -155,24 +162,36 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self.twin.feature_cache = named_directory()
         self.twin.to(self._device)
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return each document's log-likelihood. The windows of all documents are answered as one list."""
+        windows: list[Request] = []
+        counts: list[int] = []
+        for request in requests:
+            (document,) = request.args
+            rolled = get_rolling_token_windows(
+                self.tok_encode(document), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            own = [(None, *make_disjoint_window(window)) for window in rolled]
+            windows += own
+            counts.append(len(own))
+        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(answer for answer, _ in itertools.islice(answers, count)) for count in counts]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy answer) of (key, context, continuation) requests."""
-        rolling = [self.prefix_token_id]
-        asked = [
-            Score(context, continuation, rolling if key is None else context, self._task)
-            for key, context, continuation in requests
-        ]
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running the twin") as bar:
-            scores = score(
-                self.twin,
-                asked,
-                batch_size=override_bs or self._rows_a_batch(),
-                max_length=self.max_length,
-                progress=bar.update,
-            )
+        for _, context, continuation in requests:
+            _warn_of_truncation(len(context), len(continuation), self.max_length)
+        asked = [self._score(request) for request in requests]
+        batch_size = override_bs or self._rows_a_batch(lambda: self._detect_batch_size(_longest_first(requests)))
+        with self._bar(len(requests), disable_tqdm) as bar:
+            scores = score(self.twin, asked, batch_size=batch_size, max_length=self.max_length, progress=bar.update)
         return [(float(one.log_probs.sum()), one.greedy) for one in scores]
+
+    def _score(self, request: Request) -> Score:
+        key, context, continuation = request
+        return Score(context, continuation, [self.prefix_token_id] if key is None else context, self._task)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated texts, in order: those that HFLM generates with each prompt's own fused model."""
@@ -183,16 +202,22 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             decoding = decodings.setdefault(repr((decoding.until, sorted(decoding.arguments.items()))), decoding)
             asked.append(Generate(prompt, limit, decoding, task=self._task))
             ends.append(decoding.until)
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running the twin") as bar:
+        beams = max((int(one.arguments.get("num_beams") or 1) for one in decodings.values()), default=1)
+        batch_size = self._rows_a_batch(lambda: self._texts_that_fit(asked, beams))
+        with self._bar(len(requests), disable_tqdm) as bar:
             answers = generate(
                 self.twin,
                 asked,
-                batch_size=self._rows_a_batch(),
+                batch_size=batch_size,
                 max_length=self.max_length,
                 log_probs=False,
                 progress=bar.update,
             )
         return [self._text(found, until) for (found,), until in zip(answers, ends, strict=True)]
+
+    def _bar(self, requests: int, disabled: bool) -> Any:
+        """Return the bar of a request list. Each request takes two steps: it is routed, and it is answered."""
+        return tqdm(total=2 * requests, disable=disabled or self.rank != 0, desc="Running the twin", unit="step")
 
     def _translated(self, request: Any) -> tuple[list[int], HFLMDecoding, int]:
         """Return a request's prompt, how to decode, and the number of tokens to generate, as HFLM reads them.
@@ -261,14 +286,47 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         options = decoding.options(self.tokenizer, [""] * len(context), context.shape[1])
         return self.twin.generate(context, attention_mask, task=self._task, max_length=max_length, **options)
 
-    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        """Return the largest batch that fits. It is found once, because every process must look equally often."""
-        if self._detected is None:
-            self._detected = CPU_BATCH if self.device.type == "cpu" else super()._detect_batch_size()
-        return self._detected
+    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
+        """Return the largest batch that fits: of the requests from `pos` on, longest first.
 
-    def _rows_a_batch(self) -> int:
-        return self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        Without requests the batch is of texts that fill the window.
+        """
+        if not requests:
+            return self._most_rows(lambda rows: rehearse_generation(self.twin, self.max_length, rows))
+        longest = [self._score(request) for request in requests[pos : pos + self.max_batch_size]]
+        return self._most_rows(lambda rows: rehearse_score(self.twin, longest, rows, max_length=self.max_length))
+
+    def _texts_that_fit(self, requests: Sequence[Generate], beams: int) -> int:
+        """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
+        length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+        return self._most_rows(lambda rows: rehearse_generation(self.twin, length, rows * beams))
+
+    def _most_rows(self, rehearse: Callable[[int], None]) -> int:
+        """Return the largest number of rows, `max_batch_size` at most, for which `rehearse` does not run out of memory.
+
+        It is the least of all processes' numbers. So all must ask equally often: once for each request list.
+        """
+        found = CPU_BATCH
+
+        def rehearsed(rows: int) -> int:
+            rehearse(rows)
+            return rows
+
+        if self.device.type != "cpu":
+            try:
+                found = find_executable_batch_size(rehearsed, starting_batch_size=self.max_batch_size)()
+            except RuntimeError as error:
+                if "No executable batch size found" not in str(error):
+                    raise
+                found = 1
+        if self.world_size > 1:
+            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
+        clear_torch_cache()
+        _log.info("batch_size=auto: %d rows a batch", found)
+        return found
+
+    def _rows_a_batch(self, detect: Callable[[], int]) -> int:
+        return detect() if self.batch_size == "auto" else int(self.batch_size)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the tokenizer's chat template. Raise an InputError if one is asked for and there is none."""
@@ -293,3 +351,16 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             "max_length": self.max_length,
             "digests": dict(self.twin.digests),
         }
+
+
+def _longest_first(requests: Sequence[Request]) -> list[Request]:
+    return sorted(requests, key=lambda request: -len(request[1]) - len(request[2]))
+
+
+def _warn_of_truncation(context: int, continuation: int, window: int) -> None:
+    """Log what HFLM logs of a request that does not fit into the window, in its words."""
+    if context + continuation > window + 1:
+        eval_logger.warning(
+            f"Combined length of context ({context}) and continuation ({continuation}) exceeds model's maximum length "
+            f"({window}). Truncating {context + continuation - window + 1} tokens from the left."
+        )

@@ -143,7 +143,9 @@ class ClassifierTwin(ServedTwin):
         inputs = [self._input(request) for request in requests]
         # They are sorted, so that not even the last bit of an answer depends on the order of the requests.
         distinct = sorted(set(inputs), key=lambda row: (row.task, row.text, row.text_pair or ""))
-        with tqdm(total=len(distinct), desc="Running the twin", disable=None) as bar:
+        with tqdm(
+            total=2 * len(distinct), desc="Running the twin", unit="step", disable=None
+        ) as bar:  # routed, answered
             predictions = self.twin.classify(
                 [(row.text, row.text_pair) for row in distinct],
                 [row.task for row in distinct],

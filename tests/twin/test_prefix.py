@@ -17,7 +17,8 @@ from torch import nn
 from twin_bench.twin import prefix
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM
-from twin_bench.twin.prefix import Sharing, packed, shared_prefixes
+from twin_bench.twin.encoded import packed
+from twin_bench.twin.prefix import Sharing, shared_prefixes
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Score, score
 

@@ -18,9 +18,10 @@ from twin_bench import compat
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
+from twin_bench.twin.encoded import Encoded, Text
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.model import Encoded, Text, TwinModel, present
+from twin_bench.twin.model import TwinModel, present
 from twin_bench.twin.paper import install_paper_layers
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.plan import Group, batches, plan

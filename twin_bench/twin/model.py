@@ -17,17 +17,15 @@ from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
+from twin_bench.twin.device import usable_device
+from twin_bench.twin.encoded import Encoded, Text, distinct, identity
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
 from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
-from twin_bench.twin.prefix import packed
 from twin_bench.twin.router import Router
 from twin_bench.twin.tolerance import simplified
-
-Text = tuple[str, str | None]
-Encoded = Mapping[str, list[int]]
 
 
 class TwinModel(nn.Module, abc.ABC):
@@ -194,7 +192,12 @@ class TwinModel(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def route_all(
-        self, encoded: Sequence[Encoded], tasks: Sequence[str] | None = None, *, batch_size: int = 32
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Return the fusion weights (rows, experts) of encoded rows. Each distinct row is routed once.
 
@@ -202,10 +205,30 @@ class TwinModel(nn.Module, abc.ABC):
             encoded: the rows, none empty.
             tasks: the rows' tasks. They are used only where `routing` is `task`.
             batch_size: the largest number of rows in a forward.
+            progress: called with the number of rows done since the last call.
 
         Raises:
             InputError: `routing` is `task` and a row's task is missing or unknown.
         """
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress:
+                progress(rows)
+
+        weights = self._routed(encoded, tasks, batch_size, advance)
+        advance(len(encoded) - done)  # the copies of rows, and rows that no forward was needed for
+        return weights
+
+    def _routed(
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str] | None,
+        batch_size: int,
+        progress: Callable[[int], None],
+    ) -> Tensor:
         if self.routing == "task":
             if tasks is None:
                 raise InputError("routing=task needs the rows' tasks")
@@ -214,7 +237,7 @@ class TwinModel(nn.Module, abc.ABC):
             return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         router = self._required_router()
         rows, place = distinct(encoded)
-        features = self.features_of(rows, [router.config.layer], batch_size=batch_size)[0]
+        features = self.features_of(rows, [router.config.layer], batch_size=batch_size, progress=progress)[0]
         weights = torch.cat([router.weights(part) for part in features.split(batch_size)])
         return self.simplest(weights[place.to(weights.device)])
 
@@ -359,36 +382,9 @@ def twin_class(task_type: TaskType) -> type[TwinModel]:
     return _KINDS[task_type]
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """Return the named device, the CPU for None. Raise an InputError for a device that this machine does not have."""
-    try:
-        chosen = torch.device(device or "cpu")
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r}: {str(error).partition(chr(10))[0]}") from None
-    return chosen
-
-
 def present(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Return the inputs that are not None."""
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}
-
-
-def identity(encoded: Encoded) -> bytes:
-    """Return a key that is equal for two encoded rows if and only if they are the same input."""
-    return packed([*encoded["input_ids"], *encoded.get("token_type_ids", ())])
-
-
-def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
-    """Return the distinct rows among encoded rows, and the place of each row among them, (rows,) int64.
-
-    The distinct rows are sorted, so that not even the last bit of a result depends on the order of the rows.
-    """
-    keys = [identity(row) for row in rows]
-    by_identity = dict(zip(keys, rows, strict=True))
-    order = sorted(by_identity)
-    place = {one: index for index, one in enumerate(order)}
-    return [by_identity[one] for one in order], torch.tensor([place[key] for key in keys])
 
 
 def require_known(tasks: Sequence[str], known: Any, message: str) -> None:

@@ -12,10 +12,10 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 from transformers import DynamicCache
 
+from twin_bench.twin.encoded import packed
 from twin_bench.twin.plan import Group
 
 WORTHWHILE_TOKENS = 16
@@ -99,11 +99,6 @@ def shared_in_group(
     found = [one for rows in alike.values() for one in shared_prefixes({row: inputs[row] for row in rows}, limits)]
     alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
     return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
-
-
-def packed(ids: Sequence[int]) -> bytes:
-    """Return tokens as bytes, 4 a token, whose order is that of the tokens: a key that takes little memory."""
-    return np.array(ids, dtype=">u4").tobytes()
 
 
 def _common(first: Sequence[int], second: Sequence[int], limit: int) -> int:

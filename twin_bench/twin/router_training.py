@@ -17,7 +17,8 @@ from twin_bench.data import TASKS
 from twin_bench.data.rows import scored_inputs, split_path
 from twin_bench.data.task import TaskInput
 from twin_bench.errors import InputError
-from twin_bench.twin.model import Encoded, TwinModel, distinct, twin_class
+from twin_bench.twin.encoded import Encoded, distinct
+from twin_bench.twin.model import TwinModel, twin_class
 from twin_bench.twin.parts import Parts, ProtocolName
 from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.router import RouterConfig, Trained, train_router

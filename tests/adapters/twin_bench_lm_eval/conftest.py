@@ -31,7 +31,7 @@ class FakeTwin:
     def classify(self, texts, tasks, *, batch_size, max_length, progress):
         self.calls.append([(*text, task) for text, task in zip(texts, tasks, strict=True)])
         self.options = batch_size, max_length
-        progress(len(tasks))
+        progress(2 * len(tasks))
         return [self.answer(*text, task) for text, task in zip(texts, tasks, strict=True)]
 
     def answer(self, text, text_pair, task):
