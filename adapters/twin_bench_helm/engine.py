@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
-
 from twin_bench.errors import InputError
 from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.requests import Generate, Score, generate, score
@@ -170,9 +169,8 @@ def engine(
     key = (directory, device, dtype, protocol, tolerance, batch_size)
     with _LOADING:
         if key not in _ENGINES:
-            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
             twin = TwinModel.from_pretrained(
-                directory, device=chosen, dtype=dtype, protocol=protocol, tolerance=tolerance
+                directory, device=device or AUTO, dtype=dtype, protocol=protocol, tolerance=tolerance
             )
             if not isinstance(twin, TwinCausalLM):
                 raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")

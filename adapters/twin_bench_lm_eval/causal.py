@@ -99,7 +99,8 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             pretrained: the twin's directory.
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
             task: the task of all requests. It is needed only where the twin's routing is `task`.
-            device: the device to run on. The CPU replaces a CUDA device that the machine does not have.
+            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
+                device that the machine does not have.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
@@ -143,7 +144,7 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self._parts = load_parts(self._directory, trust_remote_code=bool(options.get("trust_remote_code")))
         options["dtype"] = known_dtype(options.get("dtype")) or "auto"
         options["max_length"] = self._window(options.get("max_length") or self._parts.max_length)
-        given = {"device": usable(device) or "cpu", "batch_size": batch_size}
+        given = {"device": usable(device), "batch_size": batch_size}
         super().__init__(pretrained=str(self._directory / "model"), **given, **options)
 
     def _window(self, max_length: Any) -> int | None:

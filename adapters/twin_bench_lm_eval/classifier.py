@@ -57,7 +57,8 @@ class ClassifierTwin(ServedTwin):
         Args:
             pretrained: the twin's directory.
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
-            device: the device to run on; the CPU by default. The CPU replaces a CUDA device that is not there.
+            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
+                device that the machine does not have.
             dtype: a torch dtype or its name; by default (or `auto`) that of the shared expert.
             batch_size: the largest number of inputs in a forward. `auto` is 32.
             max_batch_size: an argument of lm-eval's. It is not used.

@@ -23,6 +23,7 @@ from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, fin
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.tune import tuned, with_tuned
 from twin_bench.merging.registry import ProtocolName
+from twin_bench.twin.device import usable_device
 
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
@@ -46,6 +47,7 @@ class Run:
     harness: Harness
     rows: int | None
     progress: Progress
+    device: str = "cpu"
 
     @property
     def cells(self) -> Cells:
@@ -86,6 +88,7 @@ class Run:
             dtype=suite.dtype,
             calibration_rows=suite.calibration_rows,
             feature_cache=self.out / "features",
+            device=self.device,
             progress=self.progress,
         )
 
@@ -105,6 +108,7 @@ def run_suite(
     limit: int | None = None,
     harness: str = DEFAULT,
     tune: bool = False,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Board:
     """Return a suite's cells, running those that `out` does not hold yet.
@@ -119,14 +123,15 @@ def run_suite(
         limit: the first so many rows of each task; HELM draws as many.
         harness: the name of the harness that scores.
         tune: give each method that has a grid a second row, its options chosen on held-out training rows.
+        device: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
         progress: where the bars go.
 
     Raises:
-        InputError: an unknown method, wrong rows or experts: before anything is run where it can be known.
+        InputError: an unknown method or device, wrong rows or experts: before anything is run where it can be known.
     """
     entries = suite.entries(None if only is None else list(only))
     suite = run_inputs.located(suite)
-    scorer = find_harness(harness)
+    scorer, chosen_device = find_harness(harness), str(usable_device(device))
     if tune and scorer.scores_own_rows:
         raise InputError(
             f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
@@ -134,6 +139,7 @@ def run_suite(
     scorer.check(suite)
     entries = with_tuned(entries) if tune else entries
     run = _prepared(suite, out, scorer, suite.rows if limit is None else limit, progress or Progress(disable=True))
+    run = dataclasses.replace(run, device=chosen_device)
     if any("training rows" in entry.method.sees and entry.track == "per-input" for entry in entries):
         read_router_rows(run.data, suite.tasks)
     work = [(p, entry) for p in suite.protocol for entry in entries if entry.runs_under(p)]
@@ -179,7 +185,9 @@ def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
         bounded = suite.model_copy(update={"rows": run.rows})
 
         def trial(held_out: Suite) -> Board:
-            return run_suite(held_out, run.out / "tuning", harness=run.harness.name, progress=run.progress)
+            return run_suite(
+                held_out, run.out / "tuning", harness=run.harness.name, device=run.device, progress=run.progress
+            )
 
         entry = tuned(given, protocol, bounded, run.data, run.out / "tuning", trial)
     keys = {task: run.key(entry, protocol, task) for task in suite.tasks}
@@ -188,6 +196,7 @@ def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
     missing = [task for task, cell in done.items() if cell is None]
     if missing:
         for contender in contenders(entry.method, run.context(entry, protocol)):
+            contender.twin.to(run.device)
             for task in contender.tasks:
                 if task in missing:
                     cell = _scored(run, contender, entry, protocol, task, keys[task])

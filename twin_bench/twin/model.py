@@ -114,7 +114,7 @@ class TwinModel(nn.Module, abc.ABC):
 
         Args:
             directory: a directory written by `twin-bench build`.
-            device: the device to run on; the CPU by default.
+            device: the device to run on; the CPU by default. `auto` is cuda, else mps, else cpu.
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
             routing: router, task or none.
