@@ -23,22 +23,17 @@ from transformers import PreTrainedModel
 
 from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.skeleton import context_window, read_config
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, first_line, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.causal import TwinCausalLM
-from twin_bench.twin.directory import load_parts
+from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.rehearsal import rehearse_generation, rehearse_score
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Decoding
+from twin_bench_lm_eval.arguments import checked, loading
 from twin_bench_lm_eval.base import ServedTwin, positive, usable
 
-REFUSED = (
-    *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder", "tokenizer"),
-    *("parallelize", "tp_plan", "softmax_dtype", "mixed_precision_dtype"),
-)
-"""Arguments of HFLM that a twin can't take. They load other checkpoints, or put one model on several devices (a twin's
-layers are on one), or set a precision besides `dtype` (log-softmax is always taken in float32)."""
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
 
@@ -108,18 +103,12 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             data: where this project's tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
-            **options: HFLM's own options (dtype, max_length, add_bos_token, ...).
+            **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
+                transformers (attn_implementation, attributes of the model's config, ...).
 
         Raises:
             InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
-        known = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwargs"}
-        for name in options:
-            if name in REFUSED and options[name]:
-                raise InputError(f"twin_merged: {name} is HFLM's, and a twin can't take it; leave it out")
-            if name not in known:
-                mine = inspect.signature(CausalTwin.__init__).parameters.keys() - {"self", "twin", "task", "options"}
-                raise InputError(f"twin_merged: unknown argument {name!r}{nearest(name, known - {*REFUSED} | mine)}")
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         if protocol not in PROTOCOLS:
@@ -127,11 +116,13 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
+        self._loading: dict[str, Any] = {}
         if twin is None:
             self._load(pretrained, device, batch_size, options)
         else:
             self.twin = twin
-            super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **options)
+            taken = checked(options, twin.model.config, _own_arguments())
+            super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
         self.twin.tokenizer = self.tokenizer
 
     def _load(
@@ -140,24 +131,26 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Have HFLM load the shared expert and its tokenizer. `_create_model` then adds the experts and the router."""
         if pretrained is None:
             raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
-        self._directory = Path(str(pretrained))
-        self._parts = load_parts(self._directory, trust_remote_code=bool(options.get("trust_remote_code")))
+        directory = Path(str(pretrained))
+        read_manifest(directory)
+        trusted = bool(options.get("trust_remote_code"))
+        config = read_config(directory / "model", trust_remote_code=trusted)
+        options = checked(options, config, _own_arguments())
+        self._loading = loading(options)
+        self._parts = load_parts(directory, trust_remote_code=trusted)
         options["dtype"] = known_dtype(options.get("dtype")) or "auto"
-        options["max_length"] = self._window(options.get("max_length") or self._parts.max_length)
+        options["max_length"] = _window(options.get("max_length") or self._parts.max_length, config)
         given = {"device": usable(device), "batch_size": batch_size}
-        super().__init__(pretrained=str(self._directory / "model"), **given, **options)
-
-    def _window(self, max_length: Any) -> int | None:
-        """Return `max_length` as a number, None for the model's window. Raise an InputError for more than that."""
-        if max_length is None:
-            return None
-        window = context_window(read_config(self._directory / "model"))
-        if positive("max_length", max_length) > window:
-            raise InputError(f"twin_merged: max_length={max_length}; the model's window is {window}")
-        return int(max_length)
+        super().__init__(pretrained=str(directory / "model"), **given, **options)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
-        super()._create_model(pretrained, **options)
+        try:
+            super()._create_model(pretrained, **options)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            if not self._loading:
+                raise
+            given = ",".join(f"{name}={value}" for name, value in self._loading.items())
+            raise InputError(f"twin_merged: the model can't be loaded with {given}: {first_line(error)}") from error
         model: PreTrainedModel = self._model
         self.twin = TwinCausalLM(model, self.tokenizer, self._parts, protocol=self._protocol, tolerance=self._tolerance)
         self.twin.feature_cache = named_directory()
@@ -350,8 +343,23 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             "routing": self.twin.routing,
             "fusion": "exact",
             "max_length": self.max_length,
+            "loaded_with": {name: str(value) for name, value in self._loading.items() if name != "token"},
             "digests": dict(self.twin.digests),
         }
+
+
+def _own_arguments() -> set[str]:
+    return inspect.signature(CausalTwin.__init__).parameters.keys() - {"self", "twin", "task", "options"}
+
+
+def _window(max_length: Any, config: Any) -> int | None:
+    """Return `max_length` as a number, None for the model's window. Raise an InputError for more than that."""
+    if max_length is None:
+        return None
+    window = context_window(config)
+    if positive("max_length", max_length) > window:
+        raise InputError(f"twin_merged: max_length={max_length}; the model's window is {window}")
+    return int(max_length)
 
 
 def _longest_first(requests: Sequence[Request]) -> list[Request]:

@@ -131,7 +131,7 @@ def run_suite(
     """
     entries = suite.entries(None if only is None else list(only))
     suite = run_inputs.located(suite)
-    scorer, chosen_device = find_harness(harness), str(usable_device(device))
+    scorer, device = find_harness(harness), str(usable_device(device))
     if tune and scorer.scores_own_rows:
         raise InputError(
             f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
@@ -139,7 +139,7 @@ def run_suite(
     scorer.check(suite)
     entries = with_tuned(entries) if tune else entries
     run = _prepared(suite, out, scorer, suite.rows if limit is None else limit, progress or Progress(disable=True))
-    run = dataclasses.replace(run, device=chosen_device)
+    run = dataclasses.replace(run, device=device)
     if any("training rows" in entry.method.sees and entry.track == "per-input" for entry in entries):
         read_router_rows(run.data, suite.tasks)
     work = [(p, entry) for p in suite.protocol for entry in entries if entry.runs_under(p)]
@@ -148,18 +148,16 @@ def run_suite(
     skipped: list[Skipped] = []
     for listed, entry in work:
         run.progress.update(bar, description=f"{listed} {entry.label}")
-        done = 0
+        row: list[Cell] = []
         try:
-            row = []
             for cell in _cells(run, entry, listed):
                 row.append(dataclasses.replace(cell, protocol=listed))
-                done += 1
                 run.progress.advance(bar)
             finished += sorted(row, key=lambda cell: suite.tasks.index(cell.task))
         except UnsuitedError as error:
             if entry.track == "bound":
                 raise
-            run.progress.advance(bar, len(suite.tasks) - done)
+            run.progress.advance(bar, len(suite.tasks) - len(row))
             skipped.append(Skipped(suite.name, listed, entry.label, entry.track, str(error)))
     return Board(finished, skipped)
 

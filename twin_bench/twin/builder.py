@@ -53,17 +53,13 @@ def build_twin(
         InputError: Anything is wrong with the recipe or its inputs. Nothing is written then.
     """
     progress = progress or Progress(disable=True)
-    chosen_device = usable_device(device)
+    on = usable_device(device)
     _require_writable(directory)
     for name in recipe.experts:
         require_expert_name(name)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
-    sources = open_sources(
-        recipe.base_model,
-        recipe.experts,
-        allow_pickle=recipe.allow_pickle,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
+    sources = open_sources(recipe.base_model, recipe.experts, **trust)
     _check_limits(recipe, sources)
     options = _merge_options(recipe)
     merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
@@ -76,9 +72,7 @@ def build_twin(
     )
     chosen: dict[str, Any] = {}
     if recipe.router:
-        training = RouterTraining(
-            recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, chosen_device
-        )
+        training = RouterTraining(recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on)
         parts, chosen = train_routers(training)
     settings = {
         "twin_bench": version("twin-bench"),  # Information only: nothing is decided by it.
