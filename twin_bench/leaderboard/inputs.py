@@ -38,7 +38,7 @@ def rows_directory(suite: Suite, out: Path) -> Path:
     if suite.data == HUB:
         directory = out / "data" / HUB
         for task in suite.tasks:
-            for split in ("train", suite.split):
+            for split in ("train", suite.split, *(["dev"] if TASKS[task].has_dev else [])):
                 file = split_path(directory, task, split)
                 if not file.is_file():
                     rows = hub_rows(TASKS[task], split)
