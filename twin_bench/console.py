@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, which `twin_bench.twin.device` reads."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where models run: cpu, cuda, cuda:1, mps, or auto: cuda, else mps, else cpu (default: auto)",
+    )
+
+
 def progress_bars(options: argparse.Namespace) -> Progress:
     """Return progress bars on stderr, which show nothing under --quiet."""
     from rich.console import Console

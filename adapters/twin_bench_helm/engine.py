@@ -18,6 +18,7 @@ import torch
 
 from twin_bench.errors import InputError, first_line
 from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
 from twin_bench.twin.sampling import Completion, Sampling
@@ -245,7 +246,7 @@ def engine(directory: str, settings: TwinSettings) -> Engine:
 def _loaded(directory: str, settings: TwinSettings) -> Engine:
     twin = TwinModel.from_pretrained(
         directory,
-        device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=settings.device or AUTO,
         dtype=settings.dtype,
         protocol=settings.protocol,
         tolerance=settings.tolerance,

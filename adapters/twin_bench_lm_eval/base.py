@@ -8,6 +8,7 @@ import torch
 from lm_eval.api.model import LM
 
 from twin_bench.errors import InputError
+from twin_bench.twin.device import AUTO, fastest_device
 
 
 class ServedTwin(LM):  # type: ignore[misc]
@@ -27,9 +28,11 @@ class ServedTwin(LM):  # type: ignore[misc]
         )
 
 
-def usable(device: str | None) -> str | None:
-    """Return the device to use. lm-eval asks for a CUDA device by default; without one, the CPU is used."""
-    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+def usable(device: str | None) -> str:
+    """Return the device to use: the fastest one for None and `auto`, the CPU for a CUDA device that is not there."""
+    if device is None or device == AUTO:
+        return fastest_device()
+    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
 
 
 def positive(name: str, value: Any) -> int:

@@ -19,8 +19,8 @@ from twin_bench.data.task import TaskInput
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import digest
 from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.encoded import Encoded
 from twin_bench.twin.heads import heads_in_use
-from twin_bench.twin.model import Encoded
 
 Batches = Mapping[str, Mapping[str, Tensor]]
 """Task to one batch of its inputs."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from twin_bench.console import add_device
+
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
 
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="lm-eval",
         help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
     )
+    add_device(parser)
     parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(
         "--tune",
@@ -53,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
             limit=options.limit,
             harness=options.harness,
             tune=options.tune,
+            device=options.device,
             progress=progress,
         )
     table = write_leaderboard(board, options.out)

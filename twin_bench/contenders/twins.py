@@ -153,7 +153,8 @@ def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
     if not directory.is_dir():
         started = time.perf_counter()
         try:
-            build_twin(recipe, directory, feature_cache=context.feature_cache, progress=context.progress)
+            cache = context.feature_cache
+            build_twin(recipe, directory, device=context.device, feature_cache=cache, progress=context.progress)
             write_record(record, {"build_seconds": time.perf_counter() - started}, format_number=BUILD_FORMAT)
         except (InputError, OSError):
             if not directory.is_dir():

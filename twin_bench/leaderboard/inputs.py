@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def _download(suite: Suite, directory: Path) -> None:
     record = directory / "rows.json"
     known = read_record(record, format_number=ROWS_FORMAT) or {}
     for task in suite.tasks:
-        for split in ("train", suite.split):
+        for split in ("train", suite.split, *(["dev"] if TASKS[task].has_dev else [])):
             file = split_path(directory, task, split)
             if not file.is_file() or known.get(f"{task}/{split}") != digest_file(file):
                 write_json_lines(file, hub_rows(TASKS[task], split))
@@ -83,9 +84,9 @@ def cell_key(
     inputs: dict[str, Any],
     *,
     rows: int | None,
-    harness: str,
+    where: Mapping[str, str],
 ) -> str:
-    """Return the digest of everything that decides a cell's score.
+    """Return the digest of everything that decides a cell's score. `where` names the harness and the kind of device.
 
     A method that sees training rows or the rows that are scored sees those of all tasks. Any other method sees a
     task's own rows alone: a prompt takes its few-shot examples from them.
@@ -106,6 +107,6 @@ def cell_key(
             "rows": rows,
             "calibration_rows": suite.calibration_rows if "training rows" in entry.method.sees else None,
             "notes": dict(entry.notes),
-            "harness": harness,
+            "where": dict(where),
         }
     )

@@ -25,6 +25,7 @@ from twin_bench.leaderboard.report import FILES
 from twin_bench.leaderboard.suite import Entry, Suite, entry_of
 from twin_bench.leaderboard.tune import chosen, keep, to_tune, tuned, with_tuned
 from twin_bench.merging.registry import ProtocolName, methods
+from twin_bench.twin.device import usable_device
 
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
@@ -48,6 +49,7 @@ class Run:
     harness: Harness
     rows: int | None
     progress: Progress
+    device: str = "cpu"
 
     @property
     def cells(self) -> Cells:
@@ -73,9 +75,8 @@ class Run:
     def key(self, entry: Entry, protocol: ProtocolName, task: str) -> str:
         """Return the digest of everything that decides the score of one cell."""
         decisive = {key: value for key, value in self.inputs.items() if key != "suite_rows"}
-        return run_inputs.cell_key(
-            self.suite, entry, protocol, task, decisive, rows=self.rows, harness=self.harness.name
-        )
+        where = {"harness": self.harness.name, "device": self.device.partition(":")[0]}
+        return run_inputs.cell_key(self.suite, entry, protocol, task, decisive, rows=self.rows, where=where)
 
     def context(self, entry: Entry, protocol: ProtocolName) -> Context:
         """Return what the entry's method makes its contenders from."""
@@ -97,6 +98,7 @@ class Run:
             dtype=suite.dtype,
             calibration_rows=suite.calibration_rows,
             feature_cache=self.out / "features",
+            device=self.device,
             progress=self.progress,
         )
 
@@ -116,6 +118,7 @@ def run_suite(
     limit: int | None = None,
     harness: str = DEFAULT,
     tune: bool = False,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Board:
     """Run those of a suite's cells that `out` does not hold yet; return all of the suite's cells that it then holds.
@@ -130,14 +133,16 @@ def run_suite(
         limit: the first so many rows of each task; HELM draws as many.
         harness: the name of the harness that scores.
         tune: give each method that has a grid a second row, its options chosen on held-out training rows.
+        device: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
         progress: where the bars go.
 
     Raises:
-        InputError: an unknown method, wrong rows, experts or options: before anything is run where it can be known.
+        InputError: an unknown method or device, wrong rows, experts or options: before anything is run where it can be
+            known.
     """
     asked = suite.entries(None if only is None else list(only))
     suite = run_inputs.located(suite)
-    scorer = find_harness(harness)
+    scorer, device = find_harness(harness), str(usable_device(device))
     if tune and scorer.scores_own_rows:
         raise InputError(
             f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
@@ -145,6 +150,7 @@ def run_suite(
     scorer.check(suite)
     asked = with_tuned(asked) if tune else asked
     run = _prepared(suite, out, scorer, suite.rows if limit is None else limit, progress or Progress(disable=True))
+    run = dataclasses.replace(run, device=device)
     _check(run, asked)
     cells, skipped = _run(run, asked)
     return _board(run, asked, cells, skipped)
@@ -270,6 +276,7 @@ def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
     missing = [task for task, cell in done.items() if cell is None]
     if missing:
         for contender in contenders(entry.method, run.context(entry, protocol)):
+            contender.twin.to(run.device)
             for task in contender.tasks:
                 if task in missing:
                     cell = _scored(run, contender, entry, protocol, task, keys[task])
@@ -287,7 +294,7 @@ def _with_options(run: Run, entry: Entry, protocol: ProtocolName) -> Entry:
         bounded = run.suite.model_copy(update={"rows": run.rows})
 
         def trial(held_out: Suite) -> Board:
-            return run_suite(held_out, run.tuning, harness=run.harness.name, progress=run.progress)
+            return run_suite(held_out, run.tuning, harness=run.harness.name, device=run.device, progress=run.progress)
 
         known = tuned(entry, protocol, bounded, run.data, run.tuning, trial)
         keep(known, run.tuning, key)

@@ -8,6 +8,7 @@ requests. No answer depends on the other requests, on their order, or on the bat
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,12 +19,13 @@ from torch import Tensor
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import require_count, require_run
 from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.encoded import packed
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
 
 Progress = Callable[[int], None]
-"""It is called with the number of requests that were answered since the last call."""
+"""It is called with the number of steps since the last call. Each request takes two: it is routed, and answered."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Score:
     continuation: Sequence[int]
     routed_on: Sequence[int] | None = None
     task: str | None = None
+
+    def tokens(self, window: int) -> Sequence[int]:
+        """Return the tokens whose logits score the continuation: all but its last one, `window` at most."""
+        return array("I", [*self.context, *self.continuation][-window - 1 : -1])
 
 
 class Scored(NamedTuple):
@@ -86,7 +92,7 @@ def score(
         batch_size: the largest number of rows in a forward.
         max_length: the number of tokens of an input; by default the twin's. Of a longer input the last are kept.
         fusion_weights: (requests, experts), used in place of the router's.
-        progress: reports answered requests.
+        progress: reports routed and answered requests.
 
     Raises:
         InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
@@ -104,8 +110,8 @@ def score(
         if len(request.continuation) > window:
             raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
     contexts = [request.context if request.routed_on is None else request.routed_on for request in requests]
-    weights = _routed(twin, [ids[-window:] for ids in contexts], requests, fusion_weights, batch_size)
-    inputs = [(*request.context, *request.continuation)[-window - 1 : -1] for request in requests]
+    weights = _routed(twin, [_last(ids, window) for ids in contexts], requests, fusion_weights, batch_size, progress)
+    inputs = [request.tokens(window) for request in requests]
     asked = [len(request.continuation) for request in requests]
     askers = _same(inputs, weights)
     # A prefix ends before the first position whose logits some request needs.
@@ -146,7 +152,7 @@ def generate(
         max_length: the number of tokens of a prompt and its completion; by default the twin's.
         fusion_weights: (requests, experts), used in place of the router's.
         log_probs: whether to return log-probabilities. Without them no logits are kept, which saves memory.
-        progress: reports answered requests.
+        progress: reports routed and answered requests.
 
     Raises:
         InputError: a request that `check_generate` refuses, or a missing task.
@@ -157,7 +163,9 @@ def generate(
     for request in requests:
         check_generate(twin, request, max_length)
     begun = time.perf_counter()
-    weights = _routed(twin, [request.prompt for request in requests], requests, fusion_weights, batch_size)
+    window = max_length or twin.max_length
+    prompts = [_last(request.prompt, window) for request in requests]
+    weights = _routed(twin, prompts, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
     kinds: dict[tuple[int, Decoding], list[int]] = {}
     for row, request in enumerate(requests):
@@ -274,24 +282,33 @@ def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None
 
 def _routed(
     twin: TwinCausalLM,
-    contexts: Sequence[Sequence[int]],
+    contexts: Sequence[list[int]],
     requests: Sequence[Score] | Sequence[Generate],
     given: Tensor | None,
     batch_size: int,
+    progress: Progress | None,
 ) -> Tensor:
     """Return the requests' fusion weights (requests, experts): the given ones, or those that the twin finds."""
     if given is not None:
+        if progress:
+            progress(len(contexts))
         return twin.checked_weights(given, len(contexts))
     tasks = [request.task for request in requests if request.task is not None]
     named = tasks if len(tasks) == len(requests) else None
-    return twin.route_all([tokens(ids) for ids in contexts], named, batch_size=batch_size)
+    # Not `tokens`, whose copies and masks would take several times the memory of a long list's contexts.
+    return twin.route_all([{"input_ids": ids} for ids in contexts], named, batch_size=batch_size, progress=progress)
 
 
-def _same(inputs: Sequence[tuple[int, ...]], weights: Tensor) -> dict[int, list[int]]:
+def _last(ids: Sequence[int], window: int) -> list[int]:
+    """Return the last tokens of a text as a list: no copy where `ids` is that list."""
+    return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])
+
+
+def _same(inputs: Sequence[Sequence[int]], weights: Tensor) -> dict[int, list[int]]:
     """Return, for the first row with each combination of input and weights, all rows with that combination."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for row, key in enumerate(weights.tolist()):
-        found.setdefault((inputs[row], tuple(key)), []).append(row)
+        found.setdefault((packed(inputs[row]), tuple(key)), []).append(row)
     return {rows[0]: rows for rows in found.values()}
 
 
