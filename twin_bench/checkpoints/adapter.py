@@ -125,7 +125,8 @@ def _contents(directory: Path, stored: Mapping[str, Callable[[], Tensor]], skele
         elif parameter in skeleton.head:
             contents.head[parameter] = read
         else:
-            contents.replaced[parameter] = with_shape(read, skeleton.backbone[parameter], parameter, directory)
+            with_shape(unchecked, skeleton.backbone[parameter], parameter, directory)()
+            contents.replaced[parameter] = read
     return contents
 
 

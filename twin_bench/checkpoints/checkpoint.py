@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twin_bench.checkpoints.finite import require_weights
+from twin_bench.checkpoints.finite import require_dtype, require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
@@ -91,8 +91,8 @@ def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool =
     `allow_pickle` a pickle is read too, with `weights_only=True`.
 
     Raises:
-        InputError: The directory has no weights, a tensor is missing, or the weights are a pickle. Reading a tensor of
-            another shape than the skeleton's raises one as well.
+        InputError: The directory has no weights, a tensor is missing, has another shape than the skeleton's or a dtype
+            that weights don't have, or the weights are a pickle. Reading a tensor that holds NaN or inf raises one.
     """
     found = stored_tensors(directory, "model", "pytorch_model", allow_pickle=allow_pickle)
     stored = {**{skeleton.own_name(key): read for key, read in found.items()}, **found}
@@ -110,6 +110,8 @@ def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool =
     readers = {name: find(name) for name in skeleton.backbone}
     head = {name: stored[name] for name in sorted(skeleton.head & stored.keys())}
     checked = {name: with_shape(read, skeleton.backbone[name], name, directory) for name, read in readers.items()}
+    for name, read in checked.items():
+        require_dtype(read(), name, str(directory))  # maps the tensor into memory, and reads none of its data
     return Checkpoint(str(directory), checked, head)
 
 
