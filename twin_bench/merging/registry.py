@@ -110,8 +110,9 @@ class Method:
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
         default = self.defaults[option]
-        if isinstance(default, int | float) and not _is_number(value):
-            raise InputError(f"{self.name}: {option} must be a number, not {shown(value)}")
+        text = isinstance(default, str)
+        if isinstance(default, int | float | str) and not (_is_number(value) or (text and isinstance(value, str))):
+            raise InputError(f"{self.name}: {option} must be a number{' or a text' * text}, not {shown(value)}")
         if isinstance(default, int) and not (isinstance(value, int) and 0 <= value <= LARGEST_SEED):
             raise InputError(f"{self.name}: {option} must be a whole number, 0 or more, not {shown(value)}")
 
@@ -325,8 +326,8 @@ def merge(
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that torch takes. True and False are none."""
-    largest = LARGEST_SEED if isinstance(value, int) else sys.float_info.max
+    """Return whether a value is a finite number that float32 and int64 hold. True and False are none."""
+    largest = LARGEST_SEED if isinstance(value, int) else 3e38
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 

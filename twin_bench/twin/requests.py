@@ -230,8 +230,6 @@ def _seeds(request: Generate) -> list[str]:
 
 
 def _check_prompt(twin: TwinCausalLM, request: Generate, window: int) -> None:
-    if not len(request.prompt):
-        raise InputError("an empty prompt: nothing to continue or to route on")
     twin.check_tokens(request.prompt, "prompt")
     require_count(request.max_new_tokens, "max_new_tokens", least=0)
     require_count(request.completions, "completions", least=0)
