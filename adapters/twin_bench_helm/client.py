@@ -125,7 +125,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             wanted[digest(key)] += 1
         missing = [place for place, (key, _) in asked.items() if not self._holds(key)]
         answered, size = 0, CHUNK * self._settings.batch_size
-        with tqdm(total=len(missing), desc="Running the twin", unit="request", disable=None) as bar:
+        with tqdm(total=2 * len(missing), desc="Running the twin", unit="step", disable=None) as bar:
             for chunk in (missing[start : start + size] for start in range(0, len(missing), size)):
                 answers = self.engine.answer([asked[place][1] for place in chunk], bar.update)
                 for place, answer in zip(chunk, answers, strict=True):

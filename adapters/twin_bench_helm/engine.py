@@ -106,8 +106,6 @@ class Engine:
         if request.max_tokens:
             check_generate(self.twin, self._generate(request))
             return
-        if not request.prompt:
-            raise InputError("an empty prompt: nothing to score or to route on")
         self.twin.check_tokens(request.prompt, "prompt")
         if len(request.prompt) > self.twin.max_length + 1:  # the last token is predicted, and is no input
             raise InputError(f"a prompt of {len(request.prompt)} tokens; the model's window is {self.twin.max_length}")

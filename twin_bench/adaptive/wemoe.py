@@ -24,7 +24,8 @@ from twin_bench.compat import Conv1D
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
 from twin_bench.errors import UnsuitedError
-from twin_bench.merging.registry import merge_lazily, served_method
+from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.registry import served_method
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import blocks_of

@@ -12,8 +12,9 @@ from torch import Tensor
 from twin_bench.contenders.context import Contender, Context, static_contender
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import digest
+from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.calibration import calibrate
-from twin_bench.merging.registry import MergeMethod, StatisticsKind, merge_lazily
+from twin_bench.merging.registry import MergeMethod, StatisticsKind
 from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.paper import merge_lora_factors
 

@@ -23,10 +23,11 @@ from twin_bench.config import parse, read_yaml, with_models_located
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import written_at_once
 from twin_bench.merging.adapter_sum import merged_adapter
+from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.mergekit import from_mergekit
 from twin_bench.merging.model_card import model_card
 from twin_bench.merging.recipe import MergeRecipe
-from twin_bench.merging.registry import find_method, merge_lazily
+from twin_bench.merging.registry import find_method
 
 
 def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:

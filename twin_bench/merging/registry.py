@@ -27,7 +27,6 @@ from torch import Tensor
 from twin_bench.config import LARGEST_SEED
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest, shown
 from twin_bench.files import digest_file
-from twin_bench.merging.task_vectors import FiniteMerge, TaskVectors
 
 OWN_PACKAGE = "twin_bench"
 ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
@@ -109,8 +108,9 @@ class Method:
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
         default = self.defaults[option]
-        if isinstance(default, int | float) and not _is_number(value):
-            raise InputError(f"{self.name}: {option} must be a number, not {shown(value)}")
+        text = isinstance(default, str)
+        if isinstance(default, int | float | str) and not (_is_number(value) or (text and isinstance(value, str))):
+            raise InputError(f"{self.name}: {option} must be a number{' or a text' * text}, not {shown(value)}")
         if isinstance(default, int) and not (isinstance(value, int) and 0 <= value <= LARGEST_SEED):
             raise InputError(f"{self.name}: {option} must be a whole number, 0 or more, not {shown(value)}")
 
@@ -286,63 +286,9 @@ def find_method(name: str) -> Method:
     return known[name]
 
 
-def merge_lazily(
-    method: str,
-    base: Mapping[str, Tensor],
-    experts: Mapping[str, Mapping[str, Tensor]],
-    *,
-    transposed: Collection[str] = frozenset(),
-    **params: Any,
-) -> Mapping[str, Tensor]:
-    """Merge as `merge` does, but compute each parameter when it is read.
-
-    This needs memory for about 2 (T + 2) times the largest tensor in float32.
-    """
-    header = find_method(method).given(params)
-    if not isinstance(header, MergeMethod):
-        raise InputError(
-            f"{method} is not a merge of weights alone: run it in a suite (twin-bench leaderboard), or build a twin "
-            "(twin-bench build)"
-        )
-    vectors = TaskVectors(base, experts, transposed=transposed)
-    header.check_inputs(experts, params)
-    header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return FiniteMerge(method, header.function(vectors, **params))
-
-
-def merge(
-    method: str,
-    base: Mapping[str, Tensor],
-    experts: Mapping[str, Mapping[str, Tensor]],
-    *,
-    transposed: Collection[str] = frozenset(),
-    **params: Any,
-) -> dict[str, Tensor]:
-    """Merge experts into one set of parameters.
-
-    Args:
-        method: a name from `methods()`.
-        base: the pretrained model theta_0, parameter name to tensor.
-        experts: task to the fine-tuned model's mapping over the same names.
-        transposed: the names of matrices that are stored (in, out), as the weights of GPT-2's Conv1D layers are. Some
-            methods tell inputs from outputs.
-        **params: the method's options (`methods()[method].defaults`) and its inputs (`methods()[method].inputs`).
-            Common options are `scaling` (lambda), `density` (the fraction that is kept) and `seed`. Inputs are `task`,
-            if each task has its own parameters, and `statistics`, if the method uses them.
-
-    Returns:
-        Every name of `base`, in `base`'s dtypes. Sums are taken in float32 or better.
-
-    Raises:
-        InputError: an unknown method or option, a missing input, an option out of its range, or a tensor that an expert
-            lacks, that has another shape or no dtype of weights, or that holds or becomes NaN or inf.
-    """
-    return dict(merge_lazily(method, base, experts, transposed=transposed, **params).items())
-
-
 def _is_number(value: Any) -> bool:
-    """Return whether a value is a finite number that torch takes. True and False are none."""
-    largest = LARGEST_SEED if isinstance(value, int) else sys.float_info.max
+    """Return whether a value is a finite number that float32 and int64 hold. True and False are none."""
+    largest = LARGEST_SEED if isinstance(value, int) else 3e38
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 

@@ -16,7 +16,8 @@ from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.checkpoints.sources import Sources, load_model, open_sources, require_expert_name
 from twin_bench.data.rows import read_router_rows
 from twin_bench.errors import InputError
-from twin_bench.merging.registry import find_method, merge_lazily
+from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector

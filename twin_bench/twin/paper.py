@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from twin_bench.checkpoints.checkpoint import Checkpoint
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import InputError
+from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.linear_algebra import truncated_svd
-from twin_bench.merging.registry import merge_lazily
 from twin_bench.twin.exclusive import Exclusive, exclusive_rank
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import by_row

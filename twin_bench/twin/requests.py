@@ -264,8 +264,6 @@ def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None
     a token outside the vocabulary.
     """
     window = max_length or twin.max_length
-    if not len(request.prompt):
-        raise InputError("an empty prompt: nothing to continue or to route on")
     twin.check_tokens(request.prompt, "prompt")
     require_count(request.max_new_tokens, "max_new_tokens", least=0)
     require_count(request.completions, "completions", least=0)
