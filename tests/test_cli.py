@@ -213,6 +213,22 @@ except BaseException:
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
 
 
+@pytest.mark.parametrize("module", ["twin_bench", "twin_bench.leaderboard", "twin_bench.bench"])
+def test_an_interrupt_while_the_command_line_is_imported(module: str, tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    )
+    run = "import runpy, sys\nsys.argv = ['x', 'tasks']\n"
+    run += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    done = python("-c", INTERRUPTIBLE + run, path=[tmp_path])
+    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_the_command_is_the_one_that_can_be_interrupted() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"twin-bench": "twin_bench.__main__:main"}
+
+
 def test_an_interrupt_while_a_command_works_lets_it_clean_up() -> None:
     code = (
         INTERRUPTIBLE

@@ -7,12 +7,12 @@
 torch and transformers take seconds to import.
 """
 
-from __future__ import annotations
-
 import importlib
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing typing takes longer than everything else here, and an interrupt may fall into it
+    from typing import Any
+
     from twin_bench.errors import InputError
     from twin_bench.merging.by_name import merge
     from twin_bench.merging.registry import merge_method, methods
@@ -31,7 +31,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import the module that `name` lives in and return it; AttributeError for a name that is not exported."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

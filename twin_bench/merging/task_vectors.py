@@ -34,8 +34,11 @@ class TaskVectors(Mapping[str, Tensor]):
         *,
         transposed: Collection[str] = frozenset(),
     ) -> None:
-        _require_mapping(base, "base", "tensors")
-        _require_mapping(experts, "experts", "models")
+        _require_tensors(base, "base")
+        if not isinstance(experts, Mapping):
+            raise TypeError(
+                f"experts must be a mapping of names to models, not {type(experts).__name__} {shown(experts)}"
+            )
         if not experts:
             raise InputError("there is no expert to merge; name at least one")
         if not base:
@@ -43,7 +46,7 @@ class TaskVectors(Mapping[str, Tensor]):
         for name, expert in experts.items():
             if not isinstance(name, str):
                 raise TypeError(f"experts: a name must be a text, not {type(name).__name__} {shown(name)}")
-            _require_mapping(expert, f"expert {name!r}", "tensors")
+            _require_tensors(expert, f"expert {name!r}")
         self.base = base
         self.experts = tuple(experts)
         self.transposed = transposed
@@ -77,8 +80,6 @@ class TaskVectors(Mapping[str, Tensor]):
 
     def floating(self) -> list[str]:
         """Return the names of the parameters that have a task vector: the floating-point ones."""
-        for name in self:
-            _require_tensor(self.base[name], name, "base")
         return [name for name in self if self.base[name].is_floating_point()]
 
     def merged(self, merge: Merge) -> Merged:
@@ -87,7 +88,6 @@ class TaskVectors(Mapping[str, Tensor]):
 
     def _differences(self, name: str) -> Tensor:
         base = self.base[name]
-        _require_tensor(base, name, "base")
         require_dtype(base, name, "base model")
         exact = torch.promote_types(base.dtype, torch.float32)
         vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
@@ -122,7 +122,6 @@ class TaskVectors(Mapping[str, Tensor]):
         if name not in expert:
             raise InputError(f"expert {task!r} has no tensor {name}; was it trained from another base model?")
         tensor = expert[name]
-        _require_tensor(tensor, name, f"expert {task!r}")
         require_dtype(tensor, name, f"expert {task!r}")
         if tensor.shape != base.shape:
             raise InputError(
@@ -132,16 +131,13 @@ class TaskVectors(Mapping[str, Tensor]):
         return tensor
 
 
-def _require_mapping(value: Any, what: str, of: str) -> None:
-    """Raise a TypeError that names what should be a mapping unless it is one."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{what} must be a mapping of names to {of}, not {type(value).__name__} {shown(value)}")
-
-
-def _require_tensor(value: Any, name: str, source: str) -> None:
-    """Raise a TypeError that names the model and the parameter unless a value is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{source}: {name} must be a tensor, not {type(value).__name__} {shown(value)}")
+def _require_tensors(model: Any, what: str) -> None:
+    """Raise a TypeError unless a model is a mapping, and the values of a dict tensors. Lazy mappings are not read."""
+    if not isinstance(model, Mapping):
+        raise TypeError(f"{what} must be a mapping of names to tensors, not {type(model).__name__} {shown(model)}")
+    for name, value in model.items() if isinstance(model, dict) else ():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what}: {name} must be a tensor, not {type(value).__name__} {shown(value)}")
 
 
 class Merged(Mapping[str, Tensor]):
@@ -156,7 +152,6 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._vectors.base[name]
-        _require_tensor(base, name, "base")
         if not base.is_floating_point():
             return self._vectors.unmerged(name)
         return self.exact(name).to(base.dtype)

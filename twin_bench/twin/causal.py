@@ -352,7 +352,7 @@ class TwinCausalLM(TwinModel):
         if fusion_weights is not None:
             return self.checked_weights(fusion_weights, rows)
         if self.routing == "router" and self.expert_names:
-            return self.simplest(self._routed(inputs))
+            return self.simplest(self._routed_batch(inputs))
         return self.route_all([{}] * rows, None if task is None else tasks_of(task, rows))
 
     def check_tokens(self, ids: Sequence[int], what: str = "context") -> None:

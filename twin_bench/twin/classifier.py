@@ -89,7 +89,7 @@ class TwinClassifier(TwinModel):
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, size)
         elif self.routing == "router" and self.expert_names:
-            weights = self.simplest(self._routed(inputs))
+            weights = self.simplest(self._routed_batch(inputs))
         else:
             weights = self.route_all([{}] * size, [str(name) for name in tasks])
         heads = self._heads_of(weights, tasks)

@@ -174,9 +174,9 @@ class TwinModel(nn.Module, abc.ABC):
             InputError: the twin has no router for its protocol, an input can't be taken, or a weight is not finite.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        return self._routed(checked_batch(given, self.model))
+        return self._routed_batch(checked_batch(given, self.model))
 
-    def _routed(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _routed_batch(self, inputs: Mapping[str, Tensor]) -> Tensor:
         router = self._required_router()
         return router.weights(self.features(inputs, [router.config.layer])[0])
 
