@@ -69,9 +69,9 @@ def own_names(model: Any) -> Callable[[str], str]:
 
 
 def _substituted(patterns: Mapping[str, str], name: str) -> str:
-    for pattern, replacement in patterns.items():
-        name = re.sub(pattern, replacement, name)
-    return name
+    """Return the name after the first of the patterns that it matches."""
+    renamed = (re.subn(pattern, replacement, name) for pattern, replacement in patterns.items())
+    return next((found for found, count in renamed if count), name)
 
 
 def _renamed(renamings: Sequence[Any], name: str) -> str:

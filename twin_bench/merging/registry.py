@@ -9,15 +9,10 @@ the options. Modules that register methods are found by the entry-point group `t
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import inspect
-import logging
-import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -25,12 +20,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from twin_bench.config import LARGEST_SEED
-from twin_bench.errors import OUTDATED, InputError, first_line, nearest, shown
+from twin_bench.errors import InputError, nearest, shown
 from twin_bench.files import digest_file
+from twin_bench.merging.plugins import OWN_PACKAGE, load_methods
 
-OWN_PACKAGE = "twin_bench"
-ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
-"""The group of entry points whose modules, or packages of modules, register methods."""
 Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
 TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
 Sight = Literal["training rows", "scored rows", "task"]
@@ -189,8 +182,6 @@ class ServedMethod(Method):
     check_options: CheckFunction | None = None
 
 
-_log = logging.getLogger(__name__)
-
 REGISTRY: dict[str, Method] = {}
 """The registered methods by name. `methods` first imports the modules that register them."""
 
@@ -273,7 +264,7 @@ def register(method: Method) -> None:
 
 def methods() -> Mapping[str, Method]:
     """Return the headers of all methods by name, ordered by track (bounds first) and name."""
-    _load_all()
+    load_methods()
     ordered = sorted(REGISTRY.values(), key=lambda method: (TRACKS.index(method.track), method.name))
     return MappingProxyType({method.name: method for method in ordered})
 
@@ -296,35 +287,6 @@ def require_fraction(method: str, option: str, value: float) -> None:
     """Raise an InputError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {option} must be in (0, 1], not {value}")
-
-
-@cache
-def _load_all() -> None:
-    """Import every module that registers methods: those that entry points name, and the modules of named packages."""
-    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    own = [point for point in points if point.module.partition(".")[0] == OWN_PACKAGE]
-    if not own:
-        raise InputError(f"no merge method is registered: {OUTDATED}")
-    for point in own:
-        _load(point.module)
-    for point in points:
-        try:
-            _load(point.module)
-        except Exception as error:  # whatever another package's import raises, the methods here must keep working
-            _log.warning(
-                "the methods of %s (entry point %s) are left out: %s; repair or uninstall that package",
-                point.value,
-                point.name,
-                first_line(error),
-            )
-
-
-def _load(name: str) -> None:
-    """Import a module; of a package also its modules, but for private ones and `__main__`."""
-    module = importlib.import_module(name)
-    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if not found.name.startswith("_"):
-            importlib.import_module(f"{name}.{found.name}")
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
