@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,16 @@ def require_expert_name(name: str) -> None:
         raise InputError(f"expert name {name!r} is an attribute of torch's ModuleDict; rename the expert")
 
 
+def require_expert_names(names: Iterable[str]) -> None:
+    """Raise an InputError unless `names` can be the names of folders beside each other: some systems ignore case."""
+    known: dict[str, str] = {}
+    for name in names:
+        require_expert_name(name)
+        other = known.setdefault(name.lower(), name)
+        if other != name:
+            raise InputError(f"experts {other!r} and {name!r} differ in case alone; rename one")
+
+
 @dataclass(frozen=True)
 class Sources:
     """The opened inputs of a merge: config, tokenizer, and checkpoints whose tensors are read when asked for.
@@ -75,8 +85,7 @@ def open_sources(
     Raises:
         InputError: A model is not found, an expert's name is unsafe, or an expert can't be merged with the base model.
     """
-    for name in experts:
-        require_expert_name(name)
+    require_expert_names(experts)
     directory = model_directory(base_model, tokenizer=True, allow_pickle=allow_pickle)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     folders = {name: model_directory(path, allow_pickle=allow_pickle) for name, path in experts.items()}

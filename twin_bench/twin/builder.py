@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.skeleton import context_window
-from twin_bench.checkpoints.sources import Sources, load_model, open_sources, require_expert_name
+from twin_bench.checkpoints.sources import Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import read_router_rows
 from twin_bench.errors import InputError
 from twin_bench.merging.by_name import merge_lazily
@@ -56,8 +56,7 @@ def build_twin(
     progress = progress or Progress(disable=True)
     on = usable_device(device)
     _require_writable(directory)
-    for name in recipe.experts:
-        require_expert_name(name)
+    require_expert_names(recipe.experts)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
     sources = open_sources(recipe.base_model, recipe.experts, **trust)
