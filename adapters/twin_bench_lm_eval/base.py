@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import torch
 from lm_eval.api.model import LM
 
 from twin_bench.errors import InputError
+from twin_bench.files import digest
 from twin_bench.twin.device import AUTO, fastest_device
+from twin_bench.twin.model import TwinModel
 
 
 class ServedTwin(LM):  # type: ignore[misc]
@@ -26,6 +29,20 @@ class ServedTwin(LM):  # type: ignore[misc]
             "twin_merged: --use_cache serves answers by text alone, also another twin's and another task's; "
             "leave it out"
         )
+
+
+def provenance(twin: TwinModel) -> dict[str, str]:
+    """Return what lm-eval's results say of a twin's origin, under the names that HFLM gives them.
+
+    A twin has no revision of a hub but the one that HFLM names by default. Its `model_sha` is a digest of the shared
+    expert, the experts and the router, and empty for a twin that was never stored.
+    """
+    return {
+        "model_revision": "main",
+        "model_sha": digest(dict(twin.digests)) if twin.digests else "",
+        "twin_bench_version": importlib.metadata.version("twin-bench"),
+        "protocol": twin.protocol,
+    }
 
 
 def usable(device: str | None) -> str:

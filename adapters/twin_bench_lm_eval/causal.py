@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +30,12 @@ from twin_bench.twin.rehearsal import rehearse_generation, rehearse_score
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading
-from twin_bench_lm_eval.base import ServedTwin, positive, usable
+from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
 
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
 
 Request = tuple[Any, list[int], list[int]]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +312,7 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if self.world_size > 1:
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
         clear_torch_cache()
-        _log.info("batch_size=auto: %d rows a batch", found)
+        self.batch_sizes[len(self.batch_sizes)] = found  # lm-eval prints and stores them
         return found
 
     def _rows_a_batch(self, detect: Callable[[], int]) -> int:
@@ -336,8 +332,7 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         return {
             "model_num_parameters": self.twin.model.num_parameters(),
             "model_dtype": str(self.twin.model.dtype),
-            "twin_bench_version": importlib.metadata.version("twin-bench"),
-            "protocol": self.twin.protocol,
+            **provenance(self.twin),
             "tolerance": self.twin.tolerance,
             "sensitivity": self.twin.sensitivity,
             "routing": self.twin.routing,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.base import ServedTwin, positive, usable
+from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
 
 
 class Request(Protocol):
@@ -132,8 +131,7 @@ class ClassifierTwin(ServedTwin):
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval writes into the results' config: everything that the scores depend on."""
         return {
-            "twin_bench_version": importlib.metadata.version("twin-bench"),
-            "protocol": self.twin.protocol,
+            **provenance(self.twin),
             "tolerance": self.twin.tolerance,
             "fusion": "exact",
             "max_length": self.max_length,

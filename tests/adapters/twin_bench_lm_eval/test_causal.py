@@ -197,10 +197,14 @@ def test_features_are_kept_where_a_directory_is_named(three, requests, tmp_path,
     assert list((tmp_path / "features").glob("*-2.safetensors"))
 
 
-def test_the_model_says_what_it_is(three):
+def test_the_model_says_what_it_is(three, alone):
     info = served(three, protocol="routed").get_model_info()
     assert (info["protocol"], info["fusion"], info["routing"]) == ("routed", "exact", "router")
     assert {"model", "router", "experts/mmlu", "experts/bbq"} <= info["digests"].keys()
+    assert info["model_revision"] == "main"
+    assert info["model_sha"] == served(three).get_model_info()["model_sha"]
+    assert len(info["model_sha"]) == 64
+    assert info["model_sha"] != served(alone).get_model_info()["model_sha"]
 
 
 def test_requests_that_cannot_be_answered(three):

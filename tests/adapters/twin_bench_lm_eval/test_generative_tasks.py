@@ -135,6 +135,14 @@ def test_two_processes_answer_as_one(wide, data, tmp_path):
     assert {len(rows) for rows in expected.values()} == {7}
 
 
+def test_lm_eval_is_told_the_protocol_and_the_batch_size(wide, data):
+    """Its command line prints both above the table, and stores them in the results."""
+    arguments = {"pretrained": str(wide)}
+    results = evaluate("twin_merged", data, ["twin_mmlu"], model_args=arguments, device="cpu", batch_size="auto")
+    assert arguments["protocol"] == results["config"]["model_args"]["protocol"] == "standard"
+    assert results["config"]["batch_sizes"] == [16]
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Let the hub hold an MMLU of two subjects: five examples of each in dev, in an order of their own."""
