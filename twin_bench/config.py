@@ -169,11 +169,13 @@ def locate(path: Any, file: Path) -> Any:
 
 
 def with_models_located(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return a recipe with the paths of base model and experts located (see `locate`)."""
+    """Return a recipe with the paths of base model, experts and plugins located (see `locate`)."""
     if isinstance(raw.get("experts"), dict):
         raw["experts"] = {name: locate(path, file) for name, path in raw["experts"].items()}
     if "base_model" in raw:
         raw["base_model"] = locate(raw["base_model"], file)
+    if isinstance(raw.get("plugins"), list):
+        raw["plugins"] = [locate(path, file) for path in raw["plugins"]]
     return raw
 
 

@@ -28,6 +28,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """Add --plugin, which `twin_bench.merging.plugins.load_plugins` reads."""
+    parser.add_argument(
+        "--plugin",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a Python file that registers merge methods; it is imported. May be given several times",
+    )
+
+
 def progress_bars(options: argparse.Namespace) -> Progress:
     """Return progress bars on stderr, which show nothing under --quiet."""
     from rich.console import Console

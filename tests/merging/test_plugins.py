@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
-from tests.support.interpreter import python
+import twin_bench
+from tests.support.interpreter import ROOT, python
+from twin_bench.cli import main
+from twin_bench.errors import InputError
+from twin_bench.merging.plugins import load_plugins
+from twin_bench.merging.registry import REGISTRY, find_method
 
 GOOD = """
 from twin_bench.merging import TaskVectors, merge_method
@@ -69,3 +80,81 @@ def test_plugins_add_methods_and_broken_ones_are_left_out(site: Path) -> None:
         (line,) = (line for line in done.stderr.splitlines() if f"(entry point {name})" in line)
         assert reason in line
         assert "left out" in line
+
+
+@pytest.fixture
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The documents' method, as a file outside the checkout. The registry is put back afterwards."""
+    monkeypatch.setattr("twin_bench.merging.registry.REGISTRY", dict(twin_bench.methods()))
+    text = (ROOT / "docs" / "merging.md").read_text()
+    code = text.partition("    # my_method.py\n")[2].partition("\n`--plugin")[0]
+    file = tmp_path / "my_method.py"
+    file.write_text(textwrap.dedent(code))
+    return file
+
+
+def test_the_documented_method_merges(documented: Path, families: Any, tmp_path: Path) -> None:
+    family = families("bert")
+    recipe = {key: family.recipe[key] for key in ("base_model", "experts")} | {
+        "merge": {"method": "strongest", "scaling": 0.5}
+    }
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["merge", str(tmp_path / "merge.yaml"), str(tmp_path / "out"), "--plugin", str(documented)]) == 0
+    base = dict(family.base.bert.named_parameters())
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in base.items():
+        taus = [dict(m.bert.named_parameters())[name] - tensor for m in family.experts.values()]
+        strongest = max(taus, key=lambda tau: float(tau.norm()))
+        torch.testing.assert_close(merged[name], tensor.detach() + 0.5 * strongest.detach())
+
+
+def test_a_suite_names_its_plugins_and_a_changed_one_is_scored_again(
+    documented: Path, families: Any, tmp_path: Path
+) -> None:
+    family = families("bert")
+    recipe = {**family.recipe, "plugins": ["my_method.py"], "shared": {"method": "strongest"}, "router": None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["build", str(tmp_path / "recipe.yaml"), str(tmp_path / "twin")]) == 0
+    assert json.loads((tmp_path / "twin" / "twin.json").read_text())["shared"]["method"] == "strongest"
+    before = find_method("strongest").identity
+    documented.write_text(documented.read_text().replace("argmax", "argmin"))
+    load_plugins([documented])
+    assert find_method("strongest").identity[0] == before[0] == "strongest"
+    assert find_method("strongest").identity != before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "No such file or directory; name a Python file"),
+        ("def f(:", "can't be imported: SyntaxError"),
+        ("1 / 0", "can't be imported: ZeroDivisionError: division by zero"),
+        (GOOD.replace("def half", "def ties"), "can't be imported: two methods are named ties"),
+        (GOOD.replace("data-free", "routed"), "can't be imported: method half: unknown track 'routed'"),
+    ],
+)
+@pytest.mark.parametrize("named", ["flag", "suite"])
+def test_a_plugin_that_fails_is_one_line(
+    tmp_path: Path, text: str | None, says: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    if text is not None:
+        file.write_text(text)
+    if named == "flag":
+        assert main(["methods", "--plugin", str(file)]) == 2
+    else:
+        suite = {"name": "s", "base_model": "b", "experts": "e", "data": "d", "plugins": [str(file)]}
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+        assert main(["leaderboard", "--suite", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert f"plugin {file}: " in line
+    assert says in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plugin_that_is_no_python_file(tmp_path: Path) -> None:
+    (tmp_path / "method.txt").write_text(GOOD)
+    with pytest.raises(InputError, match=r"method\.txt: no Python file; its name must end in \.py"):
+        load_plugins([tmp_path / "method.txt"])
+    assert "half" not in REGISTRY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_device
+from twin_bench.console import add_device, add_plugins
 
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
     )
     add_device(parser)
+    add_plugins(parser)
     parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(
         "--tune",
@@ -45,7 +46,9 @@ def run(options: argparse.Namespace) -> None:
     from twin_bench.leaderboard.report import FILES, asides, leaderboard_rows, print_leaderboard, write_leaderboard
     from twin_bench.leaderboard.run import run_suite
     from twin_bench.leaderboard.suite import read_suite
+    from twin_bench.merging.plugins import load_plugins
 
+    load_plugins(options.plugin)
     suite = read_suite(options.suite)
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with progress_bars(options) as progress:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from twin_bench.console import add_plugins
+
 SUMMARY = "list the merge methods"
 
 
@@ -12,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--markdown", action="store_true", help="print the whole catalogue in Markdown, with formulas and papers"
     )
+    add_plugins(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -20,8 +23,10 @@ def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from twin_bench.merging.catalogue import markdown
+    from twin_bench.merging.plugins import load_plugins
     from twin_bench.merging.registry import methods
 
+    load_plugins(options.plugin)
     if options.markdown:
         print(markdown(), end="")
         return

@@ -10,12 +10,13 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml
+from twin_bench.config import Dtype, Seed, locate, parse, read_yaml, with_models_located
 from twin_bench.data import TASKS
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
 from twin_bench.merging.calibration import ROWS
+from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.registry import PROTOCOLS, Method, ProtocolName, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
 
@@ -60,7 +61,7 @@ class Entry:
         return listed and self.method.runs_under(protocol, self.options)
 
 
-class Suite(Settings):
+class Suite(WithPlugins):
     """A leaderboard: base model, experts, rows, tasks, methods, protocols and seed.
 
     - `experts`: task to path or hub id; or one folder with an expert for each task; or `embedded`.
@@ -72,6 +73,7 @@ class Suite(Settings):
     - `dtype`: what the models compute in, by default the base model's.
     - `batch_size`: inputs in a forward pass.
     - `calibration_rows`: how many training rows of each task may be used for statistics.
+    - `plugins`: Python files that register methods; they are imported.
     - `helm`: a directory of HELM's raw files as under benchmark_output/scenarios, for --harness helm.
     """
 
@@ -177,17 +179,10 @@ def read_suite(name_or_file: str) -> Suite:
         if name_or_file not in shipped:
             raise InputError(f"no suite {name_or_file!r}: no such file{nearest(name_or_file, shipped)}")
         file = shipped[name_or_file]
-    raw = read_yaml(file)
-    for key in ("base_model", "data"):
-        raw[key] = locate(raw.get(key), file)
-    if "helm" in raw:
-        raw["helm"] = locate(raw["helm"], file)
-    experts = raw.get("experts")
-    raw["experts"] = (
-        {task: locate(path, file) for task, path in experts.items()}
-        if isinstance(experts, dict)
-        else locate(experts, file)
-    )
+    raw = with_models_located(read_yaml(file), file)
+    for key in ("experts", "data", "helm"):  # experts: one folder for all tasks
+        if key in raw:
+            raw[key] = locate(raw[key], file)
     suite = parse(Suite, raw, str(file))
     try:
         suite.entries()

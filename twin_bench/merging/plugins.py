@@ -1,13 +1,25 @@
-"""Importing the modules that register methods, this package's own and those of other packages."""
+"""Importing the modules that register methods: this package's own, those of other packages, and a user's files.
+
+A plugin is code that runs. It is imported because a command or a recipe names it, and never from a model's folder.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
 import pkgutil
+import sys
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+from pydantic import model_validator
+
+from twin_bench.config import Settings
 from twin_bench.errors import OUTDATED, InputError, first_line
 
 OWN_PACKAGE = "twin_bench"
@@ -36,6 +48,56 @@ def load_methods() -> None:
                 point.name,
                 first_line(error),
             )
+
+
+class WithPlugins(Settings):
+    """Settings that may name plugins: Python files, which are imported before the other settings are read."""
+
+    plugins: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _imported(cls, raw: Any) -> Any:
+        named = raw.get("plugins") if isinstance(raw, dict) else None
+        if isinstance(named, list | tuple) and all(isinstance(file, str) for file in named):
+            load_plugins(named)
+        return raw
+
+
+def load_plugins(files: Iterable[str | Path]) -> None:
+    """Import Python files that register methods. A file that has changed since is imported again.
+
+    Raises:
+        InputError: a file that is not there, can't be imported, or registers a name that another method has.
+    """
+    load_methods()  # so that a name that is taken is the plugin's error
+    for file in files:
+        _load_file(Path(file).resolve())
+
+
+_CONTENTS: dict[str, bytes] = {}
+"""What was imported, by the names of the modules."""
+
+
+def _load_file(file: Path) -> None:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"plugin {file}: {error.strerror}; name a Python file that can be read") from None
+    name = f"twin_bench_plugin_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
+    if _CONTENTS.get(name) == content:
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"plugin {file}: no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"plugin {file}: can't be imported: {said}") from error
+    _CONTENTS[name] = content
 
 
 def _load(name: str) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twin_bench.config import Dtype, Seed, Settings
+from twin_bench.config import Dtype, Seed
 from twin_bench.errors import InputError, nearest
+from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.registry import find_method
 
 
@@ -31,12 +32,13 @@ class Shared(BaseModel):
         return self
 
 
-class MergeRecipe(Settings):
+class MergeRecipe(WithPlugins):
     """A merged checkpoint: base model, experts and a static merge method.
 
     `head` names the expert whose head a merged classifier gets. Without it the backbone alone is written. `as_adapter`
     writes one PEFT LoRA adapter on the base model; it needs experts that are adapters and a method that sums task
     vectors. `dtype` is the dtype that is written, by default the base model's. Sums are taken in float32 or better.
+    `plugins` are Python files that register methods; they are imported.
     """
 
     base_model: str

@@ -72,7 +72,7 @@ class Method:
         file = getattr(module, "__file__", None)
         if self.origin.partition(".")[0] == OWN_PACKAGE or file is None:
             return [self.name]
-        return [self.name, self.origin, digest_file(Path(file))]
+        return [self.name, digest_file(Path(file))]
 
     @property
     def formula(self) -> str:

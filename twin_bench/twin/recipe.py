@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, with_models_located
 from twin_bench.errors import InputError
+from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.recipe import Shared
 
 
@@ -48,7 +49,7 @@ class RouterSettings(Settings):
     paper: bool = True
 
 
-class Recipe(Settings):
+class Recipe(WithPlugins):
     """How a twin is built: its base model, experts, shared expert, exclusive vectors and router.
 
     `base_model` and `experts` are directories or hub ids. Without `router` the twin has none.
@@ -56,6 +57,7 @@ class Recipe(Settings):
     paper, and the model's window for language models.
     `dtype` is the dtype in which the router's features are computed, by default the base model's. It should be the
     dtype in which the twin will run.
+    `plugins` are Python files that register methods; they are imported.
     `allow_pickle` also reads weights from pickles. `trust_remote_code` lets transformers run code that comes with a
     model.
     """
