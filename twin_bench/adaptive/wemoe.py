@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twin_bench.adaptive.learning import Learning
+from twin_bench.adaptive.learning import Learning, check_learning
 from twin_bench.adaptive.unlabelled import (
     Batches,
     adapted_note,
@@ -39,6 +39,7 @@ from twin_bench.twin.parts import Parts
     track="test-time",
     needs=("unlabelled test inputs", "seed"),
     sees=("scored rows",),
+    check_options=check_learning,
 )
 def wemoe(
     context: Context,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from twin_bench.checkpoints.skeleton import quiet_transformers
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import written_at_once
 
@@ -29,7 +30,7 @@ def convert(gguf: Path, directory: Path) -> None:
     with written_at_once(directory) as root, quiet_transformers():
         tokenizer, quantised, config = _read(gguf)
         _dequantised(quantised, config).save_pretrained(root)
-        tokenizer.save_pretrained(root)
+        save_tokenizer(tokenizer, root)
 
 
 def _read(gguf: Path) -> tuple[Any, Any, Any]:

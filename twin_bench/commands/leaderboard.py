@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         help="run these methods only: the suite's labels or method names, with commas between them. The pretrained "
-        "model and the experts run in any case",
+        "model and the experts run in any case, and what earlier runs have scored stays in the table",
     )
     parser.add_argument(
         "--out", metavar="DIRECTORY", type=Path, default=Path("results"), help="where results go (default: results)"
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from twin_bench.console import progress_bars
-    from twin_bench.leaderboard.report import leaderboard_rows, print_leaderboard, write_leaderboard
+    from twin_bench.leaderboard.report import FILES, asides, leaderboard_rows, print_leaderboard, write_leaderboard
     from twin_bench.leaderboard.run import run_suite
     from twin_bench.leaderboard.suite import read_suite
 
@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> None:
     console = Console()
     if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
         console.width = 110
-    print_leaderboard(leaderboard_rows(board.cells), table, console, board.skipped)
-    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html, skipped.json")
+    print_leaderboard(leaderboard_rows(board.cells), table, console, asides(board))
+    print(f"Written to {options.out}: {', '.join(FILES)}")
 
 
 def _positive(text: str) -> int:

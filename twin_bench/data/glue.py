@@ -26,7 +26,7 @@ class GlueTask(Task):
     task_type: ClassVar[TaskType] = "sequence_classification"
 
     @property
-    def num_labels(self) -> int:
+    def num_labels(self) -> int:  # type: ignore[override]
         """Size of the task's head: the number of labels, 1 for a regression."""
         return len(self.label_names) or 1
 

@@ -31,7 +31,8 @@ class Task(abc.ABC):
     """One task. A new kind of task implements this class, and no other code changes.
 
     `metric` is the harness's name for the score. `shots` is the number of few-shot examples that stand before a
-    question. `is_regression` says that the answer is a number and not one of several labels.
+    question. `is_regression` says that the answer is a number and not one of several labels. `num_labels` is the size
+    of an expert's head, or None where there is no head.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task(abc.ABC):
     task_type: ClassVar[TaskType]
     shots: int = 0
     is_regression: bool = False
+    num_labels: int | None = None
 
     @property
     def has_dev(self) -> bool:

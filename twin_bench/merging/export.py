@@ -18,6 +18,7 @@ from twin_bench.checkpoints.peft_files import save_adapter
 from twin_bench.checkpoints.skeleton import meta_model, quiet_transformers, read_config
 from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.checkpoints.stream import SHARD_BYTES, Layout, ordered, write_sharded
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.config import parse, read_yaml, with_models_located
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import written_at_once
@@ -72,7 +73,7 @@ def merge_to_directory(
             parameters = _write_adapter(recipe, sources, options, root)
         else:
             parameters = _write_checkpoint(recipe, sources, options, root, progress, shard_bytes)
-        sources.tokenizer.save_pretrained(root)
+        save_tokenizer(sources.tokenizer, root)
         (root / "README.md").write_text(model_card(recipe, options, sources, directory.name, parameters))
     return parameters
 

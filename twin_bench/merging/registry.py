@@ -41,6 +41,7 @@ ProtocolName = Literal["standard", "paper", "routed"]
 PROTOCOLS: tuple[ProtocolName, ...] = ("standard", "paper", "routed")
 MergeFunction = Callable[..., Mapping[str, Tensor]]
 ServeFunction = Callable[..., Iterator[Any]]
+CheckFunction = Callable[..., None]
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Expert to parameter name to a tensor computed from training inputs: see `twin_bench.merging.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
@@ -176,9 +177,11 @@ class ServedMethod(Method):
     """A method that is more than a merge of weights: `serve(context, **options)` yields the contenders that it enters.
 
     Examples are the experts themselves, a twin, and methods that learn or route at test time.
+    `check_options(context, **options)` raises an InputError for an option out of its range, before any model is loaded.
     """
 
     serve: ServeFunction
+    check_options: CheckFunction | None = None
 
 
 _log = logging.getLogger(__name__)
@@ -231,18 +234,19 @@ def served_method(
     needs: tuple[str, ...] = (),
     sees: tuple[Sight, ...] = (),
     protocols: tuple[ProtocolName, ...] = ("standard",),
+    check_options: CheckFunction | None = None,
     kind: type[ServedMethod] = ServedMethod,
 ) -> Callable[[ServeFunction], ServeFunction]:
     """Register the decorated generator `(context, *, options)` as the method of its own name.
 
-    It yields `twin_bench.contenders.Contender`s. `kind` is a subclass of ServedMethod for a method whose options are
-    not single values.
+    It yields `twin_bench.contenders.Contender`s. `check_options` takes the same arguments. `kind` is a subclass of
+    ServedMethod for a method whose options are not single values.
     """
 
     def decorate(function: ServeFunction) -> ServeFunction:
         defaults, _ = _keywords(function)
         header = _header(function, title, paper, track, needs, defaults)
-        register(kind(*header, frozenset(sees), protocols, serve=function))
+        register(kind(*header, frozenset(sees), protocols, serve=function, check_options=check_options))
         return function
 
     return decorate

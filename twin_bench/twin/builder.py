@@ -52,16 +52,15 @@ def build_twin(
     Raises:
         InputError: Anything is wrong with the recipe or its inputs. Nothing is written then.
     """
-    progress = progress or Progress(disable=True)
-    on = usable_device(device)
+    progress, on = progress or Progress(disable=True), usable_device(device)
     _require_writable(directory)
     for name in recipe.experts:
         require_expert_name(name)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
     sources = open_sources(recipe.base_model, recipe.experts, **trust)
-    _check_limits(recipe, sources)
-    options = _merge_options(recipe)
+    check_limits(recipe, sources)
+    options = merge_options(recipe)
     merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
@@ -89,7 +88,7 @@ def build_twin(
     return settings
 
 
-def _merge_options(recipe: Recipe) -> dict[str, Any]:
+def merge_options(recipe: Recipe) -> dict[str, Any]:
     """Return the options of the static merge that makes the shared expert, with the recipe's seed if it needs one."""
     header = find_method(recipe.shared.method).given(recipe.shared.options)
     return {**header.seeded(recipe.seed), **recipe.shared.options}
@@ -144,7 +143,7 @@ def _require_writable(directory: Path) -> None:
         raise InputError(f"{directory}: {parent} can't be written to; give another place")
 
 
-def _check_limits(recipe: Recipe, sources: Sources) -> None:
+def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
     config, router = sources.config, recipe.router
     window = context_window(config)
