@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,8 +35,9 @@ class LmEval(Harness):
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""
         suite, task = job.suite, f"twin_{job.task}"
-        model = serving(contender.twin, task=job.task, batch_size=suite.batch_size, max_length=suite.max_length)
-        results = _evaluate(model, [task], job.data, suite.split, limit=job.rows, seed=suite.seed)
+        limits: dict[str, Any] = {"batch_size": suite.batch_size, "max_length": suite.max_length}
+        served = partial(serving, contender.twin, task=job.task, **limits)
+        results = _evaluate(served, [task], job.data, suite.split, limit=job.rows, seed=suite.seed)
         scores, metric = results["results"][task], TASKS[job.task].metric
         return Evaluated(
             score=scores[f"{metric},none"],
@@ -63,29 +64,41 @@ class LmEval(Harness):
         named = [f"twin_{task}" for task in tasks]
 
         def evaluate(make: Callable[[], Any]) -> object:
-            return _evaluate(make(), named, data, split, limit=rows, seed=0)
+            return _evaluate(make, named, data, split, limit=rows, seed=0)
 
         return {name: partial(evaluate, make) for name, make in models.items()}
 
 
 def _evaluate(
-    model: Any, tasks: Sequence[str], data: Path, split: str, *, limit: int | None, seed: int
+    make: Callable[[], Any], tasks: Sequence[str], data: Path, split: str, *, limit: int | None, seed: int
 ) -> dict[str, Any]:
-    """Run lm-eval in this process, without its bars: errors still raise."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(
-        include_path=str(tasks_directory()),
-        include_defaults=False,
-        metadata={"data": str(data), "split": split},
-    )
+    """Run lm-eval on a model that `make` returns, in this process, without its bars: errors still raise."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
-    with contextlib.redirect_stderr(io.StringIO()):
+    with _quiet():
+        manager = TaskManager(
+            include_path=str(tasks_directory()),
+            include_defaults=False,
+            metadata={"data": str(data), "split": split},
+        )
         loaded = manager.load(list(tasks))
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
         # Not simple_evaluate: after each evaluation it describes the machine and asks git, which takes over a second.
-        results: dict[str, Any] = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        results: dict[str, Any] = evaluate(make(), loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return results
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide lm-eval's bars and what it logs below an error."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -53,8 +53,7 @@ def build_twin(
     Raises:
         InputError: Anything is wrong with the recipe or its inputs. Nothing is written then.
     """
-    progress = progress or Progress(disable=True)
-    on = usable_device(device)
+    progress, on = progress or Progress(disable=True), usable_device(device)
     _require_writable(directory)
     require_expert_names(recipe.experts)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
