@@ -136,18 +136,20 @@ def require_count(value: Any, name: str, least: int = 1) -> None:
         raise InputError(f"{name} must be a whole number, {least} or more, not {shown(value)}")
 
 
-def require_run(requests: Any, batch_size: Any, max_length: Any) -> None:
-    """Check how a list of requests is to be answered.
+def require_run(requests: Any, batch_size: Any, max_length: Any, config: Any) -> None:
+    """Check how a list of requests is to be answered by the model of a config.
 
     Raises:
         TypeError: the requests are no sequence.
-        InputError: `batch_size` is no count, or `max_length` neither a count nor None.
+        InputError: `batch_size` is no count, or `max_length` is neither None nor a number of tokens in the window.
     """
     if not isinstance(requests, Sequence) or isinstance(requests, str | bytes):
         raise TypeError(f"requests must be a list, not {type(requests).__name__} {shown(requests)}")
     require_count(batch_size, "batch_size")
     if max_length is not None:
         require_count(max_length, "max_length")
+        if max_length > context_window(config):
+            raise InputError(f"max_length {max_length}: the model's window is {context_window(config)}")
 
 
 def require_known(tasks: Sequence[Any], known: Any, message: str) -> None:

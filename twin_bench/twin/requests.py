@@ -91,7 +91,7 @@ def score(
         InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
             or a missing task.
     """
-    require_run(requests, batch_size, max_length)
+    require_run(requests, batch_size, max_length, twin.model.config)
     if not requests:
         return []
     window = max_length or twin.max_length
@@ -151,7 +151,7 @@ def generate(
         InputError: an empty prompt, no token to generate, a prompt and completion over `max_length`, a token outside
             the vocabulary, or a missing task.
     """
-    require_run(requests, batch_size, max_length)
+    require_run(requests, batch_size, max_length, twin.model.config)
     if not requests:
         return []
     window = max_length or twin.max_length
