@@ -121,7 +121,7 @@ def require_ids(ids: Any, what: str, vocabulary: int) -> None:
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
         raise TypeError(f"a {what} must be a list of token ids, not {type(ids).__name__} {shown(ids)}")
     if not len(ids):
-        raise InputError(f"an empty {what}: give it one token at least (a context: the tokenizer's bos or eos)")
+        raise InputError(f"an empty {what}: nothing to read; give it one token at least (the tokenizer's bos or eos)")
     if set(map(type, ids)) != {int}:
         wrong = next(one for one in ids if type(one) is not int)
         raise InputError(f"{shown(wrong)} in a {what}: a token's id is a whole number")
@@ -207,7 +207,7 @@ def require_texts(texts: Any) -> None:
     if not isinstance(texts, Sequence) or isinstance(texts, str | bytes):
         raise TypeError(f"texts must be a list of (text, text or None), not {type(texts).__name__} {shown(texts)}")
     for number, row in enumerate(texts):
-        pair = isinstance(row, Sequence) and len(row) == 2
+        pair = isinstance(row, tuple | list) and len(row) == 2
         if not pair or not isinstance(row[0], str) or not isinstance(row[1], str | None):
             raise TypeError(f"texts: row {number} must be (text, text or None), not {shown(row)}")
         for text in filter(None, row):
