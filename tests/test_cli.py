@@ -229,14 +229,18 @@ def test_the_command_is_the_one_that_can_be_interrupted() -> None:
     assert scripts == {"twin-bench": "twin_bench.__main__:main"}
 
 
-def test_an_interrupt_while_a_command_works_lets_it_clean_up() -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "says"), [("SIGINT", 130, "interrupted\n"), ("SIGTERM", 143, "terminated\n")]
+)
+def test_a_signal_while_a_command_works_lets_it_clean_up(number: str, status: int, says: str) -> None:
     code = (
         INTERRUPTIBLE
+        + f"NUMBER = signal.{number}\n"
         + """
 import os, signal, sys, time, types, twin_bench.cli as cli
 def run(options):
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), NUMBER)
         time.sleep(60)
     finally:
         print("cleaned up")
@@ -246,14 +250,15 @@ sys.exit(cli.main(["works"]))
 """
     )
     done = python("-c", code)
-    assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "cleaned up\n")
+    assert (done.returncode, done.stderr, done.stdout) == (status, says, "cleaned up\n")
 
 
-def test_the_usual_handler_of_interrupts_is_put_back() -> None:
+def test_the_usual_handlers_are_put_back() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert cli.main(["--version"]) == 0
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
 

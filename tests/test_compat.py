@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,15 @@ def test_a_state_that_is_no_keys_and_values_is_not_shared(kind: str, said: Said)
 def test_a_lora_config_s_patterns() -> None:
     assert compat.pattern_of(["layers.1.q_proj", "v_proj"], "model.layers.1.q_proj") == "layers.1.q_proj"
     assert compat.pattern_of(["v_proj"], "model.layers.1.q_proj") == "model.layers.1.q_proj"
+
+
+@pytest.mark.parametrize("has_mapping", [True, False])
+def test_names_that_transformers_gives_on_loading(monkeypatch: pytest.MonkeyPatch, has_mapping: bool) -> None:
+    """transformers 4 has the table at the class, whose first pattern that matches counts."""
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    model = tiny_causal("llama")
+    table = {r"^old\.": "model.", r"^model\.x": "y"} if has_mapping else {}
+    monkeypatch.setattr(type(model), "_checkpoint_conversion_mapping", table, raising=False)
+    name = compat.own_names(model)
+    assert name("old.x.weight") == ("model.x.weight" if has_mapping else "old.x.weight")
+    assert name("lm_head.weight") == "lm_head.weight"

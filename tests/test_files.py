@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
+import re
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.faults import full_disk
 from twin_bench.errors import InputError
 from twin_bench.files import (
     digest_files,
     read_record,
     read_tensors,
+    require_writable,
     write_bytes,
     write_record,
     write_tensors,
@@ -156,3 +164,66 @@ def test_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
 def test_a_record_with_numbers_for_keys_is_read_back(tmp_path: Path) -> None:
     write_record(tmp_path / "r.json", {"epochs": {2: 0.5, 10: 0.25}}, format_number=1)
     assert read_record(tmp_path / "r.json", format_number=1) == {"epochs": {"2": 0.5, "10": 0.25}}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from twin_bench.files import write_stream, written_at_once
+root = Path(sys.argv[1])
+with written_at_once(root / "twin") as folder, write_stream(root / "cell.json") as stream:
+    (folder / "half").write_text("x")
+    stream.write(b"x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_run_has_left_is_removed_by_the_next_writer(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert [re.sub("-.{8}[.]", "-X.", name) for name in left] == [
+        ".cell.json-X.twin-bench-partial",
+        ".twin-X.twin-bench-partial",
+    ]
+    (tmp_path / ".twin-mine").mkdir()  # anybody's folder of a like name stays
+    write_bytes(tmp_path / "other", b"x")
+    assert len(list(tmp_path.iterdir())) == 4
+    write_bytes(tmp_path / "cell.json", b"whole")
+    with written_at_once(tmp_path / "twin"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".twin-mine", "other", "cell.json", "twin"}
+
+
+def test_what_a_living_writer_works_on_stays(tmp_path: Path) -> None:
+    """Two runs build the same twin: neither may take the other's folder for abandoned."""
+    with written_at_once(tmp_path / "twin") as first:
+        (first / "weights").write_text("x")
+        with contextlib.suppress(RuntimeError), written_at_once(tmp_path / "twin"):
+            raise RuntimeError
+        assert (first / "weights").is_file()
+    assert (tmp_path / "twin" / "weights").is_file()
+
+
+def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path) -> None:
+    """safetensors raises an error of its own there."""
+    tensors = {"a": torch.zeros(100_000)}
+    for write in (
+        lambda: write_bytes(tmp_path / "file", b"x" * 100_000),
+        lambda: write_tensors(tmp_path / "file", tensors, format_number=1),
+    ):
+        with full_disk(50_000), pytest.raises(OSError, match="File too large") as raised:
+            write()
+        assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "file"))
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "index.html")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "index.html").mkdir()
+    with pytest.raises(InputError, match=r"index\.html: a folder stands where a file is to be written"):
+        require_writable(tmp_path / "index.html")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="can't be written"):
+        require_writable(tmp_path / "file" / "index.html")

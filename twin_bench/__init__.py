@@ -14,7 +14,8 @@ if TYPE_CHECKING:  # importing typing takes longer than everything else here, an
     from typing import Any
 
     from twin_bench.errors import InputError
-    from twin_bench.merging.registry import merge, merge_method, methods
+    from twin_bench.merging.by_name import merge
+    from twin_bench.merging.registry import merge_method, methods
     from twin_bench.merging.task_vectors import TaskVectors
     from twin_bench.twin.model import TwinModel
 
@@ -24,7 +25,7 @@ _HOMES = {
     "InputError": "twin_bench.errors",
     "TaskVectors": "twin_bench.merging.task_vectors",
     "TwinModel": "twin_bench.twin.model",
-    "merge": "twin_bench.merging.registry",
+    "merge": "twin_bench.merging.by_name",
     "merge_method": "twin_bench.merging.registry",
     "methods": "twin_bench.merging.registry",
 }

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default this process' own.
 
     Returns:
-        The exit status: 0 done, 2 a usage or input error, 130 interrupted.
+        The exit status: 0 done, 2 a usage or input error, 130 interrupted, 143 ended by SIGTERM.
 
     Raises:
         SystemExit: with status 0, once a command's --help is printed.

@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Conv1D", "cache_argument", "pattern_of", "prefix_argument", "say_once", "selects_logits"]
+__all__ = ["Conv1D", "cache_argument", "own_names", "pattern_of", "prefix_argument", "say_once", "selects_logits"]
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """transformers 5.24 renamed the second to the first: its signatures show the first, and it warns of the second."""
@@ -50,6 +51,33 @@ def selects_logits(model: Any) -> bool:
         return True
     say_once(f"{_named(model)} takes no logits_to_keep: the logits of all tokens are computed, which takes memory")
     return False
+
+
+def own_names(model: Any) -> Callable[[str], str]:
+    """Return the function from the name under which a checkpoint stores a tensor to the model's own name for it.
+
+    transformers renames tensors when it loads them: GPT-NeoX's embed_out is its lm_head from transformers 5 on.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4
+        patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        return functools.partial(_substituted, patterns)
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return functools.partial(_renamed, renamings)
+
+
+def _substituted(patterns: Mapping[str, str], name: str) -> str:
+    """Return the name after the first of the patterns that it matches."""
+    renamed = (re.subn(pattern, replacement, name) for pattern, replacement in patterns.items())
+    return next((found for found, count in renamed if count), name)
+
+
+def _renamed(renamings: Sequence[Any], name: str) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def pattern_of(patterns: Sequence[str], module: str) -> str:

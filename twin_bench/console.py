@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twin_bench.errors import InputError, one_line
 
@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from rich.progress import Progress
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device, which `twin_bench.twin.device` reads."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where models run: cpu, cuda, cuda:1, mps, or auto: cuda, else mps, else cpu (default: auto)",
+    )
 
 
 def progress_bars(options: argparse.Namespace) -> Progress:
@@ -27,17 +36,32 @@ def progress_bars(options: argparse.Namespace) -> Progress:
     return Progress(console=Console(stderr=True), disable=options.quiet)
 
 
+class Terminated(BaseException):
+    """The process was asked to end (SIGTERM). Like an interrupt, it lets every block clean up behind it."""
+
+
+ENDINGS: dict[int, tuple[type[BaseException], str, int]] = {
+    signal.SIGINT: (KeyboardInterrupt, "interrupted", 130),
+    signal.SIGTERM: (Terminated, "terminated", 143),
+}
+"""What a signal raises, the line that says so, and the exit status."""
+
+
 def reporting_errors(run: Callable[[], None]) -> int:
-    """Run a command; return 0, 2 after an InputError or an OSError (one line on stderr), or 130 after an interrupt."""
-    with _interruptible_imports():
+    """Run a command; return its exit status.
+
+    It is 0, 2 after an InputError or an OSError (one line on stderr), 130 after an interrupt, or 143 after SIGTERM.
+    """
+    with _signals_end_the_command():
         try:
             run()
             sys.stdout.flush()
         except InputError as error:
             return _report(str(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        except (KeyboardInterrupt, Terminated) as ended:
+            said, status = next((said, status) for kind, said, status in ENDINGS.values() if isinstance(ended, kind))
+            print(said, file=sys.stderr)
+            return status
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError as error:
@@ -47,30 +71,32 @@ def reporting_errors(run: Callable[[], None]) -> int:
 
 
 @contextmanager
-def _interruptible_imports() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, with status 130, while a module is being imported.
+def _signals_end_the_command() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM raise what ENDINGS say, or end the process at once while a module is being imported.
 
-    A KeyboardInterrupt would not do: numpy swallows one in its import and fails later, and torch's import aborts.
+    An exception would not do there: numpy swallows one in its import and fails later, and torch's import aborts.
     """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        kind, said, status = ENDINGS[number]
         while frame is not None:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
                 shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides the cursor
-                print(f"{shown}interrupted", file=sys.stderr, flush=True)
-                os._exit(130)
+                print(f"{shown}{said}", file=sys.stderr, flush=True)
+                os._exit(status)
             frame = frame.f_back
-        raise KeyboardInterrupt
+        raise kind
 
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main_thread = threading.current_thread() is threading.main_thread()  # only this one may set a handler
-    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    mine = [number for number, handler in usual.items() if main_thread and signal.getsignal(number) is handler]
+    for number in mine:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in mine:
+            signal.signal(number, usual[number])
 
 
 def _report(message: str) -> int:

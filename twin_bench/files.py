@@ -1,19 +1,25 @@
 """Files: atomic writes, folders that appear whole, checksums. Everything that is written goes through this module.
 
 A file is written under a temporary name of its own, flushed to the disk and renamed, so that a reader sees the old file
-or the new one and two processes never share a temporary name. A record is JSON that says which format it has and which
-checksum its content has; a file of tensors says the same in its metadata.
+or the new one and two processes never share a temporary name. A temporary file or folder is locked while its writer
+lives: what a killed run has left is not, and the next writer of the same name removes it. A record is JSON that says
+which format it has and which checksum its content has; a file of tensors says the same in its metadata.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,6 +31,11 @@ if TYPE_CHECKING:
 
 DECISIVE = (".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 """The suffixes of a model folder's files that can decide an answer: weights, configs, tokenizers, code."""
+
+TEMPORARY = ".twin-bench-partial"
+"""What the names of temporary files and folders end with."""
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""The numbers of errors that come from writing alone."""
 
 _log = logging.getLogger(__name__)
 
@@ -171,17 +182,33 @@ def written_at_once(directory: Path) -> Iterator[Path]:
     """
     if directory.exists():
         raise InputError(f"{directory}: exists already; give another name, or remove it first")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with _temporary(directory, tempfile.mkdtemp) as partial:
         yield partial
         partial.chmod(0o777 & ~_umask())
         for path in (*partial.rglob("*"), partial):
             _flush(path)
         os.rename(partial, directory)
         _flush(directory.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove the temporary files and folders that killed runs have left in a folder and below it."""
+    for path in directory.rglob(f".*{TEMPORARY}"):
+        _remove_unless_locked(path)
+
+
+def require_writable(file: Path) -> None:
+    """Raise an InputError unless a file can be written: its folder, which is made, takes files and no folder is there.
+
+    It is for what is written at the end of long work.
+    """
+    if file.is_dir():
+        raise InputError(f"{file}: a folder stands where a file is to be written; remove it, or write elsewhere")
+    try:
+        with _temporary(Path(os.path.realpath(file)), _make_file):
+            pass
+    except OSError as error:
+        raise InputError(f"{file}: can't be written ({error.strerror}); write elsewhere") from None
 
 
 def digest(value: Any) -> str:
@@ -223,19 +250,84 @@ def _warn_damaged(file: Path, reason: str) -> None:
 def _replacing(file: Path) -> Iterator[Path]:
     """Give the name of a temporary file, which takes the place of `file` at the end of the block."""
     target = Path(os.path.realpath(file))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _temporary(target, _make_file) as temporary:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         _flush(temporary)
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        _flush(target.parent)
+
+
+def _make_file(*, prefix: str, suffix: str, dir: Path) -> str:
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=dir)
+    os.close(handle)
+    return name
+
+
+@contextmanager
+def _temporary(target: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """Give what `make` makes beside `target`, locked until the end of the block; it is removed if it is still there.
+
+    What killed runs have left of the same target is removed first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in target.parent.glob(f".{glob.escape(target.name)}-????????{TEMPORARY}"):
+        _remove_unless_locked(abandoned)
+    with _naming(target):
+        path, handle = _made_and_locked(target, make)
+        try:
+            yield path
+        finally:
+            _remove(path)
+            os.close(handle)
+
+
+def _made_and_locked(target: Path, make: Callable[..., str]) -> tuple[Path, int]:
+    while True:
+        path = Path(make(prefix=f".{target.name}-", suffix=TEMPORARY, dir=target.parent))
+        handle = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody gets one, and nothing is removed
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if path.exists():
+            return path, handle
+        os.close(handle)  # between its making and its lock another writer took it for abandoned
+
+
+def _remove_unless_locked(path: Path) -> None:
+    """Remove a temporary file or folder unless its writer lives, which holds a lock on it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        finally:
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Have the error of a disk that is full, or can't be written, name what was to be written.
+
+    safetensors raises its own error, which is no OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in CANNOT_WRITE and (error.filename is None or TEMPORARY in str(error.filename)):
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
-    _flush(target.parent)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number and int(number[1]) in CANNOT_WRITE:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+        raise
 
 
 def _umask() -> int:

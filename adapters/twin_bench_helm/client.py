@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +14,7 @@ from helm.benchmark.executor import Executor
 from helm.benchmark.runner import Runner
 from helm.clients.client import CachingClient, truncate_sequence
 from helm.common.cache import CacheConfig
+from helm.common.hierarchical_logger import hlog
 from helm.common.request import (
     EMBEDDING_UNAVAILABLE_REQUEST_RESULT,
     ErrorFlags,
@@ -17,20 +22,31 @@ from helm.common.request import (
     Request,
     RequestResult,
     Token,
-    wrap_request_time,
 )
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from twin_bench.config import parse
 from twin_bench.errors import InputError
+from twin_bench.files import digest
 from twin_bench.twin.sampling import Completion
 from twin_bench_helm.engine import Ask, Engine, engine
+from twin_bench_helm.errors import RefusedError
+from twin_bench_helm.prompts import encoded, in_template
+from twin_bench_helm.settings import TwinSettings
+
+FORMAT = 2
+"""The number of what the cache holds of an answer, and of how the answer is found."""
+CHUNK = 16
+"""How many full batches of requests are answered before their answers go into the cache."""
 
 
 class TwinClient(CachingClient):  # type: ignore[misc]
     """Answers HELM's requests with a twin: completions, and log-probabilities of generated and of prompt tokens.
 
     The engine is loaded by the first request, once in a process. The cache key holds all settings and the digests of
-    the shared expert, the experts and the router, so another twin's answers are never served. A request that can't
-    succeed fails at once, and HELM does not retry it.
+    the shared expert, the experts and the router, so another twin's answers are never served. An error is never
+    retried. Where one request can't be answered, such as one over the model's window, the error is not fatal: HELM goes
+    on, and scores an empty completion. An error that concerns every request is fatal.
     """
 
     def __init__(
@@ -44,83 +60,108 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         batch_size: int = 8,
         apply_chat_template: bool = False,
     ) -> None:
-        """Make a client of the twin in the directory `twin`. `twin-bench helm-config` has the same other arguments."""
+        """Make a client of the twin in the directory `twin`. `twin-bench helm-config` has the same other arguments.
+
+        Raises:
+            InputError: a setting that is unknown or out of range.
+        """
         super().__init__(cache_config=cache_config)
-        self._settings: dict[str, Any] = {
+        given = {
             "device": device,
             "dtype": dtype,
             "protocol": protocol,
             "tolerance": tolerance,
             "batch_size": batch_size,
         }
+        self._settings = parse(TwinSettings, given, f"HELM's deployment of {twin}")
         self._directory, self._chat = twin, apply_chat_template
-        self._ready: dict[str, dict[str, Any]] = {}
+        self._ready: dict[str, list[dict[str, Any]]] = {}
 
     @property
     def engine(self) -> Engine:
         """The process's engine. Getting it raises an InputError if the twin can't be loaded."""
-        return engine(self._directory, **self._settings)
+        return engine(self._directory, self._settings)
 
     def make_request(self, request: Request) -> RequestResult:
-        """Answer one request, from the cache if it holds the answer."""
+        """Answer one request, from the cache if it holds the answer. Its time is its share of its batch's time."""
         if request.embedding:
             return EMBEDDING_UNAVAILABLE_REQUEST_RESULT
         try:
             ask = self._ask(request)
             key = CachingClient.make_cache_key(self._key(ask), request)
-
-            def compute() -> dict[str, Any]:
-                ready = self._ready.pop(repr(key), None)
-                return ready if ready is not None else self._raw(self.engine.ask(ask))
-
-            response, cached = self.cache.get(key, wrap_request_time(compute))
+            ready = self._ready.get(digest(key))
+            if ready:
+                response, cached = ready.pop(), False
+            else:
+                response, cached = self.cache.get(key, lambda: _raw(self.engine.ask(ask)))
+        except RefusedError as error:
+            return _failed(str(error), is_fatal=False)
         except InputError as error:
-            return _failed(str(error))
+            return _failed(str(error), is_fatal=True)
         return RequestResult(
             success=True,
             cached=cached,
             request_time=response["request_time"],
-            request_datetime=response.get("request_datetime"),
+            request_datetime=response["request_datetime"],
             completions=[self._output(raw, request) for raw in response["completions"]],
             embedding=[],
         )
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Answer, in one list, all requests whose answers the cache does not hold. `make_request` then returns them."""
-        asks: dict[str, Ask] = {}
+        """Answer all requests whose answers the cache does not hold. `make_request` then returns the answers.
+
+        The requests are answered in chunks. The answers of a chunk are in the cache before the next one begins. Equal
+        requests are answered once.
+        """
+        asked: dict[str, tuple[Any, Ask]] = {}
+        wanted: Counter[str] = Counter()
         for request in requests:
             try:
                 ask = self._ask(request)
                 key = CachingClient.make_cache_key(self._key(ask), request)
-                self.cache.get(key, _miss)
-            except _Miss:
-                asks[repr(key)] = ask
             except InputError:
                 continue  # make_request reports the error
+            asked[digest(key)] = key, ask
+            wanted[digest(key)] += 1
+        missing = [place for place, (key, _) in asked.items() if not self._holds(key)]
+        answered, size = 0, CHUNK * self._settings.batch_size
+        with tqdm(total=2 * len(missing), desc="Running the twin", unit="step", disable=None) as bar:
+            for chunk in (missing[start : start + size] for start in range(0, len(missing), size)):
+                answers = self.engine.answer([asked[place][1] for place in chunk], bar.update)
+                for place, answer in zip(chunk, answers, strict=True):
+                    if isinstance(answer, RefusedError):
+                        continue  # make_request reports the error
+                    raw = _raw(answer)
+                    self.cache.get(asked[place][0], functools.partial(dict, raw))
+                    self._ready[place] = [raw] * wanted[place]
+                    answered += 1
+                hlog(f"The twin has answered {answered} of {len(missing)} requests")
+
+    def _holds(self, key: Any) -> bool:
+        """Return whether the cache holds an answer."""
         try:
-            answers = self.engine.answer(list(asks.values()))
-        except InputError:
-            return  # one request can't be answered, so make_request answers each separately
-        self._ready.update({key: self._raw(answer) for key, answer in zip(asks, answers, strict=True)})
+            self.cache.get(key, _miss)
+        except _Miss:
+            return False
+        return True
 
     def _ask(self, request: Request) -> Ask:
-        tokenizer = self.engine.twin.tokenizer
+        twin = self.engine.twin
         text = request.prompt
         if request.messages and not self._chat:
             raise InputError("a request with messages, and the deployment says apply_chat_template: false")
         if self._chat:
-            if not tokenizer.chat_template:
-                raise InputError(
-                    f"{self._directory}: its tokenizer has no chat template; set apply_chat_template: false"
-                )
-            messages = request.messages or [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = in_template(twin.tokenizer, request.messages or [{"role": "user", "content": text}])
         if not request.max_tokens and not request.echo_prompt:
             raise InputError(
                 "a request for no tokens; with echo_prompt it would ask for the prompt's log-probabilities"
             )
+        if request.max_tokens >= twin.max_length:
+            raise InputError(
+                f"max_tokens {request.max_tokens} leaves no room for a prompt; the model's window is {twin.max_length}"
+            )
         return Ask(
-            prompt=tuple(tokenizer(text)["input_ids"]),
+            prompt=tuple(encoded(twin.tokenizer, text, templated=self._chat)),
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_p=request.top_p,
@@ -132,6 +173,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
     def _key(self, ask: Ask) -> dict[str, Any]:
         twin = self.engine.twin
         return {
+            "format": FORMAT,
             "digests": twin.digests,
             "protocol": twin.protocol,
             "tolerance": twin.tolerance,
@@ -145,9 +187,6 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             "stop": list(ask.stop),
         }
 
-    def _raw(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        return {"completions": [{"tokens": found.tokens, "log_probs": found.log_probs} for found in completions]}
-
     def _output(self, raw: dict[str, Any], request: Request) -> GeneratedOutput:
         """Return a completion in HELM's form: cut at the first stop sequence, or after the prompt if it is echoed."""
         tokenizer = self.engine.twin.tokenizer
@@ -158,12 +197,12 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             tokens=[Token(text=tokenizer.decode([i]), logprob=p) for i, p in zip(ids, log_probs, strict=True)],
         )
         if not request.echo_prompt:
-            return truncate_sequence(output, request, print_warning=False)
-        if request.max_tokens:
+            output = truncate_sequence(output, request, print_warning=False)
+        elif request.max_tokens:
             prompt = tokenizer(request.prompt)["input_ids"]
             echoed = [Token(text=tokenizer.decode([i]), logprob=0.0) for i in prompt]
-            return GeneratedOutput(request.prompt + output.text, output.logprob, [*echoed, *output.tokens])
-        return output
+            output = GeneratedOutput(request.prompt + output.text, output.logprob, [*echoed, *output.tokens])
+        return dataclasses.replace(output, finish_reason={"reason": raw["finish_reason"]})
 
 
 class BatchExecutor(Executor):  # type: ignore[misc]
@@ -199,6 +238,18 @@ def _miss() -> dict[str, Any]:
     raise _Miss
 
 
-def _failed(message: str) -> RequestResult:
-    flags = ErrorFlags(is_retriable=False, is_fatal=True)
+def _raw(completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return completions as the plain data that HELM's cache keeps."""
+    return {
+        "completions": [
+            {"tokens": found.tokens, "log_probs": found.log_probs, "finish_reason": found.finish_reason}
+            for found in completions
+        ],
+        "request_time": sum(found.seconds for found in completions),
+        "request_datetime": int(time.time()),
+    }
+
+
+def _failed(message: str, *, is_fatal: bool) -> RequestResult:
+    flags = ErrorFlags(is_retriable=False, is_fatal=is_fatal)
     return RequestResult(success=False, cached=False, error=message, completions=[], embedding=[], error_flags=flags)

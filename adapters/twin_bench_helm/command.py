@@ -32,16 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="how far logits may lie from the exact ones, relative to their size, for speed (default: 0 in float32)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="how many requests a forward pass takes (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="how many rows a forward pass takes (default: 8)")
     parser.add_argument(
         "--chat-template",
         action="store_true",
         help="ask each prompt as a user's turn, in the tokenizer's chat template",
     )
+    parser.add_argument("--replace", action="store_true", help="replace the entries that the files have of that name")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the files and name them; InputError for a twin or files that do not suit."""
+    """Write the files and name them; InputError for a setting, a twin or files that do not suit."""
     from twin_bench_helm.config import write_helm_config
 
     files = write_helm_config(
@@ -54,5 +55,6 @@ def run(options: argparse.Namespace) -> None:
         tolerance=options.tolerance,
         batch_size=options.batch_size,
         apply_chat_template=options.chat_template,
+        replace=options.replace,
     )
     print(f"twin_merged/{options.name} is in {', '.join(map(str, files))}")

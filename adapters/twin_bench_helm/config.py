@@ -1,30 +1,24 @@
-"""What `helm-run` reads to know a twin by name: three YAML files in its local path. Imports no HELM."""
+"""What `helm-run` reads to know a twin by name: an entry in each of three YAML files. Imports no HELM."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
 from transformers import AutoTokenizer
 
 from twin_bench.checkpoints.skeleton import context_window, read_config
+from twin_bench.config import parse
 from twin_bench.errors import InputError
-from twin_bench.files import write_text
-from twin_bench.twin.directory import read_manifest
+from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench_helm.compat import require_plugins
+from twin_bench_helm.local_path import Entry, add
+from twin_bench_helm.prompts import surrounding_tokens
+from twin_bench_helm.settings import TwinSettings
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-class Entry(NamedTuple):
-    """An entry of one of HELM's files: the file's name, the key of its list, and the entry."""
-
-    file: str
-    key: str
-    content: dict[str, Any]
 
 
 def write_helm_config(
@@ -38,60 +32,92 @@ def write_helm_config(
     tolerance: float | None = None,
     batch_size: int = 8,
     apply_chat_template: bool = False,
+    replace: bool = False,
 ) -> list[Path]:
     """Add a twin to HELM's model_deployments.yaml, model_metadata.yaml and tokenizer_configs.yaml; return the files.
+
+    The twin's files are verified first, so that what HELM could not serve is not written down.
 
     Args:
         twin: a twin directory of language models.
         name: HELM knows the twin as `twin_merged/NAME` then.
-        local_path: HELM's (prod_env by default); other entries in the files stay.
-        device: where it runs; by default a GPU if there is one.
-        dtype: what it runs in; by default its own.
+        local_path: HELM's local path (prod_env by default). Other entries and comments in its files stay.
+        device: where the twin runs; by default a GPU if there is one.
+        dtype: what it computes in: float32, bfloat16 or float16; by default its own.
         protocol: standard, paper or routed.
         tolerance: of the logits, relative to their size; by default 0 in float32.
-        batch_size: requests a forward.
+        batch_size: the largest number of rows in a forward.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
+        replace: replace the entries of that name, if there are any.
 
     Raises:
-        InputError: no language model's twin there, a name that is taken, a file that is not HELM's, a HELM
-            that is too old.
+        InputError: a setting out of range, no language model's twin there, a damaged one, or one that can't serve the
+            settings; a name that is taken; a file that is not HELM's; a HELM that is too old. Nothing is written.
     """
     require_plugins()
-    manifest = read_manifest(twin)
-    if manifest["task_type"] != "causal_lm":
-        raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
-    if not NAME.fullmatch(name):
-        raise InputError(f"name {name!r}: letters, digits, '-', '_' and '.' only")
-    client = {
-        "twin": str(twin.resolve()),
+    given = {
         "device": device,
         "dtype": dtype,
         "protocol": protocol,
         "tolerance": tolerance,
         "batch_size": batch_size,
-        "apply_chat_template": apply_chat_template,
     }
+    settings = parse(TwinSettings, given, "helm-config")
+    if not NAME.fullmatch(name):
+        raise InputError(f"name {name!r}: letters, digits, '-', '_' and '.' only")
+    manifest = _served(twin, settings)
     model = (twin / "model").resolve()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    window = manifest.get("max_length") or context_window(read_config(model))
-    window -= len(tokenizer("")["input_ids"])  # HELM counts without the tokens that a tokenizer puts around a text
+    window = _window(twin, manifest, surrounding_tokens(tokenizer, templated=apply_chat_template))
     full = f"twin_merged/{name}"
-    return _add(
-        [
-            metadata_entry(full, manifest, protocol),
-            tokenizer_entry(full, model, tokenizer),
-            deployment_entry(full, window, client),
-        ],
-        local_path,
-    )
+    client = {"twin": str(twin.resolve()), **settings.model_dump(), "apply_chat_template": apply_chat_template}
+    try:
+        metadata = metadata_entry(full, manifest, settings)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{twin / 'twin.json'}: damaged ({error}); build the twin again") from None
+    entries = [metadata, tokenizer_entry(full, model, tokenizer), deployment_entry(full, window, client)]
+    return add(entries, local_path, replace=replace)
 
 
-def metadata_entry(full: str, manifest: Mapping[str, Any], protocol: str) -> Entry:
+def _window(twin: Path, manifest: Mapping[str, Any], surrounding: int) -> int:
+    """Return how many tokens of a prompt and its completion fit beside those that surround a prompt."""
+    window: int = (manifest.get("max_length") or context_window(read_config(twin / "model"))) - surrounding
+    if window < 1:
+        raise InputError(f"{twin}: its window has no room beside the tokens of its chat template")
+    return window
+
+
+def _served(twin: Path, settings: TwinSettings) -> dict[str, Any]:
+    """Return what twin.json holds. Raise an InputError for a twin that can't be served with these settings."""
+    manifest = read_manifest(twin)
+    if manifest["task_type"] != "causal_lm":
+        raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
+    parts = load_parts(twin)
+    if not parts.exclusive:
+        return manifest
+    router = parts.router
+    if settings.protocol == "paper":
+        if parts.paper is None or parts.paper.factors is None:
+            raise InputError(
+                f"{twin}: can't serve protocol paper, which needs LoRA experts of one rank on the same matrices and "
+                "shared: task_arithmetic; take --protocol standard, or build it so"
+            )
+        router = parts.paper.router
+    if router is None:
+        raise InputError(f"{twin}: has no router for protocol {settings.protocol}; build it again, with router: data")
+    if settings.tolerance and parts.sensitivity is None:
+        raise InputError(
+            f"{twin}: --tolerance {settings.tolerance} needs its sensitivity; build it again, with a router"
+        )
+    return manifest
+
+
+def metadata_entry(full: str, manifest: Mapping[str, Any], settings: TwinSettings) -> Entry:
     """Return what HELM shows of a model: `full` is twin_merged/NAME, `manifest` what twin.json holds."""
     content = {
         "name": full,
         "display_name": full.partition("/")[2],
-        "description": f"Twin-merged model of {', '.join(manifest['experts'])}, protocol {protocol}.",
+        "description": _description(manifest, settings),
         "creator_organization_name": "twin-bench",
         "access": "open",
         "num_parameters": sum(manifest["parameters"].values()),
@@ -99,6 +125,22 @@ def metadata_entry(full: str, manifest: Mapping[str, Any], protocol: str) -> Ent
         "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
     }
     return Entry("model_metadata.yaml", "models", content)
+
+
+def _description(manifest: Mapping[str, Any], settings: TwinSettings) -> str:
+    """Return what a twin is made of and how it runs, in one line."""
+    rank = ", ".join(f"{limit} {value}" for limit, value in manifest["exclusive"].items())
+    router = manifest["router"]
+    if settings.protocol == "paper" and router:
+        router = router["paper"]
+    routed = f"router on layer {router['layer']}" if router else "no router"
+    if router and router.get("top_k"):
+        routed += f" with its {router['top_k']} largest weights"
+    tolerance = "default" if settings.tolerance is None else settings.tolerance
+    return (
+        f"Twin-merged model of {', '.join(manifest['experts'])}: shared expert by {manifest['shared']['method']}, "
+        f"exclusive vectors of {rank}, {routed}, tolerance {tolerance}, protocol {settings.protocol}."
+    )
 
 
 def tokenizer_entry(full: str, model: Path, tokenizer: Any) -> Entry:
@@ -130,32 +172,3 @@ def deployment_entry(full: str, window: int, client: Mapping[str, Any]) -> Entry
         },
     }
     return Entry("model_deployments.yaml", "model_deployments", content)
-
-
-def _add(entries: list[Entry], local_path: Path) -> list[Path]:
-    """Add entries to HELM's files and return these; InputError, and nothing written, where one does not fit in."""
-    texts: dict[Path, str] = {}
-    for entry in entries:
-        path = local_path / entry.file
-        listed = _listed(path, entry.key)
-        name = entry.content["name"]
-        if any(other.get("name") == name for other in listed):
-            raise InputError(f"{path}: {name} is there already; give another --name, or remove it")
-        texts[path] = yaml.safe_dump({entry.key: [*listed, entry.content]}, sort_keys=False)
-    for path, text in texts.items():
-        write_text(path, text)
-    return list(texts)
-
-
-def _listed(path: Path, key: str) -> list[dict[str, Any]]:
-    """Return the entries of one of HELM's files, none where there is no file."""
-    if not path.is_file():
-        return []
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: can't be read ({' '.join(str(error).split())})") from None
-    listed = found.get(key) or [] if isinstance(found, dict) else None
-    if not isinstance(listed, list) or set(found) - {key} or not all(isinstance(entry, dict) for entry in listed):
-        raise InputError(f"{path}: expected a list under {key!r} and nothing else; is it HELM's?")
-    return listed

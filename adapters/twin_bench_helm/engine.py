@@ -6,23 +6,32 @@ fusion weights, or on the number of threads. A sampled answer depends on the req
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
 from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.parts import PROTOCOLS, ProtocolName
-from twin_bench.twin.requests import Generate, Score, generate, score
+from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
 from twin_bench.twin.sampling import Completion, Sampling
+from twin_bench_helm.errors import RefusedError
+from twin_bench_helm.settings import TwinSettings
 
 GATHER_SECONDS = 0.01
 """The time for which the engine waits for another request before it answers those it has."""
+
+_log = logging.getLogger(__name__)
+
+
+Answer = list[Completion] | RefusedError
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Ask:
 class Engine:
     """Answers lists of requests with one twin. It also collects single requests of many threads into lists.
 
+    `batch_size` is the largest number of rows in a forward. It is halved when the device's memory does not hold them.
     `task` is the task of all requests. It is needed only where the twin's routing is `task`.
     """
 
@@ -54,7 +64,12 @@ class Engine:
         self._server: threading.Thread | None = None
 
     def ask(self, request: Ask) -> list[Completion]:
-        """Return the completions of one request. Requests of other threads may share its batches."""
+        """Return the completions of one request. Requests of other threads may share its batches.
+
+        Raises:
+            RefusedError: this request can't be answered.
+            InputError: no request can.
+        """
         with self._starting:
             if self._server is None:
                 self._server = threading.Thread(target=self._serve, name="twin-bench engine", daemon=True)
@@ -63,21 +78,81 @@ class Engine:
         self._waiting.put((request, future))
         return future.result()
 
-    def answer(self, requests: Sequence[Ask]) -> list[list[Completion]]:
-        """Return the completions of each request, in order. Raise an InputError if one can't be answered."""
-        generated = {row: self._generate(one) for row, one in enumerate(requests) if one.max_tokens}
-        scored = {row: self._score(one) for row, one in enumerate(requests) if not one.max_tokens}
+    def answer(self, requests: Sequence[Ask], progress: Progress | None = None) -> list[Answer]:
+        """Return the answer to each request, in order: its completions, or why it has none.
+
+        Equal requests are answered once. A completion's `seconds` are its share of the time that its batch took.
+
+        Args:
+            requests: the requests.
+            progress: reports answered requests. It takes them back, as a negative number, where memory runs out.
+
+        Raises:
+            InputError: no request can be answered, or the memory does not hold one row.
+        """
+        answers: dict[Ask, Answer] = {}
+        for request in dict.fromkeys(requests):
+            try:
+                self._check(request)
+            except InputError as error:
+                answers[request] = RefusedError(str(error))
+        possible = [request for request in dict.fromkeys(requests) if request not in answers]
         with self._lock:
-            completions = generate(self.twin, list(generated.values()), batch_size=self.batch_size)
-            # A prompt of one token has nothing to score after its context.
-            asked = {row: one for row, one in scored.items() if one.continuation}
-            scores = score(self.twin, list(asked.values()), batch_size=self.batch_size)
-        answers = dict(zip(generated, completions, strict=True))
-        found = dict(zip(asked, scores, strict=True))
-        for row in scored:
-            after = found[row].log_probs.tolist() if row in found else []
-            answers[row] = [Completion(list(requests[row].prompt), [0.0, *after])]
-        return [answers[row] for row in range(len(requests))]
+            answers.update(zip(possible, self._within_memory(possible, progress or _silent), strict=True))
+        return [answers[request] for request in requests]
+
+    def _check(self, request: Ask) -> None:
+        """Raise an InputError for a request that can't be answered."""
+        if request.max_tokens:
+            check_generate(self.twin, self._generate(request))
+            return
+        self.twin.check_tokens(request.prompt, "prompt")
+        if len(request.prompt) > self.twin.max_length + 1:  # the last token is predicted, and is no input
+            raise InputError(f"a prompt of {len(request.prompt)} tokens; the model's window is {self.twin.max_length}")
+
+    def _within_memory(self, requests: Sequence[Ask], progress: Progress) -> list[list[Completion]]:
+        """Answer a list with as many rows in a forward as the device's memory holds."""
+        while True:
+            done = 0
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                progress(count)
+
+            try:
+                return self._answered(requests, report)
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)  # the error itself holds the tensors of the frames it went through
+            progress(-done)
+            if self.batch_size == 1:
+                raise InputError(
+                    f"the memory of {self.twin.device} does not hold one row ({reason}); use a smaller dtype, or a "
+                    "device with more memory"
+                )
+            self.batch_size //= 2
+            torch.cuda.empty_cache()
+            _log.warning("out of memory: %d rows in a forward from now on", self.batch_size)
+
+    def _answered(self, requests: Sequence[Ask], progress: Progress) -> list[list[Completion]]:
+        continued = [request for request in requests if request.max_tokens]
+        # A prompt of one token has nothing to score after its context.
+        scored = [request for request in requests if not request.max_tokens and len(request.prompt) > 1]
+        asked = [self._generate(request) for request in continued]
+        completions = generate(self.twin, asked, batch_size=self.batch_size, progress=progress)
+        begun = time.perf_counter()
+        scores = score(
+            self.twin, [self._score(request) for request in scored], batch_size=self.batch_size, progress=progress
+        )
+        seconds = (time.perf_counter() - begun) / max(sum(len(request.prompt) for request in scored), 1)
+        answers = dict(zip(continued, completions, strict=True))
+        after = {request: found.log_probs.tolist() for request, found in zip(scored, scores, strict=True)}
+        for request in requests:
+            if not request.max_tokens:
+                ids = list(request.prompt)
+                log_probs = [0.0, *after.get(request, [])]
+                answers[request] = [Completion(ids, log_probs, seconds=seconds * len(ids))]
+        return [answers[request] for request in requests]
 
     def _generate(self, request: Ask) -> Generate:
         return Generate(
@@ -94,8 +169,6 @@ class Engine:
 
         HELM does not say where the context ends in such a prompt, so the router reads the whole prompt.
         """
-        if not request.prompt:
-            raise InputError("an empty prompt: nothing to score or to route on")
         return Score(request.prompt[:1], request.prompt[1:], routed_on=request.prompt, task=self._task)
 
     def _serve(self) -> None:
@@ -108,26 +181,23 @@ class Engine:
                     break
             try:
                 answers = self.answer([request for request, _ in waiting])
-            except InputError:  # one request can't be answered, so each is answered separately
-                for request, future in waiting:
-                    self._settle(request, future)
-                continue
-            except Exception as error:  # any other error is raised in every waiting thread
+            except Exception as error:  # it is raised in every waiting thread
                 for _, future in waiting:
                     future.set_exception(error)
                 continue
             for (_, future), answer in zip(waiting, answers, strict=True):
-                future.set_result(answer)
-
-    def _settle(self, request: Ask, future: Future[list[Completion]]) -> None:
-        """Answer one request, or have its error raised in the thread that made it."""
-        try:
-            future.set_result(self.answer([request])[0])
-        except Exception as error:
-            future.set_exception(error)
+                if isinstance(answer, RefusedError):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
 
 
-_ENGINES: dict[tuple[str, str | None, str | None, str, float | None, int], Engine] = {}
+def _silent(count: int) -> None:
+    """Report nothing."""
+
+
+_ENGINES: dict[tuple[str, TwinSettings], Engine | str] = {}
+"""The engines by twin and settings, and why there is none for a twin that could not be loaded."""
 _LOADING = threading.Lock()
 
 
@@ -140,41 +210,45 @@ def hold(name: str, twin: TwinCausalLM, batch_size: int, task: str) -> None:
     with _LOADING:
         for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
             del _ENGINES[key]
-        _ENGINES[(name, None, None, "standard", None, batch_size)] = Engine(twin, batch_size, task)
+        _ENGINES[(name, TwinSettings(batch_size=batch_size))] = Engine(twin, batch_size, task)
 
 
-def engine(
-    directory: str,
-    *,
-    device: str | None,
-    dtype: str | None,
-    protocol: ProtocolName,
-    tolerance: float | None,
-    batch_size: int,
-) -> Engine:
+def engine(directory: str, settings: TwinSettings) -> Engine:
     """Return the process's engine for a twin and its settings. The first thread that asks loads the twin.
+
+    A twin that can't be loaded is not tried again in this process.
 
     Args:
         directory: the twin's directory, or the name of a twin in memory.
-        device: by default a GPU if there is one, else the CPU.
-        dtype: a torch dtype's name; by default that of the shared expert.
-        protocol: standard, paper or routed.
-        tolerance: the allowed relative error of the logits: see `TwinModel.from_pretrained`.
-        batch_size: the largest number of rows in a forward.
+        settings: how it runs.
 
     Raises:
-        InputError: an unknown protocol, or a twin that can't be loaded or does not generate text.
+        InputError: a twin that can't be loaded or does not generate text.
     """
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    key = (directory, device, dtype, protocol, tolerance, batch_size)
+    key = (directory, settings)
     with _LOADING:
         if key not in _ENGINES:
-            chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            twin = TwinModel.from_pretrained(
-                directory, device=chosen, dtype=dtype, protocol=protocol, tolerance=tolerance
-            )
-            if not isinstance(twin, TwinCausalLM):
-                raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")
-            _ENGINES[key] = Engine(twin, batch_size)
-        return _ENGINES[key]
+            try:
+                _ENGINES[key] = _loaded(directory, settings)
+            except InputError as error:
+                _ENGINES[key] = str(error)
+            except Exception as error:
+                _log.exception("%s can't be loaded", directory)
+                _ENGINES[key] = f"{directory}: can't be loaded ({first_line(error)})"
+        found = _ENGINES[key]
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def _loaded(directory: str, settings: TwinSettings) -> Engine:
+    twin = TwinModel.from_pretrained(
+        directory,
+        device=settings.device or AUTO,
+        dtype=settings.dtype,
+        protocol=settings.protocol,
+        tolerance=settings.tolerance,
+    )
+    if not isinstance(twin, TwinCausalLM):
+        raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")
+    return Engine(twin, settings.batch_size)

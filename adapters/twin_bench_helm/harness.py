@@ -29,14 +29,19 @@ from twin_bench.data.metrics import mean, mean_standard_error
 from twin_bench.data.rows import read_rows, split_path
 from twin_bench.data.task import Row
 from twin_bench.errors import InputError
-from twin_bench.files import digest, digest_files
+from twin_bench.files import digest, digest_file, read_record, write_bytes, write_record, written_at_once
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench_helm.engine import hold
+from twin_bench_helm.prompts import surrounding_tokens
 
 SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail": "test"}
 """Which of HELM's splits each task is scored on."""
+SUMMARIES = "summarization/data/cnndm.pk"
+"""HELM's raw file of CNN/DailyMail."""
+COPIES_FORMAT = 1
+"""The format of the record of what was copied for HELM."""
 
 
 class Helm(Harness):
@@ -59,12 +64,9 @@ class Helm(Harness):
         """Return the digest of HELM's raw files for each task; InputError that names a file that is missing."""
         assert suite.helm is not None
         raw, scenarios = Path(suite.helm), workspace / "benchmark_output" / "scenarios"
-        copy_scenarios(raw, data, scenarios)
+        found = copy_scenarios(raw, data, scenarios)
         for task in suite.tasks:
             run_entries(task, scenarios)  # says which file is missing
-        # The sources: HELM adds files of its own to the copies.
-        files = [file for file in sorted(raw.rglob("*")) if file.is_file()]
-        found = digest([f"{file.relative_to(raw)}:{digest_files(file)}" for file in files])
         return dict.fromkeys((f"{task}/helm" for task in suite.tasks), found)
 
     def score(self, contender: Contender, job: Job) -> Evaluated:
@@ -84,36 +86,55 @@ class Helm(Harness):
             score=mean(scored.values),
             stderr=mean_standard_error(scored.values),
             n=len(scored.values),
-            notes={"harness": f"crfm-helm {version('crfm-helm')}"},
+            notes={
+                "harness": f"crfm-helm {version('crfm-helm')}",
+                **({"set_aside": "; ".join(scored.set_aside)} if scored.set_aside else {}),
+            },
         )
 
 
 @dataclass(frozen=True)
 class HelmScores:
-    """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows."""
+    """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows.
+
+    `set_aside` says why some rows could not be answered. HELM scores them as empty answers.
+    """
 
     values: list[float]
     means: dict[str, tuple[float, int]]
+    set_aside: list[str]
 
 
-def copy_scenarios(scenarios: Path, data: Path, into: Path) -> None:
-    """Copy HELM's raw files to where HELM looks for them, once.
+def copy_scenarios(scenarios: Path, data: Path, into: Path) -> str:
+    """Copy HELM's raw files to where HELM looks for them. Return a digest of the files that were copied.
 
-    CNN/DailyMail's pickle, where it is not among them, is made of `data`'s own rows: train.jsonl as HELM's train,
-    validation.jsonl as its test rows.
+    They are copied again where they have changed since, or where a copy has. CNN/DailyMail's pickle, where it is not
+    among them, is made of `data`'s own rows: train.jsonl as HELM's train, validation.jsonl as its test rows.
     """
-    if into.is_dir():
-        return
-    partial = into.with_name(f".{into.name}-partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(scenarios, partial, copy_function=shutil.copyfile)
-    summaries, task = partial / "summarization" / "data" / "cnndm.pk", TASKS["cnn_dailymail"]
-    files = {split: split_path(data, task.name, split) for split in ("train", "validation")}
-    if not summaries.is_file() and all(file.is_file() for file in files.values()):
-        rows = {split: [_article(row) for row in read_rows(file, task)] for split, file in files.items()}
-        summaries.parent.mkdir(parents=True, exist_ok=True)
-        summaries.write_bytes(pickle.dumps({"train": rows["train"], "validation": [], "test": rows["validation"]}))
-    partial.rename(into)
+    task = TASKS["cnn_dailymail"]
+    own = {split: split_path(data, task.name, split) for split in ("train", "validation")}
+    raw = {file.relative_to(scenarios).as_posix(): file for file in sorted(scenarios.rglob("*")) if file.is_file()}
+    sources = digest({name: digest_file(file) for name, file in raw.items()})
+    rows = {} if SUMMARIES in raw else {split: digest_file(file) for split, file in own.items() if file.is_file()}
+    record = into.with_name(f"{into.name}.json")
+    known = read_record(record, format_number=COPIES_FORMAT) or {}
+    copies = known.get("copies", {})
+    if (known.get("sources"), known.get("rows")) == (sources, rows) and all(
+        (into / name).is_file() and digest_file(into / name) == checksum for name, checksum in copies.items()
+    ):
+        return sources
+    shutil.rmtree(into, ignore_errors=True)
+    with written_at_once(into) as partial:
+        shutil.copytree(scenarios, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        if len(rows) == len(own):
+            articles = {split: [_article(row) for row in read_rows(file, task)] for split, file in own.items()}
+            summaries = {"train": articles["train"], "validation": [], "test": articles["validation"]}
+            write_bytes(partial / SUMMARIES, pickle.dumps(summaries))
+        copies = {
+            file.relative_to(partial).as_posix(): digest_file(file) for file in partial.rglob("*") if file.is_file()
+        }
+    write_record(record, {"sources": sources, "rows": rows, "copies": copies}, format_number=COPIES_FORMAT)
+    return sources
 
 
 def _article(row: Row) -> Row:
@@ -129,7 +150,7 @@ def run_entries(task: str, scenarios: Path) -> list[str]:
         "mmlu": (scenarios / "mmlu" / "data" / "test", "*_test.csv"),
         "truthfulqa": (scenarios / "truthful_qa" / "data", "TruthfulQA.csv"),
         "bbq": (scenarios / "bbq" / "data", "*"),
-        "cnn_dailymail": (scenarios / "summarization" / "data", "cnndm.pk"),
+        "cnn_dailymail": (scenarios, SUMMARIES),
     }[task]
     files = sorted(file for file in folder.glob(pattern) if file.suffix != ".lock")  # HELM's, beside what it reads
     if not files:
@@ -213,7 +234,7 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
         )
     )
     client = ClientSpec(class_name="twin_bench_helm.client.TwinClient", args={"twin": full, "batch_size": batch_size})
-    window = twin.max_length - len(twin.tokenizer("")["input_ids"])
+    window = twin.max_length - surrounding_tokens(twin.tokenizer, templated=False)
     register_model_deployment(
         ModelDeployment(
             full,
@@ -229,6 +250,7 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
 def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
     values: list[float] = []
     means: dict[str, tuple[float, int]] = {}
+    set_aside: list[str] = []
     for run in runs:
         own = [
             stat["mean"]
@@ -241,4 +263,10 @@ def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
         mean = next(stat["mean"] for stat in stats if stat["name"] == {"name": metric, "split": split})
         values += own
         means[run.name] = mean, len(own)
-    return HelmScores(values, means)
+        states = json.loads((run / "scenario_state.json").read_text())["request_states"]
+        set_aside += [
+            f"{state['instance']['id']}: {state['result']['error']}"
+            for state in states
+            if not state["result"]["success"]
+        ]
+    return HelmScores(values, means, set_aside)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import torch
 from lm_eval.api.model import LM
 
 from twin_bench.errors import InputError
+from twin_bench.files import digest
+from twin_bench.twin.device import AUTO, fastest_device
+from twin_bench.twin.model import TwinModel
 
 
 class ServedTwin(LM):  # type: ignore[misc]
@@ -27,9 +31,25 @@ class ServedTwin(LM):  # type: ignore[misc]
         )
 
 
-def usable(device: str | None) -> str | None:
-    """Return the device to use. lm-eval asks for a CUDA device by default; without one, the CPU is used."""
-    return "cpu" if str(device).startswith("cuda") and not torch.cuda.is_available() else device
+def provenance(twin: TwinModel) -> dict[str, str]:
+    """Return what lm-eval's results say of a twin's origin, under the names that HFLM gives them.
+
+    A twin has no revision of a hub but the one that HFLM names by default. Its `model_sha` is a digest of the shared
+    expert, the experts and the router, and empty for a twin that was never stored.
+    """
+    return {
+        "model_revision": "main",
+        "model_sha": digest(dict(twin.digests)) if twin.digests else "",
+        "twin_bench_version": importlib.metadata.version("twin-bench"),
+        "protocol": twin.protocol,
+    }
+
+
+def usable(device: str | None) -> str:
+    """Return the device to use: the fastest one for None and `auto`, the CPU for a CUDA device that is not there."""
+    if device is None or device == AUTO:
+        return fastest_device()
+    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
 
 
 def positive(name: str, value: Any) -> int:

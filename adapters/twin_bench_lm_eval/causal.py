@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
+import torch
+from accelerate import find_executable_batch_size  # type: ignore[import-untyped]
+from lm_eval.models.huggingface import HFLM, eval_logger
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.skeleton import context_window, read_config
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError, first_line, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.causal import TwinCausalLM
-from twin_bench.twin.directory import load_parts
+from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.parts import PROTOCOLS, ProtocolName
+from twin_bench.twin.rehearsal import rehearse_generation, rehearse_score
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.sampling import Completion, Decoding
-from twin_bench_lm_eval.base import ServedTwin, positive, usable
+from twin_bench_lm_eval.arguments import checked, loading
+from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
 
-REFUSED = (
-    *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder", "tokenizer"),
-    *("parallelize", "tp_plan", "softmax_dtype", "mixed_precision_dtype"),
-)
-"""Arguments of HFLM that a twin can't take. They load other checkpoints, or put one model on several devices (a twin's
-layers are on one), or set a precision besides `dtype` (log-softmax is always taken in float32)."""
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
 
@@ -91,7 +90,8 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             pretrained: the twin's directory.
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
             task: the task of all requests. It is needed only where the twin's routing is `task`.
-            device: the device to run on. The CPU replaces a CUDA device that the machine does not have.
+            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
+                device that the machine does not have.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
@@ -99,18 +99,12 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             data: where this project's tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
-            **options: HFLM's own options (dtype, max_length, add_bos_token, ...).
+            **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
+                transformers (attn_implementation, attributes of the model's config, ...).
 
         Raises:
             InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
-        known = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwargs"}
-        for name in options:
-            if name in REFUSED and options[name]:
-                raise InputError(f"twin_merged: {name} is HFLM's, and a twin can't take it; leave it out")
-            if name not in known:
-                mine = inspect.signature(CausalTwin.__init__).parameters.keys() - {"self", "twin", "task", "options"}
-                raise InputError(f"twin_merged: unknown argument {name!r}{nearest(name, known - {*REFUSED} | mine)}")
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         if protocol not in PROTOCOLS:
@@ -118,12 +112,13 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
-        self._detected: int | None = None
+        self._loading: dict[str, Any] = {}
         if twin is None:
             self._load(pretrained, device, batch_size, options)
         else:
             self.twin = twin
-            super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **options)
+            taken = checked(options, twin.model.config, _own_arguments())
+            super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
         self.twin.tokenizer = self.tokenizer
 
     def _load(
@@ -132,47 +127,61 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Have HFLM load the shared expert and its tokenizer. `_create_model` then adds the experts and the router."""
         if pretrained is None:
             raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
-        self._directory = Path(str(pretrained))
-        self._parts = load_parts(self._directory, trust_remote_code=bool(options.get("trust_remote_code")))
+        directory = Path(str(pretrained))
+        read_manifest(directory)
+        trusted = bool(options.get("trust_remote_code"))
+        config = read_config(directory / "model", trust_remote_code=trusted)
+        options = checked(options, config, _own_arguments())
+        self._loading = loading(options)
+        self._parts = load_parts(directory, trust_remote_code=trusted)
         options["dtype"] = known_dtype(options.get("dtype")) or "auto"
-        options["max_length"] = self._window(options.get("max_length") or self._parts.max_length)
-        given = {"device": usable(device) or "cpu", "batch_size": batch_size}
-        super().__init__(pretrained=str(self._directory / "model"), **given, **options)
-
-    def _window(self, max_length: Any) -> int | None:
-        """Return `max_length` as a number, None for the model's window. Raise an InputError for more than that."""
-        if max_length is None:
-            return None
-        window = context_window(read_config(self._directory / "model"))
-        if positive("max_length", max_length) > window:
-            raise InputError(f"twin_merged: max_length={max_length}; the model's window is {window}")
-        return int(max_length)
+        options["max_length"] = _window(options.get("max_length") or self._parts.max_length, config)
+        given = {"device": usable(device), "batch_size": batch_size}
+        super().__init__(pretrained=str(directory / "model"), **given, **options)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
-        super()._create_model(pretrained, **options)
+        try:
+            super()._create_model(pretrained, **options)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            if not self._loading:
+                raise
+            given = ",".join(f"{name}={value}" for name, value in self._loading.items())
+            raise InputError(f"twin_merged: the model can't be loaded with {given}: {first_line(error)}") from error
         model: PreTrainedModel = self._model
         self.twin = TwinCausalLM(model, self.tokenizer, self._parts, protocol=self._protocol, tolerance=self._tolerance)
         self.twin.feature_cache = named_directory()
         self.twin.to(self._device)
 
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return each document's log-likelihood. The windows of all documents are answered as one list."""
+        windows: list[Request] = []
+        counts: list[int] = []
+        for request in requests:
+            (document,) = request.args
+            rolled = get_rolling_token_windows(
+                self.tok_encode(document), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            own = [(None, *make_disjoint_window(window)) for window in rolled]
+            windows += own
+            counts.append(len(own))
+        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        return [sum(answer for answer, _ in itertools.islice(answers, count)) for count in counts]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy answer) of (key, context, continuation) requests."""
-        rolling = [self.prefix_token_id]
-        asked = [
-            Score(context, continuation, rolling if key is None else context, self._task)
-            for key, context, continuation in requests
-        ]
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running the twin") as bar:
-            scores = score(
-                self.twin,
-                asked,
-                batch_size=override_bs or self._rows_a_batch(),
-                max_length=self.max_length,
-                progress=bar.update,
-            )
+        for _, context, continuation in requests:
+            _warn_of_truncation(len(context), len(continuation), self.max_length)
+        asked = [self._score(request) for request in requests]
+        batch_size = override_bs or self._rows_a_batch(lambda: self._detect_batch_size(_longest_first(requests)))
+        with self._bar(len(requests), disable_tqdm) as bar:
+            scores = score(self.twin, asked, batch_size=batch_size, max_length=self.max_length, progress=bar.update)
         return [(float(one.log_probs.sum()), one.greedy) for one in scores]
+
+    def _score(self, request: Request) -> Score:
+        key, context, continuation = request
+        return Score(context, continuation, [self.prefix_token_id] if key is None else context, self._task)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated texts, in order: those that HFLM generates with each prompt's own fused model."""
@@ -183,16 +192,22 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
             decoding = decodings.setdefault(repr((decoding.until, sorted(decoding.arguments.items()))), decoding)
             asked.append(Generate(prompt, limit, decoding, task=self._task))
             ends.append(decoding.until)
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running the twin") as bar:
+        beams = max((int(one.arguments.get("num_beams") or 1) for one in decodings.values()), default=1)
+        batch_size = self._rows_a_batch(lambda: self._texts_that_fit(asked, beams))
+        with self._bar(len(requests), disable_tqdm) as bar:
             answers = generate(
                 self.twin,
                 asked,
-                batch_size=self._rows_a_batch(),
+                batch_size=batch_size,
                 max_length=self.max_length,
                 log_probs=False,
                 progress=bar.update,
             )
         return [self._text(found, until) for (found,), until in zip(answers, ends, strict=True)]
+
+    def _bar(self, requests: int, disabled: bool) -> Any:
+        """Return the bar of a request list. Each request takes two steps: it is routed, and it is answered."""
+        return tqdm(total=2 * requests, disable=disabled or self.rank != 0, desc="Running the twin", unit="step")
 
     def _translated(self, request: Any) -> tuple[list[int], HFLMDecoding, int]:
         """Return a request's prompt, how to decode, and the number of tokens to generate, as HFLM reads them.
@@ -261,14 +276,47 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         options = decoding.options(self.tokenizer, [""] * len(context), context.shape[1])
         return self.twin.generate(context, attention_mask, task=self._task, max_length=max_length, **options)
 
-    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        """Return the largest batch that fits. It is found once, because every process must look equally often."""
-        if self._detected is None:
-            self._detected = CPU_BATCH if self.device.type == "cpu" else super()._detect_batch_size()
-        return self._detected
+    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
+        """Return the largest batch that fits: of the requests from `pos` on, longest first.
 
-    def _rows_a_batch(self) -> int:
-        return self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        Without requests the batch is of texts that fill the window.
+        """
+        if not requests:
+            return self._most_rows(lambda rows: rehearse_generation(self.twin, self.max_length, rows))
+        longest = [self._score(request) for request in requests[pos : pos + self.max_batch_size]]
+        return self._most_rows(lambda rows: rehearse_score(self.twin, longest, rows, max_length=self.max_length))
+
+    def _texts_that_fit(self, requests: Sequence[Generate], beams: int) -> int:
+        """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
+        length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+        return self._most_rows(lambda rows: rehearse_generation(self.twin, length, rows * beams))
+
+    def _most_rows(self, rehearse: Callable[[int], None]) -> int:
+        """Return the largest number of rows, `max_batch_size` at most, for which `rehearse` does not run out of memory.
+
+        It is the least of all processes' numbers. So all must ask equally often: once for each request list.
+        """
+        found = CPU_BATCH
+
+        def rehearsed(rows: int) -> int:
+            rehearse(rows)
+            return rows
+
+        if self.device.type != "cpu":
+            try:
+                found = find_executable_batch_size(rehearsed, starting_batch_size=self.max_batch_size)()
+            except RuntimeError as error:
+                if "No executable batch size found" not in str(error):
+                    raise
+                found = 1
+        if self.world_size > 1:
+            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
+        clear_torch_cache()
+        self.batch_sizes[len(self.batch_sizes)] = found  # lm-eval prints and stores them
+        return found
+
+    def _rows_a_batch(self, detect: Callable[[], int]) -> int:
+        return detect() if self.batch_size == "auto" else int(self.batch_size)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the tokenizer's chat template. Raise an InputError if one is asked for and there is none."""
@@ -284,12 +332,39 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         return {
             "model_num_parameters": self.twin.model.num_parameters(),
             "model_dtype": str(self.twin.model.dtype),
-            "twin_bench_version": importlib.metadata.version("twin-bench"),
-            "protocol": self.twin.protocol,
+            **provenance(self.twin),
             "tolerance": self.twin.tolerance,
             "sensitivity": self.twin.sensitivity,
             "routing": self.twin.routing,
             "fusion": "exact",
             "max_length": self.max_length,
+            "loaded_with": {name: str(value) for name, value in self._loading.items() if name != "token"},
             "digests": dict(self.twin.digests),
         }
+
+
+def _own_arguments() -> set[str]:
+    return inspect.signature(CausalTwin.__init__).parameters.keys() - {"self", "twin", "task", "options"}
+
+
+def _window(max_length: Any, config: Any) -> int | None:
+    """Return `max_length` as a number, None for the model's window. Raise an InputError for more than that."""
+    if max_length is None:
+        return None
+    window = context_window(config)
+    if positive("max_length", max_length) > window:
+        raise InputError(f"twin_merged: max_length={max_length}; the model's window is {window}")
+    return int(max_length)
+
+
+def _longest_first(requests: Sequence[Request]) -> list[Request]:
+    return sorted(requests, key=lambda request: -len(request[1]) - len(request[2]))
+
+
+def _warn_of_truncation(context: int, continuation: int, window: int) -> None:
+    """Log what HFLM logs of a request that does not fit into the window, in its words."""
+    if context + continuation > window + 1:
+        eval_logger.warning(
+            f"Combined length of context ({context}) and continuation ({continuation}) exceeds model's maximum length "
+            f"({window}). Truncating {context + continuation - window + 1} tokens from the left."
+        )

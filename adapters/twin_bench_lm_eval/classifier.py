@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.base import ServedTwin, positive, usable
+from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
 
 
 class Request(Protocol):
@@ -57,7 +56,8 @@ class ClassifierTwin(ServedTwin):
         Args:
             pretrained: the twin's directory.
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
-            device: the device to run on; the CPU by default. The CPU replaces a CUDA device that is not there.
+            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
+                device that the machine does not have.
             dtype: a torch dtype or its name; by default (or `auto`) that of the shared expert.
             batch_size: the largest number of inputs in a forward. `auto` is 32.
             max_batch_size: an argument of lm-eval's. It is not used.
@@ -131,8 +131,7 @@ class ClassifierTwin(ServedTwin):
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval writes into the results' config: everything that the scores depend on."""
         return {
-            "twin_bench_version": importlib.metadata.version("twin-bench"),
-            "protocol": self.twin.protocol,
+            **provenance(self.twin),
             "tolerance": self.twin.tolerance,
             "fusion": "exact",
             "max_length": self.max_length,
@@ -143,7 +142,9 @@ class ClassifierTwin(ServedTwin):
         inputs = [self._input(request) for request in requests]
         # They are sorted, so that not even the last bit of an answer depends on the order of the requests.
         distinct = sorted(set(inputs), key=lambda row: (row.task, row.text, row.text_pair or ""))
-        with tqdm(total=len(distinct), desc="Running the twin", disable=None) as bar:
+        with tqdm(
+            total=2 * len(distinct), desc="Running the twin", unit="step", disable=None
+        ) as bar:  # routed, answered
             predictions = self.twin.classify(
                 [(row.text, row.text_pair) for row in distinct],
                 [row.task for row in distinct],

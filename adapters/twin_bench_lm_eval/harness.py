@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lm_eval import simple_evaluate
+import numpy
+import torch
+from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 
 from twin_bench.contenders import Contender
@@ -75,16 +78,14 @@ def _evaluate(
         include_defaults=False,
         metadata={"data": str(data), "split": split},
     )
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
     with contextlib.redirect_stderr(io.StringIO()):
-        results: dict[str, Any] = simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-        )
+        loaded = manager.load(list(tasks))
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+        # Not simple_evaluate: after each evaluation it describes the machine and asks git, which takes over a second.
+        results: dict[str, Any] = evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     return results

@@ -35,6 +35,19 @@ class TwinMerged(LM):  # type: ignore[misc]
 
         return CausalTwin(pretrained, **arguments)
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> ServedTwin:
+        """Return the model of the arguments that lm-eval's command line gives.
+
+        The protocol is added to `arg_dict` where it is not named. lm-eval prints these arguments above its table and
+        stores them in the results, and a score is read with its protocol.
+        """
+        arg_dict.setdefault("protocol", "standard")
+        model: ServedTwin = super().create_from_arg_obj(arg_dict, additional_config)
+        return model
+
 
 def serving(twin: TwinModel, *, task: str, batch_size: int, max_length: int | None) -> ServedTwin:
     """Return the lm-eval model of a twin in memory. `task` is the task of all its requests."""

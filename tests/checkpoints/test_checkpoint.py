@@ -143,8 +143,13 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     for name, (tensors, message) in cases.items():
         shutil.copytree(tmp_path / "base", tmp_path / name)
         save_file(tensors, tmp_path / name / "model.safetensors")
-        with pytest.raises(InputError, match=message):
-            dict(open_expert(tmp_path / name, checkpoint, skeleton).items())
+        if name == "nan":  # all else is found before anything is computed
+            expert = open_expert(tmp_path / name, checkpoint, skeleton)
+            with pytest.raises(InputError, match=message):
+                dict(expert.items())
+        else:
+            with pytest.raises(InputError, match=message):
+                open_expert(tmp_path / name, checkpoint, skeleton)
     shutil.copytree(tmp_path / "base", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(InputError, match=r"cut/model\.safetensors: not a readable safetensors file"):
@@ -162,6 +167,64 @@ def test_pickles_are_refused_unless_asked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pytorch_model\.bin: a pickle can run code.*save_pretrained"):
         open_checkpoint(tmp_path / "pickled", skeleton)
     assert_holds(open_checkpoint(tmp_path / "pickled", skeleton, allow_pickle=True), base)
+
+
+def test_pickles_of_every_form_are_read_when_asked_for(tmp_path: Path) -> None:
+    """Before 1.6 torch wrote no zip archive, which can't be mapped into memory; large models come in shards."""
+    base = tiny_classifier("bert")
+    skeleton = skeleton_of(base.config, "sequence_classification")
+    state = base.state_dict()
+    for form in ("old", "shards", "more", "list", "damaged"):
+        base.config.save_pretrained(tmp_path / form)
+    torch.save(state, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    names = list(state)
+    for number, own in enumerate((names[:9], names[9:])):
+        torch.save({name: state[name] for name in own}, tmp_path / "shards" / f"pytorch_model-{number}.bin")
+    index = {"weight_map": {name: f"pytorch_model-{int(i >= 9)}.bin" for i, name in enumerate(names)}}
+    (tmp_path / "shards" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for form in ("old", "shards"):
+        checkpoint = open_checkpoint(tmp_path / form, skeleton, allow_pickle=True)
+        assert_holds(checkpoint, base)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint.head().items())
+        with pytest.raises(InputError, match="a pickle can run code"):
+            open_checkpoint(tmp_path / form, skeleton)
+    torch.save({"state": state, "epoch": 3}, tmp_path / "more" / "pytorch_model.bin")
+    torch.save([Path("x")], tmp_path / "list" / "pytorch_model.bin")
+    (tmp_path / "damaged" / "pytorch_model.bin").write_bytes(b"\x80\x02damaged")
+    for form, message in (
+        ("more", r"more/pytorch_model\.bin: state is a (Ordered)?[dD]ict; save the model's state dict alone"),
+        ("list", r"list/pytorch_model\.bin: can't be read as a pickle of tensors alone"),
+        ("damaged", r"damaged/pytorch_model\.bin: can't be read as a pickle of tensors alone"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            open_checkpoint(tmp_path / form, skeleton, allow_pickle=True)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_base_without_tokenizer_is_refused(tmp_path: Path, families: Any, kind: str) -> None:
+    """transformers 5 makes a tokenizer of special tokens alone, under which every word is unknown."""
+    family = families(kind)
+    shutil.copytree(family.root / "base", tmp_path / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / file).unlink()
+    with pytest.raises(
+        InputError, match=r"base: (no tokenizer there|its tokenizer can't).*expected tokenizer\.json or"
+    ):
+        open_sources(str(tmp_path / "base"), family.recipe["experts"])
+    (tmp_path / "base" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="base: its tokenizer can't be read"):
+        open_sources(str(tmp_path / "base"), family.recipe["experts"])
+
+
+def test_a_base_with_a_vocabulary_in_its_own_files_is_read(tmp_path: Path, families: Any) -> None:
+    family = families("bert")
+    shutil.copytree(family.root / "base", tmp_path / "base")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / file).unlink()
+    (tmp_path / "base" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ncat\n")
+    sources = open_sources(str(tmp_path / "base"), family.recipe["experts"])
+    assert sources.tokenizer("cat")["input_ids"] == [2, 5, 3]
 
 
 def test_a_shard_outside_its_folder_is_refused(tmp_path: Path) -> None:
@@ -205,3 +268,122 @@ def test_experts_of_other_kinds_are_refused(tmp_path: Path, families: Any) -> No
         open_sources(family.recipe["base_model"], {"x": str(tmp_path / "headless")})
     with pytest.raises(InputError, match="letters, digits"):
         open_sources(family.recipe["base_model"], {"../x": str(tmp_path / "causal")})
+
+
+def saved_adapter(base: Any, directory: Path, **settings: Any) -> tuple[Checkpoint, Skeleton]:
+    """Save a LoRA adapter of rank 4 on `base`, and `base` beside it; return `base` opened."""
+    base.save_pretrained(directory.parent / "base")
+    config = peft.LoraConfig(**{"task_type": "SEQ_CLS", "target_modules": ["query", "key"], "r": 4, **settings})
+    peft.get_peft_model(tiny_classifier("bert", like=base, noise=0.0), config).save_pretrained(directory)
+    return opened(directory.parent / "base", "bert")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 64}, r"key\.weight has factors A \(4, 24\) and B \(24, 4\), and its rank in .* is 64"),
+        ({"r": 0}, "its rank in adapter_config.json is 0"),
+        ({"rank_pattern": {"layer.1.attention.self.key": 2}}, r"layer\.1\.attention\.self\.key\.weight has .* is 2"),
+        ({"lora_alpha": None}, r"adapter_config\.json: lora_alpha is None; expected a number"),
+        ({"lora_alpha": float("nan")}, r"adapter_config\.json: lora_alpha is nan; expected a number"),
+        ({"lora_alpha": "16"}, r"adapter_config\.json: lora_alpha is '16'; expected a number"),
+        ({"alpha_pattern": {"query": None}}, r"adapter_config\.json: alpha_pattern\['query'\] is None"),
+        ({"alpha_pattern": {"(": 3}}, r"adapter_config\.json: alpha_pattern: .*expected module names"),
+        ({"alpha_pattern": 3}, r"adapter_config\.json: alpha_pattern: .*expected module names"),
+        ({"peft_type": "NEWEST"}, r"adapter_config\.json: peft can't read it, peft_type 'NEWEST'"),
+        ({"peft_type": None}, r"adapter.*peft_type None|a None adapter is not a plain LoRA delta"),
+        ({"peft_type": "ADALORA", "total_step": 9}, "a ADALORA adapter is not a plain LoRA delta"),
+        ({"alora_invocation_tokens": [1]}, "a alora_invocation_tokens adapter is not a plain LoRA delta"),
+    ],
+)
+def test_adapters_whose_config_and_tensors_disagree_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    checkpoint, skeleton = saved_adapter(tiny_classifier("bert"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(InputError, match=message) as caught:
+        open_expert(tmp_path / "adapter", checkpoint, skeleton)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_change_the_base_when_they_are_loaded_are_refused(tmp_path: Path, start: str) -> None:
+    """PEFT subtracts the starting factors from W; W + B A of the base itself is another model."""
+    checkpoint, skeleton = saved_adapter(tiny_classifier("bert"), tmp_path / "adapter", init_lora_weights=start)
+    with pytest.raises(InputError, match=f"a init_lora_weights: {start} adapter is not a plain LoRA delta"):
+        open_expert(tmp_path / "adapter", checkpoint, skeleton)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_adapters_with_another_start_are_what_peft_merges(tmp_path: Path, start: str) -> None:
+    check_adapter(tmp_path, "bert", {"target_modules": ["query"], "r": 4, "init_lora_weights": start})
+
+
+def test_heads_of_the_wrong_shape_are_refused(tmp_path: Path, families: Any) -> None:
+    """The twin was built, and could not be loaded."""
+    family = families("bert")
+    for name, change, message in (
+        ("bias", {"classifier.bias": torch.zeros(3)}, r"classifier\.bias is \(3,\).*head of 2 labels has \(2,\)"),
+        ("width", {"classifier.weight": torch.zeros(2, 23)}, r"classifier\.weight is \(2, 23\).*\(2, 24\)"),
+        ("flat", {"classifier.weight": torch.zeros(24)}, r"classifier\.weight is \(24,\).*\(labels, width\)"),
+    ):
+        shutil.copytree(family.root / "cola", tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        save_file({**tensors, **change}, tmp_path / name / "model.safetensors")
+        with pytest.raises(InputError, match=rf"expert 'x': .*{message}"):
+            open_sources(family.recipe["base_model"], {"x": str(tmp_path / name)})
+
+
+def test_a_head_that_its_config_does_not_describe_is_refused(tmp_path: Path, families: Any) -> None:
+    family = families("bert")
+    shutil.copytree(family.root / "mnli", tmp_path / "mnli")
+    file = tmp_path / "mnli" / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("id2label", "label2id")}
+    file.write_text(json.dumps(config))  # without labels a config has two
+    with pytest.raises(InputError, match=r"expert 'x': .*head has 3 labels, its config\.json has 2"):
+        open_sources(family.recipe["base_model"], {"x": str(tmp_path / "mnli")})
+    with pytest.raises(InputError, match=r"expert 'mnli': .*head has 2 labels, GLUE has 3; correct or rename"):
+        open_sources(family.recipe["base_model"], {"mnli": str(family.root / "cola")})
+
+
+def test_an_adapter_of_another_base_is_said(tmp_path: Path, families: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Equal shapes are all that can be compared: a path names no model, so a difference is a warning."""
+    family = families("bert")
+    settings = {"target_modules": ["query"], "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    peft.get_peft_model(tiny_classifier("bert"), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    for said, warns in (("elsewhere/base", False), ("org/another-model", True), (None, False)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": said}))
+        caplog.clear()
+        open_sources(family.recipe["base_model"], {"x": str(tmp_path / "adapter")})
+        assert ("org/another-model" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("role", "file", "change", "message"),
+    [
+        ("cola", "config.json", {"hidden_size": None}, r"cola: no readable config\.json"),
+        ("cola", "config.json", {"architectures": -1}, r"cola/config\.json: architectures is -1; expected a list"),
+        (
+            "base",
+            "config.json",
+            {"hidden_size": -1},
+            r"'bert': its config\.json makes no model|no readable config\.json",
+        ),
+        ("base", "generation_config.json", None, r"base/generation_config\.json: can't be read as JSON"),
+        ("base", "generation_config.json", [], r"base/generation_config\.json: expected a JSON object, found list"),
+    ],
+)
+def test_damaged_configs_are_one_line(
+    tmp_path: Path, families: Any, role: str, file: str, change: Any, message: str
+) -> None:
+    family = families("bert")
+    for name in ("base", "cola"):
+        shutil.copytree(family.root / name, tmp_path / name)
+    damaged = tmp_path / role / file
+    earlier = json.loads(damaged.read_text()) if damaged.exists() else {}
+    damaged.write_text("" if change is None else json.dumps({**earlier, **change} if change else change))
+    with pytest.raises(InputError, match=message) as caught:
+        open_sources(str(tmp_path / "base"), {"cola": str(tmp_path / "cola")})
+    assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from tests.support.models import tiny_causal, tiny_causal_tokenizer
 from twin_bench import InputError
 from twin_bench.checkpoints.gguf import convert
 from twin_bench.checkpoints.hub import PACKAGED, model_directory
@@ -16,6 +17,8 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_what_is_no_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}: is a directory; give a GGUF file"):
+        convert(tmp_path, tmp_path / "out")
     with pytest.raises(InputError, match="no such file"):
         convert(tmp_path / "a.gguf", tmp_path / "out")
     (tmp_path / "a.gguf").write_bytes(b"PK")
@@ -28,6 +31,19 @@ def test_what_is_no_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists already"):
         convert(tmp_path / "a.gguf", tmp_path / "out")
+
+
+def test_a_file_with_nan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_causal("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    read = {"AutoTokenizer": tiny_causal_tokenizer(), "AutoModelForCausalLM": model, "AutoConfig": model.config}
+    for name, found in read.items():
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda found=found, **_: found)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"a\.gguf: tensor model\.norm\.weight holds NaN or inf; give another file"):
+        convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
 @pytest.mark.slow

@@ -40,6 +40,12 @@ def test_a_local_directory_is_returned_as_it_is(tmp_path, monkeypatch):
     assert model_directory("org/model") == Path("org/model")
 
 
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"model\.safetensors': not a directory; give the directory that holds"):
+        model_directory(str(tmp_path / "model.safetensors"))
+
+
 def test_a_cached_snapshot_is_found_offline(cache):
     snapshot = put_in_cache(cache, "org/model", "config.json", "model.safetensors")
     assert model_directory("org/model") == snapshot
@@ -129,3 +135,57 @@ def test_names_that_are_no_hub_ids_are_refused_without_a_look_up(name, monkeypat
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(InputError, match="give a local directory"):
         model_directory(name)
+
+
+def test_allow_pickle_reaches_the_hub(cache):
+    snapshot = put_in_cache(cache, "org/pickle", "config.json", "pytorch_model.bin")
+    assert model_directory("org/pickle", allow_pickle=True) == snapshot
+    both = put_in_cache(cache, "org/both", "config.json", "pytorch_model.bin", "model.safetensors")
+    assert model_directory("org/both", allow_pickle=True) == both
+    other = put_in_cache(cache, "org/other", "config.json", "training_args.bin")
+    assert other.is_dir()
+    with pytest.raises(InputError, match=r"org/other.*no config\.json or adapter_config\.json with pytorch_model"):
+        model_directory("org/other", allow_pickle=True)
+
+
+def test_pickles_are_downloaded_only_where_there_are_no_safetensors(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repository, *, local_files_only, allow_patterns, ignore_patterns):
+        if local_files_only:
+            raise FileNotFoundError("not cached")
+        asked.append(tuple(pattern for pattern in allow_patterns if ".bin" in pattern))
+        (tmp_path / "config.json").touch()
+        if asked[-1]:
+            (tmp_path / "pytorch_model.bin").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"set allow_pickle: true if it has \.bin files"):
+        model_directory("org/model")
+    assert asked == [()]
+    assert model_directory("org/model", allow_pickle=True) == tmp_path
+    assert asked[1:] == [(), ("pytorch_model*.bin", "adapter_model.bin")]
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_cached_copy_without_tokenizer_is_completed(cache, monkeypatch, reachable):
+    snapshot = put_in_cache(cache, "org/model", "config.json", "model.safetensors")
+    original, asked = hub.snapshot_download, []
+
+    def download(repository, *, local_files_only, **patterns):
+        if local_files_only:
+            return original(repository, local_files_only=True, **patterns)
+        asked.append(repository)
+        if not reachable:
+            raise ConnectionError("offline")
+        (snapshot / "tokenizer.json").touch()
+        return str(snapshot)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert model_directory("org/model") == snapshot
+    assert asked == []
+    assert model_directory("org/model", tokenizer=True) == snapshot
+    assert asked == ["org/model"]
+    model_directory("org/model", tokenizer=True)
+    assert len(asked) == (1 if reachable else 2)

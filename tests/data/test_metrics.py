@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from twin_bench.data.metrics import METRICS, RESAMPLED, score, standard_error
+from twin_bench.data.metrics import METRICS, RESAMPLED, mean, mean_standard_error, score, standard_error
 
 
 def peer(metric, references, predictions):
@@ -147,3 +147,18 @@ def test_a_draw_of_one_row_alone_has_correlation_0(seed):
     with np.errstate(all="raise"):  # a draw's variance that is rounding alone may be negative
         found = standard_error("pearson_spearman", references, predictions, resamples=20_000)
     assert found == pytest.approx(np.std(scores), rel=0.02)
+
+
+def test_errors_and_means_do_not_depend_on_the_rows_order() -> None:
+    rng = np.random.default_rng(4)
+    references, predictions = rng.normal(size=(2, 60)).round(1)
+    values = rng.random(60)
+    for _ in range(5):
+        order = rng.permutation(60)
+        for metric in ("pearson_spearman", "mcc", "acc_f1"):
+            pair = (references, predictions) if metric == "pearson_spearman" else (references > 0, predictions > 0)
+            first = standard_error(metric, *pair, seed=3)
+            assert first > 0
+            assert standard_error(metric, pair[0][order], pair[1][order], seed=3) == first
+        assert mean(values[order]) == mean(values)
+        assert mean_standard_error(values[order]) == mean_standard_error(values)

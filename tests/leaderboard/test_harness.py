@@ -65,7 +65,7 @@ def test_tasks_keep_the_suites_order_when_a_cell_is_run_again(tiny: dict[str, An
     suite = {**tiny, "methods": ["average"]}
     assert run(suite, tmp_path, "--harness", "counting") == 0
     before = (tmp_path / "out" / "leaderboard.md").read_text()
-    first = tmp_path / "out" / "cells-counting" / "standard" / "pretrained" / f"{tiny['tasks'][0]}.json"
+    (first,) = (tmp_path / "out" / "cells-counting" / "standard" / "pretrained").glob(f"{tiny['tasks'][0]}-*.json")
     first.unlink()
     assert run(suite, tmp_path, "--harness", "counting") == 0
     assert first.is_file()
@@ -95,3 +95,13 @@ def test_wrong_harnesses_are_named() -> None:
         find_harness("lmeval")
     with pytest.raises(InputError, match="harness misnamed: mine:misnamed calls itself 'lm-eval'"):
         find_harness("misnamed")
+
+
+def test_rows_without_an_answer_are_said_below_the_table() -> None:
+    cells = [
+        Cell("s", "standard", "pretrained", "bound", task, "mcc", 50.0, 1.0, 9, 0, 2.0, 1.0, 5, {}, notes, "k")
+        for task, notes in (("cola", {}), ("mrpc", {"set_aside": "id4: a prompt of 70 tokens"}))
+    ]
+    rows = leaderboard_rows(cells)
+    said = "pretrained (standard): scored without an answer on mrpc: id4: a prompt of 70 tokens."
+    assert said in markdown(rows, summary(rows))

@@ -79,7 +79,7 @@ def test_a_shared_expert_is_made_of_weights_alone(
     suite: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run({**suite, "methods": [{"twin": {"shared": {"method": "emr"}}}]}, tmp_path) == 2
-    assert "emr needs task, and a shared expert is made of weights alone" in capsys.readouterr().err
+    assert "emr needs task, and a recipe merges weights alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.func import functional_call, jacrev
 from transformers.pytorch_utils import Conv1D
 
@@ -214,6 +216,23 @@ def test_statistics_are_kept_and_are_those_of_the_expert_with_its_head(
     assert again.seconds == found.seconds
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").iterdir()} == times
     assert {file.name for file in times} == {"cola.safetensors", "stsb.safetensors", "mnli.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_statistics_that_overflow_are_not_kept(families: Any, data: Path, tmp_path: Path, kind: Any) -> None:
+    """The expert's weights are finite, and its activations are not."""
+    family = families("bert")
+    shutil.copytree(family.root / "mnli", tmp_path / "mnli")
+    file = tmp_path / "mnli" / "model.safetensors"
+    tensors = load_file(file)
+    key = "bert.encoder.layer.0.output.LayerNorm.weight"
+    save_file({**tensors, key: torch.full_like(tensors[key], 3e38)}, file)
+    sources = open_sources(family.recipe["base_model"], {"mnli": str(tmp_path / "mnli")})
+    with pytest.raises(
+        InputError, match=rf"{kind} statistics of expert 'mnli': tensor bert\.\S+ holds NaN or inf; that"
+    ):
+        calibrate(kind, sources, data, tmp_path / "kept", rows=2)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_rows_that_are_not_there(families: Any, data: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 import twin_bench
 from tests.support.merges import EXPERTS, STATIC, models
 from twin_bench import InputError
-from twin_bench.merging.registry import find_method, merge_lazily
+from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.registry import find_method
 
 
 def task_vectors(base: Mapping[str, Tensor], tuned: Mapping[str, Mapping[str, Tensor]], name: str) -> Tensor:

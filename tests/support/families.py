@@ -28,11 +28,16 @@ class Family:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
-def make_family(root: Path, kind: str, labels: dict[str, int] | None = None) -> Family:
+def make_family(
+    root: Path, kind: str, labels: dict[str, int] | None = None, config: Mapping[str, Any] | None = None
+) -> Family:
     """Save a tiny base model, an expert a task, and router rows; return them with a recipe."""
     labels = labels or {"cola": 2, "stsb": 1, "mnli": 3}
-    base = tiny_classifier(kind)
-    experts = {task: tiny_classifier(kind, n, seed, like=base) for seed, (task, n) in enumerate(labels.items(), 1)}
+    base = tiny_classifier(kind, config=config)
+    experts = {
+        task: tiny_classifier(kind, n, seed, like=base, config=config)
+        for seed, (task, n) in enumerate(labels.items(), 1)
+    }
     base.save_pretrained(root / "base")
     tiny_tokenizer(kind).save_pretrained(root / "base")
     for task, expert in experts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,10 +67,22 @@ def tiny_config(kind: str, num_labels: int = 2) -> Any:
     )
 
 
-def tiny_classifier(kind: str, num_labels: int = 2, seed: int = 0, like: Any = None, noise: float = 0.05) -> Any:
-    """Return a random classifier, or one whose backbone is `like`'s plus noise in every parameter."""
+def tiny_classifier(
+    kind: str,
+    num_labels: int = 2,
+    seed: int = 0,
+    like: Any = None,
+    noise: float = 0.05,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return a random classifier, or one whose backbone is `like`'s plus noise in every parameter.
+
+    `config` holds settings that differ from those of `tiny_config`.
+    """
     torch.manual_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_config(tiny_config(kind, num_labels)).eval()
+    settings = tiny_config(kind, num_labels)
+    settings.update(dict(config or {}))
+    model = transformers.AutoModelForSequenceClassification.from_config(settings).eval()
     if like is not None:
         model.base_model.load_state_dict(like.base_model.state_dict())
     with torch.no_grad():

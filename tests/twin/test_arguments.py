@@ -251,6 +251,7 @@ def test_how_requests_can_not_be_run(causal_twins: Any, options: dict[str, Any],
         ({"w": EVEN}, {"a": {"w": EVEN.to_sparse()}}, TypeError, "expert 'a': w must be a dense tensor"),
         ({"w": EVEN}, {"a": {"v": EVEN}}, InputError, "expert 'a' has no tensor w"),
         ({"w": EVEN}, {"a": {"w": EVEN.T}}, InputError, r"expert 'a': tensor w is \(3, 2\)"),
+        ({"w": EVEN}, {"a": {"w": EVEN + 1j}}, InputError, "expert 'a': tensor w is complex64"),
         ({"w": EVEN / 0}, {"a": {"w": EVEN}}, InputError, "tensor w holds NaN or inf"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from tests.support.dense import batch
+from tests.support.models import tiny_tokenizer
 from twin_bench import InputError, TwinModel
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.directory import load_parts, read_manifest, verify
 from twin_bench.twin.recipe import Recipe
@@ -65,10 +68,10 @@ def test_an_edited_file_is_found(built: Path, tmp_path: Path, file: str) -> None
 def test_a_newer_format_or_no_twin_is_refused(built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "twin")
     manifest = json.loads((copy / "twin.json").read_text())
-    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 3}))
     with pytest.raises(InputError, match="upgrade twin-bench"):
         TwinModel.from_pretrained(copy)
-    (copy / "twin.json").write_text(json.dumps({**manifest, "experts": ["../cola"]}))
+    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 1, "experts": ["../cola"]}))
     with pytest.raises(InputError, match="letters, digits"):
         TwinModel.from_pretrained(copy)
     (copy / "twin.json").write_text("{")
@@ -81,10 +84,43 @@ def test_a_newer_format_or_no_twin_is_refused(built: Path, tmp_path: Path) -> No
 def test_the_version_that_built_a_twin_is_information_only(built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "twin")
     manifest = json.loads((copy / "twin.json").read_text())
-    assert manifest["format_version"] == 1
-    (copy / "twin.json").write_text(json.dumps({**manifest, "twin_bench": "0.0.1"}))
+    assert manifest["format_version"] == 2
+    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 1, "twin_bench": "0.0.1"}))
     verify(copy, read_manifest(copy))
     assert load_parts(copy).digests == load_parts(built).digests
+
+
+def test_a_twin_of_the_first_format_still_loads(built: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(built, tmp_path / "twin")
+    manifest = json.loads((copy / "twin.json").read_text())
+    del manifest["sha256"]
+    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    assert load_parts(copy).digests == load_parts(built).digests
+    (copy / "twin.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="its own sha256 does not match"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_length": 7}, {"experts": ["rte", "cola"]}, {"seed": 12}], ids=["window", "order", "seed"]
+)
+def test_an_edited_setting_is_found(built: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """The experts' order decides which column of the weights is whose."""
+    manifest = json.loads((built / "twin.json").read_text())
+    assert {key: manifest[key] for key in change} != change
+    (tmp_path / "twin.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(InputError, match=r"twin\.json: edited or damaged"):
+        read_manifest(tmp_path)
+
+
+def test_every_flip_of_a_bit_in_twin_json_is_found_or_harmless(built: Path, tmp_path: Path) -> None:
+    file = tmp_path / "twin.json"
+    whole, expected = (built / "twin.json").read_bytes(), read_manifest(built)
+    for place in range(0, len(whole), 11):
+        for bit in range(8):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            with contextlib.suppress(InputError):
+                assert read_manifest(tmp_path) == expected
 
 
 def test_a_file_that_is_not_listed_is_found(built: Path, tmp_path: Path) -> None:
@@ -116,3 +152,17 @@ def test_a_twin_json_that_is_none_is_damaged(tmp_path: Path, content: bytes, say
     (tmp_path / "twin.json").write_bytes(content)
     with pytest.raises(InputError, match=f"twin.json: damaged, {says}"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_tokenizer_is_written_alike_however_it_was_loaded(tmp_path: Path, offline: bool) -> None:
+    """transformers writes whether HF_HUB_OFFLINE was set, which changed a twin's digest."""
+    tiny_tokenizer("bert").save_pretrained(tmp_path / "first")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "first", local_files_only=offline)
+    save_tokenizer(loaded, tmp_path / "second")
+    again = AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert (
+        not {"local_files_only", "is_local"}
+        & json.loads((tmp_path / "second" / "tokenizer_config.json").read_text()).keys()
+    )
+    assert again("the cat")["input_ids"] == loaded("the cat")["input_ids"]

@@ -19,7 +19,7 @@ from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.data import TASKS
 from twin_bench.twin.builder import build_twin
-from twin_bench.twin.paper import AdapterStack, PaperFactors, install_paper_layers, merge_lora_factors
+from twin_bench.twin.paper import AdapterStack, PaperFactors, authors_rank, install_paper_layers, merge_lora_factors
 from twin_bench.twin.recipe import Recipe
 
 RANK, ALPHA, SCALING = 4, 6, 0.3
@@ -91,6 +91,18 @@ def authors_model(lora: Any, weights: Tensor) -> Any:
         with torch.no_grad():
             parameters[name] += ALPHA / RANK * fused[1] @ fused[0]
     return model
+
+
+@pytest.mark.parametrize(("rate", "width", "rank"), [(0.9, 320, 31), (0.9, 768, 76), (0.8, 640, 127), (0.7, 640, 192)])
+def test_lora_factors_are_cut_to_the_authors_rank(rate: float, width: int, rank: int) -> None:
+    """The authors write the rate of what is dropped; with density 0.1, int(density * 320) would be 32."""
+    assert authors_rank(torch.Size((2 * width, width)), round(1 - rate, 1)) == int((1 - rate) * width) == rank
+    torch.manual_seed(0)
+    stack = AdapterStack(torch.randn(2, 20, 24), torch.randn(2, 24, 20), 1.0)
+    model = torch.nn.ModuleDict({"x": torch.nn.Linear(24, 24)})
+    install_paper_layers(model, PaperFactors({"x.weight": stack}, 0.3, round(1 - rate, 1), None))
+    own = [int(torch.linalg.matrix_rank(factor)) for factor in model["x"].get_buffer("A")[1:]]
+    assert own == [int((1 - rate) * 20)] * 2
 
 
 @pytest.mark.parametrize("mix", ["one_hot", "diffuse", "mixed", "equal", "none"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from twin_bench.twin import prefix
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.encoded import packed
 from twin_bench.twin.prefix import Sharing, shared_prefixes
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Score, score
@@ -40,6 +44,50 @@ def test_a_row_does_not_shorten_what_others_share_for_less() -> None:
     rows = {0: (*A, 1), 1: (*A, 2), 2: (*A, 3), 3: (*A[:20], *B)}
     limits = {row: len(ids) - 1 for row, ids in rows.items()}
     assert shared_prefixes(rows, limits) == [Sharing((0, 1, 2), 40), Sharing((3,), 0)]
+
+
+def test_a_long_list_behind_one_prefix_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    def counted(rows: tuple[int, ...], length: int) -> Sharing:
+        copied.append(len(rows))
+        return Sharing(rows, length)
+
+    monkeypatch.setattr(prefix, "Sharing", counted)
+    rows = {row: (*A, row + 300) for row in range(1000)}
+    (found,) = shared_prefixes(rows, dict.fromkeys(rows, 40))
+    assert found == (tuple(range(1000)), 40)
+    assert sum(copied) == 1000
+
+
+def test_the_same_rows_are_found_as_when_sets_grow_by_copies() -> None:
+    """Against the rule as its docstring has it, on random rows of lists, tuples and arrays."""
+    rng = random.Random(0)
+    for _ in range(40):
+        starts = [rng.choices(range(9), k=rng.randint(10, 40)) for _ in range(3)]
+        made = [rng.choice(starts)[: rng.randint(8, 40)] + rng.choices(range(9), k=rng.randint(1, 4)) for _ in range(9)]
+        rows = {row: rng.choice([list, tuple, lambda ids: array("I", ids)])(ids) for row, ids in enumerate(made)}
+        limits = {row: rng.randint(0, len(ids)) for row, ids in rows.items()}
+        expected: list[tuple[tuple[int, ...], int]] = []
+        for row in sorted(rows, key=lambda row: (tuple(rows[row]), row)):
+            if expected:
+                own, length = expected[-1]
+                pairs = zip(rows[own[0]], rows[row], strict=False)
+                same = next((place for place, (one, other) in enumerate(pairs) if one != other), 99)
+                common = min(same, len(rows[own[0]]), len(rows[row]), length, limits[row])
+                if common >= 16 and len(own) * common >= (len(own) - 1) * length:
+                    expected[-1] = ((*own, row), common)
+                    continue
+            expected.append(((row,), limits[row]))
+        alone = tuple(sorted(own[0] for own, _ in expected if len(own) == 1))
+        assert shared_prefixes(rows, limits) == [one for one in expected if len(one[0]) > 1] + [(alone, 0)] * bool(
+            alone
+        )
+
+
+def test_packed_tokens_have_the_order_of_the_tokens() -> None:
+    rows = [(), (1,), (1, 2), (1, 256), (2,), (255, 1), (256,), (65536, 0), (300, 7)]
+    assert [tuple(one) for one in sorted(rows, key=packed)] == sorted(rows)
 
 
 @contextmanager

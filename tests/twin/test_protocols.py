@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.dense import batch
+from tests.support.families import built, make_family
 from twin_bench import InputError, TwinModel
 
+QUERY_A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
 LEFT_OUT = (re.compile(r".*classifier.*"), re.compile(r".*bias.*"))
 
 
@@ -21,10 +24,12 @@ def twin_directory(twins: Any) -> Path:
     return twins("roberta")
 
 
-def authors_logits(family: Any, router_logits: torch.Tensor, true_task: str, inputs: dict[str, torch.Tensor]) -> Any:
+def authors_logits(
+    family: Any, router_logits: torch.Tensor, true_task: str, inputs: dict[str, torch.Tensor], rate: float = 0.5
+) -> Any:
     """Re-state the authors' evaluation of one sample, dense weights throughout.
 
-    Task arithmetic over everything but classifiers and biases; SVD to int(density * min(m, n)) of 2-D
+    Task arithmetic over everything but classifiers and biases; SVD to int((1 - rate) * min(m, n)) of 2-D
     tensors; the sample's weights from softmax; head and all biases from its true task's fine-tuned model.
     """
     merged_names = [n for n, _ in family.base.named_parameters() if not any(p.match(n) for p in LEFT_OUT)]
@@ -41,7 +46,7 @@ def authors_logits(family: Any, router_logits: torch.Tensor, true_task: str, inp
                 exclusive = (expert[name] - shared).double()
                 if exclusive.ndim == 2:
                     U, S, V = torch.svd(exclusive)
-                    k = int(0.5 * min(exclusive.shape))
+                    k = int((1 - rate) * min(exclusive.shape))
                     exclusive = U[:, :k] @ torch.diag(S[:k]) @ V[:, :k].T
                 fused = fused + weight * exclusive
             parameters[name].copy_(fused)
@@ -59,6 +64,25 @@ def test_paper_protocol_is_the_authors_arithmetic(families: Any, twin_directory:
     for row, task in enumerate(tasks):
         sample = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         expected = authors_logits(family, router_logits[row], task, sample)
+        torch.testing.assert_close(found[row, : len(expected)].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "rank"), [(0.9, 1), (0.8, 3), (0.7, 6)])
+def test_paper_takes_the_authors_rank(tmp_path: Path, rate: float, rank: int) -> None:
+    """At width 20 the authors' floating-point rank is one below that of density 0.1 and 0.2, and not below 0.3's."""
+    family = make_family(tmp_path, "roberta", config={"hidden_size": 20})
+    directory = built(
+        {**family.recipe, "exclusive": {"density": round(1 - rate, 1)}, "router": None}, tmp_path / "twin"
+    )
+    assert load_file(directory / "experts/cola/adapter_model.safetensors")[QUERY_A].shape[0] == round(20 * (1 - rate))
+    twin = TwinModel.from_pretrained(directory, protocol="paper")
+    assert max(layer.ranks for layer in twin.fusion.layers) == (rank,) * 3
+    inputs, router_logits = batch(6), 5.0 * torch.randn(6, 3, generator=torch.Generator().manual_seed(5))
+    tasks = [list(family.experts)[row % 3] for row in range(6)]
+    found = twin(**inputs, fusion_weights=router_logits.softmax(dim=1), task=tasks).logits
+    for row, task in enumerate(tasks):
+        sample = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        expected = authors_logits(family, router_logits[row], task, sample, rate)
         torch.testing.assert_close(found[row, : len(expected)].double(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -122,3 +122,14 @@ def test_tasks_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert (folder / "glue" / "twin_cola.yaml").is_file()
     assert main(["methods"]) == 0
     assert "dare_task_arithmetic" in capsys.readouterr().out
+
+
+def test_experts_whose_names_differ_in_case_alone_are_refused(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their folders would be one on a file system that ignores case."""
+    experts = yaml.safe_load(recipe_file.read_text())["experts"]
+    file = changed(recipe_file, experts={"cola": experts["cola"], "CoLA": experts["mnli"]})
+    assert main(["build", str(file), str(tmp_path / "twin")]) == 2
+    assert "experts 'cola' and 'CoLA' differ in case alone; rename one" in capsys.readouterr().err
+    assert not (tmp_path / "twin").exists()

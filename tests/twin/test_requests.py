@@ -270,14 +270,19 @@ def test_requests_that_cannot_be_answered(causal_twins: Any, request_: Any, says
         score(twin, [request_]) if isinstance(request_, Score) else generate(twin, [request_])
 
 
-def test_every_answered_request_is_reported(causal_twins: Any) -> None:
-    twin = TwinModel.from_pretrained(causal_twins("llama"))
+@pytest.mark.parametrize("routing", ["router", "none"])
+def test_every_request_is_reported_twice_routed_and_answered(causal_twins: Any, routing: Any) -> None:
+    twin = TwinModel.from_pretrained(causal_twins("llama"), routing=routing)
     done: list[int] = []
-    score(twin, [Score((5, 6), (7,)), Score((5, 6), (7,)), Score((5,), (6, 7))], progress=done.append)
-    assert sum(done) == 3
+    scores = [Score((5, 6), (7,)), Score((5, 6), (7,)), Score((5,), (6, 7))]
+    score(twin, scores, progress=done.append)
+    assert sum(done) == 2 * 3
     done.clear()
     generate(twin, [Generate((5, 6), 1), Generate((5, 6), 3, completions=2)], progress=done.append)
-    assert sum(done) == 2
+    assert sum(done) == 2 * 2
+    done.clear()
+    score(twin, scores, fusion_weights=torch.eye(3), progress=done.append)
+    assert sum(done) == 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -285,7 +290,8 @@ def test_every_answered_request_is_reported(causal_twins: Any) -> None:
     [
         ({}, {}, True),
         ({"do_sample": False, "use_cache": True}, {"eos_token_id": [1, 2], "temperature": 0.6}, True),
-        ({}, {"do_sample": True, "repetition_penalty": 1.0}, True),
+        ({"do_sample": False, "num_beams": 1}, {"do_sample": True, "repetition_penalty": 1.0, "num_beams": 3}, True),
+        ({}, {"do_sample": True}, False),
         ({"do_sample": True}, {}, False),
         ({"num_beams": 2}, {}, False),
         ({"repetition_penalty": 1.1}, {}, False),

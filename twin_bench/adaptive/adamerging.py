@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from twin_bench.adaptive.learning import Learning
+from twin_bench.adaptive.learning import Learning, check_learning
 from twin_bench.adaptive.unlabelled import (
     Batches,
     adapted_note,
@@ -34,6 +34,7 @@ Gradient = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
     track="test-time",
     needs=("unlabelled test inputs", "seed"),
     sees=("scored rows",),
+    check_options=check_learning,
 )
 def adamerging(
     context: Context,
@@ -131,7 +132,7 @@ def learn_coefficients(
         gradients = gradient(
             {name: combined(base[name], tau, row) for row, (name, tau) in zip(clamped, taus.items(), strict=True)}
         )
-        slopes = [tau.flatten(1) @ gradients[name].to(tau).flatten() for name, tau in taus.items()]
+        slopes = [tau.reshape(len(tau), -1) @ gradients[name].to(tau).flatten() for name, tau in taus.items()]
         coefficients.grad = torch.where(coefficients == clamped, torch.stack(slopes).to(coefficients), 0.0)
 
     (learning or Learning()).descend(

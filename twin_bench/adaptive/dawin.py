@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from twin_bench.contenders.context import size
 from twin_bench.errors import InputError
 from twin_bench.merging.registry import served_method
 from twin_bench.twin.classifier import TwinClassifier
-from twin_bench.twin.model import Encoded
+from twin_bench.twin.encoded import Encoded
 from twin_bench.twin.parts import Parts
 
 
@@ -70,7 +70,12 @@ class DawinClassifier(TwinClassifier):
 
     @torch.no_grad()
     def route_all(
-        self, encoded: Sequence[Encoded], tasks: Sequence[str] | None = None, *, batch_size: int = 32
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Return each row's weights (rows, experts) from T passes over the rows, one with each expert alone."""
         if tasks is None:
@@ -81,6 +86,8 @@ class DawinClassifier(TwinClassifier):
         for alone in torch.eye(len(self.expert_names)):
             answers = self.answer(encoded, tasks, batch_size=batch_size, fusion_weights=alone.repeat(len(encoded), 1))
             logits.append(pad_sequence([answer.logits for answer in answers], True, -torch.inf))
+        if progress:
+            progress(len(encoded))
         return confidence_weights(torch.stack(logits), self.scaling).to(self.device)
 
     @torch.no_grad()

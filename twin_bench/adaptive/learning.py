@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from twin_bench.checkpoints.finite import all_finite
+from twin_bench.contenders import Context
 from twin_bench.errors import InputError
 from twin_bench.files import read_tensors, write_tensors
 
@@ -16,6 +18,26 @@ FORMAT = 1
 """The format of stored learning. It is raised when the parameters or the way they are learned change."""
 STEPS_KEPT = 50
 """The state is written after so many steps, so a killed run loses fewer."""
+
+
+def check_learning(context: Context, *, steps: int, learning_rate: float, batch_size: int, **others: object) -> None:
+    """Raise an InputError unless the options of a method that learns are in their ranges."""
+    require_learnable(context.name, steps, learning_rate)
+    require_batch_size(batch_size)
+
+
+def require_learnable(method: str, steps: float, learning_rate: float) -> None:
+    """Raise an InputError unless steps is a whole number from 0 and learning_rate is above 0."""
+    if steps < 0 or steps != int(steps):
+        raise InputError(f"{method}: steps must be a whole number from 0, not {steps}")
+    if learning_rate <= 0:
+        raise InputError(f"{method}: learning_rate must be above 0, not {learning_rate}")
+
+
+def require_batch_size(batch_size: float) -> None:
+    """Raise an InputError unless batch_size is a whole number from 1."""
+    if batch_size < 1 or batch_size != int(batch_size):
+        raise InputError(f"batch_size must be a whole number from 1, not {batch_size}")
 
 
 class Learning:
@@ -53,12 +75,10 @@ class Learning:
             learning_rate: Adam's.
 
         Raises:
-            InputError: steps is not a whole number from 0, or learning_rate is not above 0.
+            InputError: steps is not a whole number from 0, learning_rate is not above 0, or a parameter becomes NaN or
+                inf. A state that holds one is neither written nor used.
         """
-        if steps < 0 or steps != int(steps):
-            raise InputError(f"{method}: steps must be a whole number from 0, not {steps}")
-        if learning_rate <= 0:
-            raise InputError(f"{method}: learning_rate must be above 0, not {learning_rate}")
+        require_learnable(method, steps, learning_rate)
         started = time.perf_counter() - self.seconds
         adam = torch.optim.Adam(parameters.values(), lr=learning_rate)
         for key, tensor in self._state.items():
@@ -67,10 +87,12 @@ class Learning:
                 parameters[name].detach().copy_(tensor)
             else:
                 adam.state[parameters[name]][part] = tensor
+        _require_finite(method, parameters, self.steps)
         while self.steps < steps:
             set_gradients()
             adam.step()
             self.steps += 1
+            _require_finite(method, parameters, self.steps)
             self.seconds = time.perf_counter() - started
             if self._file is not None and (self.steps == steps or self.steps % STEPS_KEPT == 0):
                 self._write(self._file, parameters, adam)
@@ -83,3 +105,9 @@ class Learning:
         }
         taken = {"steps": str(self.steps), "seconds": str(self.seconds)}
         write_tensors(file, state, format_number=FORMAT, notes=taken)
+
+
+def _require_finite(method: str, parameters: Mapping[str, Tensor], steps: int) -> None:
+    for name, parameter in parameters.items():
+        if not all_finite(parameter.detach()):
+            raise InputError(f"{method}: {name} holds NaN or inf after step {steps}; lower learning_rate")

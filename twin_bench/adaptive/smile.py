@@ -22,7 +22,20 @@ from twin_bench.twin.model import twin_class
 from twin_bench.twin.parts import Parts
 
 
-@served_method(title="SMILE", paper="arXiv:2408.10174", track="per-input")
+def check_ranks(context: Context, *, rank: int, gate_rank: int, top_k: int) -> None:
+    """Raise an InputError unless SMILE's options are in their ranges."""
+    require_ranks(len(context.experts), rank, gate_rank, top_k)
+
+
+def require_ranks(experts: int, rank: float, gate_rank: float, top_k: float) -> None:
+    """Raise an InputError unless ranks are whole numbers from 1, and top_k is one from 1 to the number of experts."""
+    for option, value, most in (("rank", rank, None), ("gate_rank", gate_rank, None), ("top_k", top_k, experts)):
+        if value < 1 or value != int(value) or (most is not None and value > most):
+            limit = f"from 1 to {most}, the number of experts" if most else "from 1"
+            raise InputError(f"smile: {option} must be a whole number {limit}, not {value}")
+
+
+@served_method(title="SMILE", paper="arXiv:2408.10174", track="per-input", check_options=check_ranks)
 def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int = 1) -> Iterator[Contender]:
     """W_0 x + b_0 + sum_t w_t(x) (U_t S_t V_t^T x + b_t - b_0), U_t S_t V_t^T the truncated SVD of W_t - W_0.
 
@@ -119,11 +132,7 @@ def install_smile(model: nn.Module, vectors: TaskVectors, *, rank: int, gate_ran
     Raises:
         InputError: an option is out of its range.
     """
-    experts = len(vectors.experts)
-    for option, value, most in (("rank", rank, None), ("gate_rank", gate_rank, None), ("top_k", top_k, experts)):
-        if value < 1 or value != int(value) or (most is not None and value > most):
-            limit = f"from 1 to {most}, the number of experts" if most else "from 1"
-            raise InputError(f"smile: {option} must be a whole number {limit}, not {value}")
+    require_ranks(len(vectors.experts), rank, gate_rank, top_k)
     added = 0
     for path, layer in list(model.named_modules()):
         if type(layer) not in (nn.Linear, Conv1D) or f"{path}.weight" not in vectors:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from twin_bench.adaptive.learning import Learning
+from twin_bench.adaptive.learning import Learning, require_batch_size
 from twin_bench.contenders import Context
 from twin_bench.data import TASKS
 from twin_bench.data.rows import scored_inputs, split_path
 from twin_bench.data.task import TaskInput
-from twin_bench.errors import InputError, UnsuitedError
+from twin_bench.errors import UnsuitedError
 from twin_bench.files import digest
 from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.encoded import Encoded
 from twin_bench.twin.heads import heads_in_use
-from twin_bench.twin.model import Encoded
 
 Batches = Mapping[str, Mapping[str, Tensor]]
 """Task to one batch of its inputs."""
@@ -85,8 +85,7 @@ def unlabelled_batches(
         InputError: a batch size below 1.
         UnsuitedError: all tasks are regressions, or one has no rows.
     """
-    if batch_size < 1 or batch_size != int(batch_size):
-        raise InputError(f"batch_size must be a whole number from 1, not {batch_size}")
+    require_batch_size(batch_size)
     classes = [task for task, labels in twin.num_labels.items() if labels > 1]
     if not classes:
         raise UnsuitedError("all tasks are regressions, whose predictions have no entropy to minimise")

@@ -29,8 +29,7 @@ def whole_task_vector(expert: Checkpoint, base: Mapping[str, Tensor], skeleton: 
         if name in expert.low_rank:
             lora = expert.low_rank[name]
             A, B = lora.A().float(), lora.scale * lora.B().float()
-            transposed = name in skeleton.transposed | skeleton.embeddings
-            factors[name] = Factors(A.T.contiguous(), B.T.contiguous()) if transposed else Factors(B, A)
+            factors[name] = Factors(A.T.contiguous(), B.T.contiguous()) if lora.transposed else Factors(B, A)
             continue
         exact = torch.promote_types(base[name].dtype, torch.float32)
         tau = expert[name].to(exact) - base[name].to(exact)

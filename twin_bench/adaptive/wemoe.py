@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twin_bench.adaptive.learning import Learning
+from twin_bench.adaptive.learning import Learning, check_learning
 from twin_bench.adaptive.unlabelled import (
     Batches,
     adapted_note,
@@ -24,7 +24,8 @@ from twin_bench.compat import Conv1D
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
 from twin_bench.errors import UnsuitedError
-from twin_bench.merging.registry import merge_lazily, served_method
+from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.registry import served_method
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import blocks_of
@@ -39,6 +40,7 @@ from twin_bench.twin.parts import Parts
     track="test-time",
     needs=("unlabelled test inputs", "seed"),
     sees=("scored rows",),
+    check_options=check_learning,
 )
 def wemoe(
     context: Context,

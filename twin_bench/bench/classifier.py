@@ -17,7 +17,7 @@ from twin_bench.data.rows import read_rows, split_path
 from twin_bench.errors import InputError
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.directory import load_twin
-from twin_bench.twin.model import Encoded
+from twin_bench.twin.encoded import Encoded
 from twin_bench.twin.plan import Group, batches
 
 TOLERANCES = (1e-3, 1e-5)

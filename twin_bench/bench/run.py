@@ -22,6 +22,7 @@ from twin_bench.bench.classifier import classifier_cases
 from twin_bench.bench.measure import measure
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.device import AUTO
 from twin_bench.twin.layers import TwinLinear
 from twin_bench.twin.model import TwinModel
 
@@ -35,15 +36,15 @@ def bench(
     batch_size: int = 32,
     rounds: int = 5,
     merged_rows: int = 16,
-    device: str = "cpu",
+    device: str = AUTO,
     dtype: str | None = None,
 ) -> dict[str, Any]:
     """Return the machine, the settings, each case's rate and its ratio to the plain model's, memory and build time.
 
     The cases are those of `classifier_cases` for a classifier's twin, and of `causal_cases` for a language model's.
-    `memory` is given in fractions of the plain model's parameters: the factors, the joint bases, the fused copy, 1-D
-    vectors. `build` is the time of `torch.linalg.svd(full_matrices=True)` divided by the time that the exclusive
-    vectors take here.
+    `device` is where all cases run; `auto` is cuda, else mps, else cpu. `memory` is given in fractions of the plain
+    model's parameters: the factors, the joint bases, the fused copy, 1-D vectors. `build` is the time of
+    `torch.linalg.svd(full_matrices=True)` divided by the time that the exclusive vectors take here.
     """
     twin: Any = TwinModel.from_pretrained(twin_directory, device=device, dtype=dtype)
     options: Any = {"split": split, "rows": rows, "batch_size": batch_size}
@@ -56,7 +57,7 @@ def bench(
         "machine": {
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
-            "device": _device_name(device),
+            "device": _device_name(twin.device),
         },
         "versions": {package: version(package) for package in ("twin-bench", "torch", "transformers", "peft")},
         "settings": {
@@ -114,5 +115,7 @@ def _median_seconds(run: Callable[[], object]) -> float:
     return statistics.median(taken)
 
 
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.processor() or 'cpu'}"
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return platform.processor() or "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from twin_bench.checkpoints.checkpoint import (
     stored_tensors,
     with_shape,
 )
+from twin_bench.checkpoints.finite import require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.compat import pattern_of
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
 
 if TYPE_CHECKING:
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)\.")
 """The parts of a parameter's name that PEFT inserts."""
+NOT_PLAIN = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication"),
+    *("target_parameters", "kasa_config", "monteclora_config", "arrow_config"),
+)
+"""The settings of a LoRA config with which an adapted layer computes something else than W x + scale * B A x."""
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""The beginnings of init_lora_weights with which PEFT takes the starting factors out of W when it loads an adapter."""
 
 
 def open_expert(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow_pickle: bool = False) -> Checkpoint:
@@ -49,22 +57,19 @@ def open_adapter(directory: Path, base: Checkpoint, skeleton: Skeleton, *, allow
     modules_to_save. The sum is computed and returned in float32, or in float64 for a float64 base.
 
     Raises:
-        InputError: The adapter is not a plain low-rank difference (DoRA, lora_bias, another adapter type), adapts the
-            head or a module that the base model lacks, lacks one of a pair's factors, or has a factor of the
-            wrong shape.
+        InputError: The adapter is not a plain low-rank difference (DoRA, lora_bias, another adapter type, weights that
+            start from the base model's own), adapts the head or a module that the base model lacks, lacks one of a
+            pair's factors, or has a factor of another shape or rank than the base model and its config have.
     """
     config = _lora_config(directory)
     stored = stored_tensors(directory, "adapter_model", "adapter_model", allow_pickle=allow_pickle)
     contents = _contents(directory, stored, skeleton)
     _require_complete_pairs(directory, contents.pairs, skeleton)
-    adapters = {
-        name: LowRank(pair["A"], pair["B"], _scale(config, name, pair["A"]().shape[0]))
-        for name, pair in contents.pairs.items()
-    }
+    adapters = {name: _low_rank(directory, config, name, pair, skeleton) for name, pair in contents.pairs.items()}
     backbone: dict[str, Callable[[], Tensor]] = {
         **{name: functools.partial(base.__getitem__, name) for name in skeleton.backbone},
         **contents.replaced,
-        **{name: functools.partial(_adapted, directory, base, skeleton, name, lora) for name, lora in adapters.items()},
+        **{name: functools.partial(_adapted, base, name, lora) for name, lora in adapters.items()},
     }
     return Checkpoint(str(directory), backbone, dict(sorted(contents.head.items())), adapters, contents.replaced)
 
@@ -85,14 +90,20 @@ def _lora_config(directory: Path) -> LoraConfig:
     """Return an adapter's config. InputError unless the adapter is a plain LoRA adapter."""
     from peft import LoraConfig, PeftConfig
 
-    read_json(directory / "adapter_config.json")
-    config = PeftConfig.from_pretrained(str(directory))
-    unsupported = [key for key in ("use_dora", "lora_bias") if getattr(config, key, False)]
-    if not isinstance(config, LoraConfig) or unsupported:
-        kind = unsupported[0] if unsupported else config.peft_type
+    file = directory / "adapter_config.json"
+    kind = read_json(file).get("peft_type")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # An unknown peft_type is a KeyError, and any other value may raise anything.
+        raise InputError(f"{file}: peft can't read it, peft_type {kind!r} ({first_line(error)})") from None
+    start = getattr(config, "init_lora_weights", True)
+    unsupported = [key for key in NOT_PLAIN if getattr(config, key, None)]
+    if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
+        unsupported = [f"init_lora_weights: {start}"]
+    if type(config) is not LoraConfig or unsupported:
         raise InputError(
-            f"{directory}: a {kind} adapter is not a plain LoRA delta; merge it into a checkpoint with "
-            "peft's merge_and_unload first"
+            f"{directory}: a {unsupported[0] if unsupported else kind} adapter is not a plain LoRA delta; merge it "
+            "into a checkpoint with peft's merge_and_unload first"
         )
     return config
 
@@ -100,7 +111,8 @@ def _lora_config(directory: Path) -> LoraConfig:
 def _contents(directory: Path, stored: Mapping[str, Callable[[], Tensor]], skeleton: Skeleton) -> _Contents:
     """Sort an adapter's stored tensors by what they change."""
     contents = _Contents({}, {}, {})
-    for key, read in stored.items():
+    for key, unchecked in stored.items():
+        read = functools.partial(_finite, unchecked, key, directory)
         if ".original_module." in key:  # the base model's copy of a module in modules_to_save
             continue
         name = _WRAPPERS.sub(".", key.removeprefix("base_model.model."))
@@ -113,7 +125,8 @@ def _contents(directory: Path, stored: Mapping[str, Callable[[], Tensor]], skele
         elif parameter in skeleton.head:
             contents.head[parameter] = read
         else:
-            contents.replaced[parameter] = with_shape(read, skeleton.backbone[parameter], parameter, directory)
+            with_shape(unchecked, skeleton.backbone[parameter], parameter, directory)()
+            contents.replaced[parameter] = read
     return contents
 
 
@@ -126,25 +139,57 @@ def _require_complete_pairs(directory: Path, pairs: Mapping[str, Mapping[str, ob
             raise InputError(f"{directory}: {parameter} needs one lora_A and one lora_B, found {sorted(pair)}")
 
 
-def _scale(config: LoraConfig, parameter: str, rank: int) -> float:
-    """Return the factor of B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-    alphas = config.alpha_pattern or {}
-    alpha = alphas.get(pattern_of(list(alphas), parameter.removesuffix(".weight")), config.lora_alpha)
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+def _low_rank(
+    directory: Path, config: LoraConfig, name: str, pair: Mapping[str, Callable[[], Tensor]], skeleton: Skeleton
+) -> LowRank:
+    """Return one matrix's adapter. InputError unless shapes and rank are those of the base model and the config.
+
+    The scale of B A is alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    """
+    a, b = pair["A"]().shape, pair["B"]().shape
+    rank = _setting(directory, "r", config.r, "rank_pattern", config.rank_pattern, name)
+    alpha = _setting(directory, "lora_alpha", config.lora_alpha, "alpha_pattern", config.alpha_pattern, name)
+    if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank or rank < 1:
+        raise InputError(
+            f"{directory}: {name} has factors A {tuple(a)} and B {tuple(b)}, and its rank in adapter_config.json is "
+            f"{rank:g}; copy the adapter again, config and tensors of one run"
+        )
+    transposed = name in skeleton.transposed | skeleton.embeddings
+    found = torch.Size((a[1], b[0]) if transposed else (b[0], a[1]))
+    if found != skeleton.backbone[name]:
+        raise InputError(shape_message(directory, name, found, skeleton.backbone[name]))
+    scale = float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    return LowRank(pair["A"], pair["B"], scale, transposed)
 
 
-def _adapted(directory: Path, base: Checkpoint, skeleton: Skeleton, parameter: str, lora: LowRank) -> Tensor:
-    """Return W + scale * B A in float32 or float64. InputError if B A has another shape than W."""
+def _setting(directory: Path, key: str, default: Any, patterns_key: str, patterns: Any, parameter: str) -> float:
+    """Return the rank or alpha of one matrix. InputError that names the key if it is no finite number."""
+    try:
+        found = pattern_of(list(patterns or {}), parameter.removesuffix(".weight"))
+        key, value = (f"{patterns_key}[{found!r}]", patterns[found]) if found in (patterns or {}) else (key, default)
+    except (re.error, TypeError) as error:
+        raise InputError(
+            f"{directory / 'adapter_config.json'}: {patterns_key}: {first_line(error)}; expected module names or "
+            "regular expressions, each with a number"
+        ) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{directory / 'adapter_config.json'}: {key} is {value!r}; expected a number")
+    return value
+
+
+def _finite(read: Callable[[], Tensor], key: str, directory: Path) -> Tensor:
+    return require_weights(read(), key, str(directory))
+
+
+def _adapted(base: Checkpoint, parameter: str, lora: LowRank) -> Tensor:
+    """Return W + scale * B A in float32 or float64."""
     weight, a, b = base[parameter], lora.A(), lora.B()
     exact = torch.promote_types(weight.dtype, torch.float32)
-    delta = b.to(exact) @ a.to(exact)
-    delta = delta.T if parameter in skeleton.transposed | skeleton.embeddings else delta
-    if delta.shape != weight.shape:
-        raise InputError(shape_message(directory, parameter, delta.shape, weight.shape))
-    return weight.to(exact) + lora.scale * delta
+    return weight.to(exact) + lora.scale * lora.oriented(b.to(exact) @ a.to(exact))
 
 
 def _known_name(name: str, skeleton: Skeleton) -> str | None:
     """Return the model's name of a parameter, which an adapter may store without the base model's prefix."""
     known = skeleton.backbone.keys() | skeleton.head
-    return next((n for n in (name, skeleton.prefix + name) if n in known), None)
+    candidates = (name, skeleton.prefix + name, skeleton.own_name(name))
+    return next((candidate for candidate in candidates if candidate in known), None)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.skeleton import quiet_transformers
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import written_at_once
 
@@ -19,17 +21,24 @@ def convert(gguf: Path, directory: Path) -> None:
     embedding table.
 
     Raises:
-        InputError: The file does not exist or is not GGUF, `directory` exists already, or the package gguf is missing.
+        InputError: The file does not exist or is not GGUF, a weight is NaN or inf, `directory` exists already, or the
+            package gguf is missing.
     """
-    if not gguf.is_file():
-        raise InputError(f"{gguf}: no such file")
-    with gguf.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"{gguf}: not a GGUF file")
+    try:
+        with gguf.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise InputError(f"{gguf}: not a GGUF file")
+    except OSError as error:  # It is missing, a directory, or may not be read.
+        raise InputError(
+            f"{gguf}: {(error.strerror or str(error)).lower()}; give a GGUF file that can be read"
+        ) from None
     with written_at_once(directory) as root, quiet_transformers():
         tokenizer, quantised, config = _read(gguf)
-        _dequantised(quantised, config).save_pretrained(root)
-        tokenizer.save_pretrained(root)
+        model = _dequantised(quantised, config)
+        for name, tensor in model.state_dict().items():
+            require_finite(tensor, name, str(gguf), "give another file of that model")
+        model.save_pretrained(root)
+        save_tokenizer(tokenizer, root)
 
 
 def _read(gguf: Path) -> tuple[Any, Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,13 +16,11 @@ from twin_bench.errors import InputError, first_line
 from twin_bench.files import digest_file
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_WANTED = (
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-)  # weights, configs, tokenizers: no code, no pickle
+WHOLE_VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json")
+"""The files of which one holds a tokenizer's whole vocabulary."""
+_CONFIGS_AND_TOKENIZERS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_SAFETENSORS = ("*.safetensors",)
+_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,15 @@ PACKAGED = {
 }
 
 
-def model_directory(name: str) -> Path:
+def model_directory(name: str, *, tokenizer: bool = False, allow_pickle: bool = False) -> Path:
     """Return the local directory of a model or adapter. It is downloaded only if it is not found locally.
 
     Args:
         name: A directory, a hub id (``org/model`` or ``model``), or a hub id with a subfolder
             (``org/model/folder/...``).
+        tokenizer: Ask the hub again if its cached copy has no tokenizer. If the hub can't be reached, the cached copy
+            is returned as it is.
+        allow_pickle: Take weights in pickles (.bin) where there are no safetensors. No code is ever downloaded.
 
     Raises:
         InputError: The name is no directory and no hub id, its weights are not safetensors, the weights in a package
@@ -77,13 +79,16 @@ def model_directory(name: str) -> Path:
     path = Path(os.path.expanduser(name))  # For an unknown user's ~, Path.expanduser would raise.
     if name and path.is_dir():
         return path
+    if name and path.exists():
+        raise InputError(f"{name!r}: not a directory; give the directory that holds the model")
     segments = name.split("/")
     if not all(_SEGMENT.fullmatch(segment) and ".." not in segment for segment in segments):
         raise InputError(f"{name!r}: no such directory, and not a hub id; give a local directory or ORG/MODEL")
     repository, subfolder = "/".join(segments[:2]), "/".join(segments[2:])
-    found = _snapshot(repository, subfolder, local_files_only=True)
-    if isinstance(found, Path):
-        return found
+    kinds = (_SAFETENSORS, _PICKLES) if allow_pickle else (_SAFETENSORS,)
+    cached = _first_snapshot(repository, subfolder, kinds, local_files_only=True)
+    if isinstance(cached, Path) and (not tokenizer or _has_vocabulary(cached)):
+        return cached
     packaged = PACKAGED.get(name)
     if packaged is not None:
         directory = _packaged_directory(name, packaged)
@@ -91,30 +96,52 @@ def model_directory(name: str) -> Path:
             return _converted(directory / packaged.weights, packaged.sha256)
         if directory is not None:
             return directory
-    found = _snapshot(repository, subfolder, local_files_only=False)
+    found = _first_snapshot(repository, subfolder, kinds, local_files_only=False)
     if isinstance(found, Path):
         return found
+    if isinstance(cached, Path):
+        return cached
     remedy = f"{packaged.remedy}, or give" if packaged else "give"
     raise InputError(f"{name!r}: not in the local cache, and {found}; {remedy} a local directory")
 
 
-def _snapshot(repository: str, subfolder: str, *, local_files_only: bool) -> Path | str:
-    """Return the directory of a snapshot that has a config and safetensors, or the reason why there is none."""
+def _has_vocabulary(directory: Path) -> bool:
+    return any(any(directory.glob(pattern)) for pattern in (*WHOLE_VOCABULARIES, "vocab.*"))
+
+
+def _first_snapshot(
+    repository: str, subfolder: str, kinds: Sequence[Sequence[str]], *, local_files_only: bool
+) -> Path | str:
+    """Return the directory of a snapshot that has weights of the first kind possible, or why there is none."""
+    found: Path | str = ""
+    for weights in kinds:
+        found = _snapshot(repository, subfolder, weights, local_files_only=local_files_only)
+        if isinstance(found, Path):
+            break
+    return found
+
+
+def _snapshot(repository: str, subfolder: str, weights: Sequence[str], *, local_files_only: bool) -> Path | str:
+    """Return the directory of a snapshot that has a config and weights, or the reason why there is none.
+
+    `weights` are the patterns of the weights' files.
+    """
     inside = f"{subfolder}/" if subfolder else ""
     try:
         snapshot = snapshot_download(
             repository,
             local_files_only=local_files_only,
-            allow_patterns=[inside + pattern for pattern in _WANTED],
+            allow_patterns=[inside + pattern for pattern in (*weights, *_CONFIGS_AND_TOKENIZERS)],
             ignore_patterns=[inside + "*/*"],
         )
     except Exception as error:  # The client raises many kinds of errors: offline, unknown, gated, refused.
         return f"its download failed ({first_line(error)})"
     directory = Path(snapshot) / subfolder
     has_config = any((directory / config).is_file() for config in ("config.json", "adapter_config.json"))
-    if has_config and any(directory.glob("*.safetensors")):
+    if has_config and any(any(directory.glob(pattern)) for pattern in weights):
         return directory
-    return "the hub's copy has no config.json or adapter_config.json with *.safetensors beside it"
+    hint = ", or set allow_pickle: true if it has .bin files" if weights == _SAFETENSORS else ""
+    return f"the hub's copy has no config.json or adapter_config.json with {', '.join(weights)} beside it{hint}"
 
 
 def _packaged_directory(name: str, packaged: Packaged) -> Path | None:

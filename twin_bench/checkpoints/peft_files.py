@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
+from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.files import read_json, write_json
 
@@ -49,20 +50,26 @@ def save_adapter(
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors as a safetensors file that transformers and PEFT read.
 
-    The file is not written atomically: it must be inside a folder of `twin_bench.files.written_at_once`.
+    The file is not written atomically: it must be inside a folder of `twin_bench.files.written_at_once`. InputError
+    that names the file and the tensor if one holds NaN or inf.
     """
+    for name, tensor in tensors.items():
+        require_finite(tensor, name, f"{file.parent.name}/{file.name}", "correct the expert or the recipe")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def load_adapter(folder: Path, skeleton: Skeleton) -> dict[str, Factors]:
-    """Return the factors that `save_adapter` wrote, by parameter name."""
+    """Return the factors that `save_adapter` wrote, by parameter name.
+
+    It may have written them under another version of transformers, which has other names for some parameters.
+    """
     stored = load_file(folder / "adapter_model.safetensors")
     factors: dict[str, Factors] = {}
     for key in stored:
         module, marker, side = key.removeprefix(PREFIX).partition(".lora_")
         if not marker or "A" not in side:
             continue
-        name = f"{_saved_prefix(skeleton)}{module}.weight"
+        name = skeleton.own_name(f"{_saved_prefix(skeleton)}{module}.weight")
         first = stored[key]
         second = stored[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
         if name in skeleton.embeddings or name in skeleton.transposed:

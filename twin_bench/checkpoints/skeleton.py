@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
-from twin_bench.compat import Conv1D
+from twin_bench.compat import Conv1D, own_names
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
 
@@ -32,7 +32,8 @@ class Skeleton:
     head's parameters: everything outside the base model for a sequence classifier (classifier, score), nothing for
     a causal LM. `head_output` names the head's weight that has one row for each label.
     `transposed` names the weights of Conv1D layers, which are stored as (in, out). `embeddings` names the embedding
-    tables. `prefix` begins the names of the backbone's parameters in a model with a head, such as "bert.".
+    tables. `prefix` begins the names of the backbone's parameters in a model with a head, such as "bert.". `own_name`
+    maps the name under which a checkpoint stores a tensor to the model's own name for it.
     """
 
     task_type: TaskType
@@ -42,13 +43,14 @@ class Skeleton:
     head_output: str | None
     transposed: frozenset[str]
     embeddings: frozenset[str]
+    own_name: Callable[[str], str]
 
 
 def read_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers config of the model in `directory`. InputError if it can't be read."""
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many kinds of errors for missing and damaged files.
         raise InputError(f"{directory}: no readable config.json ({first_line(error)})") from None
 
 
@@ -68,13 +70,14 @@ def skeleton_of(config: Any, task_type: TaskType) -> Skeleton:
         head_output=next(output, None),
         transposed=_weights_of(model, Conv1D),
         embeddings=_weights_of(model, nn.Embedding),
+        own_name=own_names(model),
     )
 
 
 def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
     """Return the transformers model of `config` on the meta device: its modules and shapes, without memory for weights.
 
-    InputError if transformers has no such class for the model type.
+    InputError if transformers has no such class for the model type, or its config makes no model.
     """
     config = copy.deepcopy(config)
     config.num_labels = num_labels
@@ -83,6 +86,10 @@ def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
             return AUTO_MODEL[task_type].from_config(config)
     except ValueError as error:
         raise InputError(f"model type {config.model_type!r} has no {task_type} class: {first_line(error)}") from None
+    except Exception as error:  # A setting is of the wrong kind or size: any line of the model's code may raise.
+        raise InputError(
+            f"model type {config.model_type!r}: its config.json makes no model ({first_line(error)}); correct it"
+        ) from None
 
 
 CLASSIFIER_TOKENS = 128

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.hub import WHOLE_VOCABULARIES, model_directory
 from twin_bench.checkpoints.skeleton import (
     Skeleton,
     meta_model,
@@ -25,8 +26,10 @@ from twin_bench.checkpoints.skeleton import (
 )
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
+
+_log = logging.getLogger(__name__)
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -37,6 +40,16 @@ def require_expert_name(name: str) -> None:
         raise InputError(f"expert name {name!r}: use letters, digits, - and _ only")
     if hasattr(nn.ModuleDict, name):
         raise InputError(f"expert name {name!r} is an attribute of torch's ModuleDict; rename the expert")
+
+
+def require_expert_names(names: Iterable[str]) -> None:
+    """Raise an InputError unless `names` can be the names of folders beside each other: some systems ignore case."""
+    known: dict[str, str] = {}
+    for name in names:
+        require_expert_name(name)
+        other = known.setdefault(name.lower(), name)
+        if other != name:
+            raise InputError(f"experts {other!r} and {name!r} differ in case alone; rename one")
 
 
 @dataclass(frozen=True)
@@ -72,33 +85,57 @@ def open_sources(
     Raises:
         InputError: A model is not found, an expert's name is unsafe, or an expert can't be merged with the base model.
     """
-    for name in experts:
-        require_expert_name(name)
-    directory = model_directory(base_model)
+    require_expert_names(experts)
+    directory = model_directory(base_model, tokenizer=True, allow_pickle=allow_pickle)
     config = read_config(directory, trust_remote_code=trust_remote_code)
-    folders = {name: model_directory(path) for name, path in experts.items()}
+    folders = {name: model_directory(path, allow_pickle=allow_pickle) for name, path in experts.items()}
     task_type = _common_task_type(folders, config)
+    configs: dict[str, Any] = {}
     for name, folder in folders.items():
         if not (folder / "adapter_config.json").is_file():
-            expert_config = read_config(folder, trust_remote_code=trust_remote_code)
-            _require_same_architecture(name, expert_config, config)
-            _require_same_labels(name, expert_config)
+            configs[name] = read_config(folder, trust_remote_code=trust_remote_code)
+            _require_same_architecture(name, configs[name], config)
+            _require_same_labels(name, configs[name])
         else:
             _require_same_base(name, folder, base_model)
     skeleton = skeleton_of(config, task_type)
     base = open_checkpoint(directory, skeleton, allow_pickle=allow_pickle)
     opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
-        _require_head(name, folders[name], expert, skeleton)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        _require_head(name, expert, configs.get(name), config, skeleton)
+    tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:  # GPT-2 and Llama have none.
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    generation = (
-        GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").is_file() else None
-    )
-    return Sources(config, tokenizer, skeleton, base, opened, generation)
+    return Sources(config, tokenizer, skeleton, base, opened, _generation_config(directory))
+
+
+def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of the model in `directory`.
+
+    transformers makes a tokenizer without words if the vocabulary's files are missing.
+
+    Raises:
+        InputError: The files of the vocabulary are missing, or can't be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds of errors for missing and damaged files.
+        raise InputError(
+            f"{directory}: its tokenizer can't be read ({first_line(error)}); expected tokenizer.json or the "
+            "vocabulary's files there; save the base model's tokenizer in that folder (save_pretrained)"
+        ) from None
+    named = dict(getattr(tokenizer, "vocab_files_names", None) or {})  # empty for a tokenizer of bytes
+    own = sorted(file for key, file in named.items() if key != "tokenizer_file")
+    whole = any(any(directory.glob(pattern)) for pattern in WHOLE_VOCABULARIES)
+    if named and not whole and not (own and all((directory / file).is_file() for file in own)):
+        expected = " or ".join(["tokenizer.json", *([" and ".join(own)] if own else [])])
+        raise InputError(
+            f"{directory}: no tokenizer there, so every word would be unknown; expected {expected}; save the base "
+            "model's tokenizer in that folder (save_pretrained)"
+        )
+    return tokenizer
 
 
 def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:
@@ -127,14 +164,47 @@ def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in parameters.values() if tensor.is_floating_point())
 
 
-def _require_head(name: str, folder: Path, expert: Checkpoint, skeleton: Skeleton) -> None:
-    """Raise an InputError if a classifier's expert lacks a tensor of the head."""
-    missing = skeleton.head - expert.head().keys()
+def _generation_config(directory: Path) -> GenerationConfig | None:
+    """Return a model's generation config, or None if it has none. InputError if it can't be read."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    read_json(file)
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # A setting is of the wrong kind.
+        raise InputError(f"{file}: can't be read ({first_line(error)}); correct or remove it") from None
+
+
+def _require_head(name: str, expert: Checkpoint, own: Any, config: Any, skeleton: Skeleton) -> None:
+    """Raise an InputError unless a classifier's expert has the tensors of a head, of one number of labels.
+
+    `own` is a full checkpoint's config, which says how many, and None for an adapter. `config` is the base model's.
+    """
+    head, where = expert.head(), f"expert {name!r}: {expert.source}"
+    missing = skeleton.head - head.keys()
     if missing:
         raise InputError(
-            f"expert {name!r}: {folder} has no head tensor {min(missing)}; give a full checkpoint, or an adapter with "
-            "the head in modules_to_save"
+            f"{where} has no head tensor {min(missing)}; give a full checkpoint, or an adapter with the head in "
+            "modules_to_save"
         )
+    if skeleton.head_output is None:
+        return
+    output = head[skeleton.head_output].shape
+    if len(output) != 2 or not output[0]:
+        raise InputError(f"{where}: head tensor {skeleton.head_output} is {tuple(output)}, not (labels, width)")
+    labels = output[0]
+    for key, expected in meta_model(config, skeleton.task_type, num_labels=labels).named_parameters():
+        if key in head and head[key].shape != expected.shape:
+            raise InputError(
+                f"{where}: head tensor {key} is {tuple(head[key].shape)}, and a head of {labels} labels has "
+                f"{tuple(expected.shape)}; correct the expert's head"
+            )
+    for source, said in (("its config.json", own and own.num_labels), ("GLUE", name in GLUE and GLUE[name].num_labels)):
+        if said and said != labels:
+            raise InputError(
+                f"{where}: its head has {labels} labels, {source} has {said}; correct or rename the expert"
+            )
 
 
 def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
@@ -159,13 +229,23 @@ The vocabulary's size is included for a clear error message.
 
 
 def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
-    """Raise an InputError if an adapter names another model on the hub as its base. Local paths are not compared."""
+    """Raise an InputError if an adapter names another model on the hub as its base.
+
+    A local path names no model. If one of both is a path that ends otherwise than the other's name, this is a warning.
+    """
     said = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
     on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() for model in (said, base_model))
     if on_hub and said.split("/")[1].lower() != base_model.split("/")[1].lower():
         raise InputError(
             f"expert {name!r}: an adapter on {said}, the base model is {base_model}; if they are the same model, "
             f"change base_model_name_or_path in {adapter / 'adapter_config.json'}"
+        )
+    if said and Path(said).name.lower() != Path(base_model).name.lower():
+        _log.warning(
+            "expert %r: an adapter on %s, the base model is %s; its shapes fit, make sure that they are the same model",
+            name,
+            said,
+            base_model,
         )
 
 
@@ -197,12 +277,16 @@ def _task_type(name: str, folder: Path, base: Any) -> TaskType:
     adapter, full = folder / "adapter_config.json", folder / "config.json"
     if adapter.is_file():
         said = read_json(adapter).get("task_type")
+        if not isinstance(said, str | None):
+            raise InputError(f"{adapter}: task_type is {said!r}; expected SEQ_CLS or CAUSAL_LM")
         architectures = getattr(base, "architectures", None) or []
         if said is None:  # PEFT allows a config without task type. Then the base model's architecture decides.
             said = "CAUSAL_LM" if any("CausalLM" in a or "LMHead" in a for a in architectures) else "SEQ_CLS"
         known: dict[str, TaskType] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
     elif full.is_file():
         architectures = read_json(full).get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            raise InputError(f"{full}: architectures is {architectures!r}; expected a list of class names")
         said = ", ".join(architectures) or "of no architecture"
         classifies = any("ForSequenceClassification" in a for a in architectures)
         generates = any("ForCausalLM" in a or a.endswith("LMHeadModel") for a in architectures)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from twin_bench.console import add_device
+
 SUMMARY = "measure how fast a twin is beside the plain model, the authors' per-sample merge and PEFT"
 
 
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merged-rows", type=int, default=16, help="how many rows the slow per-sample merge gets (default: 16)"
     )
-    parser.add_argument("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1, ... (default: cpu)")
+    add_device(parser)
     parser.add_argument("--dtype", help="what it computes in: float32, bfloat16 or float16 (default: the twin's own)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON to this file, not to the terminal")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from twin_bench.console import add_device
+
 SUMMARY = "build a twin from a recipe"
 
 
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", metavar="DIRECTORY", type=Path, help="the folder to write the twin to; it must not exist yet"
     )
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,7 +33,9 @@ def run(options: argparse.Namespace) -> None:
 
     recipe = read_recipe(options.recipe)
     with progress_bars(options) as progress:
-        settings = build_twin(recipe, options.directory, feature_cache=named_directory(), progress=progress)
+        settings = build_twin(
+            recipe, options.directory, device=options.device, feature_cache=named_directory(), progress=progress
+        )
     parameters, router = settings["parameters"], settings["router"]
     print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")
     if router:

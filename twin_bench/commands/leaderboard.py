@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from twin_bench.console import add_device
+
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
 
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         help="run these methods only: the suite's labels or method names, with commas between them. The pretrained "
-        "model and the experts run in any case",
+        "model and the experts run in any case, and what earlier runs have scored stays in the table",
     )
     parser.add_argument(
         "--out", metavar="DIRECTORY", type=Path, default=Path("results"), help="where results go (default: results)"
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="lm-eval",
         help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
     )
+    add_device(parser)
     parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(
         "--tune",
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from twin_bench.console import progress_bars
-    from twin_bench.leaderboard.report import leaderboard_rows, print_leaderboard, write_leaderboard
+    from twin_bench.leaderboard.report import FILES, asides, leaderboard_rows, print_leaderboard, write_leaderboard
     from twin_bench.leaderboard.run import run_suite
     from twin_bench.leaderboard.suite import read_suite
 
@@ -53,14 +56,15 @@ def run(options: argparse.Namespace) -> None:
             limit=options.limit,
             harness=options.harness,
             tune=options.tune,
+            device=options.device,
             progress=progress,
         )
     table = write_leaderboard(board, options.out)
     console = Console()
     if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
         console.width = 110
-    print_leaderboard(leaderboard_rows(board.cells), table, console, board.skipped)
-    print(f"Written to {options.out}: leaderboard.json, leaderboard.csv, leaderboard.md, index.html, skipped.json")
+    print_leaderboard(leaderboard_rows(board.cells), table, console, asides(board))
+    print(f"Written to {options.out}: {', '.join(FILES)}")
 
 
 def _positive(text: str) -> int:

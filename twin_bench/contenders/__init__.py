@@ -8,8 +8,9 @@ from functools import singledispatch
 from twin_bench.contenders.context import Contender, Context
 from twin_bench.contenders.merged import merged_contenders
 from twin_bench.merging.registry import MergeMethod, Method, ServedMethod
+from twin_bench.merging.rehearsal import rehearse_merge
 
-__all__ = ["Contender", "Context", "contenders"]
+__all__ = ["Contender", "Context", "contenders", "rehearse"]
 
 
 @singledispatch
@@ -30,3 +31,23 @@ def _(method: MergeMethod, context: Context) -> Iterator[Contender]:
 @contenders.register
 def _(method: ServedMethod, context: Context) -> Iterator[Contender]:
     yield from method.serve(context, **context.settings)
+
+
+@singledispatch
+def rehearse(method: Method, context: Context) -> None:
+    """Raise an InputError for an option out of its range, in no time: no model is loaded and nothing is merged.
+
+    Raises:
+        UnsuitedError: as `contenders`, where it can be known.
+    """
+
+
+@rehearse.register
+def _(method: MergeMethod, context: Context) -> None:
+    rehearse_merge(method, context.settings, context.tasks)
+
+
+@rehearse.register
+def _(method: ServedMethod, context: Context) -> None:
+    if method.check_options is not None:
+        method.check_options(context, **context.settings)

@@ -27,7 +27,7 @@ class Context:
     `settings` are the method's options, defaults and seed included. `rows` is how many rows of each task's `split` are
     scored (None: all). A method that learns at test time sees these rows and no others. `workspace` is a folder for
     what is built from the inputs; its name identifies them. `feature_cache` is the folder of routers' features, if they
-    are kept.
+    are kept. `device` is where they are computed.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Context:
     dtype: str | None = None
     calibration_rows: int = 256
     feature_cache: Path | None = None
+    device: str = "cpu"
     progress: Progress = field(default_factory=lambda: Progress(disable=True))
 
     @property

@@ -12,8 +12,9 @@ from torch import Tensor
 from twin_bench.contenders.context import Contender, Context, static_contender
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import digest
+from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.calibration import calibrate
-from twin_bench.merging.registry import MergeMethod, StatisticsKind, merge_lazily
+from twin_bench.merging.registry import MergeMethod, StatisticsKind
 from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.paper import merge_lora_factors
 
@@ -40,7 +41,11 @@ def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs:
         base: Mapping[str, Tensor] = sources.base
         if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
             base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
-        merged = {**sources.base, **merge_lazily(method.name, base, sources.experts, **options)}
+        transposed = sources.skeleton.transposed
+        merged = {
+            **sources.base,
+            **merge_lazily(method.name, base, sources.experts, transposed=transposed, **options),
+        }
     contender = static_contender(merged, tasks, context, started=started)
     if method.stored is None:
         return contender

@@ -16,8 +16,17 @@ from twin_bench.contenders.context import Contender, Context
 from twin_bench.errors import InputError
 from twin_bench.files import digest, read_record, write_record
 from twin_bench.merging.recipe import Shared
-from twin_bench.merging.registry import PROTOCOLS, ProtocolName, ServedMethod, Track, served_method
-from twin_bench.twin.builder import build_twin
+from twin_bench.merging.registry import (
+    PROTOCOLS,
+    MergeMethod,
+    ProtocolName,
+    ServedMethod,
+    Track,
+    find_method,
+    served_method,
+)
+from twin_bench.merging.rehearsal import rehearse_merge
+from twin_bench.twin.builder import build_twin, check_limits, merge_options
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
@@ -58,6 +67,22 @@ class TwinMethod(ServedMethod):
         return protocol != "routed" or options.get("weights") != "task"
 
 
+def check_twin(
+    context: Context,
+    *,
+    shared: Mapping[str, Any],
+    exclusive: Mapping[str, Any],
+    router: Mapping[str, Any],
+    weights: str,
+) -> None:
+    """Raise an InputError for a router, a window or options of the shared expert that these experts do not allow."""
+    recipe = _recipe(context, shared, exclusive, router)
+    check_limits(recipe, context.sources)
+    method = find_method(recipe.shared.method)
+    if isinstance(method, MergeMethod):
+        rehearse_merge(method, merge_options(recipe), context.tasks)
+
+
 @served_method(
     title="Twin-Merging",
     paper="arXiv:2406.15479",
@@ -65,6 +90,7 @@ class TwinMethod(ServedMethod):
     needs=("task ids of training inputs", "seed"),
     sees=("training rows",),
     protocols=PROTOCOLS,
+    check_options=check_twin,
     kind=TwinMethod,
 )
 def twin(
@@ -127,7 +153,8 @@ def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
     if not directory.is_dir():
         started = time.perf_counter()
         try:
-            build_twin(recipe, directory, feature_cache=context.feature_cache, progress=context.progress)
+            cache = context.feature_cache
+            build_twin(recipe, directory, device=context.device, feature_cache=cache, progress=context.progress)
             write_record(record, {"build_seconds": time.perf_counter() - started}, format_number=BUILD_FORMAT)
         except (InputError, OSError):
             if not directory.is_dir():

@@ -101,9 +101,14 @@ class GenerativeTask(Task):
         """Return rows in an order drawn from a seed, so that the first N are a fair sample of them."""
         return shuffled(rows)
 
+    @property
+    def has_dev(self) -> bool:
+        """Whether the data set on the hub has a split of few-shot examples."""
+        return self.hub[3] == "dev"
+
     def hub_split(self, split: str) -> HubSplit:
-        """Return where the rows are. `train` is the split of the few-shot examples."""
-        if split not in ("train", "validation"):
+        """Return where the rows are. `train` is the split of the few-shot examples, and so is `dev` if there is one."""
+        if split not in ("train", "validation", *(["dev"] if self.has_dev else [])):
             raise InputError(
                 f"{self.name}: no split {split!r}; use validation, which is scored, or train, which has examples"
             )

@@ -9,6 +9,7 @@ it. Such an answer counts as a class of its own that never equals a reference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,7 +47,7 @@ def standard_error(
 
     Accuracy has the closed form sqrt(p (1 - p) / (n - 1)). The other metrics are bootstrapped: the error is the
     standard deviation of the score over `resamples` draws of n rows with replacement. It is the same for the same
-    `seed`. A single row gives 0. Arguments and errors are those of `score`.
+    `seed` and rows, in whatever order these come. A single row gives 0. Arguments and errors are those of `score`.
     """
     samples = _prepare(metric, references, predictions)
     rows = samples.shape[1]
@@ -56,6 +57,7 @@ def standard_error(
         accuracy = float(np.mean(samples[0] == samples[1]))
         return float(100 * np.sqrt(accuracy * (1 - accuracy) / (rows - 1)))
     rng = np.random.default_rng(seed)
+    samples = samples[:, np.lexsort(samples)]  # the draws must not depend on the rows' order
     if metric == "pearson_spearman":
         weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
     else:
@@ -74,13 +76,13 @@ def rouge_2(reference: str, prediction: str) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean of the rows' scores."""
-    return float(np.mean(np.asarray(values, dtype=np.float64)))
+    """Return the mean of the rows' scores, the same for any order of the rows."""
+    return math.fsum(values) / len(values)
 
 
 def mean_standard_error(values: Sequence[float]) -> float:
     """Return the standard error of `mean` over draws of the rows: s / sqrt(n). A single row gives 0."""
-    sample = np.asarray(values, dtype=np.float64)
+    sample = np.sort(np.asarray(values, dtype=np.float64))
     return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
 
 

@@ -66,14 +66,15 @@ def task_rows(task: Task, split: str, directory: Path | None) -> list[Row]:
 
 
 def few_shot_pool(task: Task, directory: Path | None, shots: int | None = None) -> list[Row]:
-    """Return the rows that few-shot examples are taken from: dev.jsonl in its order, or else train.jsonl shuffled.
+    """Return the rows that few-shot examples are taken from: the split dev in its order, or else train shuffled.
 
+    dev is dev.jsonl, or the hub's split where the data set has one. lm-eval's own MMLU takes its first rows as well.
     The list is empty if `shots` (by default the task's own number) is 0.
     """
     if not (task.shots if shots is None else shots):
         return []
-    if directory and split_path(directory, task.name, "dev").is_file():
-        return read_rows(split_path(directory, task.name, "dev"), task)
+    if split_path(directory, task.name, "dev").is_file() if directory else task.has_dev:
+        return task_rows(task, "dev", directory)
     return shuffled(task_rows(task, "train", directory))
 
 

@@ -40,6 +40,11 @@ class Task(abc.ABC):
     shots: int = 0
     is_regression: bool = False
 
+    @property
+    def has_dev(self) -> bool:
+        """Whether the data set on the hub has a split of few-shot examples."""
+        return False
+
     @abc.abstractmethod
     def check(self, row: Row, where: str) -> None:
         """Raise an InputError that begins with `where` unless `row` has the task's texts and a valid label."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from twin_bench.files import read_record, write_record
 
-FORMAT = 2
-"""The format of a cell's file. It is raised when a cell's fields or their meaning change."""
+FORMAT = 3
+"""The format of a cell's file. It is raised when a cell's fields, their meaning or the file's name change."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Cell:
     """A score with everything that is needed to read it.
 
     `score` and `stderr` are in points (0 to 100, correlations down to -100) over `n` rows. `seconds` is the wall time
-    of the evaluation, and `build_seconds` that of the merge or build. `parameters` is how many the method stores. `key`
-    is a digest of everything that decides the score.
+    of the evaluation, the harness included, and `build_seconds` that of the merge or build. `parameters` is how many
+    the method stores. `key` is a digest of everything that decides the score.
     """
 
     suite: str
@@ -52,14 +52,19 @@ class Skipped:
 
 
 class Board(NamedTuple):
-    """The result of a suite: its cells, and the methods that have none."""
+    """The result of a suite: its cells, the methods that suit no cell, and sentences on what is left out."""
 
     cells: Sequence[Cell]
     skipped: Sequence[Skipped] = ()
+    left_out: Sequence[str] = ()
 
 
 class Cells:
-    """The finished cells of one leaderboard directory."""
+    """The finished cells of one leaderboard directory.
+
+    A file's name holds the start of its cell's key. So a run with other rows, limits or options adds cells and
+    overwrites none.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -69,14 +74,24 @@ class Cells:
 
         A damaged cell or one of an older format is None as well, so it is run again.
         """
-        stored = read_record(self._file(protocol, method, task), format_number=FORMAT)
+        stored = read_record(self._file(protocol, method, task, key), format_number=FORMAT)
         if stored is None or stored.get("key") != key or stored.keys() != {field.name for field in fields(Cell)}:
             return None
         return Cell(**stored)
 
     def write(self, cell: Cell) -> None:
         """Write a cell atomically: it is there whole or not at all."""
-        write_record(self._file(cell.protocol, cell.method, cell.task), asdict(cell), format_number=FORMAT)
+        write_record(self._file(cell.protocol, cell.method, cell.task, cell.key), asdict(cell), format_number=FORMAT)
 
-    def _file(self, protocol: str, method: str, task: str) -> Path:
-        return self.directory / protocol / method / f"{task}.json"
+    def labels(self, protocol: str) -> list[str]:
+        """Return the labels of the methods that have a finished cell of any key under a protocol."""
+        return sorted(folder.name for folder in (self.directory / protocol).glob("*") if folder.is_dir())
+
+    def others(self, shown: Iterable[Cell]) -> list[str]:
+        """Return METHOD (PROTOCOL) for all that have a finished cell which is not among `shown`."""
+        known = {self._file(cell.protocol, cell.method, cell.task, cell.key) for cell in shown}
+        files = {file for file in self.directory.glob("*/*/*.json") if not file.name.startswith(".")} - known
+        return sorted({f"{file.parent.name} ({file.parent.parent.name})" for file in files})
+
+    def _file(self, protocol: str, method: str, task: str, key: str) -> Path:
+        return self.directory / protocol / method / f"{task}-{key[:16]}.json"

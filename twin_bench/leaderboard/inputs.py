@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from twin_bench.checkpoints.hub import model_directory
 from twin_bench.data import TASKS
 from twin_bench.data.rows import hub_rows, split_path
 from twin_bench.errors import InputError
-from twin_bench.files import digest, digest_files, write_text
+from twin_bench.files import digest, digest_file, digest_files, read_record, write_json_lines, write_record
 from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite
 from twin_bench.merging.registry import ProtocolName
 
-FORMAT = 1
+FORMAT = 2
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
+ROWS_FORMAT = 1
+"""The format of the record of downloaded rows."""
 
 
 def located(suite: Suite) -> Suite:
@@ -37,12 +39,7 @@ def rows_directory(suite: Suite, out: Path) -> Path:
         return directory
     if suite.data == HUB:
         directory = out / "data" / HUB
-        for task in suite.tasks:
-            for split in ("train", suite.split):
-                file = split_path(directory, task, split)
-                if not file.is_file():
-                    rows = hub_rows(TASKS[task], split)
-                    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        _download(suite, directory)
         return directory
     directory = Path(suite.data)
     for task in suite.tasks:
@@ -50,6 +47,19 @@ def rows_directory(suite: Suite, out: Path) -> Path:
         if not file.is_file():
             raise InputError(f"{file}: no such file; suite {suite.name} scores {{data}}/{{task}}/{suite.split}.jsonl")
     return directory
+
+
+def _download(suite: Suite, directory: Path) -> None:
+    """Download the tasks' rows that `directory` lacks, or holds with another checksum than they were written with."""
+    record = directory / "rows.json"
+    known = read_record(record, format_number=ROWS_FORMAT) or {}
+    for task in suite.tasks:
+        for split in ("train", suite.split, *(["dev"] if TASKS[task].has_dev else [])):
+            file = split_path(directory, task, split)
+            if not file.is_file() or known.get(f"{task}/{split}") != digest_file(file):
+                write_json_lines(file, hub_rows(TASKS[task], split))
+                known[f"{task}/{split}"] = digest_file(file)
+                write_record(record, known, format_number=ROWS_FORMAT)
 
 
 def input_digests(suite: Suite, data: Path) -> dict[str, Any]:
@@ -74,9 +84,9 @@ def cell_key(
     inputs: dict[str, Any],
     *,
     rows: int | None,
-    harness: str,
+    where: Mapping[str, str],
 ) -> str:
-    """Return the digest of everything that decides a cell's score.
+    """Return the digest of everything that decides a cell's score. `where` names the harness and the kind of device.
 
     A method that sees training rows or the rows that are scored sees those of all tasks. Any other method sees a
     task's own rows alone: a prompt takes its few-shot examples from them.
@@ -97,6 +107,6 @@ def cell_key(
             "rows": rows,
             "calibration_rows": suite.calibration_rows if "training rows" in entry.method.sees else None,
             "notes": dict(entry.notes),
-            "harness": harness,
+            "where": dict(where),
         }
     )

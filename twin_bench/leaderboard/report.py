@@ -13,12 +13,15 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twin_bench.files import write_text
-from twin_bench.leaderboard.cells import Board, Cell, Skipped
+from twin_bench.leaderboard.cells import Board, Cell
 
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
+FILES = ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "index.html", "skipped.json")
+"""What is written, in this order."""
 PACKAGES = ("twin-bench", "torch", "transformers", "lm-eval", "peft")
 
 
@@ -51,7 +54,6 @@ def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     for (protocol, method), own in _grouped(rows).items():
         usable = [row for row in own if row["normalized"] is not None]
         ratios = [100 * row["stderr"] / experts[protocol, row["task"]] for row in usable]
-        speed = sum(row["n"] for row in own) / sum(row["seconds"] for row in own)
         lines.append(
             {
                 "protocol": protocol,
@@ -62,54 +64,65 @@ def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
                 **{row["task"]: row["score"] for row in own},
                 "parameters": own[0]["parameters"],
                 "build_seconds": own[0]["build_seconds"],
-                "rows_per_second": speed,
             }
         )
-    frame = pd.DataFrame(lines)
-    plain = frame[frame["method"] == "pretrained"].set_index("protocol")["rows_per_second"]
-    frame["speed"] = frame["rows_per_second"] / frame["protocol"].map(plain)
-    return frame.drop(columns="rows_per_second")
+    return pd.DataFrame(lines)
 
 
 def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
-    """Write leaderboard.json, .csv, .md, index.html and skipped.json to `out`, each atomically; return the summary."""
+    """Write the FILES to `out`, each atomically; return the summary."""
     rows = leaderboard_rows(board.cells)
-    table = summary(rows)
-    write_text(out / "leaderboard.json", json.dumps(rows, indent=1) + "\n")
-    write_text(out / "leaderboard.csv", pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False))
-    write_text(out / "leaderboard.md", markdown(rows, table, board.skipped))
-    write_text(out / "index.html", page(rows, table, board.skipped))
-    write_text(out / "skipped.json", json.dumps([asdict(method) for method in board.skipped], indent=1) + "\n")
+    table, said = summary(rows), asides(board)
+    contents = (
+        json.dumps(rows, indent=1) + "\n",
+        pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False),
+        markdown(rows, table, said),
+        page(rows, table, said),
+        json.dumps([asdict(method) for method in board.skipped], indent=1) + "\n",
+    )
+    for name, content in zip(FILES, contents, strict=True):
+        write_text(out / name, content)
     return table
 
 
-def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[Skipped] = ()) -> str:
-    """Return the leaderboard as Markdown, with a section for each protocol and a legend."""
+def asides(board: Board) -> list[str]:
+    """Return a paragraph for each method that was skipped, and for what is left out."""
+    skipped = [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in board.skipped]
+    return [*skipped, *board.left_out]
+
+
+def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, said: Sequence[str] = ()) -> str:
+    """Return the leaderboard as Markdown, with a section for each protocol and a legend that ends with `said`."""
     sections = [f"# {rows[0]['suite']}\n"]
     for protocol, part in table.groupby("protocol", sort=False):
         shown = _shown(rows, part, str(protocol))
         lines = ["| " + " | ".join(shown.columns) + " |", "|" + " --- |" * len(shown.columns)]
         lines += ["| " + " | ".join(map(str, line)) + " |" for line in shown.itertuples(index=False)]
         sections.append(f"## Protocol: {protocol}\n\n" + "\n".join(lines) + "\n")
-    return "\n".join([*sections, legend(rows, skipped)])
+    escaped = [html.escape(paragraph, quote=False) for paragraph in said]
+    return "\n".join([*sections, legend(rows, escaped)])
 
 
-def legend(rows: Sequence[dict[str, Any]], skipped: Sequence[Skipped] = ()) -> str:
-    """Return what a reader must know about the figures: rows, metrics, seed, versions, routers, methods left out."""
+def legend(rows: Sequence[dict[str, Any]], said: Sequence[str] = ()) -> str:
+    """Return what a reader must know about the figures: rows, metrics, seed, versions, routers; then `said`."""
     paragraphs = [_FIGURES, _rows_scored(rows), *_chance_levels(rows), *_tasks_left_out(rows)]
     for (protocol, method), own in _grouped(rows).items():
         notes = own[0]["notes"]
         paragraphs += [
-            f"{method} ({protocol}): {said(notes[note])}." for note, said in _NOTES.items() if notes.get(note)
+            f"{method} ({protocol}): {sentence(notes[note])}." for note, sentence in _NOTES.items() if notes.get(note)
         ]
-    paragraphs += [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in skipped]
-    return "\n\n".join(paragraphs) + "\n"
+        paragraphs += [
+            f"{method} ({protocol}): scored without an answer on {row['task']}: {row['notes']['set_aside']}."
+            for row in own
+            if row["notes"].get("set_aside")
+        ]
+    return "\n\n".join([*paragraphs, *said]) + "\n"
 
 
 _FIGURES = (
     "Scores are in points, ± one standard error. Normalized is the mean over tasks of 100 x score / the expert's score "
     "on that task, under the same protocol. Its error treats tasks as independent and the experts' scores as exact. "
-    "Speed is rows a second against the pretrained model's, routing included, measured in one run."
+    "Speed is measured by twin-bench bench, not here."
 )
 
 
@@ -166,13 +179,13 @@ _NOTES = {"adapted_on": _adapted, "router": _routed, "tuned": _tuned, "calibrati
 """The notes of a cell that the legend shows, in this order, and the sentence of each."""
 
 
-def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[Skipped] = ()) -> str:
+def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame, said: Sequence[str] = ()) -> str:
     """Return the leaderboard as one self-contained HTML page."""
     body = [f"<h1>{html.escape(rows[0]['suite'])}</h1>"]
     for protocol, part in table.groupby("protocol", sort=False):
         body.append(f"<h2>Protocol: {protocol}</h2>")
         body.append(_shown(rows, part, str(protocol)).to_html(index=False, border=0))
-    body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in legend(rows, skipped).split("\n\n")]
+    body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in legend(rows, said).split("\n\n")]
     style = (
         "body{font:15px sans-serif;margin:2em}td,th{padding:.2em .6em;text-align:right}td:first-child{text-align:left}"
     )
@@ -182,19 +195,19 @@ def page(rows: Sequence[dict[str, Any]], table: pd.DataFrame, skipped: Sequence[
 
 
 def print_leaderboard(
-    rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console, skipped: Sequence[Skipped] = ()
+    rows: Sequence[dict[str, Any]], table: pd.DataFrame, console: Console, said: Sequence[str] = ()
 ) -> None:
     """Print the leaderboard to a terminal. Scores have no errors there; the files have them."""
     for protocol, part in table.groupby("protocol", sort=False):
         shown = _shown(rows, part, str(protocol)).drop(columns=["track", "parameters", "build"])
-        printed = Table(title=f"{rows[0]['suite']}, protocol {protocol}", box=None, pad_edge=False)
+        printed = Table(title=escape(f"{rows[0]['suite']}, protocol {protocol}"), box=None, pad_edge=False)
         for column in shown.columns:
             printed.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for line in shown.itertuples(index=False):
             method, normalized, *scores = map(str, line)
-            printed.add_row(method, normalized, *(score.partition(" ±")[0] for score in scores))
+            printed.add_row(escape(method), normalized, *(score.partition(" ±")[0] for score in scores))
         console.print(printed)
-    console.print(legend(rows, skipped), highlight=False)
+    console.print(legend(rows, said), highlight=False, markup=False)
 
 
 def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) -> pd.DataFrame:
@@ -209,7 +222,6 @@ def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) ->
         shown[task] = [f"{score:.2f} ±{errors[method, task]:.2f}" for method, score in scored]
     shown["parameters"] = [f"{count / 1e6:.1f} M" for count in part["parameters"]]
     shown["build"] = ["n/a" if pd.isna(seconds) else f"{seconds:.0f} s" for seconds in part["build_seconds"]]
-    shown["speed"] = ["n/a" if math.isnan(speed) else f"{speed:.2f}x" for speed in part["speed"]]
     chances = {row["task"]: f"{row['notes']['chance']:.2f}" for row in rows if "chance" in row["notes"]}
     if chances:  # one more line below the methods: the score of a random answer
         shown = pd.concat([shown, pd.DataFrame([{"method": "chance", **chances}])], ignore_index=True).fillna("")

@@ -16,18 +16,21 @@ from twin_bench.contenders import Contender, Context, contenders
 from twin_bench.data import TASKS
 from twin_bench.data.rows import read_router_rows
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.files import digest
+from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped
+from twin_bench.leaderboard.checks import check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
-from twin_bench.leaderboard.suite import Entry, Suite
-from twin_bench.leaderboard.tune import tuned, with_tuned
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.leaderboard.report import FILES
+from twin_bench.leaderboard.suite import Entry, Suite, entry_of
+from twin_bench.leaderboard.tune import chosen, keep, to_tune, tuned, with_tuned
+from twin_bench.merging.registry import ProtocolName, methods
+from twin_bench.twin.device import usable_device
 
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
 """The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
-TWINS_FORMAT = 1
+TWINS_FORMAT = 2
 """The format of the folder of twins and statistics. It is raised when what is built from the same inputs changes."""
 
 
@@ -46,6 +49,7 @@ class Run:
     harness: Harness
     rows: int | None
     progress: Progress
+    device: str = "cpu"
 
     @property
     def cells(self) -> Cells:
@@ -59,12 +63,20 @@ class Run:
         models_and_rows = {key: self.inputs[key] for key in ("base_model", "experts", "suite_rows")}
         return self.out / "twins" / digest([TWINS_FORMAT, models_and_rows])[:16]
 
+    @property
+    def tuning(self) -> Path:
+        """The folder of what options are chosen by: held-out rows, their cells, choices."""
+        return self.out / "tuning"
+
+    def choice_key(self, entry: Entry, protocol: ProtocolName) -> str:
+        """Return the digest of what decides which options are chosen for an entry. All rows of all tasks count."""
+        return digest([self.key(entry, protocol, task) for task in self.suite.tasks])
+
     def key(self, entry: Entry, protocol: ProtocolName, task: str) -> str:
         """Return the digest of everything that decides the score of one cell."""
         decisive = {key: value for key, value in self.inputs.items() if key != "suite_rows"}
-        return run_inputs.cell_key(
-            self.suite, entry, protocol, task, decisive, rows=self.rows, harness=self.harness.name
-        )
+        where = {"harness": self.harness.name, "device": self.device.partition(":")[0]}
+        return run_inputs.cell_key(self.suite, entry, protocol, task, decisive, rows=self.rows, where=where)
 
     def context(self, entry: Entry, protocol: ProtocolName) -> Context:
         """Return what the entry's method makes its contenders from."""
@@ -86,6 +98,7 @@ class Run:
             dtype=suite.dtype,
             calibration_rows=suite.calibration_rows,
             feature_cache=self.out / "features",
+            device=self.device,
             progress=self.progress,
         )
 
@@ -105,9 +118,10 @@ def run_suite(
     limit: int | None = None,
     harness: str = DEFAULT,
     tune: bool = False,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Board:
-    """Return a suite's cells, running those that `out` does not hold yet.
+    """Run those of a suite's cells that `out` does not hold yet; return all of the suite's cells that it then holds.
 
     A method that raises UnsuitedError is skipped, with its reason: it has no cell in the result, not even for a task
     that it could do.
@@ -115,51 +129,132 @@ def run_suite(
     Args:
         suite: what to run.
         out: where cells, generated rows, built twins and their routers' features go.
-        only: labels or method names; the bounds run in any case.
+        only: labels or method names to run; the bounds run in any case. Other methods keep the cells that they have.
         limit: the first so many rows of each task; HELM draws as many.
         harness: the name of the harness that scores.
         tune: give each method that has a grid a second row, its options chosen on held-out training rows.
+        device: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
         progress: where the bars go.
 
     Raises:
-        InputError: an unknown method, wrong rows or experts: before anything is run where it can be known.
+        InputError: an unknown method or device, wrong rows, experts or options: before anything is run where it can be
+            known.
     """
-    entries = suite.entries(None if only is None else list(only))
+    asked = suite.entries(None if only is None else list(only))
     suite = run_inputs.located(suite)
-    scorer = find_harness(harness)
+    scorer, device = find_harness(harness), str(usable_device(device))
     if tune and scorer.scores_own_rows:
         raise InputError(
             f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
         )
     scorer.check(suite)
-    entries = with_tuned(entries) if tune else entries
+    asked = with_tuned(asked) if tune else asked
     run = _prepared(suite, out, scorer, suite.rows if limit is None else limit, progress or Progress(disable=True))
-    if any("training rows" in entry.method.sees and entry.track == "per-input" for entry in entries):
-        read_router_rows(run.data, suite.tasks)
-    work = [(p, entry) for p in suite.protocol for entry in entries if entry.runs_under(p)]
+    run = dataclasses.replace(run, device=device)
+    _check(run, asked)
+    cells, skipped = _run(run, asked)
+    return _board(run, asked, cells, skipped)
+
+
+Row = tuple[ProtocolName, str]
+"""A row of the table: a protocol and a label."""
+
+
+def _run(run: Run, asked: Sequence[Entry]) -> tuple[dict[Row, list[Cell]], list[Skipped]]:
+    """Run what was asked for. Return each row's cells and the rows that do not suit the experts."""
+    suite, cells, skipped = run.suite, dict[Row, list[Cell]](), list[Skipped]()
+    work = [(p, entry) for p in suite.protocol for entry in asked if entry.runs_under(p)]
     bar = run.progress.add_task("cells", total=len(work) * len(suite.tasks))
-    finished: list[Cell] = []
-    skipped: list[Skipped] = []
-    for listed, entry in work:
-        run.progress.update(bar, description=f"{listed} {entry.label}")
-        done = 0
+    for protocol, entry in work:
+        run.progress.update(bar, description=f"{protocol} {entry.label}")
+        own: list[Cell] = []
         try:
-            row = []
-            for cell in _cells(run, entry, listed):
-                row.append(dataclasses.replace(cell, protocol=listed))
-                done += 1
+            for cell in _cells(run, entry, protocol):
+                own.append(cell)
                 run.progress.advance(bar)
-            finished += sorted(row, key=lambda cell: suite.tasks.index(cell.task))
+            cells[protocol, entry.label] = own
         except UnsuitedError as error:
             if entry.track == "bound":
                 raise
-            run.progress.advance(bar, len(suite.tasks) - done)
-            skipped.append(Skipped(suite.name, listed, entry.label, entry.track, str(error)))
-    return Board(finished, skipped)
+            run.progress.advance(bar, len(suite.tasks) - len(own))
+            skipped.append(Skipped(suite.name, protocol, entry.label, entry.track, str(error)))
+    return cells, skipped
+
+
+def _board(run: Run, asked: Sequence[Entry], cells: Mapping[Row, Sequence[Cell]], skipped: Sequence[Skipped]) -> Board:
+    """Return the cells of this run and of earlier ones on the same inputs, and what is left out."""
+    suite, rows, missing = run.suite, dict[Row, Sequence[Cell]](), list[str]()
+    passed_over = {(method.protocol, method.method) for method in skipped}
+    idle = [entry.label for entry in asked if not any(map(entry.runs_under, suite.protocol))]
+    for protocol in suite.protocol:
+        for entry in _listed(suite, asked, run.cells.labels(protocol)):
+            row = protocol, entry.label
+            if not entry.runs_under(protocol) or row in passed_over:
+                continue
+            found = cells.get(row) or _finished(run, entry, protocol)
+            if found:
+                rows[row] = sorted(found, key=lambda cell: suite.tasks.index(cell.task))
+            elif not entry.to_tune:
+                missing.append(f"{entry.label} ({protocol})")
+    others = run.cells.others(cell for own in rows.values() for cell in own)
+    shown = [dataclasses.replace(cell, protocol=protocol) for (protocol, _), own in rows.items() for cell in own]
+    return Board(shown, skipped, _left_out(missing, idle, others))
+
+
+def _listed(suite: Suite, asked: Sequence[Entry], found: Sequence[str]) -> list[Entry]:
+    """Return the entries that may have cells, each followed by its tuned row.
+
+    They are the suite's, those that were asked for, and methods with their defaults whose label is among `found`.
+    """
+    entries = {entry.label: entry for entry in suite.entries()}
+    for entry in (*asked, *(entry_of(label) for label in found if label in methods())):
+        if not entry.to_tune:
+            entries.setdefault(entry.label, entry)
+    listed: list[Entry] = []
+    for entry in entries.values():
+        listed.append(entry)
+        if entry.method.tune and to_tune(entry).label not in entries:
+            listed.append(to_tune(entry))
+    return listed
+
+
+def _finished(run: Run, entry: Entry, listed: ProtocolName) -> list[Cell]:
+    """Return a row's cells if all of them are finished, else none."""
+    protocol = _computed_under(entry, run.suite, listed)
+    known = chosen(entry, run.tuning, run.choice_key(entry, protocol)) if entry.to_tune else entry
+    if known is None:
+        return []
+    cells = [run.cells.read(protocol, known.label, task, run.key(known, protocol, task)) for task in run.suite.tasks]
+    found = [cell for cell in cells if cell is not None]
+    return found if len(found) == len(cells) else []
+
+
+def _left_out(missing: Sequence[str], idle: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return a sentence for each kind of row that the table lacks."""
+    sentences = {
+        "Not run on these rows: {}. A run without --methods adds them.": missing,
+        "Under none of the suite's protocols: {}.": idle,
+        "The directory also holds cells of other rows, limits, weights, options or versions: {}.": others,
+    }
+    return [sentence.format(", ".join(names)) for sentence, names in sentences.items() if names]
+
+
+def _check(run: Run, entries: Sequence[Entry]) -> None:
+    """Raise an InputError for anything wrong with rows, options and output files. Scoring can take hours."""
+    for file in FILES:
+        require_writable(run.out / file)
+    check_rows(run.suite, run.data)
+    for entry in entries:
+        protocols = [protocol for protocol in run.suite.protocol if entry.runs_under(protocol)]
+        if protocols:
+            check_options(entry, run.context(entry, protocols[0]))
+    if any("training rows" in entry.method.sees and entry.track == "per-input" for entry in entries):
+        read_router_rows(run.data, run.suite.tasks)
 
 
 def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, progress: Progress) -> Run:
-    """Open the experts, find the rows and take the digests of both."""
+    """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
+    remove_abandoned(out)
     data = run_inputs.rows_directory(suite, out)
     sources = open_sources(suite.base_model, suite.expert_paths)
     if sources.skeleton.task_type != suite.task_type:
@@ -173,26 +268,37 @@ def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, progr
 def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
     """Yield the cells of one entry under one protocol: those that are there, then each new one when it is written."""
     suite = run.suite
-    protocol: ProtocolName = "standard" if _same_as_standard(given, suite, listed) else listed
-    entry = given
-    if given.to_tune:
-        bounded = suite.model_copy(update={"rows": run.rows})
-
-        def trial(held_out: Suite) -> Board:
-            return run_suite(held_out, run.out / "tuning", harness=run.harness.name, progress=run.progress)
-
-        entry = tuned(given, protocol, bounded, run.data, run.out / "tuning", trial)
+    protocol = _computed_under(given, suite, listed)
+    entry = _with_options(run, given, protocol)
     keys = {task: run.key(entry, protocol, task) for task in suite.tasks}
     done = {task: run.cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
     yield from (cell for cell in done.values() if cell is not None)
     missing = [task for task, cell in done.items() if cell is None]
     if missing:
         for contender in contenders(entry.method, run.context(entry, protocol)):
+            contender.twin.to(run.device)
             for task in contender.tasks:
                 if task in missing:
                     cell = _scored(run, contender, entry, protocol, task, keys[task])
                     run.cells.write(cell)
                     yield cell
+
+
+def _with_options(run: Run, entry: Entry, protocol: ProtocolName) -> Entry:
+    """Return an entry with its options chosen, if it is to be tuned: those of an earlier run, or new ones."""
+    if not entry.to_tune:
+        return entry
+    key = run.choice_key(entry, protocol)
+    known = chosen(entry, run.tuning, key)
+    if known is None:
+        bounded = run.suite.model_copy(update={"rows": run.rows})
+
+        def trial(held_out: Suite) -> Board:
+            return run_suite(held_out, run.tuning, harness=run.harness.name, device=run.device, progress=run.progress)
+
+        known = tuned(entry, protocol, bounded, run.data, run.tuning, trial)
+        keep(known, run.tuning, key)
+    return known
 
 
 def _scored(run: Run, contender: Contender, entry: Entry, protocol: ProtocolName, task: str, key: str) -> Cell:
@@ -240,12 +346,12 @@ def _cell(
     )
 
 
-def _same_as_standard(entry: Entry, suite: Suite, protocol: ProtocolName) -> bool:
-    """Return whether `protocol` changes nothing for an entry, so that its cells are those of `standard`.
+def _computed_under(entry: Entry, suite: Suite, protocol: ProtocolName) -> ProtocolName:
+    """Return `standard` where `protocol` changes nothing for an entry, so that its cells are those of `standard`.
 
     The bounds have no router that could name a head, and no factors of a language model's that could be added. A
     language model has no head.
     """
-    if protocol == "routed":
-        return entry.track == "bound" or suite.task_type == "causal_lm"
-    return protocol == "paper" and entry.track == "bound" and suite.task_type == "causal_lm"
+    bound, causal = entry.track == "bound", suite.task_type == "causal_lm"
+    same = bound or causal if protocol == "routed" else protocol == "paper" and bound and causal
+    return "standard" if same else protocol

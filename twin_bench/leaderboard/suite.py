@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from twin_bench.paths import leaderboards_directory
 
 BOUNDS = ("pretrained", "experts")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+NAME = re.compile(r"[^\W_][\w .,:()/+-]{0,99}")
+"""A suite's name stands in tables, pages and spreadsheets, where markup or a formula would act."""
 MethodItem = str | dict[str, dict[str, Any] | None]
 EMBEDDED = "embedded"
 """A suite's value for the demo's experts and rows."""
@@ -94,6 +96,23 @@ class Suite(Settings):
     def _listed(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise InputError(
+                f"name {name[:80]!r}: expected a letter or digit, then up to 99 letters, digits, spaces and _.,:()/+-"
+            )
+        return name
+
+    @field_validator("protocol", "tasks")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"{name!r} is listed twice; remove one")
+        return names
+
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: list[str]) -> list[str]:
@@ -127,18 +146,27 @@ class Suite(Settings):
         A name in `only` that the suite does not list is a method with its defaults.
         """
         listed: dict[str, Entry] = {}
-        for entry in map(_entry, self.methods):
-            if entry.label in listed:
-                raise InputError(f"two methods are labelled {entry.label!r}; give one a label of its own")
+        for entry in map(entry_of, self.methods):
+            _require_own_label(entry.label, listed)
+            self._require_listed(entry)
             listed[entry.label] = entry
         if only is not None:
             known = {**dict.fromkeys(methods()), **dict.fromkeys(listed)}
             for name in only:
                 if name not in known:
                     raise InputError(f"unknown method {name!r}{nearest(name, known)}")
-            listed = {name: listed.get(name) or _entry(name) for name in only}
-        bounds = [listed.pop(name) if name in listed else _entry(name) for name in BOUNDS]
+            listed = {name: listed.get(name) or entry_of(name) for name in only}
+        bounds = [listed.pop(name) if name in listed else entry_of(name) for name in BOUNDS]
         return [*bounds, *listed.values()]
+
+    def _require_listed(self, entry: Entry) -> None:
+        """Raise an InputError for an entry under a protocol that the suite does not run."""
+        for protocol in entry.protocols or ():
+            if protocol not in self.protocol:
+                raise InputError(
+                    f"{entry.label}: protocol {protocol} is not among the suite's ({', '.join(self.protocol)}); add it "
+                    "there, or remove it here"
+                )
 
 
 def read_suite(name_or_file: str) -> Suite:
@@ -168,7 +196,22 @@ def read_suite(name_or_file: str) -> Suite:
     return suite
 
 
-def _entry(item: MethodItem) -> Entry:
+def _require_own_label(label: str, others: Iterable[str]) -> None:
+    """Raise an InputError for a label that another entry has, or that differs from it in case alone.
+
+    Labels are names of folders, and some file systems ignore case.
+    """
+    for other in others:
+        if label == other:
+            raise InputError(f"two methods are labelled {label!r}; give one a label of its own")
+        if label.lower() == other.lower():
+            raise InputError(
+                f"two methods are labelled {other!r} and {label!r}, which differ in case alone; rename one"
+            )
+
+
+def entry_of(item: MethodItem) -> Entry:
+    """Return the entry of a suite's item: a method's name, or {label: {method: NAME, option: value}}."""
     if isinstance(item, str):
         item = {item: {}}
     if len(item) != 1:

@@ -1,4 +1,7 @@
-"""Options chosen on a held-out part of each task's training rows. Scored rows are never used."""
+"""Options chosen on a held-out part of each task's training rows. Scored rows are never used.
+
+A choice is kept in a record. So a later run without --tune still finds the row that an earlier one has tuned.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
 from twin_bench.data.rows import read_rows, split_path
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.files import digest, digest_files, write_text
+from twin_bench.files import digest, digest_files, read_record, write_record, write_text
 from twin_bench.leaderboard.cells import Board
 from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench.leaderboard.suite import Entry, Suite
@@ -21,15 +25,20 @@ from twin_bench.merging.registry import ProtocolName
 
 HELD_OUT = 256
 """The largest number of held-out rows of a task."""
+FORMAT = 1
+"""The format of a choice. It is raised when options are chosen in another way."""
+
+
+def to_tune(entry: Entry) -> Entry:
+    """Return the row NAME+tuned of an entry whose method has a grid."""
+    return dataclasses.replace(entry, label=f"{entry.label}+tuned", to_tune=True)
 
 
 def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
     """Return the entries. An entry whose method has a grid is followed by one to be tuned, NAME+tuned."""
     listed: list[Entry] = []
     for entry in entries:
-        listed.append(entry)
-        if entry.method.tune:
-            listed.append(dataclasses.replace(entry, label=f"{entry.label}+tuned", to_tune=True))
+        listed += [entry, to_tune(entry)] if entry.method.tune else [entry]
     labels = [entry.label for entry in listed]
     for label in labels:
         if labels.count(label) > 1:
@@ -37,6 +46,32 @@ def with_tuned(entries: Sequence[Entry]) -> list[Entry]:
     if len(listed) == len(entries):
         raise InputError("--tune: none of these methods has a grid to choose its options from; leave it out")
     return listed
+
+
+def chosen(entry: Entry, workspace: Path, key: str) -> Entry | None:
+    """Return `entry` with the options that an earlier run chose for it, or None if none did.
+
+    Args:
+        entry: one to be tuned.
+        workspace: the folder of choices.
+        key: a digest of everything that decides the choice, the grid aside.
+    """
+    stored = read_record(_choice_file(entry, workspace, key), format_number=FORMAT)
+    return None if stored is None else _settled(entry, stored["tuned"])
+
+
+def keep(entry: Entry, workspace: Path, key: str) -> None:
+    """Write which options were chosen for `entry`, as `tuned` returns it, for `chosen` to find."""
+    write_record(_choice_file(entry, workspace, key), dict(entry.notes), format_number=FORMAT)
+
+
+def _choice_file(entry: Entry, workspace: Path, key: str) -> Path:
+    grid = {name: list(options) for name, options in entry.method.tune.items()}
+    return workspace / f"choice-{digest([key, grid])[:16]}.json"
+
+
+def _settled(entry: Entry, notes: dict[str, Any]) -> Entry:
+    return dataclasses.replace(entry, options={**entry.options, **notes["chosen"]}, notes={"tuned": notes})
 
 
 def tuned(
@@ -88,7 +123,7 @@ def tuned(
         "rows": counts,
         "chosen_on": "held-out training rows, which the experts may have been trained on",
     }
-    return dataclasses.replace(entry, options={**entry.options, **best}, notes={"tuned": notes})
+    return _settled(entry, notes)
 
 
 def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed: int) -> Path:

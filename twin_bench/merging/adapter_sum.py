@@ -52,15 +52,15 @@ def merged_adapter(
                 "express; leave as_adapter out"
             )
     return {
-        name: _summed(name, coefficients[method], experts, transposed=name in skeleton.transposed | skeleton.embeddings)
+        name: _summed(name, coefficients[method], experts)
         for name in skeleton.backbone
         if any(name in expert.low_rank for expert in experts.values())
     }
 
 
-def _summed(name: str, coefficient: Any, experts: Mapping[str, Checkpoint], *, transposed: bool) -> Factors:
+def _summed(name: str, coefficient: Any, experts: Mapping[str, Checkpoint]) -> Factors:
     adapters = [expert.low_rank[name] for expert in experts.values() if name in expert.low_rank]
     exact = torch.promote_types(adapters[0].A().dtype, torch.float32)
     A = torch.cat([lora.A().to(exact) for lora in adapters])
     B = torch.cat([coefficient * lora.scale * lora.B().to(exact) for lora in adapters], dim=1)
-    return Factors(A.T, B.T) if transposed else Factors(B, A)
+    return Factors(A.T, B.T) if adapters[0].transposed else Factors(B, A)

@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.checkpoints.sources import Sources, load_expert
 from twin_bench.compat import Conv1D
@@ -61,9 +62,10 @@ def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) 
     each position of the row's answer one label is drawn by `seed`, given the answer's tokens before it. F is the square
     of the gradient of their joint log-probability. The expectation of that square is the sum of the positions' Fishers.
 
-    The authors' code is for classifiers. The code of RegMean's authors, MergeLM and FusionBench square the gradient of
-    a *sum* over labels (and over the rows of a batch). That square has cross terms. They use the true labels for a
-    regression.
+    The authors' code is for classifiers. The code of RegMean's authors takes the gradient of the likeliest label alone
+    (fisher_variant: hard). Their other variant (soft), MergeLM and FusionBench square the gradient of a *sum* over
+    labels. All three square after summing over the rows of a batch. Such squares have cross terms. They use the true
+    labels for a regression.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -129,7 +131,7 @@ def calibration_examples(
     malformed.
     """
     file = split_path(data, task, "train")
-    if not file.is_file():
+    if not file.exists():
         raise UnsuitedError(f"{file}: no such file; statistics are computed from training rows")
     kind = TASKS[task]
     drawn = shuffled(read_rows(file, kind), seed)[:rows]
@@ -189,11 +191,16 @@ def calibrate(
 def _statistics(
     kind: StatisticsKind, sources: Sources, task: str, examples: Sequence[Example], seed: int, progress: Progress
 ) -> dict[str, Tensor]:
-    """Return one expert's statistics, computed with its own head."""
+    """Return one expert's statistics, computed with its own head. InputError if they hold NaN or inf."""
     model = load_expert(sources, task, "float32")
     watched = progress.track(examples, description=f"{kind} {task}")
     found = fisher_diagonals(model, watched, seed=seed) if kind == "fisher" else gram_matrices(model, watched)
-    return {name: tensor for name, tensor in found.items() if name.removesuffix(".T") in sources.skeleton.backbone}
+    kept = {name: tensor for name, tensor in found.items() if name.removesuffix(".T") in sources.skeleton.backbone}
+    for name, tensor in kept.items():
+        require_finite(
+            tensor, name, f"{kind} statistics of expert {task!r}", "that expert overflows float32; retrain it"
+        )
+    return kept
 
 
 def _log_probabilities(model: Any, example: Example, generator: torch.Generator) -> Iterator[tuple[float, Tensor]]:

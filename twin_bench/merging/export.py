@@ -12,20 +12,22 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
-from twin_bench.checkpoints.finite import all_finite
+from twin_bench.checkpoints.finite import require_no_overflow
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.checkpoints.peft_files import save_adapter
 from twin_bench.checkpoints.skeleton import meta_model, quiet_transformers, read_config
 from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.checkpoints.stream import SHARD_BYTES, Layout, ordered, write_sharded
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.config import parse, read_yaml, with_models_located
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import written_at_once
 from twin_bench.merging.adapter_sum import merged_adapter
+from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.mergekit import from_mergekit
 from twin_bench.merging.model_card import model_card
 from twin_bench.merging.recipe import MergeRecipe
-from twin_bench.merging.registry import find_method, merge_lazily
+from twin_bench.merging.registry import find_method
 
 
 def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:
@@ -72,7 +74,7 @@ def merge_to_directory(
             parameters = _write_adapter(recipe, sources, options, root)
         else:
             parameters = _write_checkpoint(recipe, sources, options, root, progress, shard_bytes)
-        sources.tokenizer.save_pretrained(root)
+        save_tokenizer(sources.tokenizer, root)
         (root / "README.md").write_text(model_card(recipe, options, sources, directory.name, parameters))
     return parameters
 
@@ -87,7 +89,8 @@ def _write_checkpoint(
 ) -> int:
     wanted = getattr(torch, recipe.dtype) if recipe.dtype else None
     base = _Widened(sources.base, wanted) if wanted else sources.base
-    merged = merge_lazily(recipe.merge.method, base, sources.experts, **options)
+    transposed = sources.skeleton.transposed
+    merged = merge_lazily(recipe.merge.method, base, sources.experts, transposed=transposed, **options)
     head = sources.experts[recipe.head].head() if recipe.head else {}
     kept_prefix = sources.skeleton.prefix if sources.skeleton.head and not head else ""
     layouts = {
@@ -99,8 +102,9 @@ def _write_checkpoint(
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in progress.track(ordered(layouts), description="merging"):
             tensor = head[name] if name in head else merged[name]
-            yield name.removeprefix(kept_prefix), _fitting(name, tensor, layouts[name].dtype)
-            del tensor  # frees it before the next one is merged
+            cast = require_no_overflow(tensor.to(layouts[name].dtype), name, recipe.merge.method)
+            yield name.removeprefix(kept_prefix), cast
+            del tensor, cast  # frees it before the next one is merged
 
     stored = {name.removeprefix(kept_prefix): layout for name, layout in layouts.items()}
     write_sharded(root, stored, stream(), shard_bytes=shard_bytes)
@@ -127,19 +131,12 @@ def _write_adapter(recipe: MergeRecipe, sources: Sources, options: Mapping[str, 
     return sum(t.numel() for pair in factors.values() for t in pair) + sum(t.numel() for t in head.values())
 
 
-def _fitting(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    if not all_finite(cast):
-        raise InputError(f"tensor {name} overflows {str(dtype).removeprefix('torch.')}; set dtype: bfloat16 or float32")
-    return cast
-
-
 def _merged_config(recipe: MergeRecipe, sources: Sources, head: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
     """Return the base's config with the class and dtype of what is written and, if a head is written, its labels."""
     config = copy.deepcopy(sources.config)
     config.dtype = dtype
     if recipe.head is not None:
-        expert = model_directory(recipe.experts[recipe.head])
+        expert = model_directory(recipe.experts[recipe.head], allow_pickle=recipe.allow_pickle)
         if (expert / "adapter_config.json").is_file():
             config.num_labels = head[sources.skeleton.head_output or min(head)].shape[0]
         else:

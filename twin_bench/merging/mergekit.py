@@ -14,7 +14,10 @@ These are the same method with other arithmetic. `from_mergekit` describes the d
   sum of an entry is exactly 0, mergekit keeps its positive values; here the entry is dropped.
 - `dare_linear` and `dare_ties`: other entries are drawn, because the random generators differ. Kept entries are
   rescaled by 1 / density here, as in the paper. Recent versions of mergekit rescale each tensor to its former L1 norm.
-- `breadcrumbs` and `della`: the methods' docstrings describe the differences.
+- `breadcrumbs`: mergekit drops all entries of a tensor of fewer than 1 / gamma entries, and drops fewer outliers if
+  gamma + density is more than 1. Here the largest entries are kept, and outliers are always dropped.
+- `della`: other entries are drawn. Kept entries are divided by their probability here, as in the paper. mergekit
+  restores each tensor's norm.
 
 mergekit's `dare_ties`, like every election without `normalize: true`, takes the *sum* of the entries that agree. No
 method here does.
@@ -72,7 +75,10 @@ COUNTERPARTS = {
     "dare_linear": Counterpart("dare_task_arithmetic", "sum", of_each={"density": 1.0}, difference=_DRAWS),
     "dare_ties": Counterpart("dare_ties", "election", of_each={"density": 1.0}, difference=_DRAWS),
     "breadcrumbs": Counterpart(
-        "breadcrumbs", "sum", of_each={"density": 1.0, "gamma": 0.01}, difference="may mask other entries than mergekit"
+        "breadcrumbs",
+        "sum",
+        of_each={"density": 1.0, "gamma": 0.01},
+        difference="keeps the largest entries of small tensors, which mergekit empties",
     ),
     "della": Counterpart(
         "della",

@@ -32,9 +32,8 @@ def model_card(recipe: MergeRecipe, options: Mapping[str, Any], sources: Sources
     title = f"[{method.title}](https://arxiv.org/abs/{method.paper.removeprefix('arXiv:')})"
     own_dtype = "float32" if recipe.as_adapter else "the base model's"
     given = "".join(f"- {option}: {value}\n" for option, value in options.items())
-    rows = "".join(
-        f"| {role} | {_shown(model)} | {digest_files(model_directory(model))} |\n" for role, model in models.items()
-    )
+    folders = {model: model_directory(model, allow_pickle=recipe.allow_pickle) for model in models.values()}
+    rows = "".join(f"| {role} | {_shown(model)} | {digest_files(folders[model])} |\n" for role, model in models.items())
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n"
         f"{'A LoRA adapter' if recipe.as_adapter else 'A model'} merged by twin-bench {version('twin-bench')} with "

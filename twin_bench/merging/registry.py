@@ -9,31 +9,21 @@ the options. Modules that register methods are found by the entry-point group `t
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import inspect
-import logging
-import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from twin_bench.checkpoints.finite import require_finite
 from twin_bench.config import LARGEST_SEED
-from twin_bench.errors import OUTDATED, InputError, first_line, nearest, shown
+from twin_bench.errors import InputError, nearest, shown
 from twin_bench.files import digest_file
-from twin_bench.merging.task_vectors import TaskVectors
+from twin_bench.merging.plugins import OWN_PACKAGE, load_methods
 
-OWN_PACKAGE = "twin_bench"
-ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
-"""The group of entry points whose modules, or packages of modules, register methods."""
 Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
 TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
 Sight = Literal["training rows", "scored rows", "task"]
@@ -42,6 +32,7 @@ ProtocolName = Literal["standard", "paper", "routed"]
 PROTOCOLS: tuple[ProtocolName, ...] = ("standard", "paper", "routed")
 MergeFunction = Callable[..., Mapping[str, Tensor]]
 ServeFunction = Callable[..., Iterator[Any]]
+CheckFunction = Callable[..., None]
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Expert to parameter name to a tensor computed from training inputs: see `twin_bench.merging.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
@@ -103,7 +94,7 @@ class Method:
         return dict(options)
 
     def check(self, option: str, value: Any) -> None:
-        """Raise an InputError unless the method has this option and `value` is of its default's kind.
+        """Raise an InputError unless the method has this option and `value` is of its default's kind, and finite.
 
         Where the default is a whole number, which is a count or a seed, the value is one as well, 0 or more.
         """
@@ -159,7 +150,9 @@ class MergeMethod(Method):
     def require_weights_alone(self) -> None:
         """Raise an InputError if the method needs more than weights."""
         if self.inputs:
-            raise InputError(f"{self.name} needs {self.inputs[0]}, and a shared expert is made of weights alone")
+            raise InputError(
+                f"{self.name} needs {self.inputs[0]}, and a recipe merges weights alone; run it in a suite"
+            )
 
     def check_inputs(self, experts: Collection[str], given: Mapping[str, Any]) -> None:
         """Raise an InputError unless `given` holds every input that the method needs, for these experts."""
@@ -182,12 +175,12 @@ class ServedMethod(Method):
     """A method that is more than a merge of weights: `serve(context, **options)` yields the contenders that it enters.
 
     Examples are the experts themselves, a twin, and methods that learn or route at test time.
+    `check_options(context, **options)` raises an InputError for an option out of its range, before any model is loaded.
     """
 
     serve: ServeFunction
+    check_options: CheckFunction | None = None
 
-
-_log = logging.getLogger(__name__)
 
 REGISTRY: dict[str, Method] = {}
 """The registered methods by name. `methods` first imports the modules that register them."""
@@ -237,18 +230,19 @@ def served_method(
     needs: tuple[str, ...] = (),
     sees: tuple[Sight, ...] = (),
     protocols: tuple[ProtocolName, ...] = ("standard",),
+    check_options: CheckFunction | None = None,
     kind: type[ServedMethod] = ServedMethod,
 ) -> Callable[[ServeFunction], ServeFunction]:
     """Register the decorated generator `(context, *, options)` as the method of its own name.
 
-    It yields `twin_bench.contenders.Contender`s. `kind` is a subclass of ServedMethod for a method whose options are
-    not single values.
+    It yields `twin_bench.contenders.Contender`s. `check_options` takes the same arguments. `kind` is a subclass of
+    ServedMethod for a method whose options are not single values.
     """
 
     def decorate(function: ServeFunction) -> ServeFunction:
         defaults, _ = _keywords(function)
         header = _header(function, title, paper, track, needs, defaults)
-        register(kind(*header, frozenset(sees), protocols, serve=function))
+        register(kind(*header, frozenset(sees), protocols, serve=function, check_options=check_options))
         return function
 
     return decorate
@@ -270,7 +264,7 @@ def register(method: Method) -> None:
 
 def methods() -> Mapping[str, Method]:
     """Return the headers of all methods by name, ordered by track (bounds first) and name."""
-    _load_all()
+    load_methods()
     ordered = sorted(REGISTRY.values(), key=lambda method: (TRACKS.index(method.track), method.name))
     return MappingProxyType({method.name: method for method in ordered})
 
@@ -283,48 +277,6 @@ def find_method(name: str) -> Method:
     return known[name]
 
 
-def merge_lazily(
-    method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
-) -> Mapping[str, Tensor]:
-    """Merge as `merge` does, but compute each parameter when it is read.
-
-    This needs memory for about 2 (T + 2) times the largest tensor in float32.
-    """
-    header = find_method(method).given(params)
-    if not isinstance(header, MergeMethod):
-        raise InputError(
-            f"{method} is not a merge of weights alone: run it in a suite (twin-bench leaderboard), or build a twin "
-            "(twin-bench build)"
-        )
-    vectors = TaskVectors(base, experts)
-    header.check_inputs(experts, params)
-    header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return header.function(vectors, **params)
-
-
-def merge(
-    method: str, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], **params: Any
-) -> dict[str, Tensor]:
-    """Merge experts into one set of parameters.
-
-    Args:
-        method: a name from `methods()`.
-        base: the pretrained model theta_0, parameter name to tensor.
-        experts: task to the fine-tuned model's mapping over the same names.
-        **params: the method's options (`methods()[method].defaults`) and its inputs (`methods()[method].inputs`).
-            Common options are `scaling` (lambda), `density` (the fraction that is kept) and `seed`. Inputs are `task`,
-            if each task has its own parameters, and `statistics`, if the method uses them.
-
-    Returns:
-        Every name of `base`, in `base`'s dtypes. Sums are taken in float32 or better.
-
-    Raises:
-        InputError: an unknown method or option, a missing input, a tensor that an expert lacks or has in another shape,
-            or an option out of its range.
-    """
-    return dict(merge_lazily(method, base, experts, **params).items())
-
-
 def _is_number(value: Any) -> bool:
     """Return whether a value is a finite number that float32 and int64 hold. True and False are none."""
     largest = LARGEST_SEED if isinstance(value, int) else 3e38
@@ -335,48 +287,6 @@ def require_fraction(method: str, option: str, value: float) -> None:
     """Raise an InputError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {option} must be in (0, 1], not {value}")
-
-
-def statistics_of(method: str, statistics: Statistics, task: str, name: str, shape: torch.Size) -> Tensor:
-    """Return one tensor of an expert's statistics. Raises InputError if it is missing, misshapen or not finite."""
-    if name not in statistics[task]:
-        raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
-    tensor = require_finite(statistics[task][name], name, f"{method}: statistics of expert {task!r}")
-    if tensor.shape != shape:
-        raise InputError(
-            f"{method}: the statistics of expert {task!r} have {name} as {tuple(tensor.shape)}, not {tuple(shape)}; "
-            "compute them on this model"
-        )
-    return tensor
-
-
-@cache
-def _load_all() -> None:
-    """Import every module that registers methods: those that entry points name, and the modules of named packages."""
-    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    own = [point for point in points if point.module.partition(".")[0] == OWN_PACKAGE]
-    if not own:
-        raise InputError(f"no merge method is registered: {OUTDATED}")
-    for point in own:
-        _load(point.module)
-    for point in points:
-        try:
-            _load(point.module)
-        except Exception as error:  # whatever another package's import raises, the methods here must keep working
-            _log.warning(
-                "the methods of %s (entry point %s) are left out: %s; repair or uninstall that package",
-                point.value,
-                point.name,
-                first_line(error),
-            )
-
-
-def _load(name: str) -> None:
-    """Import a module; of a package also its modules, but for private ones and `__main__`."""
-    module = importlib.import_module(name)
-    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if not found.name.startswith("_"):
-            importlib.import_module(f"{name}.{found.name}")
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twin_bench.checkpoints.finite import all_finite
+from twin_bench.checkpoints.finite import all_finite, require_dtype, require_no_overflow, require_weights
 from twin_bench.errors import InputError, shown
 
 PerParameter = Callable[[str, Tensor], Tensor]
@@ -20,10 +20,20 @@ class TaskVectors(Mapping[str, Tensor]):
 
     `vectors[name]` is a (T, *shape) tensor in float32, or in float64 if the base is float64. It is computed on access,
     and its rows follow `experts`. Only floating-point parameters have a task vector. The names are the base's. A tensor
-    that an expert lacks or has in another shape is an InputError that names it.
+    that an expert lacks, or has in another shape or in a dtype that weights don't have, is an InputError that names it.
+    So is one that holds NaN or inf.
+
+    `transposed` names the matrices that are stored (in, out), as the weights of GPT-2's Conv1D layers are. All others
+    are read as torch.nn.Linear's, (out, in).
     """
 
-    def __init__(self, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        *,
+        transposed: Collection[str] = frozenset(),
+    ) -> None:
         _require_tensors(base, "base")
         if not isinstance(experts, Mapping):
             raise TypeError(
@@ -39,6 +49,7 @@ class TaskVectors(Mapping[str, Tensor]):
             _require_tensors(expert, f"expert {name!r}")
         self.base = base
         self.experts = tuple(experts)
+        self.transposed = transposed
         self._experts = experts
         self._transforms: tuple[PerParameter, ...] = ()
 
@@ -59,9 +70,13 @@ class TaskVectors(Mapping[str, Tensor]):
 
         `transform` may change its argument in place.
         """
-        mapped = TaskVectors(self.base, self._experts)
+        mapped = TaskVectors(self.base, self._experts, transposed=self.transposed)
         mapped._transforms = (*self._transforms, transform)
         return mapped
+
+    def as_linear(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a view of a parameter, or of a stack of them, with matrices turned to (out, in), or back from that."""
+        return tensor.mT if name in self.transposed else tensor
 
     def floating(self) -> list[str]:
         """Return the names of the parameters that have a task vector: the floating-point ones."""
@@ -73,21 +88,41 @@ class TaskVectors(Mapping[str, Tensor]):
 
     def _differences(self, name: str) -> Tensor:
         base = self.base[name]
+        require_dtype(base, name, "base model")
         exact = torch.promote_types(base.dtype, torch.float32)
         vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
         for row, task in enumerate(self.experts):
             vectors[row] = self._expert(task, name, base).detach()
         vectors -= base.detach().to(exact)
         if not all_finite(vectors):
-            culprit = next((t for t in self.experts if not all_finite(self._experts[t][name])), "base model")
-            raise InputError(f"{culprit}: tensor {name} holds NaN or inf; repair or retrain that checkpoint")
+            for task in self.experts:
+                require_weights(self._experts[task][name], name, task)
+            require_weights(base, name, "base model")
+            require_no_overflow(vectors, name, "task vectors")
         return vectors
+
+    def unmerged(self, name: str) -> Tensor:
+        """Return the base's own tensor for a name without task vector, such as a buffer of position ids.
+
+        InputError if an expert has other values there: they would be lost. A tensor without dimensions, such as a
+        counter of batches, may differ.
+        """
+        base = self.base[name]
+        for task, expert in self._experts.items():
+            differs = base.ndim and name in expert and not torch.equal(expert[name].to(base.device), base)
+            if base.is_complex() or differs:
+                raise InputError(
+                    f"expert {task!r}: tensor {name} is {str(base.dtype).removeprefix('torch.')} in the base model and "
+                    "can't be merged; dequantise or convert base model and experts, or leave the tensor out of both"
+                )
+        return base.clone()
 
     def _expert(self, task: str, name: str, base: Tensor) -> Tensor:
         expert = self._experts[task]
         if name not in expert:
             raise InputError(f"expert {task!r} has no tensor {name}; was it trained from another base model?")
         tensor = expert[name]
+        require_dtype(tensor, name, f"expert {task!r}")
         if tensor.shape != base.shape:
             raise InputError(
                 f"expert {task!r}: tensor {name} is {tuple(tensor.shape)}, the base model's is "
@@ -120,12 +155,12 @@ class Merged(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         base = self._vectors.base[name]
         if not base.is_floating_point():
-            return base.clone()
+            return self._vectors.unmerged(name)
         return self.exact(name).to(base.dtype)
 
     def exact(self, name: str) -> Tensor:
         """Return a floating-point parameter in float32 or better, before it takes the base's dtype."""
-        base = self._vectors.base[name]
+        base = require_dtype(self._vectors.base[name], name, "base model")
         exact = torch.promote_types(base.dtype, torch.float32)
         return self._merge(name, base.detach().to(exact), self._vectors[name])
 
@@ -139,3 +174,23 @@ class Merged(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._vectors)
+
+
+class FiniteMerge(Mapping[str, Tensor]):
+    """The result of a merge method. Reading a parameter that holds NaN or inf raises an InputError that names it."""
+
+    def __init__(self, method: str, merged: Mapping[str, Tensor]) -> None:
+        self._method = method
+        self._merged = merged
+
+    def __getitem__(self, name: str) -> Tensor:
+        return require_no_overflow(self._merged[name], name, self._method)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._merged  # Mapping's own implementation would compute the parameter.
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)

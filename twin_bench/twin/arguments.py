@@ -121,7 +121,7 @@ def require_ids(ids: Any, what: str, vocabulary: int) -> None:
     if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
         raise TypeError(f"a {what} must be a list of token ids, not {type(ids).__name__} {shown(ids)}")
     if not len(ids):
-        raise InputError(f"an empty {what}: nothing to read; give it one token at least (the tokenizer's bos or eos)")
+        raise InputError(f"an empty {what}: give it one token at least (a context: the tokenizer's bos or eos)")
     if set(map(type, ids)) != {int}:
         wrong = next(one for one in ids if type(one) is not int)
         raise InputError(f"{shown(wrong)} in a {what}: a token's id is a whole number")

@@ -13,10 +13,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.skeleton import context_window
-from twin_bench.checkpoints.sources import Sources, load_model, open_sources, require_expert_name
+from twin_bench.checkpoints.sources import Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import read_router_rows
 from twin_bench.errors import InputError
-from twin_bench.merging.registry import find_method, merge_lazily
+from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.registry import find_method
+from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
 from twin_bench.twin.paper import PaperFactors, stack_adapters
@@ -29,13 +31,19 @@ ORACLE_PARAMETERS = re.compile(r"bias")
 
 
 def build_twin(
-    recipe: Recipe, directory: Path, *, feature_cache: Path | None = None, progress: Progress | None = None
+    recipe: Recipe,
+    directory: Path,
+    *,
+    device: str | None = None,
+    feature_cache: Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build a twin and write it to `directory`, which appears whole or not at all.
 
     Args:
         recipe: What the twin is made of.
         directory: It must not exist yet.
+        device: Where the routers' features are computed: the CPU by default; `auto` is cuda, else mps, else cpu.
         feature_cache: The directory in which the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
 
@@ -46,19 +54,16 @@ def build_twin(
         InputError: Anything is wrong with the recipe or its inputs. Nothing is written then.
     """
     progress = progress or Progress(disable=True)
+    on = usable_device(device)
     _require_writable(directory)
-    for name in recipe.experts:
-        require_expert_name(name)
+    require_expert_names(recipe.experts)
     rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
-    sources = open_sources(
-        recipe.base_model,
-        recipe.experts,
-        allow_pickle=recipe.allow_pickle,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    _check_limits(recipe, sources)
-    options = _merge_options(recipe)
-    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **options)
+    trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
+    sources = open_sources(recipe.base_model, recipe.experts, **trust)
+    check_limits(recipe, sources)
+    options = merge_options(recipe)
+    transposed = sources.skeleton.transposed
+    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, transposed=transposed, **options)
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},
@@ -68,7 +73,7 @@ def build_twin(
     )
     chosen: dict[str, Any] = {}
     if recipe.router:
-        training = RouterTraining(recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress)
+        training = RouterTraining(recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on)
         parts, chosen = train_routers(training)
     settings = {
         "twin_bench": version("twin-bench"),  # Information only: nothing is decided by it.
@@ -85,7 +90,7 @@ def build_twin(
     return settings
 
 
-def _merge_options(recipe: Recipe) -> dict[str, Any]:
+def merge_options(recipe: Recipe) -> dict[str, Any]:
     """Return the options of the static merge that makes the shared expert, with the recipe's seed if it needs one."""
     header = find_method(recipe.shared.method).given(recipe.shared.options)
     return {**header.seeded(recipe.seed), **recipe.shared.options}
@@ -116,7 +121,8 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     same nn.Linear layers, merged by task arithmetic.
     """
     if sources.skeleton.head:
-        return PaperParts({n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)})
+        biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
+        return PaperParts(biases, density=recipe.exclusive.density)
     if recipe.shared.method != "task_arithmetic" or not all(expert.low_rank for expert in sources.experts.values()):
         return None
     adapted = {name for expert in sources.experts.values() for name in expert.low_rank}
@@ -140,7 +146,7 @@ def _require_writable(directory: Path) -> None:
         raise InputError(f"{directory}: {parent} can't be written to; give another place")
 
 
-def _check_limits(recipe: Recipe, sources: Sources) -> None:
+def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
     config, router = sources.config, recipe.router
     window = context_window(config)

@@ -19,10 +19,11 @@ from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
 from twin_bench.twin.arguments import checked_batch, require_count, require_ids, require_texts, tasks_of
+from twin_bench.twin.encoded import Encoded, Text
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.finite import peaks, require_finite_logits
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.model import Encoded, Text, TwinModel
+from twin_bench.twin.model import TwinModel
 from twin_bench.twin.paper import install_paper_layers
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.plan import Group, batches, plan
@@ -84,10 +85,10 @@ class TwinCausalLM(TwinModel):
                 kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}
                 with self.fusion.shared():
                     begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
-            rest = {row: tokens(inputs[row][shared.length :]) for row in shared.rows}
-            lengths = {row: len(one["input_ids"]) for row, one in rest.items()}
+            lengths = {row: len(inputs[row]) - shared.length for row in shared.rows}
             for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
-                given = self._after(prefix, self.collate([rest[row] for row in batch.rows]))
+                rest = [tokens(inputs[row][shared.length :]) for row in batch.rows]
+                given = self._after(prefix, self.collate(rest))
                 count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
                 with self.fusion.shared():

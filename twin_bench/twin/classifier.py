@@ -14,9 +14,13 @@ from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_batch, require_count, require_encoded, require_known, tasks_of
+from twin_bench.twin.encoded import Encoded, Text, identity
 from twin_bench.twin.finite import require_finite_logits
+from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.heads import heads_in_use, install_heads
-from twin_bench.twin.model import Encoded, Text, TwinModel, identity
+from twin_bench.twin.layers import install
+from twin_bench.twin.model import TwinModel
+from twin_bench.twin.paper import at_authors_ranks
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.plan import Costs, Group, plan
 
@@ -37,6 +41,10 @@ class TwinClassifier(TwinModel):
     """
 
     task_type: ClassVar[TaskType] = "sequence_classification"
+
+    def _install(self, model: Any, parts: Parts) -> Fusion:
+        density = parts.paper.density if self.protocol == "paper" and parts.paper else None
+        return install(model, parts.exclusive if density is None else at_authors_ranks(parts.exclusive, density))
 
     def _complete(self, parts: Parts) -> None:
         self.heads = install_heads(self.model, parts.heads)
@@ -114,7 +122,8 @@ class TwinClassifier(TwinModel):
             batch_size: the largest number of rows in a forward.
             max_length: the number of tokens to which a row is truncated; by default what the twin was built with.
             fusion_weights: (requests, experts), used in place of the router's.
-            progress: called with the number of requests done since the last call.
+            progress: called with the number of steps done since the last call. Each request takes two: it is routed,
+                and it is answered.
 
         Returns:
             A prediction for each request, in order.
@@ -148,8 +157,10 @@ class TwinClassifier(TwinModel):
         require_count(batch_size, "batch_size")
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, len(encoded))
+            if progress:
+                progress(len(encoded))
         else:
-            weights = self.route_all(encoded, tasks, batch_size=batch_size)
+            weights = self.route_all(encoded, tasks, batch_size=batch_size, progress=progress)
         heads = self._heads_of(weights, list(tasks))
         keys = self._fusion_keys(weights, heads)
         lengths = [len(row["input_ids"]) for row in encoded]

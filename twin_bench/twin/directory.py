@@ -1,7 +1,7 @@
 """A twin on disk: an ordinary checkpoint, one PEFT adapter for each expert, and a router.
 
 my-twin/
-  twin.json            format version, task type, names, settings, the checksum of every file
+  twin.json            format version, task type, names, settings, the checksum of every file and of itself
   model/               the shared expert: a Hugging Face checkpoint with its tokenizer (a classifier's without head)
   experts/NAME/        adapter_config.json, adapter_model.safetensors: the exclusive factors as a PEFT LoRA adapter
                        on model/ (scale 1); vectors.safetensors: the exclusive vector's 1-D tensors, which LoRA cannot
@@ -30,18 +30,20 @@ from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.peft_files import load_adapter, save_adapter, save_tensors
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transformers, read_config, skeleton_of
 from twin_bench.checkpoints.sources import require_expert_name
+from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, shown
-from twin_bench.files import digest_file, read_json, write_json, written_at_once
+from twin_bench.files import digest, digest_file, read_json, write_json, written_at_once
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.paper import AdapterStack, PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.router import Router, RouterConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """The version of the directory's format. It is raised when an older twin-bench could not read a new directory.
 
-Directories of all earlier versions stay readable. The version of twin-bench that built a twin is in twin.json for
+Directories of all earlier versions stay readable. From version 2 on, twin.json has a checksum of its own content. The
+version of twin-bench that built a twin is in twin.json for
 information only, and is part of no digest.
 """
 
@@ -67,7 +69,7 @@ def save_twin(
     """
     with written_at_once(directory) as root:
         (model.base_model if skeleton.head else model).save_pretrained(root / "model")
-        tokenizer.save_pretrained(root / "model")
+        save_tokenizer(tokenizer, root / "model")
         for name in parts.exclusive:
             _save_expert(root / "experts" / name, name, parts, skeleton)
         if parts.router is not None:
@@ -85,7 +87,7 @@ def save_twin(
                 if file.is_file()
             },
         }
-        write_json(root / "twin.json", manifest)
+        write_json(root / "twin.json", {**manifest, "sha256": _checksum(manifest)})
 
 
 class Loaded(NamedTuple):
@@ -160,8 +162,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InputError(f"{file}: damaged, no JSON object; build the twin again")
     version = manifest.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or version < 1:
+        raise InputError(f"{file}: damaged, format_version {version!r} is none; build the twin again")
+    if version > FORMAT_VERSION:
         raise InputError(f"{file}: format {version}, this twin-bench reads up to {FORMAT_VERSION}; upgrade twin-bench")
+    if version > 1 and manifest.get("sha256") != _checksum(manifest):
+        raise InputError(f"{file}: edited or damaged (its own sha256 does not match); build the twin again")
     missing = [key for key in ("task_type", "experts", "files") if key not in manifest]
     if missing:
         raise InputError(f"{file}: damaged, {missing[0]!r} is missing; build the twin again")
@@ -171,6 +177,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for name in manifest["experts"]:
         require_expert_name(name)
     return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of what twin.json says, but for that sum itself."""
+    return digest(json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"})))
 
 
 def _require_kinds(file: Path, manifest: Mapping[str, Any]) -> None:
@@ -292,7 +303,9 @@ def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
         factors = PaperFactors(adapters, manifest["shared"]["scaling"], limits.get("density"), limits.get("rank"))
         return PaperParts(router=router, factors=factors)
     biases = folder / "biases.safetensors"
-    return PaperParts(load_file(biases), router) if biases.is_file() else None
+    if not biases.is_file():
+        return None
+    return PaperParts(load_file(biases), router, density=manifest["exclusive"].get("density"))
 
 
 def _save_adapters(adapters: Mapping[str, AdapterStack], file: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
+from twin_bench.checkpoints.finite import require_no_overflow, require_weights
 from twin_bench.errors import InputError
 from twin_bench.merging.linear_algebra import truncated_svd
 
@@ -63,8 +64,8 @@ def exclusive_vector(
         Factors and vectors in float32, or in float64 for float64 parameters. Equal parameters are left out.
 
     Raises:
-        InputError: Density or rank is out of range, a tensor of three or more dimensions differs, or the SVD of a
-            difference fails (because it is not finite, for example).
+        InputError: Density or rank is out of range, a tensor holds NaN or inf, a tensor of three or more dimensions
+            differs, or the SVD of a difference fails.
     """
     factors: dict[str, Factors] = {}
     vectors: dict[str, Tensor] = {}
@@ -72,7 +73,9 @@ def exclusive_vector(
         if not base.is_floating_point():
             continue
         exact = torch.promote_types(base.dtype, torch.float32)
-        difference = expert[name].to(exact) - base.to(exact)
+        theirs = require_weights(expert[name], name, "expert")
+        difference = theirs.to(exact) - require_weights(base, name, "shared expert").to(exact)
+        require_no_overflow(difference, name, "exclusive vectors")
         if not difference.any():
             continue
         if difference.ndim == 1:

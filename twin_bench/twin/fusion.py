@@ -63,7 +63,7 @@ class Fusion:
         """
         bias_weights = weights if bias_weights is None else bias_weights
         with self._running("fused", weights, bias_weights):
-            if self._fused is None or not all(map(torch.equal, self._fused, (weights, bias_weights))):
+            if self._fused is None or not all(map(_same, self._fused, (weights, bias_weights))):
                 self._fused = None
                 for layer in self.layers:
                     layer.fuse(weights, bias_weights)
@@ -123,6 +123,10 @@ class Fusion:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state without a lock, and make a new one."""
         self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
 
 
 class Columns(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
+from twin_bench.files import digest
 from twin_bench.twin.arguments import (
     checked_batch,
     require_count,
@@ -24,6 +25,8 @@ from twin_bench.twin.arguments import (
     tasks_of,
 )
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
+from twin_bench.twin.device import usable_device
+from twin_bench.twin.encoded import Encoded, Text, distinct, identity
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
@@ -31,9 +34,6 @@ from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Rout
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
 from twin_bench.twin.router import Router
 from twin_bench.twin.tolerance import simplified
-
-Text = tuple[str, str | None]
-Encoded = Mapping[str, list[int]]
 
 
 class TwinModel(nn.Module, abc.ABC):
@@ -122,7 +122,7 @@ class TwinModel(nn.Module, abc.ABC):
 
         Args:
             directory: a directory written by `twin-bench build`.
-            device: the device to run on; the CPU by default.
+            device: the device to run on; the CPU by default. `auto` is cuda, else mps, else cpu.
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
             routing: router, task or none.
@@ -207,7 +207,12 @@ class TwinModel(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def route_all(
-        self, encoded: Sequence[Encoded], tasks: Sequence[str] | None = None, *, batch_size: int = 32
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Return the fusion weights (rows, experts) of encoded rows. Each distinct row is routed once.
 
@@ -215,10 +220,30 @@ class TwinModel(nn.Module, abc.ABC):
             encoded: the rows, none empty.
             tasks: the rows' tasks. They are used only where `routing` is `task`.
             batch_size: the largest number of rows in a forward.
+            progress: called with the number of rows done since the last call.
 
         Raises:
             InputError: `routing` is `task` and a row's task is missing or unknown; or a weight is not finite.
         """
+        done = 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            if progress:
+                progress(rows)
+
+        weights = self._distinct_routed(encoded, tasks, batch_size, advance)
+        advance(len(encoded) - done)  # the copies of rows, and rows that no forward was needed for
+        return weights
+
+    def _distinct_routed(
+        self,
+        encoded: Sequence[Encoded],
+        tasks: Sequence[str] | None,
+        batch_size: int,
+        progress: Callable[[int], None],
+    ) -> Tensor:
         if self.routing == "task":
             if tasks is None:
                 raise InputError("routing=task needs the rows' tasks")
@@ -227,7 +252,7 @@ class TwinModel(nn.Module, abc.ABC):
             return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         router = self._required_router()
         rows, place = distinct(encoded)
-        features = self.features_of(rows, [router.config.layer], batch_size=batch_size)[0]
+        features = self.features_of(rows, [router.config.layer], batch_size=batch_size, progress=progress)[0]
         numbers = place.new_zeros(len(rows)).scatter_(0, place, torch.arange(len(place)))  # a request of each row
         parts = zip(features.split(batch_size), numbers.split(batch_size), strict=True)
         weights = torch.cat([router.weights(part, own.tolist()) for part, own in parts])
@@ -270,7 +295,7 @@ class TwinModel(nn.Module, abc.ABC):
             **surroundings(self.device),
             "backbone": self._backbone_digest,
             "dtype": str(self.model.dtype),
-            "rows": [identity(row) for row in rows],
+            "rows": [digest(identity(row).hex()) for row in rows],
             "batch_size": batch_size,
         }
         last = self.model.config.num_hidden_layers
@@ -370,29 +395,3 @@ _KINDS: dict[TaskType, type[TwinModel]] = {}
 def twin_class(task_type: TaskType) -> type[TwinModel]:
     """Return the class of twins that serves models of `task_type`."""
     return _KINDS[task_type]
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """Return the named device, the CPU for None. Raise an InputError for a device that this machine does not have."""
-    try:
-        chosen = torch.device(device or "cpu")
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r}: {str(error).partition(chr(10))[0]}") from None
-    return chosen
-
-
-def identity(encoded: Encoded) -> tuple[int, ...]:
-    """Return a key that is equal for two encoded rows if and only if they are the same input."""
-    return (*encoded["input_ids"], *encoded.get("token_type_ids", ()))
-
-
-def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
-    """Return the distinct rows among encoded rows, and the place of each row among them, (rows,) int64.
-
-    The distinct rows are sorted, so that not even the last bit of a result depends on the order of the rows.
-    """
-    by_identity = {identity(row): row for row in rows}
-    order = sorted(by_identity)
-    place = {one: index for index, one in enumerate(order)}
-    return [by_identity[one] for one in order], torch.tensor([place[identity(row)] for row in rows])

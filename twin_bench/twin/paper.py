@@ -1,7 +1,13 @@
-"""The protocol paper for LoRA experts: the authors' code merges, truncates and fuses A and B separately.
+"""The protocol paper: the rank of exclusive vectors in the authors' code, and its arithmetic for LoRA experts.
 
-W(x) = W_0 + s B(x) A(x) with A(x) = A_s + sum_t w_t(x) v^A_t. A_s is the merge of all A_t, and v^A_t is the truncated
-SVD of A_t - A_s. B(x) is computed in the same way.
+Rank: the authors compute int((1 - rate) * min(m, n)) in floating point, where rate = 1 - density is the fraction that
+is dropped. At rate 0.9, 1 - rate is 0.09999999999999998, and the rank is one lower than density * min(m, n) where
+min(m, n) is a multiple of 10. `authors_rank` reproduces that. A twin stores exclusive vectors of the exact rank, and
+the protocol paper leaves out the last direction.
+
+LoRA experts: the authors' code merges, truncates and fuses A and B separately. W(x) = W_0 + s B(x) A(x) with A(x) =
+A_s + sum_t w_t(x) v^A_t. A_s is the merge of all A_t, and v^A_t is the truncated SVD of A_t - A_s. B(x) is computed in
+the same way.
 
 This differs from the paper's text, which fuses delta W = s B A. The product has cross terms between experts, and the
 shared expert's lambda is squared. Only the protocol paper computes this.
@@ -18,12 +24,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twin_bench.checkpoints.checkpoint import Checkpoint
+from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import InputError
+from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.linear_algebra import truncated_svd
-from twin_bench.merging.registry import merge_lazily
-from twin_bench.twin.exclusive import exclusive_rank
+from twin_bench.twin.exclusive import Exclusive, exclusive_rank
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import by_row
+
+
+def authors_rank(shape: torch.Size, density: float) -> int:
+    """Return int((1 - rate) * min(m, n)) as the authors' code computes it, for the rate that 1 - density is written as.
+
+    It is int(density * min(m, n)), or one less: 31 and not 32 for density 0.1 and 320.
+    """
+    rate = round(1 - density, 12)
+    return int((1 - rate) * min(shape))
+
+
+def at_authors_ranks(exclusive: Mapping[str, Exclusive], density: float) -> dict[str, Exclusive]:
+    """Return exclusive vectors of `density` cut to the authors' ranks. The last columns have the smallest values."""
+    return {
+        task: Exclusive(
+            {
+                name: Factors(B[:, :rank], A[:rank])
+                for name, (B, A) in own.factors.items()
+                if (rank := authors_rank(torch.Size((len(B), A.shape[1])), density))
+            },
+            own.vectors,
+        )
+        for task, own in exclusive.items()
+    }
 
 
 class AdapterStack(NamedTuple):
@@ -88,7 +119,8 @@ def merge_lora_factors(
     merged = merge_lazily(method, zeros, own, **options)
     parameters = dict(base.items())
     for name, stack in stacks.items():
-        delta = stack.scale * merged[f"{name}.B"] @ merged[f"{name}.A"]
+        adapter = next(iter(experts.values())).low_rank[name]
+        delta = adapter.oriented(stack.scale * merged[f"{name}.B"] @ merged[f"{name}.A"])
         parameters[name] = (parameters[name].float() + delta).to(parameters[name].dtype)
     return parameters
 
@@ -169,7 +201,10 @@ class PaperLinear(nn.Module):
 def _shared_and_exclusive(tensors: Tensor, parts: PaperFactors) -> Tensor:
     """Return the shared factor S = lambda sum_t X_t and every SVD_r(X_t - S), (1 + T, p, q), for factors (T, p, q)."""
     shared = parts.scaling * tensors.sum(dim=0)
-    rank = exclusive_rank(shared.shape, density=parts.density, rank=parts.rank)
+    if parts.density is None:
+        rank = exclusive_rank(shared.shape, rank=parts.rank)
+    else:
+        rank = authors_rank(shared.shape, parts.density)
     kept = [torch.zeros_like(shared)] * len(tensors)
     if rank:
         factors = [truncated_svd(tensor - shared, rank) for tensor in tensors]

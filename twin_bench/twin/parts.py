@@ -23,7 +23,8 @@ ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 class PaperParts:
     """The parts that only the protocol paper needs.
 
-    `biases` are a classifier's pretrained biases, with which the authors' router computes its features.
+    `biases` are a classifier's pretrained biases, with which the authors' router computes its features. `density` is
+    the density of a classifier's exclusive vectors, or None if they were given a rank (see `paper.authors_rank`).
     `factors` are a language model's LoRA experts, which the authors merge factor by factor.
     `router` is the router that was selected on test rows, or None if there were none.
     """
@@ -31,6 +32,7 @@ class PaperParts:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     router: Router | None = None
     factors: PaperFactors | None = None
+    density: float | None = None
 
 
 @dataclass(frozen=True)

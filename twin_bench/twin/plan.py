@@ -89,8 +89,8 @@ def plan(
     weights = weights[chosen]
     if not weights.shape[1]:
         return [Group(tuple(chosen), weights[0])]
-    unique, member = torch.unique(weights, dim=0, return_inverse=True)
-    used, member = (unique != 0).cpu(), member.cpu()
+    found, member = torch.unique(weights.cpu(), dim=0, return_inverse=True)  # not every device can
+    unique, used = found.to(weights.device), found != 0
     lengths = torch.tensor([tokens[row] for row in chosen], dtype=torch.float64)
     group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member, lengths)
     fusion = used.double() @ torch.tensor(costs.fuse, dtype=torch.float64) + costs.rebuild

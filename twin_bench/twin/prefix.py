@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import DynamicCache
 
+from twin_bench.twin.encoded import packed
 from twin_bench.twin.plan import Group
 
 WORTHWHILE_TOKENS = 16
@@ -53,19 +54,30 @@ def shared_prefixes(inputs: Mapping[int, Sequence[int]], limits: Mapping[int, in
 
     Args:
         inputs: each row's tokens.
-        limits: the number of each row's tokens that a prefix may contain.
+        limits: the number of each row's tokens that a prefix may contain, at most all.
     """
     sets: list[Sharing] = []
-    for row in sorted(inputs, key=lambda row: (tuple(inputs[row]), row)):
-        if sets:
-            rows, length = sets[-1]
-            common = min(_common(inputs[rows[0]], inputs[row]), length, limits[row])
+    alone: list[int] = []
+
+    def close(rows: list[int], length: int) -> None:
+        if len(rows) > 1:
+            sets.append(Sharing(tuple(rows), length))
+        else:
+            alone.extend(rows)
+
+    rows: list[int] = []
+    length = 0
+    for row in sorted(inputs, key=lambda row: (packed(inputs[row]), row)):
+        if rows:
+            common = _common(inputs[rows[0]], inputs[row], min(length, limits[row]))
             if common >= WORTHWHILE_TOKENS and len(rows) * common >= (len(rows) - 1) * length:
-                sets[-1] = Sharing((*rows, row), common)
+                rows.append(row)
+                length = common
                 continue
-        sets.append(Sharing((row,), limits[row]))
-    alone = tuple(sorted(shared.rows[0] for shared in sets if len(shared.rows) == 1))
-    return [shared for shared in sets if len(shared.rows) > 1] + ([Sharing(alone, 0)] if alone else [])
+        close(rows, length)
+        rows, length = [row], limits[row]
+    close(rows, length)
+    return sets + ([Sharing(tuple(sorted(alone)), 0)] if alone else [])
 
 
 def shared_in_group(
@@ -79,18 +91,19 @@ def shared_in_group(
         inputs: the tokens of all N rows.
         limits: the number of each row's tokens that a prefix may contain.
     """
+    if group.weights is not None:  # all rows of a fused group have its weights
+        return shared_prefixes({row: inputs[row] for row in group.rows}, limits)
     alike: dict[tuple[float, ...], list[int]] = {}
-    for row in group.rows:
-        alike.setdefault(tuple(weights[row].tolist()), []).append(row)
-    found = [
-        one
-        for rows in alike.values()
-        for one in shared_prefixes({row: inputs[row] for row in rows}, {row: limits[row] for row in rows})
-    ]
+    for row, own in zip(group.rows, weights[list(group.rows)].tolist(), strict=True):
+        alike.setdefault(tuple(own), []).append(row)
+    found = [one for rows in alike.values() for one in shared_prefixes({row: inputs[row] for row in rows}, limits)]
     alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
     return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the number of tokens that two rows have in common at their beginning."""
-    return sum(1 for _ in itertools.takewhile(bool, map(operator.eq, first, second)))
+def _common(first: Sequence[int], second: Sequence[int], limit: int) -> int:
+    """Return the number of tokens that two rows have in common at their beginning, `limit` at most."""
+    begin, other = first[:limit], second[:limit]
+    if begin == other:  # most rows of a set: much faster than token by token
+        return limit
+    return sum(1 for _ in itertools.takewhile(bool, map(operator.eq, begin, other)))

@@ -7,8 +7,10 @@ requests. No answer depends on the other requests, on their order, or on the bat
 
 from __future__ import annotations
 
+import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +19,13 @@ from torch import Tensor
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import require_count, require_run
 from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.encoded import packed
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
 
 Progress = Callable[[int], None]
-"""It is called with the number of requests that were answered since the last call."""
+"""It is called with the number of steps since the last call. Each request takes two: it is routed, and answered."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Score:
     continuation: Sequence[int]
     routed_on: Sequence[int] | None = None
     task: str | None = None
+
+    def tokens(self, window: int) -> Sequence[int]:
+        """Return the tokens whose logits score the continuation: all but its last one, `window` at most."""
+        return array("I", [*self.context, *self.continuation][-window - 1 : -1])
 
 
 class Scored(NamedTuple):
@@ -85,7 +92,7 @@ def score(
         batch_size: the largest number of rows in a forward.
         max_length: the number of tokens of an input; by default the twin's. Of a longer input the last are kept.
         fusion_weights: (requests, experts), used in place of the router's.
-        progress: reports answered requests.
+        progress: reports routed and answered requests.
 
     Raises:
         InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
@@ -103,8 +110,8 @@ def score(
         if len(request.continuation) > window:
             raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
     contexts = [request.context if request.routed_on is None else request.routed_on for request in requests]
-    weights = _routed(twin, [ids[-window:] for ids in contexts], requests, fusion_weights, batch_size)
-    inputs = [(*request.context, *request.continuation)[-window - 1 : -1] for request in requests]
+    weights = _routed(twin, [_last(ids, window) for ids in contexts], requests, fusion_weights, batch_size, progress)
+    inputs = [request.tokens(window) for request in requests]
     asked = [len(request.continuation) for request in requests]
     askers = _same(inputs, weights)
     # A prefix ends before the first position whose logits some request needs.
@@ -141,27 +148,29 @@ def generate(
     Args:
         twin: the twin that answers.
         requests: the requests.
-        batch_size: the largest number of requests in a forward. Each of their completions is a row.
+        batch_size: the largest number of rows in a forward. Each completion is a row.
         max_length: the number of tokens of a prompt and its completion; by default the twin's.
         fusion_weights: (requests, experts), used in place of the router's.
         log_probs: whether to return log-probabilities. Without them no logits are kept, which saves memory.
-        progress: reports answered requests.
+        progress: reports routed and answered requests.
 
     Raises:
-        InputError: an empty prompt, no token to generate, a prompt and completion over `max_length`, a token outside
-            the vocabulary, or a missing task.
+        InputError: a request that `check_generate` refuses, or a missing task.
     """
     require_run(requests, batch_size, max_length, twin.model.config)
     if not requests:
         return []
-    window = max_length or twin.max_length
     for request in requests:
-        _check_prompt(twin, request, window)
-    weights = _routed(twin, [request.prompt for request in requests], requests, fusion_weights, batch_size)
+        check_generate(twin, request, max_length)
+    begun = time.perf_counter()
+    window = max_length or twin.max_length
+    prompts = [_last(request.prompt, window) for request in requests]
+    weights = _routed(twin, prompts, requests, fusion_weights, batch_size, progress)
+    routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
     kinds: dict[tuple[int, Decoding], list[int]] = {}
     for row, request in enumerate(requests):
         kinds.setdefault((request.max_new_tokens, request.decoding), []).append(row)
-    answers: dict[int, list[Completion]] = {}
+    answers: list[dict[int, Completion]] = [{} for _ in requests]
     for (steps, decoding), rows in kinds.items():
         largest = takes_largest(decoding.options(twin.tokenizer, [""], 1), twin.model.generation_config)
         found = (
@@ -169,31 +178,45 @@ def generate(
             if steps == 1 and largest
             else _texts(twin, requests, rows, weights, batch_size, log_probs)
         )
-        for row, completions in found:
-            answers[row] = completions
-            if progress:
+        for (row, number), completion in _timed(found):
+            answers[row][number] = replace(completion, seconds=completion.seconds + routing)
+            if progress and len(answers[row]) == requests[row].completions:
                 progress(1)
-    return [answers[row] for row in range(len(requests))]
+    return [[own[number] for number in range(len(own))] for own in answers]
+
+
+Text = tuple[tuple[int, int], Completion]
+"""A request's place in its list, the number of one of its completions, and that completion."""
+
+
+def _timed(found: Iterator[Sequence[Text]]) -> Iterator[Text]:
+    """Yield the texts of batches. The time that a batch took is shared equally by its texts."""
+    begun = time.perf_counter()
+    for batch in found:
+        share = (time.perf_counter() - begun) / len(batch)
+        for place, completion in batch:
+            yield place, replace(completion, seconds=share)
+        begun = time.perf_counter()
 
 
 def _one_token_each(
     twin: TwinCausalLM, requests: Sequence[Generate], rows: Sequence[int], weights: Tensor, batch_size: int
-) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield some requests' completions of one token. They take one forward, so the prompts can share prefixes.
+) -> Iterator[list[Text]]:
+    """Yield batches of some requests' completions of one token. They take one forward, so prompts can share prefixes.
 
-    All `rows` have the same decoding.
+    All `rows` have the same decoding. The completions of a request are drawn from the logits of one row.
     """
     prompts = [request.prompt for request in requests]
+    decoding = requests[rows[0]].decoding
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     limits = {row: len(prompts[row]) - 1 for row in rows}
     for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
         logits = twin.last_logits([prompts[row][prefix.length :] for row in batch.rows], batch, weights, prefix)
-        counts = torch.tensor([requests[row].completions for row in batch.rows], device=logits.device)
-        seeds = [seed for row in batch.rows for seed in _seeds(requests[row])]
-        options = requests[batch.rows[0]].decoding.options(twin.tokenizer, seeds, max(map(len, prompts)))
-        found = iter(picked(logits.repeat_interleave(counts, dim=0), options, ends))
-        for row in batch.rows:
-            yield row, [next(found) for _ in range(requests[row].completions)]
+        copies = _copies(requests, batch.rows)
+        options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in copies], max(map(len, prompts)))
+        place = {row: index for index, row in enumerate(batch.rows)}
+        drawn = logits[[place[row] for row, _ in copies]]
+        yield list(zip(copies, picked(drawn, options, ends, twin.tokenizer, decoding.stop), strict=True))
 
 
 def _texts(
@@ -203,33 +226,44 @@ def _texts(
     weights: Tensor,
     batch_size: int,
     log_probs: bool,
-) -> Iterator[tuple[int, list[Completion]]]:
-    """Yield some requests' completions of several tokens. All `rows` have the same number of tokens and decoding.
+) -> Iterator[list[Text]]:
+    """Yield batches of some requests' completions of several tokens. All `rows` have the same length and decoding.
 
     No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
     the rest of its prompt, where a model with a window of attention counts it.
     """
     steps, decoding = requests[rows[0]].max_new_tokens, requests[rows[0]].decoding
-    prompts = [request.prompt for request in requests]
+    copies = _copies(requests, rows)
+    prompts = [requests[row].prompt for row, _ in copies]
+    own = weights[[row for row, _ in copies]]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    for batch, _ in _prefixed(twin, weights, prompts, dict.fromkeys(rows, 0), batch_size, steps):
-        copies = tuple(row for row in batch.rows for _ in range(requests[row].completions))
-        inputs = twin.collate([tokens(prompts[row]) for row in copies], padding_side="left")
+    for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, steps):
+        asked = [copies[place] for place in batch.rows]
+        inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
         length = inputs["input_ids"].shape[1]
-        seeds = [seed for row in batch.rows for seed in _seeds(requests[row])]
-        options = decoding.options(twin.tokenizer, seeds, length)
+        options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in asked], length)
         wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs}
-        output = twin.generate_batch(inputs, Group(copies, batch.weights), weights, **{**options, **wanted})
-        found = iter(completed(output, length, ends, twin.tokenizer.pad_token_id))
-        for row in batch.rows:
-            yield row, [next(found) for _ in range(requests[row].completions)]
+        output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
+        yield list(zip(asked, completed(output, length, ends, twin.tokenizer, decoding.stop), strict=True))
 
 
-def _seeds(request: Generate) -> list[str]:
-    return [f"{request.seed}/{number}" for number in range(request.completions)]
+def _copies(requests: Sequence[Generate], rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (row, number) of each completion of some requests."""
+    return [(row, number) for row in rows for number in range(requests[row].completions)]
 
 
-def _check_prompt(twin: TwinCausalLM, request: Generate, window: int) -> None:
+def _seed(requests: Sequence[Generate], copy: tuple[int, int]) -> str:
+    row, number = copy
+    return f"{requests[row].seed}/{number}"
+
+
+def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None = None) -> None:
+    """Raise an InputError for a request that `generate` can't answer.
+
+    That is an empty prompt, no token to generate, a prompt and completion over `max_length` (by default the twin's), or
+    a token outside the vocabulary.
+    """
+    window = max_length or twin.max_length
     twin.check_tokens(request.prompt, "prompt")
     require_count(request.max_new_tokens, "max_new_tokens", least=0)
     require_count(request.completions, "completions", least=0)
@@ -246,24 +280,33 @@ def _check_prompt(twin: TwinCausalLM, request: Generate, window: int) -> None:
 
 def _routed(
     twin: TwinCausalLM,
-    contexts: Sequence[Sequence[int]],
+    contexts: Sequence[list[int]],
     requests: Sequence[Score] | Sequence[Generate],
     given: Tensor | None,
     batch_size: int,
+    progress: Progress | None,
 ) -> Tensor:
     """Return the requests' fusion weights (requests, experts): the given ones, or those that the twin finds."""
     if given is not None:
+        if progress:
+            progress(len(contexts))
         return twin.checked_weights(given, len(contexts))
     tasks = [request.task for request in requests if request.task is not None]
     named = tasks if len(tasks) == len(requests) else None
-    return twin.route_all([tokens(ids) for ids in contexts], named, batch_size=batch_size)
+    # Not `tokens`, whose copies and masks would take several times the memory of a long list's contexts.
+    return twin.route_all([{"input_ids": ids} for ids in contexts], named, batch_size=batch_size, progress=progress)
 
 
-def _same(inputs: Sequence[tuple[int, ...]], weights: Tensor) -> dict[int, list[int]]:
+def _last(ids: Sequence[int], window: int) -> list[int]:
+    """Return the last tokens of a text as a list: no copy where `ids` is that list."""
+    return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])
+
+
+def _same(inputs: Sequence[Sequence[int]], weights: Tensor) -> dict[int, list[int]]:
     """Return, for the first row with each combination of input and weights, all rows with that combination."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for row, key in enumerate(weights.tolist()):
-        found.setdefault((inputs[row], tuple(key)), []).append(row)
+        found.setdefault((packed(inputs[row]), tuple(key)), []).append(row)
     return {rows[0]: rows for rows in found.values()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from twin_bench.data import TASKS
 from twin_bench.data.rows import scored_inputs, split_path
 from twin_bench.data.task import TaskInput
 from twin_bench.errors import InputError
-from twin_bench.twin.model import Encoded, TwinModel, distinct, twin_class
+from twin_bench.twin.encoded import Encoded, distinct
+from twin_bench.twin.model import TwinModel, twin_class
 from twin_bench.twin.parts import Parts, ProtocolName
 from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.router import RouterConfig, Trained, train_router
@@ -43,7 +45,8 @@ class RouterTraining:
     """What is needed to train the routers of a twin: its recipe, its parts so far, and rows.
 
     `shared` holds the shared expert's parameters, `rows` the labelled training rows of all tasks. `feature_cache` is
-    the directory in which features are kept from run to run, or None.
+    the directory in which features are kept from run to run, or None. `device` is where they are computed; the routers
+    themselves are small, and trained on the CPU.
     """
 
     recipe: Recipe
@@ -54,6 +57,7 @@ class RouterTraining:
     rows: Sequence[TaskInput]
     feature_cache: Path | None
     progress: Progress
+    device: torch.device
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -66,7 +70,7 @@ class RouterTraining:
         kind = twin_class(self.sources.skeleton.task_type)
         twin = kind(model, self.sources.tokenizer, self.parts, protocol=protocol)
         twin.feature_cache = self.feature_cache
-        return twin
+        return twin.to(self.device)
 
     def owners(self, rows: Sequence[TaskInput]) -> Tensor:
         """Return the index (rows,) of each row's expert, the label that a router is trained on."""
@@ -85,7 +89,7 @@ def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
     held_out = held_out_rows(rows, training.experts, settings.held_out, seed)
     twin = training.twin()
     best, layer_accuracy = _best_router(training, twin, held_out)
-    twin.router = best.router
+    twin.router = copy.deepcopy(best.router).to(training.device)
     probes = [row for row, chooses in zip(rows, held_out, strict=True) if chooses]
     parts = replace(training.parts, router=best.router, sensitivity=_sensitivity(twin, probes))
     summary = {

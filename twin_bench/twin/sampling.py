@@ -6,15 +6,15 @@ A sampled text depends on its request's seed. It does not depend on the batch or
 from __future__ import annotations
 
 import abc
-import functools
+import bisect
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -25,13 +25,15 @@ from transformers.generation.logits_process import (
 HARMLESS_SETTINGS = frozenset(
     {
         *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"),
-        *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+        *("temperature", "top_k", "top_p", "min_p", "typical_p"),
         *("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
     }
 )
 """Settings of a generation config that leave the largest logit the next token, when nothing is sampled."""
-HARMLESS_OPTIONS = frozenset({"do_sample", "logits_processor", "pad_token_id", "stopping_criteria", "use_cache"})
-"""Options of `generate` that leave the largest processed logit the next token, unless `do_sample` is true."""
+HARMLESS_OPTIONS = frozenset({"logits_processor", "stopping_criteria"})
+"""Options of `generate` that leave the largest processed logit the next token."""
+NEUTRAL = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+"""Values with which a setting or an option changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,32 @@ class Completion:
     """A generated text: its tokens, and each token's log-probability under the model's own distribution.
 
     `tokens` ends before the token that ended the text. That token is `end_token`, which is None for a text that ended
-    otherwise. `log_probs` are natural logarithms, one for each token; the list is empty if nobody asked for them.
+    otherwise. A text that is `stopped` ends with the token that completed a stop string. `log_probs` are natural
+    logarithms, one for each token; the list is empty if nobody asked for them. `seconds` is the text's share of the
+    time that its batch took, routing included.
     """
 
     tokens: list[int]
     log_probs: list[float]
     end_token: int | None = None
+    stopped: bool = False
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "endoftext"]:
+        """Why the text ended: at a stop string, at its largest length, or at an end token."""
+        if self.end_token is not None:
+            return "endoftext"
+        return "stop" if self.stopped else "length"
 
 
 class Decoding(abc.ABC):
-    """How tokens are chosen. Requests with equal decodings can share a batch, so a decoding is hashable."""
+    """How tokens are chosen. Requests with equal decodings can share a batch, so a decoding is hashable.
+
+    `stop` are the strings at which a completion is cut. The cut is after the token that completes one.
+    """
+
+    stop: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
@@ -66,7 +84,7 @@ class Sampling(Decoding):
     """Draws from the tempered distribution, or takes the most probable token at temperature 0.
 
     `top_p` below 1 keeps the most probable tokens whose probabilities sum to it. `stop` are strings that end a text.
-    They stay in the text.
+    They stay in the text. The prompt is no part of the text, so a stop string does not begin in it.
     """
 
     temperature: float = 0.0
@@ -75,9 +93,13 @@ class Sampling(Decoding):
 
     def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
         """Return the options of transformers' `generate` for one batch: greedy, over logits that carry the noise."""
-        options: dict[str, Any] = {"do_sample": False, "logits_processor": self._processors(seeds)}
+        options: dict[str, Any] = {
+            "do_sample": False,
+            "num_beams": 1,  # whatever the model's generation config says
+            "logits_processor": self._processors(seeds),
+        }
         if self.stop:
-            options["stopping_criteria"] = StoppingCriteriaList([_stop_criterion(tokenizer, self.stop)])
+            options["stopping_criteria"] = StoppingCriteriaList([_AtStop(tokenizer, self.stop, length)])
         return options
 
     def _processors(self, seeds: Sequence[str]) -> LogitsProcessorList:
@@ -105,10 +127,35 @@ class _Gumbel(LogitsProcessor):  # type: ignore[misc]
         return scores.double() + noise.to(scores.device)
 
 
-@functools.lru_cache(maxsize=16)
-def _stop_criterion(tokenizer: Any, stop: tuple[str, ...]) -> StopStringCriteria:
-    """Return the criterion that ends a text at a stop string. Making one takes half a second, so it is kept."""
-    return StopStringCriteria(tokenizer, list(stop))
+class _AtStop(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row whose new tokens hold a stop string. `length` is the number of tokens of the prompts."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], length: int) -> None:
+        self._tokenizer, self._stop, self._length = tokenizer, stop, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Return which rows of `input_ids` (rows, length) end, (rows,) bool."""
+        new = input_ids[:, self._length :].tolist()
+        return torch.tensor([_holds(self._tokenizer, ids, self._stop) for ids in new], device=input_ids.device)
+
+
+def stop_length(tokenizer: Any, ids: Sequence[int], stop: Collection[str]) -> int | None:
+    """Return how many of a text's tokens it takes to complete the first stop string; None where it holds none.
+
+    The text is one that ended there: what comes after is padding.
+    """
+    if not stop or not _holds(tokenizer, ids, stop):
+        return None
+    return bisect.bisect_left(range(len(ids)), True, lo=1, key=lambda count: _holds(tokenizer, ids[:count], stop))
+
+
+def _holds(tokenizer: Any, ids: Sequence[int], stop: Collection[str]) -> bool:
+    """Return whether a text holds a stop string.
+
+    All of it is decoded. Its last tokens alone can decode otherwise: a character can take several tokens.
+    """
+    text = tokenizer.decode(list(ids))
+    return any(string in text for string in stop)
 
 
 def takes_largest(options: Mapping[str, Any], generation_config: Any) -> bool:
@@ -118,10 +165,9 @@ def takes_largest(options: Mapping[str, Any], generation_config: Any) -> bool:
         options: options of transformers' `generate`.
         generation_config: the model's generation config. It may ask for a repetition penalty, suppressed tokens, ...
     """
-    changed = {name for name, value in generation_config.to_diff_dict().items() if value is not None}
-    if generation_config.repetition_penalty == 1.0:
-        changed.discard("repetition_penalty")
-    return changed <= HARMLESS_SETTINGS and options.keys() <= HARMLESS_OPTIONS and not options.get("do_sample")
+    asked = {**generation_config.to_diff_dict(), **options}
+    changed = {name for name, value in asked.items() if value is not None and value != NEUTRAL.get(name)}
+    return changed <= HARMLESS_SETTINGS | HARMLESS_OPTIONS
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
@@ -131,33 +177,40 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
     return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
-def picked(logits: Tensor, options: Mapping[str, Any], ends: Collection[int]) -> list[Completion]:
+def picked(
+    logits: Tensor, options: Mapping[str, Any], ends: Collection[int], tokenizer: Any, stop: Collection[str] = ()
+) -> list[Completion]:
     """Return completions of one token, picked as `generate` would with these options.
 
     Args:
         logits: (rows, vocabulary) of the token after each prompt.
         options: options of `generate` that `takes_largest` allows.
         ends: the tokens that end a text.
+        tokenizer: the model's tokenizer.
+        stop: the strings that end a text.
     """
     scores = logits.float()
     unread: Any = torch.zeros(len(scores), 0, dtype=torch.long)  # stands for the prompts, which no processor here reads
     tokens = options.get("logits_processor", LogitsProcessorList())(unread, scores).argmax(dim=-1)
-    log_probs = torch.log_softmax(scores, dim=-1).gather(1, tokens[:, None])[:, 0].tolist()
-    return [
-        Completion([], [], token) if token in ends else Completion([token], [log_prob])
-        for token, log_prob in zip(tokens.tolist(), log_probs, strict=True)
-    ]
+    log_probs = torch.log_softmax(scores, dim=-1).gather(1, tokens[:, None]).tolist()
+    found = zip(tokens.tolist(), log_probs, strict=True)
+    return [_cut([token], own, ends, tokenizer, stop) for token, own in found]
 
 
-def completed(output: Any, length: int, ends: Collection[int], padding: int | None) -> list[Completion]:
-    """Return the completions that `generate` found for a batch, each cut at its first end token.
+def completed(
+    output: Any, length: int, ends: Collection[int], tokenizer: Any, stop: Collection[str] = ()
+) -> list[Completion]:
+    """Return the completions that `generate` found for a batch, each cut at its first end token or stop string.
+
+    What fills a row that ended before its batch did comes after that cut.
 
     Args:
         output: what `generate` returned with `return_dict_in_generate`. Log-probabilities are read from its `logits`,
             where those were asked for.
         length: the number of tokens of the prompts, padding included.
         ends: the tokens that end a text.
-        padding: the token that fills rows which ended before the batch did.
+        tokenizer: the model's tokenizer.
+        stop: the strings that end a text.
     """
     new = output.sequences[:, length:]
     log_probs: list[list[float]] = [[] for _ in new]
@@ -167,11 +220,15 @@ def completed(output: Any, length: int, ends: Collection[int], padding: int | No
             for place, logits in enumerate(output.logits)
         ]
         log_probs = torch.stack(steps, dim=1).tolist()
-    found: list[Completion] = []
-    for ids, own in zip(new.tolist(), log_probs, strict=True):
-        kept = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-        end = ids[kept] if kept < len(ids) else None
-        while kept and end is None and ids[kept - 1] == padding:
-            kept -= 1
-        found.append(Completion(ids[:kept], own[:kept], end))
-    return found
+    return [_cut(ids, own, ends, tokenizer, stop) for ids, own in zip(new.tolist(), log_probs, strict=True)]
+
+
+def _cut(
+    ids: list[int], log_probs: list[float], ends: Collection[int], tokenizer: Any, stop: Collection[str]
+) -> Completion:
+    """Return the completion that new tokens begin with: up to the first stop string or before the first end token."""
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    stopped = stop_length(tokenizer, ids[:end], stop)
+    if stopped is not None:
+        return Completion(ids[:stopped], log_probs[:stopped], stopped=True)
+    return Completion(ids[:end], log_probs[:end], None if end is None else ids[end])

@@ -78,13 +78,14 @@ def simplified(weights: Tensor, change: float) -> Tensor:
     """
     if change <= 0 or not weights.numel():
         return weights
+    given, weights = weights, weights.cpu()  # not every device has float64
     top = weights.abs().argmax(dim=1)
     one_hot = torch.nn.functional.one_hot(top, weights.shape[1]).to(weights)
     magnitudes, order = weights.abs().double().sort(dim=1)
     dropped = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, magnitudes.cumsum(dim=1) <= change)
     dropped.scatter_(1, top[:, None], False)  # The largest weight is kept: it decides the head under `routed`.
     alone = ((one_hot.double() - weights.double()).abs().sum(dim=1) <= change) & weights.any(dim=1)
-    return torch.where(alone[:, None], one_hot, weights.masked_fill(dropped, 0))
+    return torch.where(alone[:, None], one_hot, weights.masked_fill(dropped, 0)).to(given.device)
 
 
 def _root_mean_square(values: Sequence[float]) -> float:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from helm.clients.huggingface_client import HuggingFaceClient
 from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
-from helm.common.request import Request
+from helm.common.request import ErrorFlags, Request
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
 from tests.support.dense import dense
 from tests.support.models import WORDS
-from twin_bench import TwinModel
+from twin_bench import InputError, TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.client import TwinClient
@@ -67,9 +67,9 @@ def answers_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     answered: list[int] = []
     answer = Engine.answer
 
-    def counted(engine: Engine, requests: Any) -> Any:
+    def counted(engine: Engine, requests: Any, progress: Any = None) -> Any:
         answered.append(len(requests))
-        return answer(engine, requests)
+        return answer(engine, requests, progress)
 
     monkeypatch.setattr(Engine, "answer", counted)
     return answered
@@ -87,6 +87,8 @@ def test_it_answers_as_helms_own_client(alone: Path, causal_families: Any) -> No
         found, expected = (served.make_request(request).completions[0] for served in (ours, theirs))
         assert found.text == expected.text
         assert [token.text for token in found.tokens] == [token.text for token in expected.tokens]
+        assert all(abs(token.logprob) < 1e-3 for token in expected.tokens)  # at a temperature of 1e-7
+        assert any(token.logprob < -1 for token in found.tokens)
     for request in asks(5, echo_prompt=True, max_tokens=0):
         found, expected = (served.make_request(request).completions[0] for served in (ours, theirs))
         assert found.text == expected.text
@@ -139,6 +141,31 @@ def test_threads_lists_and_single_requests_agree(
         assert len({text for answer in one_by_one for text, _, _ in answer}) > len(requests)
 
 
+def test_a_stop_sequence_ends_tokens_and_log_probability_in_any_company(three: Path) -> None:
+    """Alone, among eight threads and in a list; and each completion says why it ended."""
+    free = [client(three).make_request(request).completions[0] for request in asks(8, max_tokens=12)]
+    stop = free[0].tokens[1].text
+    requests = asks(8, max_tokens=12, stop_sequences=[stop])
+    one_by_one = [client(three, batch_size=1).make_request(request).completions[0] for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        together = [result.completions[0] for result in pool.map(client(three).make_request, requests)]
+    whole = client(three, batch_size=3)
+    whole.prepare(requests)
+    for found in (together, [whole.make_request(request).completions[0] for request in requests]):
+        for ours, alone in zip(found, one_by_one, strict=True):
+            assert (ours.text, ours.finish_reason) == (alone.text, alone.finish_reason)
+            assert len(ours.tokens) == len(alone.tokens)
+            assert ours.logprob == pytest.approx(alone.logprob, abs=1e-4)
+    for found, uncut in zip(one_by_one, free, strict=True):
+        assert found.text == uncut.text.partition(stop)[0]
+        assert found.finish_reason == {"reason": "stop" if stop in uncut.text else "length"}
+        assert found.logprob == pytest.approx(sum(token.logprob for token in found.tokens))
+        kept = zip(found.tokens, uncut.tokens, strict=False)
+        assert all(ours.logprob == pytest.approx(theirs.logprob, abs=1e-4) for ours, theirs in kept)
+        assert len(found.tokens) < 12 or stop not in uncut.text
+    assert {found.finish_reason["reason"] for found in one_by_one} == {"stop", "length"}
+
+
 def test_random_draws_again(three: Path) -> None:
     ours = client(three)
     first, again, other = (asks(6, temperature=1.5, random=seed) for seed in ("1", "1", "2"))
@@ -185,15 +212,20 @@ def test_the_cache_serves_the_same_twin_and_no_other(
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "says", "is_fatal"),
     [
-        ({"prompt": "cat " * 80}, "the model's window is 64"),
-        ({"prompt": ""}, "an empty prompt"),
-        ({"max_tokens": 0}, "a request for no tokens"),
-        ({"messages": [{"role": "user", "content": "cat"}], "prompt": ""}, "apply_chat_template: false"),
+        ({"prompt": "cat " * 80}, "the model's window is 64", False),
+        ({"prompt": "cat " * 80, "echo_prompt": True, "max_tokens": 0}, "the model's window is 64", False),
+        ({"prompt": ""}, "an empty prompt", False),
+        ({"max_tokens": 64}, "leaves no room for a prompt; the model's window is 64", True),
+        ({"max_tokens": 0}, "a request for no tokens", True),
+        ({"messages": [{"role": "user", "content": "cat"}], "prompt": ""}, "apply_chat_template: false", True),
     ],
 )
-def test_what_cannot_succeed_fails_once_with_its_reason(three: Path, changes: dict[str, Any], says: str) -> None:
+def test_what_cannot_succeed_fails_once_with_its_reason(
+    three: Path, changes: dict[str, Any], says: str, is_fatal: bool
+) -> None:
+    """What is wrong with one request is not fatal: HELM goes on without it."""
     ours = client(three)
     request = dataclasses.replace(asks(1)[0], **changes)
     with ThreadPoolExecutor(2) as pool:  # beside a request that can be answered
@@ -201,7 +233,7 @@ def test_what_cannot_succeed_fails_once_with_its_reason(three: Path, changes: di
     assert fine.success
     assert not failed.success
     assert says in failed.error
-    assert failed.error_flags.is_fatal
+    assert failed.error_flags.is_fatal == is_fatal
     assert failed.error_flags.is_retriable is False
 
 
@@ -217,27 +249,34 @@ def test_a_twin_that_is_damaged_or_none(three: Path, families: Any, tmp_path: Pa
         result = client(tmp_path / name).make_request(asks(1)[0])
         assert not result.success
         assert says in result.error
-        assert result.error_flags.is_retriable is False
+        assert result.error_flags == ErrorFlags(is_retriable=False, is_fatal=True)
 
 
-def test_a_chat_template_is_a_users_turn(three: Path, tmp_path: Path) -> None:
-    ours = client(three, apply_chat_template=True)
-    result = ours.make_request(asks(1)[0])
-    assert "no chat template" in result.error
-    tokenizer = ours.engine.twin.tokenizer
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    try:
-        by_turn = told(ours.make_request(dataclasses.replace(asks(1)[0], prompt="cat")))
-        by_messages = told(
-            ours.make_request(dataclasses.replace(asks(1)[0], prompt="", messages=[{"role": "user", "content": "cat"}]))
-        )
-        assert (
-            by_turn
-            == by_messages
-            == told(client(three).make_request(dataclasses.replace(asks(1)[0], prompt="user cat ")))
-        )
-    finally:
-        tokenizer.chat_template = None
+def test_a_failed_load_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+
+    def broken(directory: str, **options: Any) -> None:
+        loads.append(directory)
+        raise OSError("the disk is gone\nsecond line")
+
+    monkeypatch.setattr(TwinModel, "from_pretrained", broken)
+    ours = client(tmp_path / "broken")
+    ours.prepare(asks(20))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(ours.make_request, asks(20)))
+    assert len(loads) == 1
+    for result in results:
+        assert result.error == f"{tmp_path / 'broken'}: can't be loaded (the disk is gone)"
+        assert result.error_flags.is_fatal
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("tolerance", -1), ("batch_size", 0), ("dtype", "int8"), ("device", "gpu9"), ("protocol", "x")],
+)
+def test_a_wrong_setting_is_named(option: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"HELM's deployment of my-twin: {option}: .*"):
+        TwinClient(BlackHoleCacheConfig(), "my-twin", **{option: value})
 
 
 def test_cached_answers_are_plain_data(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,4 +293,5 @@ def test_cached_answers_are_plain_data(three: Path, monkeypatch: pytest.MonkeyPa
     assert ours.make_request(asks(1)[0]).success
     (response,) = kept
     assert response["completions"]
+    assert response["request_time"] > 0
     assert json.loads(json.dumps(response)) == response

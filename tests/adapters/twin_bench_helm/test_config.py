@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,16 @@ from helm.benchmark.scenarios.scenario import create_scenario
 from helm.common.object_spec import parse_object_spec
 
 from tests.support.interpreter import ADAPTERS, HEAVY, ROOT, loaded_by, python
-from tests.support.models import WORDS
+from tests.support.models import WORDS, tiny_causal_tokenizer
 from twin_bench import InputError
 from twin_bench.cli import main
+from twin_bench.files import digest_file
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.config import deployment_entry, metadata_entry, tokenizer_entry, write_helm_config
+from twin_bench_helm.local_path import LOCK
 from twin_bench_helm.plugin import cnndm
+from twin_bench_helm.settings import TwinSettings
 
 
 @pytest.fixture
@@ -74,20 +78,100 @@ def test_what_is_refused(twin: Path, families: Any, tmp_path: Path, capsys: pyte
         assert main(["helm-config", str(source), "--name", name, "--local-path", str(local)]) == 2
         assert says in capsys.readouterr().err
     assert {file.name: file.read_text() for file in there.iterdir()} == before
-    assert sorted(file.name for file in (tmp_path / "foreign").iterdir()) == ["model_metadata.yaml"]
+    assert {file.name for file in (tmp_path / "foreign").iterdir()} - {LOCK} == {"model_metadata.yaml"}
 
 
 def test_entries_are_plain_data_of_what_they_are_given(tmp_path: Path) -> None:
-    manifest = {"experts": ["mmlu", "bbq"], "parameters": {"shared": 7, "exclusive": 2}}
-    entry = metadata_entry("twin_merged/mine", manifest, "paper")
+    manifest = {
+        "experts": ["mmlu", "bbq"],
+        "parameters": {"shared": 7, "exclusive": 2},
+        "shared": {"method": "ties", "density": 0.2},
+        "exclusive": {"rank": 8},
+        "router": {"layer": 4, "top_k": 2, "paper": {"layer": -1}},
+    }
+    entry = metadata_entry("twin_merged/mine", manifest, TwinSettings())
     assert (entry.file, entry.key, entry.content["num_parameters"]) == ("model_metadata.yaml", "models", 9)
-    assert entry.content["description"] == "Twin-merged model of mmlu, bbq, protocol paper."
+    assert entry.content["description"] == (
+        "Twin-merged model of mmlu, bbq: shared expert by ties, exclusive vectors of rank 8, router on layer 4 with "
+        "its 2 largest weights, tolerance default, protocol standard."
+    )
+    entry = metadata_entry("twin_merged/mine", manifest, TwinSettings(protocol="paper", tolerance=0.01))
+    assert entry.content["description"].endswith("router on layer -1, tolerance 0.01, protocol paper.")
+    entry = metadata_entry("twin_merged/mine", {**manifest, "router": {}}, TwinSettings())
+    assert "no router" in entry.content["description"]
     without_ends = SimpleNamespace(eos_token=None, bos_token=None)
     assert tokenizer_entry("twin_merged/mine", tmp_path, without_ends).content["prefix_token"] == ""
     ends = SimpleNamespace(eos_token="</s>", bos_token=None)
     assert tokenizer_entry("twin_merged/mine", tmp_path, ends).content["prefix_token"] == "</s>"
     client = deployment_entry("twin_merged/mine", 5, {"twin": "t", "device": None}).content["client_spec"]
     assert client["args"] == {"twin": "t"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--tolerance", "-1"], "helm-config: tolerance: Input should be greater than or equal to 0 (found -1.0)"),
+        (["--tolerance", "nan"], "helm-config: tolerance: Input should be"),
+        (["--tolerance", "1"], "helm-config: tolerance: Input should be less than 1"),
+        (["--batch-size", "0"], "helm-config: batch_size: Input should be greater than or equal to 1 (found 0)"),
+        (["--dtype", "int8"], "helm-config: dtype: Input should be 'float32', 'bfloat16' or 'float16' (found 'int8')"),
+        (["--device", "gpu9"], "helm-config: device: no device: cpu, cuda, cuda:1"),
+        (["--protocol", "paper"], "can't serve protocol paper, which needs LoRA experts"),
+        (["--chat-template"], "the tokenizer has no chat template; leave out --chat-template"),
+    ],
+)
+def test_what_a_twin_can_not_be_served_with(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    command = ["helm-config", str(twin), "--name", "new", "--local-path", str(tmp_path / "there")]
+    assert main([*command, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_twin_that_can_not_answer_is_not_written_down(twin: Path, causal_families: Any, tmp_path: Path) -> None:
+    shutil.copytree(twin, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    build_twin(Recipe.model_validate({**causal_families("llama").recipe, "router": None}), tmp_path / "unrouted")
+    for name, options, says in (
+        ("damaged", {}, r"model\.safetensors: edited or damaged"),
+        ("unrouted", {}, "has no router for protocol standard"),
+    ):
+        with pytest.raises(InputError, match=says):
+            write_helm_config(tmp_path / name, "new", tmp_path / "there", **options)
+    assert not (tmp_path / "there").exists()
+
+
+def test_an_entry_is_replaced_where_that_is_asked_for(twin: Path, tmp_path: Path) -> None:
+    for name in ("first", "tiny", "last"):
+        write_helm_config(twin, name, tmp_path)
+    file = tmp_path / "model_deployments.yaml"
+    file.write_text("# by hand\n" + file.read_text())
+    write_helm_config(twin, "tiny", tmp_path, batch_size=3, device="cuda:7", replace=True)
+    found = yaml.safe_load(file.read_text())["model_deployments"]
+    assert [entry["name"] for entry in found] == ["twin_merged/first", "twin_merged/tiny", "twin_merged/last"]
+    assert [entry["client_spec"]["args"]["batch_size"] for entry in found] == [8, 3, 8]
+    assert file.read_text().startswith("# by hand\n")
+    write_helm_config(twin, "new", tmp_path, replace=True)  # there is none to replace
+    assert len(yaml.safe_load(file.read_text())["model_deployments"]) == 4
+
+
+def test_a_chat_template_takes_room_in_the_window(twin: Path, tmp_path: Path) -> None:
+    shutil.copytree(twin, tmp_path / "chat")
+    settings = tmp_path / "chat" / "model" / "tokenizer_config.json"
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    manifest = json.loads((tmp_path / "chat" / "twin.json").read_text())
+    manifest["files"]["model/tokenizer_config.json"] = digest_file(settings)
+    (tmp_path / "chat" / "twin.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    for chat in (False, True):
+        write_helm_config(tmp_path / "chat", "c", tmp_path / "there", apply_chat_template=chat, replace=True)
+        (entry,) = yaml.safe_load((tmp_path / "there" / "model_deployments.yaml").read_text())["model_deployments"]
+        tokenizer = tiny_causal_tokenizer()
+        around = len(tokenizer("<user> 1. ")["input_ids"]) - len(tokenizer("1.")["input_ids"]) if chat else 0
+        assert entry["max_sequence_and_generated_tokens_length"] == 64 - around
 
 
 def test_the_files_are_written_without_helm() -> None:

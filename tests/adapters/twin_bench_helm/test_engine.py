@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from twin_bench import InputError, TwinModel
 from twin_bench_helm.engine import Ask, Engine
+from twin_bench_helm.errors import RefusedError
 
 pytestmark = pytest.mark.versions
 
@@ -63,8 +65,77 @@ def test_an_engine_told_the_task_tells_the_twin(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 3])
-def test_an_empty_prompt_is_refused(directory: Path, max_tokens: int) -> None:
-    with pytest.raises(InputError, match="an empty prompt: nothing to"):
-        Engine(TwinModel.from_pretrained(directory), 2).answer(
-            [dataclasses.replace(GREEDY, prompt=(), max_tokens=max_tokens)]
-        )
+def test_what_can_not_be_answered_does_not_disturb_the_rest(directory: Path, max_tokens: int) -> None:
+    engine = Engine(TwinModel.from_pretrained(directory), 2)
+    refused = {
+        (): "an empty prompt: give it",
+        (5,) * 66: "a prompt of 66 tokens",
+        (5, 4000): "token 4000 in a prompt: the model's vocabulary has 300",
+    }
+    asked = [dataclasses.replace(GREEDY, prompt=prompt, max_tokens=max_tokens) for prompt in refused]
+    found = engine.answer([asked[0], ASKED[0], *asked[1:], ASKED[1]])
+    assert [found[1], found[4]] == engine.answer(ASKED[:2])
+    for answer, says in zip((found[0], *found[2:4]), refused.values(), strict=True):
+        assert isinstance(answer, RefusedError)
+        assert says in str(answer)
+    with pytest.raises(RefusedError, match="an empty prompt"):
+        engine.ask(asked[0])
+
+
+def test_equal_requests_are_answered_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = TwinModel.from_pretrained(directory)
+    rows: list[int] = []
+    batch = twin.generate_batch
+
+    def counted(inputs: Any, *arguments: Any, **options: Any) -> Any:
+        rows.append(len(inputs["input_ids"]))
+        return batch(inputs, *arguments, **options)
+
+    monkeypatch.setattr(twin, "generate_batch", counted)
+    other = dataclasses.replace(GREEDY, seed="t")
+    found = Engine(twin, 8).answer([GREEDY, other, GREEDY, GREEDY])
+    assert rows == [2]
+    assert found == [found[0]] * 4
+
+
+def test_a_batch_over_the_memory_is_halved(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of this test holds three rows. The answers stay what they are."""
+    twin = TwinModel.from_pretrained(directory)
+    asked = [
+        dataclasses.replace(request, prompt=(*request.prompt, token))
+        for token in range(5, 15)
+        for request in (GREEDY, SCORED, dataclasses.replace(GREEDY, max_tokens=1))
+    ]
+    expected = Engine(twin, 16).answer(asked)
+    room = 3
+    rows: list[int] = []
+    forward = twin.model.forward
+
+    def limited(*arguments: Any, **inputs: Any) -> Any:
+        count = len(arguments[0] if arguments else inputs["input_ids"])
+        if count > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it.")
+        rows.append(count)
+        return forward(*arguments, **inputs)
+
+    monkeypatch.setattr(twin.model, "forward", limited)
+    engine, done = Engine(twin, 16), []
+    found = engine.answer(asked, done.append)
+    assert engine.batch_size == 2
+    assert sum(done) == 2 * len(asked)  # each is routed, and answered
+    assert max(rows) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [one.tokens for one in ours] == [one.tokens for one in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)
+    room = 0
+    with pytest.raises(InputError, match=r"of cpu does not hold one row \(CUDA out of memory\.\); use a"):
+        engine.answer(asked)
+
+
+def test_a_scored_prompt_takes_its_share_of_the_time(directory: Path) -> None:
+    engine = Engine(TwinModel.from_pretrained(directory), 4)
+    begun = time.perf_counter()
+    (short,), (long,) = engine.answer([SCORED, dataclasses.replace(SCORED, prompt=SCORED.prompt * 3)])
+    assert 0 < 3 * short.seconds == pytest.approx(long.seconds)
+    assert short.seconds + long.seconds <= time.perf_counter() - begun

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from tests.support.lm_eval_requests import text
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import joined
 from twin_bench.twin.classifier import Prediction
@@ -31,7 +32,7 @@ class FakeTwin:
     def classify(self, texts, tasks, *, batch_size, max_length, progress):
         self.calls.append([(*text, task) for text, task in zip(texts, tasks, strict=True)])
         self.options = batch_size, max_length
-        progress(len(tasks))
+        progress(2 * len(tasks))
         return [self.answer(*text, task) for text, task in zip(texts, tasks, strict=True)]
 
     def answer(self, text, text_pair, task):
@@ -90,3 +91,13 @@ def data(tmp_path_factory):
 def twin_directory(twins):
     """A tiny real twin of cola, stsb and mnli experts."""
     return twins("bert")
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """Return (context, continuation) pairs: shared contexts, none, one over the window; prompts; documents."""
+    rng = random.Random(0)
+    contexts = [text(rng, size) for size in (3, 6, 9, 4)]
+    pairs = [(context, f" {text(rng, size)}") for context in contexts for size in (1, 1, 3)]
+    pairs += [("", text(rng, 3)), (f"{text(rng, 5)} ", text(rng, 2)), (text(rng, 60), f" {text(rng, 2)}")]
+    return pairs, [*contexts, text(rng, 70)], [text(rng, 8), text(rng, 90), text(rng, 3)]

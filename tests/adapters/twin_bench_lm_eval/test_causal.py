@@ -1,54 +1,16 @@
 """A language model's twin in lm-eval: against lm-eval's own HFLM on merged checkpoints, and dense models a request."""
 
 import random
-import re
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from tests.support.dense import dense
-from tests.support.models import WORDS
+from tests.support.lm_eval_requests import generated, rolling, scored, served, text
 from twin_bench import InputError, TwinModel
-from twin_bench_lm_eval.causal import CausalTwin
-from twin_bench_lm_eval.model import TwinMerged
 
 pytestmark = pytest.mark.versions
-
-GREEDY = {"until": ["dog"], "max_gen_toks": 12, "do_sample": False}
-
-
-def text(rng, count):
-    return " ".join(rng.choices(WORDS, k=count))
-
-
-def scored(pairs):
-    return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-
-
-def rolling(texts):
-    return [Instance("loglikelihood_rolling", {}, (string,), index) for index, string in enumerate(texts)]
-
-
-def generated(prompts, **options):
-    return [Instance("generate_until", {}, (prompt, GREEDY | options), i) for i, prompt in enumerate(prompts)]
-
-
-@pytest.fixture(scope="module")
-def requests():
-    """Return (context, continuation) pairs: shared contexts, none, one over the window; prompts; documents."""
-    rng = random.Random(0)
-    contexts = [text(rng, size) for size in (3, 6, 9, 4)]
-    pairs = [(context, f" {text(rng, size)}") for context in contexts for size in (1, 1, 3)]
-    pairs += [("", text(rng, 3)), (f"{text(rng, 5)} ", text(rng, 2)), (text(rng, 60), f" {text(rng, 2)}")]
-    return pairs, [*contexts, text(rng, 70)], [text(rng, 8), text(rng, 90), text(rng, 3)]
-
-
-def served(directory, **options):
-    model = TwinMerged(pretrained=str(directory), device="cpu", dtype="float32", **options)
-    assert isinstance(model, CausalTwin)
-    return model
 
 
 def test_one_expert_answers_as_hflm_on_its_own_checkpoint(alone, causal_families, requests):
@@ -125,24 +87,6 @@ def test_other_answers_change_no_weight(three, monkeypatch):
         model.loglikelihood(scored([("the small cat", answer) for answer in answers]))
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0][0], seen[0][1])
-
-
-def test_a_batch_size_is_looked_for_once(three, monkeypatch):
-    """Processes that answer different groups would wait for each other for ever."""
-    model, found = served(three, batch_size="auto"), []
-    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, *_: found.append(1) or 2)
-    monkeypatch.setattr(type(model), "device", torch.device("meta"))  # no CPU, as far as lm-eval is told
-    route_all, sizes = model.twin.route_all, []
-
-    def spied(*arguments, batch_size):
-        sizes.append(batch_size)
-        return route_all(*arguments, batch_size=batch_size)
-
-    monkeypatch.setattr(model.twin, "route_all", spied)
-    for _ in range(2):
-        model.loglikelihood(scored([("the small cat", " dog"), ("a bird", " is")]))
-    assert sizes == [2, 2]
-    assert found == [1]
 
 
 def test_a_prompt_is_encoded_as_it_would_be_alone(three):
@@ -253,29 +197,14 @@ def test_features_are_kept_where_a_directory_is_named(three, requests, tmp_path,
     assert list((tmp_path / "features").glob("*-2.safetensors"))
 
 
-def test_the_model_says_what_it_is(three):
+def test_the_model_says_what_it_is(three, alone):
     info = served(three, protocol="routed").get_model_info()
     assert (info["protocol"], info["fusion"], info["routing"]) == ("routed", "exact", "router")
     assert {"model", "router", "experts/mmlu", "experts/bbq"} <= info["digests"].keys()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"fusion": "batch"}, "fusion=batch; known: exact"),
-        ({"protocol": "papper"}, "protocol=papper; did you mean 'paper'"),
-        ({"batchsize": 3}, "unknown argument 'batchsize'; did you mean 'batch_size'"),
-        ({"peft": "adapter"}, "peft is HFLM's, and a twin can't take it"),
-        ({"parallelize": True}, "parallelize is HFLM's"),
-        ({"softmax_dtype": "float32"}, "softmax_dtype is HFLM's"),
-        ({"dtype": "bf16"}, "dtype 'bf16': known"),
-        ({"batch_size": "x"}, "batch_size=x; expected a positive whole number"),
-        ({"max_length": 65}, "max_length=65; the model's window is 64"),
-    ],
-)
-def test_arguments_are_checked(three, arguments, says):
-    with pytest.raises(InputError, match=re.escape(says)):
-        TwinMerged(pretrained=str(three), device="cpu", **arguments)
+    assert info["model_revision"] == "main"
+    assert info["model_sha"] == served(three).get_model_info()["model_sha"]
+    assert len(info["model_sha"]) == 64
+    assert info["model_sha"] != served(alone).get_model_info()["model_sha"]
 
 
 def test_requests_that_cannot_be_answered(three):

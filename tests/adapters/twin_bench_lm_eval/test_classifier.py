@@ -6,6 +6,7 @@ import pytest
 from lm_eval.api.model import CachingLM
 
 from twin_bench.errors import InputError
+from twin_bench.files import digest
 from twin_bench_lm_eval.classifier import ClassifierTwin
 from twin_bench_lm_eval.model import TwinMerged
 
@@ -43,6 +44,8 @@ def test_a_twin_directory_is_served_by_the_class_for_its_task_type(tmp_path, loa
     options = {"device": "cpu", "dtype": None, "protocol": "paper", "tolerance": None, "trust_remote_code": True}
     assert loaded == [(str(path), options)]
     assert model.get_model_info() == {
+        "model_revision": "main",
+        "model_sha": digest(fake_twin.digests),
         "twin_bench_version": model.get_model_info()["twin_bench_version"],
         "protocol": "paper",
         "fusion": "exact",

@@ -2,13 +2,16 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
 import torch
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.tasks import TaskManager
 
 from tests.support import parallel
@@ -17,6 +20,8 @@ from tests.support.interpreter import ADAPTERS, ROOT
 from tests.support.rows import write_generative_rows
 from twin_bench import InputError
 from twin_bench.data.generative import GENERATIVE
+from twin_bench.data.rows import few_shot_pool
+from twin_bench.leaderboard.inputs import rows_directory
 from twin_bench.paths import tasks_directory
 from twin_bench_lm_eval.causal import CausalTwin
 from twin_bench_lm_eval.model import TwinMerged
@@ -128,3 +133,54 @@ def test_two_processes_answer_as_one(wide, data, tmp_path):
     assert alone.world_size == 1
     assert together["answers"] == expected
     assert {len(rows) for rows in expected.values()} == {7}
+
+
+def test_lm_eval_is_told_the_protocol_and_the_batch_size(wide, data):
+    """Its command line prints both above the table, and stores them in the results."""
+    arguments = {"pretrained": str(wide)}
+    results = evaluate("twin_merged", data, ["twin_mmlu"], model_args=arguments, device="cpu", batch_size="auto")
+    assert arguments["protocol"] == results["config"]["model_args"]["protocol"] == "standard"
+    assert results["config"]["batch_sizes"] == [16]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Let the hub hold an MMLU of two subjects: five examples of each in dev, in an order of their own."""
+    draw = random.Random(5)
+
+    def row(subject, number):
+        choices = [f"{number} {letter}" for letter in "abcd"]
+        return {"question": f"Which {number}?", "choices": choices, "answer": draw.randrange(4), "subject": subject}
+
+    subjects = ("anatomy", "world_religions")
+    held = {
+        "dev": [row(subject, number) for number in range(5) for subject in subjects],
+        "test": [row(subject, 10 + number) for number in range(3) for subject in subjects],
+    }
+    monkeypatch.delenv("TWIN_BENCH_DATA", raising=False)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, configuration, split: list(held[split]))
+    return held
+
+
+def test_mmlus_examples_are_the_first_of_dev_on_disk_and_on_the_hub(hub, tmp_path):
+    """And those of lm-eval's own MMLU, whose sampler takes the first five of the subject's dev split."""
+    folder = tmp_path / "mmlu"
+    folder.mkdir()
+    for split, name in (("dev", "dev"), ("test", "validation"), ("dev", "train")):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hub[split]))
+    task = GENERATIVE["mmlu"]
+    found, local = (few_shot_pool(task, directory) for directory in (None, tmp_path))
+    assert found == local
+    for row in hub["test"]:
+        own = [other for other in hub["dev"] if other["subject"] == row["subject"]]
+        expected = FirstNSampler(own).sample(5, eval_doc=row)
+        assert task.examples(row, found) == expected
+        prompt = task.prompt(row, task.examples(row, found))
+        places = [prompt.index(f"{one['question']}\n") for one in expected]
+        assert places == sorted(places)
+
+
+def test_a_leaderboard_of_the_hubs_rows_keeps_the_examples_too(hub, tmp_path):
+    suite = SimpleNamespace(data="hub", tasks=["mmlu"], split="validation")
+    directory = rows_directory(suite, tmp_path)
+    assert few_shot_pool(GENERATIVE["mmlu"], directory) == few_shot_pool(GENERATIVE["mmlu"], None) == hub["dev"]

@@ -23,7 +23,9 @@ def breadcrumbs(
     the rest (at least one), unscaled. Equal magnitudes are ranked by position. The ranking is per tensor, as in the
     paper and mergekit; the authors' code ranks each row of a matrix separately. The defaults are the point from which
     the authors' code starts its search. If gamma + density is more than 1, mergekit drops fewer outliers. Here outliers
-    are always dropped, as in the authors' code.
+    are always dropped, as in the authors' code. mergekit drops *all* entries of a tensor of fewer than 1 / gamma
+    entries, such as a small bias, because it has no outlier there to count from. Here such a tensor keeps its largest
+    entries.
 
     Raises InputError unless 0 < density <= 1 and 0 <= gamma < 1.
     """

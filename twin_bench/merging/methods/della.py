@@ -51,6 +51,8 @@ def keep_probabilities(tau: Tensor, density: float, epsilon: float) -> Tensor:
 
     Equal magnitudes are ranked by position.
     """
+    if not tau.numel():
+        return torch.empty_like(tau)
     rows = tau.reshape(-1, tau.shape[-1] if tau.ndim else 1)
     length = rows.shape[1]
     ladder = torch.linspace(density - epsilon, density + epsilon, length, dtype=tau.dtype, device=tau.device)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.merging.registry import Statistics, merge_method, statistics_of
+from twin_bench.merging.registry import Statistics, merge_method
+from twin_bench.merging.statistics import statistics_of
 from twin_bench.merging.task_vectors import TaskVectors
 
 
@@ -39,7 +40,8 @@ def fisher(vectors: TaskVectors, *, statistics: Statistics, floor: float = 1e-6)
     squares = torch.zeros(len(vectors.experts), dtype=torch.float64)
     for name in vectors:
         if vectors.base[name].is_floating_point():
-            squares += _diagonals(vectors, statistics, name).flatten(1).double().square().sum(dim=1)
+            diagonals = _diagonals(vectors, statistics, name)
+            squares += diagonals.view(len(diagonals), vectors.base[name].numel()).double().square().sum(dim=1)
     c = 1 / (squares.sqrt() + floor)
     c = c / c.sum()
 

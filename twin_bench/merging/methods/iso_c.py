@@ -20,8 +20,10 @@ def iso_c(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
 
     The SVD is cut at the rank of the sum. If that is min(m, n), as with full fine-tuning, this is the authors' code and
     FusionBench's. For sums of lower rank (LoRA) their mean is over min(m, n) values, most of them zero. They give it to
-    min(m, n) directions, most of which are arbitrary vectors that an SVD returns for a singular value of zero. Here the
-    mean is over the directions that the experts have.
+    min(m, n) directions, most of which are arbitrary vectors that an SVD returns for a singular value of zero. Their
+    result is then rounding error: two float32 copies of the same experts give different merges. Here the mean is over
+    the directions that the experts have. That is Iso-C in Core Space (arXiv:2509.17786), the lossless joint basis of
+    the LoRA experts.
     """
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:

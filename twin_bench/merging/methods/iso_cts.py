@@ -25,8 +25,9 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
     3. U = polar([U_1 .. U_T, U_c]), V likewise, and S = [S_1 .. S_T, S_c]. polar(X) is the matrix with orthonormal
        columns nearest to X.
 
-    Other tensors take the mean. A matrix (m, n) is read as torch.nn.Linear's: m are the outputs. `scaling` is the
-    paper's alpha, which its authors choose on validation rows. If no task gets a direction, this is Iso-C.
+    Other tensors take the mean. A matrix (m, n) is read as torch.nn.Linear's: m are the outputs. One that is stored
+    (in, out), as GPT-2's Conv1D's, is turned first. `scaling` is the paper's alpha, which its authors choose on
+    validation rows. If no task gets a direction, this is Iso-C.
 
     If r is min(m, n), as with full fine-tuning, this is the authors' code and FusionBench's. Their codes divide min(m,
     n) directions whatever the rank. With LoRA experts their common space then holds all that the experts have, and the
@@ -37,6 +38,7 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
     require_fraction("iso_cts", "common_space_fraction", common_space_fraction)
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
+        taus = vectors.as_linear(name, taus)
         total = svd(taus.sum(dim=0), name, above=rounding)
         rank, tasks = len(total[1]), len(taus)
         own = min(rank // tasks, round((rank - int(rank * common_space_fraction)) / tasks))
@@ -51,7 +53,7 @@ def iso_cts(vectors: TaskVectors, *, scaling: float = 1.0, common_space_fraction
         del parts, U
         left = polar(left, name)
         right = polar(right, name)
-        return isotropic(left, spectrum, right)
+        return vectors.as_linear(name, isotropic(left, spectrum, right))
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
 

@@ -24,29 +24,33 @@ def knots(vectors: TaskVectors, *, scaling: float = 0.6, density: float = 0.2) -
     elected, and the mean is over the entries that agree. Tensors of other dimensions are trimmed and merged as they
     are. A tensor that no expert changed takes no part.
 
-    A matrix is read as torch.nn.Linear's: m are the outputs. Experts may have any rank, but the method is meant for
-    LoRA: at full rank U only rotates all outputs. A single expert comes back at scaling 1 and density 1, and so do
-    equal experts.
+    A matrix is read as torch.nn.Linear's: m are the outputs. One that is stored (in, out), as GPT-2's Conv1D's, is
+    turned first. Experts may have any rank, but the method is meant for LoRA: at full rank U only rotates all outputs.
+    A single expert comes back at scaling 1 and density 1, and so do equal experts.
 
     The defaults are the authors' for CLIP ViT-B/32 (0.5 for ViT-L/14; 0.5 and density 1 for Llama 3 8B). The authors
     choose scaling on validation rows. Their code cuts singular values at 1e-5, FusionBench's at 1e-4; here the cut is
     at rounding error. If the sum of an entry is exactly 0, their code gives it the model's majority sign; here it is
-    dropped, as in `ties`. Their code is for LoRA matrices and leaves other tensors pretrained unless it is told to
-    merge them by TIES.
+    dropped, as in `ties`. Their experts are LoRA matrices. Of a full checkpoint their code appends a bias to its
+    layer's matrix as a column, and reads a norm's weight as a diagonal matrix. Here biases and norms are vectors of
+    their own, outside the joint SVD. Tensors that are neither weight nor bias stay pretrained in their code unless
+    merge_other_params is set.
     """
     require_fraction("knots", "density", density)
 
     def aligned(name: str, taus: Tensor) -> Tensor:
-        return align(name, vectors.base[name], taus)[1] if taus.any() else taus.new_zeros(len(taus), 0)
+        if not taus.any():
+            return taus.new_zeros(len(taus), 0)
+        return align(name, vectors.base[name], vectors.as_linear(name, taus))[1]
 
     thresholds = trim_thresholds(vectors.map(aligned), density)
 
     def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
         if not taus.any():
             return base
-        U, factors = align(name, base, taus)
+        U, factors = align(name, base, vectors.as_linear(name, taus))
         merged = disjoint_mean(trim(factors, thresholds))
-        return base + scaling * (merged if U is None else U @ merged)
+        return base + scaling * (merged if U is None else vectors.as_linear(name, U @ merged))
 
     return vectors.merged(merge)
 

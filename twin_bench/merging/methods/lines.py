@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -40,7 +41,8 @@ def lines(
     Raises UnsuitedError if the names hold fewer than two layers. Raises InputError if alpha is neither a number nor
     "auto", or as the merge itself does.
     """
-    if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= sys.float_info.max
+    if alpha != "auto" and not number:
         raise InputError(f'lines: alpha must be a number or "auto", not {alpha!r}')
     count = layers(vectors)
     inner = cast(MergeMethod, find_method(merge))  # MergeMethod.given rejects other kinds

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.merging.registry import Statistics, merge_method, require_fraction, statistics_of
+from twin_bench.merging.registry import Statistics, merge_method, require_fraction
+from twin_bench.merging.statistics import statistics_of
 from twin_bench.merging.task_vectors import TaskVectors
 
 
@@ -25,9 +26,12 @@ def regmean(vectors: TaskVectors, *, statistics: Statistics, alpha: float = 0.9)
     `statistics[t][name]` is G_t (in, in), the Gram matrix X^T X of the inputs X of expert t's layer with weights
     `name`, if they are stored (out, in). For weights stored (in, out), as in GPT-2's Conv1D, it is `statistics[t][name
     + ".T"]`, because a square weight does not show how it is stored. See
-    `twin_bench.merging.calibration.gram_matrices`. Off-diagonal entries of G_t are multiplied by `alpha` (0.9 is the
-    authors'; FusionBench has 0.6 for GPT-2). With alpha 1 the result is the joint least-squares solution. Parameters
-    without a Gram matrix (embeddings, norms, biases) are averaged.
+    `twin_bench.merging.calibration.gram_matrices`. Off-diagonal entries of G_t are multiplied by `alpha`. With alpha 1
+    the result is the joint least-squares solution. Parameters without a Gram matrix (embeddings, norms, biases) are
+    averaged.
+
+    There is no one alpha of the authors. Of the eleven configurations in their repository that set it, nine say 0.1;
+    those for GLUE do not set it, which is 1. FusionBench has 0.6 for GPT-2. The default is 0.9.
 
     It is computed as mean tau + (sum_t G_t)^+ sum_t G_t (tau_t - mean tau), which is the same if the sum is regular.
     The sum is singular if features are always 0 or, with alpha 1, if there are fewer inputs than features. The

@@ -23,8 +23,9 @@ def tsv_m(vectors: TaskVectors, *, scaling: float = 1.0) -> Mapping[str, Tensor]
 
     The paper, the authors' code and FusionBench agree with this on task vectors of rank k and more. On lower ranks
     (LoRA) the authors and FusionBench also orthogonalise against the arbitrary vectors that an SVD returns for singular
-    values of zero. Here such vectors take no part. The authors leave out CLIP's text_projection; the models here have
-    none.
+    values of zero, so their result depends on rounding error. Here such vectors take no part. That is TSV-M in Core
+    Space (arXiv:2509.17786), the lossless joint basis of the LoRA experts. The authors leave out CLIP's
+    text_projection; the models here have none.
     """
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:

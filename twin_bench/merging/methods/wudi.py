@@ -21,20 +21,21 @@ def wudi(
     """theta_0 + scaling * tau, tau minimising sum_t |(tau - tau_t) tau_t^T|^2 / |tau_t|^2, matrix by matrix.
 
     tau is found by `steps` of Adam from tau = sum_t tau_t. Norms are Frobenius norms. A matrix (m, n) is read as
-    torch.nn.Linear's: n are the inputs. An expert that did not change a matrix adds no term for it. Other tensors take
-    the mean. A single expert comes back at scaling 1.
+    torch.nn.Linear's: n are the inputs. One that is stored (in, out), as GPT-2's Conv1D's, is turned first. An expert
+    that did not change a matrix adds no term for it. Other tensors take the mean. A single expert comes back at scaling
+    1.
 
     Adam moves an entry by about `learning_rate` a step, whatever the loss. With the defaults this is at most 0.003. On
     larger task vectors, as LoRA's often are, the result stays near task arithmetic at scaling 1. Raise `learning_rate`
     or `steps` there, or lower `scaling`. The paper has no scaling. Users who could not reproduce its GLUE figures on
     other checkpoints (issues 6 and 7 of its repository) found that one must be chosen.
 
-    The learning rate is the authors' for CLIP, and FusionBench's; the authors' for RoBERTa is 2e-5. The authors merge
-    the linear layers alone and keep the rest pretrained. FusionBench merges every matrix and takes the mean of the
-    rest, as here. Both differentiate the loss as written. Here its gradient is computed as 2 (D G + B) for tau = sum_t
-    tau_t + D. G = sum_t tau_t^T tau_t / |tau_t|^2 and B = sum_t (sum_{s != t} tau_s) tau_t^T tau_t / |tau_t|^2 are
-    computed once. A step then costs one product, or two thin products if the experts are of low rank. The steps are the
-    same.
+    The default learning rate is the authors' vision setting (CLIP), and FusionBench's. The authors' for RoBERTa is
+    2e-5. The authors merge the linear layers alone and keep the rest pretrained. FusionBench merges every matrix and
+    takes the mean of the rest, as here. Both differentiate the loss as written. Here its gradient is computed as 2 (D G
+    + B) for tau = sum_t tau_t + D. G = sum_t tau_t^T tau_t / |tau_t|^2 and B = sum_t (sum_{s != t} tau_s) tau_t^T tau_t
+    / |tau_t|^2 are computed once. A step then costs one product, or two thin products if the experts are of low rank.
+    The steps are the same.
     """
     if learning_rate <= 0 or steps < 0 or steps != int(steps):
         raise InputError(
@@ -42,6 +43,7 @@ def wudi(
         )
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
+        taus = vectors.as_linear(name, taus)
         changed = [tau for tau in taus if tau.any()]
         norms = [float(torch.linalg.vector_norm(tau, dtype=torch.float64)) for tau in changed]
         pull = _pull(taus.sum(dim=0), changed, norms)
@@ -55,7 +57,7 @@ def wudi(
             adam.step()
         for tau in taus:
             correction += tau
-        return correction
+        return vectors.as_linear(name, correction)
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
 

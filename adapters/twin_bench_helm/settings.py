@@ -1,0 +1,35 @@
+"""How HELM's client runs a twin: the settings that `twin-bench helm-config` writes and the client reads."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from twin_bench.config import Dtype, Settings
+from twin_bench.errors import InputError, first_line
+from twin_bench.merging.registry import ProtocolName
+
+
+class TwinSettings(Settings):
+    """The settings of a twin that answers HELM.
+
+    `device` is where it runs; None is a GPU if there is one, else the CPU. `dtype` is what it computes in; None is that
+    of the shared expert. `tolerance` is the allowed relative error of the logits (see `TwinModel.from_pretrained`).
+    `batch_size` is the largest number of rows in a forward.
+    """
+
+    device: str | None = None
+    dtype: Dtype | None = None
+    protocol: ProtocolName = "standard"
+    tolerance: float | None = Field(default=None, ge=0, lt=1)
+    batch_size: int = Field(default=8, ge=1)
+
+    @field_validator("device")
+    @classmethod
+    def _named(cls, device: str | None) -> str | None:
+        """Refuse what names no device. HELM may run on another machine, so the device need not be here."""
+        import torch
+
+        try:
+            return device if device is None else str(torch.device(device))
+        except RuntimeError as error:
+            raise InputError(f"no device: cpu, cuda, cuda:1, ... ({first_line(error)})") from None

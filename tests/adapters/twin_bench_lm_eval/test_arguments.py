@@ -1,0 +1,63 @@
+"""The arguments of a language model's twin: what is handed on to HFLM and transformers, and what is refused."""
+
+import re
+
+import pytest
+from lm_eval.models.huggingface import HFLM
+
+from tests.support.lm_eval_requests import scored, served
+from twin_bench import InputError
+from twin_bench_lm_eval.model import TwinMerged
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"fusion": "batch"}, "fusion=batch; known: exact"),
+        ({"protocol": "papper"}, "protocol=papper; did you mean 'paper'"),
+        ({"batchsize": 3}, "unknown argument 'batchsize'; did you mean 'batch_size'"),
+        (
+            {"peft": "adapter"},
+            "peft=adapter: a twin's shared expert is the checkpoint in its directory; leave",
+        ),
+        ({"parallelize": True}, "parallelize=True: a twin is on one device"),
+        ({"device_map": "auto"}, "device_map=auto: a twin is on one device"),
+        ({"softmax_dtype": "float16"}, "softmax_dtype=float16: a twin's log-softmax is in float32"),
+        ({"load_in_8bit": True}, "load_in_8bit=True: a twin's layers add to whole matrices"),
+        ({"attn_implementation": "fastest"}, "can't be loaded with attn_implementation=fastest: "),
+        ({"attn_implementatoin": "sdpa"}, "unknown argument 'attn_implementatoin'; did you mean 'attn_implementation'"),
+        ({"hidden_size": 16}, "can't be loaded with hidden_size=16: "),
+        ({"dtype": "bf16"}, "dtype 'bf16': known"),
+        ({"batch_size": "x"}, "batch_size=x; expected a positive whole number"),
+        ({"max_length": 65}, "max_length=65; the model's window is 64"),
+    ],
+)
+def test_arguments_are_checked(three, arguments, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        TwinMerged(pretrained=str(three), device="cpu", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "holds"),
+    [
+        ({"attn_implementation": "eager"}, lambda model: model.config._attn_implementation == "eager"),
+        ({"rms_norm_eps": 0.5}, lambda model: model.config.rms_norm_eps == 0.5),
+        ({"use_safetensors": True, "low_cpu_mem_usage": True}, bool),
+        (
+            {"parallelize": False, "revision": "main", "softmax_dtype": "float32", "backend": "causal"},
+            lambda model: True,
+        ),
+    ],
+)
+def test_what_hflm_hands_to_transformers_is_handed_on(alone, causal_families, arguments, holds):
+    expert = causal_families("llama").recipe["experts"]["mmlu"]
+    twin, hf = served(alone, **arguments), HFLM(expert, device="cpu", dtype="float32", **arguments)
+    assert holds(twin.twin.model)
+    assert holds(hf.model)
+    pairs = [("the cat", " dog sat"), ("a bird", " is")]
+    found, expected = (model.loglikelihood(scored(pairs)) for model in (twin, hf))
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], abs=1e-4)
+    passed_on = {name: str(value) for name, value in arguments.items() if "parallelize" not in arguments}
+    assert twin.get_model_info()["loaded_with"] == passed_on

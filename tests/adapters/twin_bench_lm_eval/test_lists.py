@@ -1,0 +1,116 @@
+"""How a request list is answered: the size of its batches, its bar, and what is logged, beside HFLM."""
+
+import functools
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from tests.support.lm_eval_requests import generated, rolling, scored, served
+from twin_bench.twin.prefix import NO_PREFIX
+from twin_bench.twin.rehearsal import rehearse_score
+from twin_bench.twin.requests import Score
+from twin_bench_lm_eval.causal import CausalTwin
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Give a model a memory that `limit` logits fill. For a twin, it is that of a device which is no CPU."""
+
+    def limited(model, limit):
+        forward = model.model.forward
+
+        @functools.wraps(forward)
+        def watched(*arguments, **options):
+            output = forward(*arguments, **options)
+            if output.logits.numel() > limit:
+                raise RuntimeError("CUDA out of memory.")
+            return output
+
+        monkeypatch.setattr(model.model, "forward", watched)
+        if isinstance(model, CausalTwin):
+            monkeypatch.setattr(CausalTwin, "device", torch.device("meta"))
+        return model
+
+    return limited
+
+
+def test_a_batch_holds_as_many_rows_as_fit_of_the_longest_request(three, causal_families, memory):
+    """HFLM computes the logits of whole rows, the twin those that are asked for."""
+    limit, sizes = 300 * 20 * 10, {"batch_size": "auto", "max_batch_size": 512}
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", **sizes)
+    hf, twin = memory(hf, limit), memory(served(three, **sizes), limit)
+    for asked, rows in ((1, 200), (10, 20), (20, 10)):
+        request = (None, [5] * (21 - asked), [6] * asked)
+        assert hf._detect_batch_size([request], 0) == pytest.approx(10, abs=1)
+        assert twin._detect_batch_size([request], 0) == pytest.approx(rows, rel=0.1)
+    assert twin._detect_batch_size([request, (None, [5], [6])], 1) == pytest.approx(200, rel=0.1)
+    assert hf._detect_batch_size() == pytest.approx(3, abs=1)
+    assert twin._detect_batch_size() == pytest.approx(200, rel=0.1)  # to generate takes one position's logits
+
+
+def test_a_batch_size_is_looked_for_once_a_list(three, memory, monkeypatch):
+    """Processes that answer different groups would wait for each other for ever."""
+    model, found = memory(served(three, batch_size="auto", max_batch_size=4), 300 * 12), []
+    detect, route_all, sizes = CausalTwin._most_rows, model.twin.route_all, []
+    monkeypatch.setattr(CausalTwin, "_most_rows", lambda *given: found.append(detect(*given)) or found[-1])
+
+    def spied(*arguments, batch_size, progress):
+        sizes.append(batch_size)
+        return route_all(*arguments, batch_size=batch_size)
+
+    monkeypatch.setattr(model.twin, "route_all", spied)
+    pairs = [("the small cat", " dog"), ("a bird", " is"), ("the", " dog sat")]
+    model.loglikelihood(scored(pairs[:2]))
+    model.loglikelihood(scored(pairs))
+    model.generate_until(generated(["the cat", "a dog sat"], num_beams=3))
+    model.loglikelihood_rolling(rolling(["the cat", "a bird"]))
+    assert found == sizes
+    assert len(found) == 4
+    assert found[0] > found[1]  # of a longer continuation
+
+
+def test_a_rehearsal_runs_every_way_that_a_list_may_take(three, monkeypatch):
+    twin, ways = served(three).twin, []
+    logits = twin.logits
+
+    def watched(rows, positions, group, weights, prefix=NO_PREFIX):
+        ways.append((len(rows), list(map(len, rows)), positions, group.weights is None, prefix.length))
+        return logits(rows, positions, group, weights, prefix)
+
+    monkeypatch.setattr(twin, "logits", watched)
+    rehearse_score(twin, [Score([5] * 19, [6, 7]), Score([5] * 20, [6])], 3)
+    lengths = [20, 20, 20]
+    assert ways == [
+        (3, lengths, [18, 19], False, 0),
+        (3, lengths, [18, 19], True, 0),
+        (3, [2, 2, 2], [0, 1], False, 18),
+    ]
+
+
+def test_a_list_has_one_bar_that_counts_routing_too(three, requests, monkeypatch):
+    pairs, prompts, documents = requests
+    model, bars = served(three, batch_size=2), []
+    made = CausalTwin._bar
+    monkeypatch.setattr(CausalTwin, "_bar", lambda *given: bars.append(made(*given)) or bars[-1])
+    model.loglikelihood(scored(pairs))
+    model.generate_until(generated(prompts))
+    model.loglikelihood_rolling(rolling(documents))
+    windows = sum(-(-len(model.tok_encode(document)) // 64) for document in documents)
+    assert [(bar.n, bar.total) for bar in bars] == [(2 * n, 2 * n) for n in (len(pairs), len(prompts), windows)]
+
+
+def test_truncation_is_reported_as_hflm_reports_it(alone, causal_families, requests, caplog):
+    pairs, prompts, documents = requests
+    said = []
+    hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", dtype="float32")
+    for model in (hf, served(alone)):
+        caplog.clear()
+        model.loglikelihood(scored(pairs), disable_tqdm=True)
+        model.generate_until(generated(prompts), disable_tqdm=True)
+        model.loglikelihood_rolling(rolling(documents), disable_tqdm=True)
+        said.append(sorted(record.message for record in caplog.records if "runcat" in record.message))
+    assert said[0] == said[1]
+    assert len(said[0]) == 2

@@ -1,0 +1,66 @@
+"""Merge by a method's name: the one way from names and options to merged parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.merging.registry import MergeMethod, find_method
+from twin_bench.merging.task_vectors import FiniteMerge, TaskVectors
+
+
+def merge_lazily(
+    method: str,
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    transposed: Collection[str] = frozenset(),
+    **params: Any,
+) -> Mapping[str, Tensor]:
+    """Merge as `merge` does, but compute each parameter when it is read.
+
+    This needs memory for about 2 (T + 2) times the largest tensor in float32.
+    """
+    header = find_method(method).given(params)
+    if not isinstance(header, MergeMethod):
+        raise InputError(
+            f"{method} is not a merge of weights alone: run it in a suite (twin-bench leaderboard), or build a twin "
+            "(twin-bench build)"
+        )
+    vectors = TaskVectors(base, experts, transposed=transposed)
+    header.check_inputs(experts, params)
+    header.checked({option: value for option, value in params.items() if option not in header.inputs})
+    return FiniteMerge(method, header.function(vectors, **params))
+
+
+def merge(
+    method: str,
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    transposed: Collection[str] = frozenset(),
+    **params: Any,
+) -> dict[str, Tensor]:
+    """Merge experts into one set of parameters.
+
+    Args:
+        method: a name from `methods()`.
+        base: the pretrained model theta_0, parameter name to tensor.
+        experts: task to the fine-tuned model's mapping over the same names.
+        transposed: the names of matrices that are stored (in, out), as the weights of GPT-2's Conv1D layers are. Some
+            methods tell inputs from outputs.
+        **params: the method's options (`methods()[method].defaults`) and its inputs (`methods()[method].inputs`).
+            Common options are `scaling` (lambda), `density` (the fraction that is kept) and `seed`. Inputs are `task`,
+            if each task has its own parameters, and `statistics`, if the method uses them.
+
+    Returns:
+        Every name of `base`, in `base`'s dtypes. Sums are taken in float32 or better.
+
+    Raises:
+        InputError: an unknown method or option, a missing input, an option out of its range, or a tensor that an expert
+            lacks, that has another shape or no dtype of weights, or that holds or becomes NaN or inf.
+    """
+    return dict(merge_lazily(method, base, experts, transposed=transposed, **params).items())

@@ -1,0 +1,62 @@
+"""Rehearsals: the costliest batch of a request list, run once before the list, to find out whether it fits.
+
+A rehearsal runs the batch in each of the ways that the list may be run in: with fused weights, so that the fused copy
+of the model is in memory, and on the low-rank path. It raises what torch raises if the memory does not suffice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.plan import Group
+from twin_bench.twin.prefix import WORTHWHILE_TOKENS
+from twin_bench.twin.requests import Score
+
+
+@torch.no_grad()
+def rehearse_score(twin: TwinCausalLM, requests: Sequence[Score], rows: int, *, max_length: int | None = None) -> None:
+    """Run one batch of log-likelihoods, for the logits that its requests ask for.
+
+    Args:
+        twin: the twin.
+        requests: the longest requests, at least one.
+        rows: the number of rows in the batch. If there are fewer requests, they are repeated.
+        max_length: the number of tokens of an input; by default the twin's.
+    """
+    batch = list(itertools.islice(itertools.cycle(requests), rows))
+    inputs = [request.tokens(max_length or twin.max_length) for request in batch]
+    starts = [len(ids) - len(request.continuation) for ids, request in zip(inputs, batch, strict=True)]
+    asked = {place for ids, start in zip(inputs, starts, strict=True) for place in range(start, len(ids))}
+    weights, groups = _ways(twin, rows)
+    for group in groups:
+        twin.logits(inputs, sorted(asked), group, weights)
+    shared = min(starts)
+    if twin.shares_prefixes and shared >= WORTHWHILE_TOKENS:
+        prefix = twin.prefix(inputs[0][:shared], groups[0], weights)
+        rest = [ids[shared:] for ids in inputs]
+        twin.logits(rest, sorted(place - shared for place in asked), groups[0], weights, prefix)
+
+
+@torch.no_grad()
+def rehearse_generation(twin: TwinCausalLM, length: int, rows: int) -> None:
+    """Run one batch of texts whose prompts and completions have `length` tokens together, all but the last one.
+
+    The keys and values of a whole text are in memory then.
+    """
+    inputs = twin.collate([tokens([0] * max(1, length - 1))] * rows, padding_side="left")
+    weights, groups = _ways(twin, rows)
+    for group in groups:
+        twin.generate_batch(inputs, group, weights, max_new_tokens=1, do_sample=False)
+
+
+def _ways(twin: TwinCausalLM, rows: int) -> tuple[Tensor, list[Group]]:
+    """Return fusion weights (rows, experts) that use all experts, and the groups that run a batch with them."""
+    experts = len(twin.expert_names)
+    weights = torch.full((rows, experts), 1 / max(1, experts), device=twin.device)
+    every = tuple(range(rows))
+    return weights, [Group(every, weights[0]), *([Group(every, None)] if experts else [])]
