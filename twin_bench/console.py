@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twin_bench.errors import InputError, one_line
 
@@ -98,7 +98,7 @@ def _signals_end_the_command() -> Iterator[None]:
             frame = frame.f_back
         raise kind
 
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main_thread = threading.current_thread() is threading.main_thread()  # only this one may set a handler
     mine = [number for number, handler in usual.items() if main_thread and signal.getsignal(number) is handler]
     for number in mine:

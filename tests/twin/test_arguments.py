@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support.models import CAUSAL_VOCABULARY, SPECIAL, WORDS
 from twin_bench import InputError, TaskVectors, TwinModel, merge
 from twin_bench.twin.causal import tokens
-from twin_bench.twin.requests import Score, score
+from twin_bench.twin.requests import Generate, Score, generate, score
 
 IDS = torch.randint(4, 25, (2, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -148,7 +148,7 @@ def test_rows_that_can_not_be_answered(
     ("texts", "options", "kind", "says"),
     [
         ("the cat", {}, TypeError, "texts must be a list of"),
-        (["the cat"], {}, TypeError, "texts: row 0 must be "),
+        (["ab"], {}, TypeError, "texts: row 0 must be "),
         ([("the cat", 3)], {}, TypeError, r"texts: row 0 must be \(text, text or None\), not \('the cat', 3\)"),
         ([(None, None)], {}, TypeError, "texts: row 0 must be"),
         ([("half \ud83d", None)], {}, InputError, "texts: row 0 holds half a surrogate pair"),
@@ -217,6 +217,25 @@ def test_requests_that_can_not_be_scored(causal_twins: Any, request_: Score, kin
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number, 1 or more, not 0"),
+        ({"max_length": 0}, "max_length must be a whole number, 1 or more, not 0"),
+        ({"max_length": 65}, "max_length 65: the model's window is 64"),
+        ({"fusion_weights": EVEN}, r"fusion_weights is \(2, 3\), not \(rows, experts\) = \(1, 3\)"),
+    ],
+)
+def test_how_requests_can_not_be_run(causal_twins: Any, options: dict[str, Any], says: str) -> None:
+    twin: Any = TwinModel.from_pretrained(causal_twins("llama"))
+    with pytest.raises(InputError, match=says):
+        score(twin, [Score([5], [6])], **options)
+    with pytest.raises(InputError, match=says):
+        generate(twin, [Generate([5], 2)], **options)
+    with pytest.raises(TypeError, match="requests must be a list, not NoneType None"):
+        score(twin, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("base", "experts", "kind", "says"),
     [
         (None, {"a": {}}, TypeError, "base must be a mapping of names to tensors, not NoneType None"),
@@ -228,6 +247,8 @@ def test_requests_that_can_not_be_scored(causal_twins: Any, request_: Score, kin
         ({"w": EVEN}, {3: {"w": EVEN}}, TypeError, "experts: a name must be a text, not int 3"),
         ({"w": EVEN}, {"a": {"w": EVEN.tolist()}}, TypeError, "expert 'a': w must be a tensor, not list"),
         ({"w": [1.0]}, {"a": {"w": EVEN}}, TypeError, "base: w must be a tensor, not list"),
+        ({"w": EVEN.to("meta")}, {"a": {"w": EVEN}}, TypeError, "base: w must be a dense tensor that holds values"),
+        ({"w": EVEN}, {"a": {"w": EVEN.to_sparse()}}, TypeError, "expert 'a': w must be a dense tensor"),
         ({"w": EVEN}, {"a": {"v": EVEN}}, InputError, "expert 'a' has no tensor w"),
         ({"w": EVEN}, {"a": {"w": EVEN.T}}, InputError, r"expert 'a': tensor w is \(3, 2\)"),
         ({"w": EVEN}, {"a": {"w": EVEN + 1j}}, InputError, "expert 'a': tensor w is complex64"),

@@ -132,12 +132,14 @@ class TaskVectors(Mapping[str, Tensor]):
 
 
 def _require_tensors(model: Any, what: str) -> None:
-    """Raise a TypeError unless a model is a mapping, and the values of a dict tensors. Lazy mappings are not read."""
+    """Raise a TypeError unless a model is a mapping, and a dict's values dense tensors. Lazy mappings are not read."""
     if not isinstance(model, Mapping):
         raise TypeError(f"{what} must be a mapping of names to tensors, not {type(model).__name__} {shown(model)}")
     for name, value in model.items() if isinstance(model, dict) else ():
         if not isinstance(value, Tensor):
             raise TypeError(f"{what}: {name} must be a tensor, not {type(value).__name__} {shown(value)}")
+        if value.is_meta or value.layout != torch.strided:
+            raise TypeError(f"{what}: {name} must be a dense tensor that holds values, not {shown(value)}")
 
 
 class Merged(Mapping[str, Tensor]):

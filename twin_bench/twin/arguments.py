@@ -136,18 +136,20 @@ def require_count(value: Any, name: str, least: int = 1) -> None:
         raise InputError(f"{name} must be a whole number, {least} or more, not {shown(value)}")
 
 
-def require_run(requests: Any, batch_size: Any, max_length: Any) -> None:
-    """Check how a list of requests is to be answered.
+def require_run(requests: Any, batch_size: Any, max_length: Any, config: Any) -> None:
+    """Check how a list of requests is to be answered by the model of a config.
 
     Raises:
         TypeError: the requests are no sequence.
-        InputError: `batch_size` is no count, or `max_length` neither a count nor None.
+        InputError: `batch_size` is no count, or `max_length` is neither None nor a number of tokens in the window.
     """
     if not isinstance(requests, Sequence) or isinstance(requests, str | bytes):
         raise TypeError(f"requests must be a list, not {type(requests).__name__} {shown(requests)}")
     require_count(batch_size, "batch_size")
     if max_length is not None:
         require_count(max_length, "max_length")
+        if max_length > context_window(config):
+            raise InputError(f"max_length {max_length}: the model's window is {context_window(config)}")
 
 
 def require_known(tasks: Sequence[Any], known: Any, message: str) -> None:
@@ -205,7 +207,7 @@ def require_texts(texts: Any) -> None:
     if not isinstance(texts, Sequence) or isinstance(texts, str | bytes):
         raise TypeError(f"texts must be a list of (text, text or None), not {type(texts).__name__} {shown(texts)}")
     for number, row in enumerate(texts):
-        pair = isinstance(row, Sequence) and len(row) == 2
+        pair = isinstance(row, tuple | list) and len(row) == 2
         if not pair or not isinstance(row[0], str) or not isinstance(row[1], str | None):
             raise TypeError(f"texts: row {number} must be (text, text or None), not {shown(row)}")
         for text in filter(None, row):

@@ -201,6 +201,8 @@ class TwinCausalLM(TwinModel):
         rows, length = input_ids.shape
         options = {name: value for name, value in options.items() if value is not None}
         steps = self._new_tokens(length, options)
+        options = {**options, "max_new_tokens": steps}
+        options.pop("max_length", None)  # its value is in `steps`
         groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows)
         group = groups[0] if len(groups) == 1 else Group(tuple(range(rows)), None)
         try:

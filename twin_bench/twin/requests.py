@@ -98,7 +98,7 @@ def score(
         InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
             or a missing task.
     """
-    require_run(requests, batch_size, max_length)
+    require_run(requests, batch_size, max_length, twin.model.config)
     if not requests:
         return []
     window = max_length or twin.max_length
@@ -157,7 +157,7 @@ def generate(
     Raises:
         InputError: a request that `check_generate` refuses, or a missing task.
     """
-    require_run(requests, batch_size, max_length)
+    require_run(requests, batch_size, max_length, twin.model.config)
     if not requests:
         return []
     for request in requests:
