@@ -11,8 +11,11 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from twin_bench.files import (
     digest_files,
     read_record,
     read_tensors,
+    remove_abandoned,
     require_writable,
     write_bytes,
     write_record,
@@ -227,3 +231,53 @@ def test_a_file_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="can't be written"):
         require_writable(tmp_path / "file" / "index.html")
+
+
+WRITING = """
+import os, sys, time
+from pathlib import Path
+import safetensors.torch, torch
+from twin_bench.files import write_tensors
+fsync, root = os.fsync, Path(sys.argv[1])
+def slow(handle):
+    (root / "ready").touch()
+    while not (root / "go").exists():
+        time.sleep(0.01)
+    fsync(handle)
+os.fsync = slow
+write_tensors(root / "kept" / "state", {"a": torch.arange(5.0)}, format_number=1)
+"""
+
+
+def test_tensors_that_another_process_writes_are_not_taken_for_abandoned(tmp_path: Path) -> None:
+    """safetensors renames a file of its own over the one that it is asked to write."""
+    with subprocess.Popen([sys.executable, "-c", WRITING, str(tmp_path)]) as writer:
+        while not (tmp_path / "ready").exists():
+            assert writer.poll() is None
+            time.sleep(0.01)
+        remove_abandoned(tmp_path)
+        write_tensors(tmp_path / "kept" / "state", {"a": torch.zeros(2)}, format_number=1)
+        (tmp_path / "go").touch()
+        assert writer.wait() == 0
+    stored = read_tensors(tmp_path / "kept" / "state", format_number=1)
+    assert stored is not None
+    assert stored["a"].tolist() == [0, 1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["state"]
+
+
+def test_a_temporary_folder_that_is_removed_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    real = tempfile.mkdtemp
+
+    def removed_once(**options: Any) -> str:
+        made.append(real(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_once)
+    write_bytes(tmp_path / "file", b"x")
+    assert len(made) == 2
+    assert (tmp_path / "file").read_bytes() == b"x"

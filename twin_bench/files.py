@@ -1,8 +1,8 @@
 """Files: atomic writes, folders that appear whole, checksums. Everything that is written goes through this module.
 
-A file is written under a temporary name of its own, flushed to the disk and renamed, so that a reader sees the old file
-or the new one and two processes never share a temporary name. A temporary file or folder is locked while its writer
-lives: what a killed run has left is not, and the next writer of the same name removes it. A record is JSON that says
+A file is written in a temporary folder of its own, flushed to the disk and renamed, so that a reader sees the old file
+or the new one and two processes never share a temporary name. A temporary folder is locked while its writer lives: what
+a killed run has left is not, and the next writer of the same name removes it. A record is JSON that says
 which format it has and which checksum its content has; a file of tensors says the same in its metadata.
 """
 
@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -33,7 +33,7 @@ DECISIVE = (".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja
 """The suffixes of a model folder's files that can decide an answer: weights, configs, tokenizers, code."""
 
 TEMPORARY = ".twin-bench-partial"
-"""What the names of temporary files and folders end with."""
+"""What the names of temporary folders end with."""
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """The numbers of errors that come from writing alone."""
 
@@ -182,7 +182,7 @@ def written_at_once(directory: Path) -> Iterator[Path]:
     """
     if directory.exists():
         raise InputError(f"{directory}: exists already; give another name, or remove it first")
-    with _temporary(directory, tempfile.mkdtemp) as partial:
+    with _temporary(directory) as partial:
         yield partial
         partial.chmod(0o777 & ~_umask())
         for path in (*partial.rglob("*"), partial):
@@ -192,7 +192,7 @@ def written_at_once(directory: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove the temporary files and folders that killed runs have left in a folder and below it."""
+    """Remove the temporary folders that killed runs have left in a folder and below it."""
     for path in directory.rglob(f".*{TEMPORARY}"):
         _remove_unless_locked(path)
 
@@ -205,7 +205,7 @@ def require_writable(file: Path) -> None:
     if file.is_dir():
         raise InputError(f"{file}: a folder stands where a file is to be written; remove it, or write elsewhere")
     try:
-        with _temporary(Path(os.path.realpath(file)), _make_file):
+        with _temporary(Path(os.path.realpath(file))):
             pass
     except OSError as error:
         raise InputError(f"{file}: can't be written ({error.strerror}); write elsewhere") from None
@@ -250,7 +250,8 @@ def _warn_damaged(file: Path, reason: str) -> None:
 def _replacing(file: Path) -> Iterator[Path]:
     """Give the name of a temporary file, which takes the place of `file` at the end of the block."""
     target = Path(os.path.realpath(file))
-    with _temporary(target, _make_file) as temporary:
+    with _temporary(target) as folder:
+        temporary = folder / "content"
         yield temporary
         temporary.chmod(0o666 & ~_umask())
         _flush(temporary)
@@ -258,57 +259,48 @@ def _replacing(file: Path) -> Iterator[Path]:
         _flush(target.parent)
 
 
-def _make_file(*, prefix: str, suffix: str, dir: Path) -> str:
-    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=dir)
-    os.close(handle)
-    return name
-
-
 @contextmanager
-def _temporary(target: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """Give what `make` makes beside `target`, locked until the end of the block; it is removed if it is still there.
+def _temporary(target: Path) -> Iterator[Path]:
+    """Give a folder beside `target`, locked until the end of the block; it is removed if it is still there.
 
-    What killed runs have left of the same target is removed first.
+    What killed runs have left of the same target is removed first. It is a folder for a single file, too: safetensors
+    renames a file of its own over the one that it is asked to write, and no lock on that would stay.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".{glob.escape(target.name)}-????????{TEMPORARY}"):
         _remove_unless_locked(abandoned)
     with _naming(target):
-        path, handle = _made_and_locked(target, make)
+        path, handle = _made_and_locked(target)
         try:
             yield path
         finally:
-            _remove(path)
+            shutil.rmtree(path, ignore_errors=True)
             os.close(handle)
 
 
-def _made_and_locked(target: Path, make: Callable[..., str]) -> tuple[Path, int]:
+def _made_and_locked(target: Path) -> tuple[Path, int]:
     while True:
-        path = Path(make(prefix=f".{target.name}-", suffix=TEMPORARY, dir=target.parent))
-        handle = os.open(path, os.O_RDONLY)
+        path = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=TEMPORARY, dir=target.parent))
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # until it is locked, another writer takes it for abandoned
         with contextlib.suppress(OSError):  # a file system without locks: nobody gets one, and nothing is removed
             fcntl.flock(handle, fcntl.LOCK_EX)
         if path.exists():
             return path, handle
-        os.close(handle)  # between its making and its lock another writer took it for abandoned
+        os.close(handle)
 
 
 def _remove_unless_locked(path: Path) -> None:
-    """Remove a temporary file or folder unless its writer lives, which holds a lock on it."""
+    """Remove a temporary folder unless its writer lives, which holds a lock on it."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(path)
+            shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import pytest
 
 from tests.support.models import tiny_classifier
 from tests.support.suites import rows_of, run
+from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.report import FILES
+from twin_bench.merging.registry import REGISTRY, find_method
 from twin_bench_lm_eval.harness import LmEval
 
 
@@ -53,6 +56,10 @@ def test_a_bad_row_of_the_third_task(refused: Any, data: Path, tmp_path: Path, s
         ({"wemoe": {"batch_size": 0}}, "wemoe: batch_size must be a whole number from 1, not 0"),
         ({"smile": {"top_k": 4}}, "smile: top_k must be a whole number from 1 to 3, the number of experts, not 4"),
         ({"twin": {"router": {"layer": 99}}}, "twin: router.layer 99: the base model has 2 blocks; -1 to 2, or auto"),
+        (
+            {"twin": {"router": {"data": "rows.jsonl"}}},
+            "twin: router.data: a suite's router reads the suite's training",
+        ),
         ({"twin": {"router": {"top_k": 4}}}, "twin: router.top_k 4: there are 3 experts"),
         ({"twin": {"shared": {"method": "ties", "density": 0}}}, "ties: density must be in (0, 1], not 0"),
     ],
@@ -102,13 +109,8 @@ def test_a_method_under_none_of_the_protocols_is_named(tiny: dict[str, Any], tmp
 def test_a_reason_with_markup_or_control_characters_is_shown_as_text(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from twin_bench.errors import UnsuitedError
-    from twin_bench.merging.registry import REGISTRY, find_method
-
     def unsuited(*_: Any, **options: Any) -> Any:
         raise UnsuitedError("[/x] <script>alert(1)</script> \x1b[31mred")
-
-    import dataclasses
 
     monkeypatch.setitem(REGISTRY, "average", dataclasses.replace(find_method("average"), function=unsuited))
     assert run({**tiny, "tasks": ["cola"], "methods": ["average"]}, tmp_path) == 0
@@ -119,3 +121,19 @@ def test_a_reason_with_markup_or_control_characters_is_shown_as_text(
         assert "&lt;script&gt;" in text
         assert "<script>" not in text
         assert "\x1b" not in text
+
+
+def test_a_method_that_looks_for_its_own_models_names_runs(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options are tried on tensors with other names than the model's."""
+
+    def own(vectors: Any, **options: Any) -> Any:
+        names = [name for name in vectors if "encoder.layer.1." in name]
+        assert min(names)  # ValueError where there are none
+        return average(vectors)
+
+    average = find_method("average").function
+    monkeypatch.setitem(REGISTRY, "average", dataclasses.replace(find_method("average"), function=own))
+    assert run({**tiny, "tasks": ["cola"], "methods": ["average"]}, tmp_path) == 0
+    assert ("standard", "average", "cola") in rows_of(tmp_path)

@@ -81,7 +81,7 @@ def test_tasks_keep_the_suites_order_when_a_cell_is_run_again(tiny: dict[str, An
 
 def test_a_build_that_nobody_timed_is_shown_as_such() -> None:
     cells = [
-        Cell("s", "standard", method, "bound", "cola", "mcc", 50.0, 1.0, 9, 0, 2.0, seconds, 5, {}, {}, "k")
+        Cell("s", "standard", method, "bound", "cola", "mcc", 50.0, 1.0, 9, 0, 2.0, seconds, 5, {}, {}, "cpu", {}, "k")
         for method, seconds in (("pretrained", 1.0), ("experts", None))
     ]
     rows = leaderboard_rows(Board(cells).cells)
@@ -99,7 +99,9 @@ def test_wrong_harnesses_are_named() -> None:
 
 def test_rows_without_an_answer_are_said_below_the_table() -> None:
     cells = [
-        Cell("s", "standard", "pretrained", "bound", task, "mcc", 50.0, 1.0, 9, 0, 2.0, 1.0, 5, {}, notes, "k")
+        Cell(
+            "s", "standard", "pretrained", "bound", task, "mcc", 50.0, 1.0, 9, 0, 2.0, 1.0, 5, {}, notes, "cpu", {}, "k"
+        )
         for task, notes in (("cola", {}), ("mrpc", {"set_aside": "id4: a prompt of 70 tokens"}))
     ]
     rows = leaderboard_rows(cells)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from tests.support.families import Family
+from tests.support.rows import write_generative_rows
 from tests.support.suites import rows_of, run
-from twin_bench.leaderboard.cells import Cells
+from twin_bench.files import write_record
+from twin_bench.leaderboard.cells import FORMAT, Cells
 from twin_bench_lm_eval.harness import LmEval
 
 METHODS = ["average", "task_arithmetic", {"twin": {"router": {"epochs": 2}}}]
@@ -96,5 +100,61 @@ def test_a_damaged_cell_is_run_again_and_a_damaged_choice_made_again(tiny: dict[
 
 def test_a_suite_without_cells_has_none_to_show(tmp_path: Path) -> None:
     cells = Cells(tmp_path / "none")
-    assert cells.labels("standard") == []
+    assert cells.labels() == []
     assert cells.others([]) == []
+
+
+def test_the_order_of_the_tasks_decides_a_score(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """slerp at t 0 is the first expert. A method that draws expert by expert depends on the order, too."""
+    tasks = ["cola", "mnli"]
+    experts = {task: tiny["experts"][task] for task in tasks}
+    suite = {**tiny, "experts": experts, "methods": [{"slerp": {"t": 0.0}}]}
+    assert run({**suite, "tasks": tasks}, tmp_path) == 0
+    first = rows_of(tmp_path)
+    assert run({**suite, "tasks": tasks[::-1]}, tmp_path) == 0
+    second = rows_of(tmp_path)
+    for rows, task in ((first, "cola"), (second, "mnli")):
+        assert rows["standard", "slerp", task]["score"] == rows["standard", "experts", task]["score"]
+    for task in tasks:
+        assert first["standard", "slerp", task]["key"] != second["standard", "slerp", task]["key"]
+
+
+def test_rows_that_two_protocols_share_are_found_under_both(wide_llama: Family, tmp_path: Path) -> None:
+    """A language model's cells of protocol routed are those of standard, and stand in its folder."""
+    suite = {
+        "name": "shared",
+        "base_model": wide_llama.recipe["base_model"],
+        "experts": {task: wide_llama.recipe["experts"][task] for task in ("mmlu", "bbq")},
+        "data": str(write_generative_rows(tmp_path / "data")),
+        "tasks": ["mmlu", "bbq"],
+        "rows": 3,
+        "protocol": ["standard", "routed"],
+        "methods": ["task_arithmetic"],
+    }
+    assert run(suite, tmp_path, "--methods", "smile") == 0
+    assert {protocol for protocol, method, _ in rows_of(tmp_path) if method == "smile"} <= {"standard", "routed"}
+    before = {row for row in rows_of(tmp_path) if row[1] == "smile"}
+    assert before
+    assert run(suite, tmp_path) == 0
+    assert {row for row in rows_of(tmp_path) if row[1] == "smile"} == before
+
+
+def test_what_was_not_run_is_of_the_suite(tiny: dict[str, Any], tmp_path: Path) -> None:
+    suite = {**tiny, "tasks": ["cola"], "methods": ["average"]}
+    assert run({**suite, "methods": [{"ties": {"density": 0.5}}]}, tmp_path) == 0
+    assert run(suite, tmp_path) == 0
+    assert "Not run" not in legend(tmp_path)
+    assert "options or versions: ties (standard)." in legend(tmp_path)
+
+
+def test_a_cell_says_what_scored_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    suite = {**tiny, "tasks": ["cola"], "methods": ["average"]}
+    assert run(suite, tmp_path) == 0
+    row = rows_of(tmp_path)["standard", "average", "cola"]
+    assert row["device"] == "cpu"
+    assert row["versions"]["transformers"] == transformers.__version__
+    (file,) = (tmp_path / "out" / "cells" / "standard" / "average").glob("cola-*.json")
+    content = json.loads(file.read_text())["content"]
+    write_record(file, {**content, "versions": {**content["versions"], "transformers": "4.0"}}, format_number=FORMAT)
+    assert run(suite, tmp_path) == 0
+    assert f"transformers 4.0 and {transformers.__version__}" in legend(tmp_path)

@@ -55,6 +55,8 @@ class TwinMethod(ServedMethod):
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options as plain data, defaults included. An InputError names the key that is wrong."""
         twin = parse(TwinOptions, dict(options))
+        if "data" in twin.router:  # its rows would be in no key
+            raise InputError("router.data: a suite's router reads the suite's training rows; leave data out")
         parse(RouterSettings, {"data": "", **twin.router}, "router")
         return twin.model_dump(mode="json")
 

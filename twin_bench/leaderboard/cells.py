@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +16,18 @@ FORMAT = 3
 """The format of a cell's file. It is raised when a cell's fields, their meaning or the file's name change."""
 
 
+PACKAGES = ("twin-bench", "torch", "transformers", "peft", "lm-eval", "crfm-helm")
+"""The packages that take part in a score."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """A score with everything that is needed to read it.
 
     `score` and `stderr` are in points (0 to 100, correlations down to -100) over `n` rows. `seconds` is the wall time
     of the evaluation, the harness included, and `build_seconds` that of the merge or build. `parameters` is how many
-    the method stores. `key` is a digest of everything that decides the score.
+    the method stores. `device` is the kind of device that answered, and `versions` are those of the packages that
+    took part. `key` is a digest of everything that decides the score.
     """
 
     suite: str
@@ -37,6 +45,8 @@ class Cell:
     parameters: int
     settings: Mapping[str, Any]
     notes: Mapping[str, Any]
+    device: str
+    versions: Mapping[str, str]
     key: str
 
 
@@ -49,6 +59,16 @@ class Skipped:
     method: str
     track: str
     reason: str
+
+
+@functools.cache
+def installed_versions() -> Mapping[str, str]:
+    """Return the versions of those PACKAGES that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 class Board(NamedTuple):
@@ -83,9 +103,9 @@ class Cells:
         """Write a cell atomically: it is there whole or not at all."""
         write_record(self._file(cell.protocol, cell.method, cell.task, cell.key), asdict(cell), format_number=FORMAT)
 
-    def labels(self, protocol: str) -> list[str]:
-        """Return the labels of the methods that have a finished cell of any key under a protocol."""
-        return sorted(folder.name for folder in (self.directory / protocol).glob("*") if folder.is_dir())
+    def labels(self) -> list[str]:
+        """Return the labels of the methods that have a finished cell of any key, under any protocol."""
+        return sorted({folder.name for folder in self.directory.glob("*/*") if folder.is_dir()})
 
     def others(self, shown: Iterable[Cell]) -> list[str]:
         """Return METHOD (PROTOCOL) for all that have a finished cell which is not among `shown`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from pathlib import Path
 
 from twin_bench.contenders import Context, rehearse
 from twin_bench.data import TASKS
 from twin_bench.data.rows import read_rows, split_path
-from twin_bench.errors import InputError, UnsuitedError
+from twin_bench.errors import InputError, UnsuitedError, first_line
 from twin_bench.leaderboard.suite import Entry, Suite
+
+_log = logging.getLogger(__name__)
 
 
 def check_rows(suite: Suite, data: Path) -> None:
@@ -22,12 +24,17 @@ def check_rows(suite: Suite, data: Path) -> None:
 
 
 def check_options(entry: Entry, context: Context) -> None:
-    """Raise an InputError for an option that is out of its range. A method that suits no expert is skipped later."""
-    with contextlib.suppress(UnsuitedError):
-        try:
-            rehearse(entry.method, context)
-        except UnsuitedError:
-            raise
-        except InputError as error:
-            named = str(error).startswith((f"{entry.label}:", f"{entry.label} "))
-            raise InputError(str(error) if named else f"{entry.label}: {error}") from None
+    """Raise an InputError for an option that is out of its range.
+
+    A method that does not suit the experts is skipped later. One that fails in another way, such as a method of a
+    user's own that looks for names of its model, can't be rehearsed.
+    """
+    try:
+        rehearse(entry.method, context)
+    except UnsuitedError:
+        return
+    except InputError as error:
+        named = str(error).startswith((f"{entry.label}:", f"{entry.label} "))
+        raise InputError(str(error) if named else f"{entry.label}: {error}") from None
+    except Exception as error:
+        _log.info("%s can't be rehearsed: %s", entry.label, first_line(error))

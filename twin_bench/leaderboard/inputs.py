@@ -71,7 +71,8 @@ def input_digests(suite: Suite, data: Path) -> dict[str, Any]:
     ]
     return {
         "base_model": digest_files(model_directory(suite.base_model)),
-        "experts": {task: digest_files(model_directory(path)) for task, path in suite.expert_paths.items()},
+        # A list: methods that draw, or that tell a first expert from a second, depend on the order.
+        "experts": [[task, digest_files(model_directory(path))] for task, path in suite.expert_paths.items()],
         "rows": {f"{file.parent.name}/{file.stem}": digest_files(file) for file in files if file.is_file()},
     }
 

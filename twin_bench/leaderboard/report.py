@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from twin_bench.leaderboard.cells import Board, Cell
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
 FILES = ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "index.html", "skipped.json")
 """What is written, in this order."""
-PACKAGES = ("twin-bench", "torch", "transformers", "lm-eval", "peft")
 
 
 def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -131,7 +129,11 @@ def _rows_scored(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         counts.setdefault(f"{row['task']} ({row['metric']})", set()).add(row["n"])
     scored = ", ".join(f"{task} {'/'.join(map(str, sorted(n)))}" for task, n in counts.items())
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    known: dict[str, set[str]] = {}
+    for row in rows:
+        for package, version in row["versions"].items():
+            known.setdefault(package, set()).add(version)
+    versions = ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in known.items())
     return f"Rows scored: {scored}. Seed {rows[0]['seed']}. Versions: {versions}."
 
 

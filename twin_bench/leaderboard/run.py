@@ -18,7 +18,7 @@ from twin_bench.data.rows import read_router_rows
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
-from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped
+from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions
 from twin_bench.leaderboard.checks import check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import FILES
@@ -61,7 +61,12 @@ class Run:
     def workspace(self) -> Path:
         """The folder of what is built from the run's inputs: other inputs have another folder."""
         models_and_rows = {key: self.inputs[key] for key in ("base_model", "experts", "suite_rows")}
-        return self.out / "twins" / digest([TWINS_FORMAT, models_and_rows])[:16]
+        return self.out / "twins" / digest([TWINS_FORMAT, models_and_rows, self.device_kind])[:16]
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of the device, which decides the last digits of what is computed: cpu, cuda, mps."""
+        return self.device.partition(":")[0]
 
     @property
     def tuning(self) -> Path:
@@ -75,7 +80,7 @@ class Run:
     def key(self, entry: Entry, protocol: ProtocolName, task: str) -> str:
         """Return the digest of everything that decides the score of one cell."""
         decisive = {key: value for key, value in self.inputs.items() if key != "suite_rows"}
-        where = {"harness": self.harness.name, "device": self.device.partition(":")[0]}
+        where = {"harness": self.harness.name, "device": self.device_kind}
         return run_inputs.cell_key(self.suite, entry, protocol, task, decisive, rows=self.rows, where=where)
 
     def context(self, entry: Entry, protocol: ProtocolName) -> Context:
@@ -186,15 +191,16 @@ def _board(run: Run, asked: Sequence[Entry], cells: Mapping[Row, Sequence[Cell]]
     suite, rows, missing = run.suite, dict[Row, Sequence[Cell]](), list[str]()
     passed_over = {(method.protocol, method.method) for method in skipped}
     idle = [entry.label for entry in asked if not any(map(entry.runs_under, suite.protocol))]
+    listed, own_labels = _listed(suite, asked, run.cells.labels()), {entry.label for entry in suite.entries()}
     for protocol in suite.protocol:
-        for entry in _listed(suite, asked, run.cells.labels(protocol)):
+        for entry in listed:
             row = protocol, entry.label
             if not entry.runs_under(protocol) or row in passed_over:
                 continue
             found = cells.get(row) or _finished(run, entry, protocol)
             if found:
                 rows[row] = sorted(found, key=lambda cell: suite.tasks.index(cell.task))
-            elif not entry.to_tune:
+            elif entry.label in own_labels:
                 missing.append(f"{entry.label} ({protocol})")
     others = run.cells.others(cell for own in rows.values() for cell in own)
     shown = [dataclasses.replace(cell, protocol=protocol) for (protocol, _), own in rows.items() for cell in own]
@@ -342,6 +348,8 @@ def _cell(
         parameters=contender.parameters,
         settings=entry.settings(suite.seed),
         notes=notes,
+        device=contender.twin.device.type,
+        versions=installed_versions(),
         key=key,
     )
 

@@ -108,13 +108,14 @@ def tuned(
             }
         )
     )
-    if board.skipped:
+    if len(board.skipped) == len(trials):
         raise UnsuitedError(board.skipped[0].reason)
-    table = summary(leaderboard_rows(board.cells)).set_index("method")
-    normalized = [float(table.loc[label, "normalized"]) for label in trials]
-    if math.isnan(normalized[0]):
+    table = summary(leaderboard_rows(board.cells)).set_index("method")["normalized"]
+    scored = [label for label in trials if label in table.index]  # not those whose model overflows
+    if math.isnan(table[scored[0]]):
         raise UnsuitedError(f"no expert scores above 0 on the held-out training rows, {rows}")
-    best = points[normalized.index(max(normalized))]
+    normalized = [float(table[label]) if label in scored else None for label in trials]
+    best = points[list(trials).index(max(scored, key=lambda label: float(table[label])))]
     counts = {cell.task: cell.n for cell in board.cells if cell.method == "experts"}
     notes = {
         "chosen": best,
