@@ -31,6 +31,13 @@ class UnsuitedError(InputError):
     """A method was asked of experts or tasks that lack what it needs: a leaderboard skips it and says why."""
 
 
+class NotFiniteError(InputError):
+    """What was computed holds NaN or inf: a merged tensor, or some rows' logits.
+
+    A leaderboard skips the method and says why. A harness sets the rows aside, and answers the others.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'? known: a, b"`` for an unknown `name`, ready to end a message."""
     names = sorted(known)

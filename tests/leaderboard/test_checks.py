@@ -137,3 +137,13 @@ def test_a_method_that_looks_for_its_own_models_names_runs(
     monkeypatch.setitem(REGISTRY, "average", dataclasses.replace(find_method("average"), function=own))
     assert run({**tiny, "tasks": ["cola"], "methods": ["average"]}, tmp_path) == 0
     assert ("standard", "average", "cola") in rows_of(tmp_path)
+
+
+def test_a_model_that_overflows_is_skipped_and_the_rest_is_scored(tiny: dict[str, Any], tmp_path: Path) -> None:
+    big = {"big": {"method": "task_arithmetic", "scaling": 1e30}}
+    assert run({**tiny, "methods": [big, "average"]}, tmp_path) == 0
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "average"}
+    (skipped,) = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert skipped["method"] == "big"
+    assert skipped["reason"].startswith("cola: logits in float32: rows ")
+    assert skipped["reason"].endswith("check the experts' weights, and scale the merge down")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twin_bench.checkpoints.finite import all_finite
 from twin_bench.contenders import Context
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, NotFiniteError
 from twin_bench.files import read_tensors, write_tensors
 
 FORMAT = 1
@@ -110,4 +110,4 @@ class Learning:
 def _require_finite(method: str, parameters: Mapping[str, Tensor], steps: int) -> None:
     for name, parameter in parameters.items():
         if not all_finite(parameter.detach()):
-            raise InputError(f"{method}: {name} holds NaN or inf after step {steps}; lower learning_rate")
+            raise NotFiniteError(f"{method}: {name} holds NaN or inf after step {steps}; lower learning_rate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, NotFiniteError
 
 WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of weights. Others are codes of a quantisation, or have an imaginary part that a sum would drop."""
@@ -44,12 +44,12 @@ def require_weights(tensor: Tensor, name: str, source: str) -> Tensor:
 
 
 def require_no_overflow(tensor: Tensor, name: str, computed_by: str) -> Tensor:
-    """Return a computed `tensor`. InputError that names it and what computed it if it holds NaN or inf.
+    """Return a computed `tensor`. NotFiniteError that names it and what computed it if it holds NaN or inf.
 
     It is computed from finite tensors, so an overflow of its dtype is the cause.
     """
     if not all_finite(tensor):
-        raise InputError(
+        raise NotFiniteError(
             f"{computed_by}: tensor {name} overflows {_named(tensor.dtype)}; set dtype: bfloat16 or float32, which "
             "have a wider range, or lower the scaling"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from twin_bench.contenders import Context, rehearse
 from twin_bench.data import TASKS
 from twin_bench.data.rows import read_rows, split_path
-from twin_bench.errors import InputError, UnsuitedError, first_line
+from twin_bench.errors import InputError, NotFiniteError, UnsuitedError, first_line
 from twin_bench.leaderboard.suite import Entry, Suite
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def check_options(entry: Entry, context: Context) -> None:
     """
     try:
         rehearse(entry.method, context)
-    except UnsuitedError:
+    except (UnsuitedError, NotFiniteError):
         return
     except InputError as error:
         named = str(error).startswith((f"{entry.label}:", f"{entry.label} "))

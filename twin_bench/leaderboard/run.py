@@ -15,7 +15,7 @@ from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.contenders import Contender, Context, contenders
 from twin_bench.data import TASKS
 from twin_bench.data.rows import read_router_rows
-from twin_bench.errors import InputError, UnsuitedError
+from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions
@@ -128,8 +128,8 @@ def run_suite(
 ) -> Board:
     """Run those of a suite's cells that `out` does not hold yet; return all of the suite's cells that it then holds.
 
-    A method that raises UnsuitedError is skipped, with its reason: it has no cell in the result, not even for a task
-    that it could do.
+    A method that raises UnsuitedError, or whose model comes to NaN or inf, is skipped, with its reason: it has no cell
+    in the result, not even for a task that it could do.
 
     Args:
         suite: what to run.
@@ -178,7 +178,7 @@ def _run(run: Run, asked: Sequence[Entry]) -> tuple[dict[Row, list[Cell]], list[
                 own.append(cell)
                 run.progress.advance(bar)
             cells[protocol, entry.label] = own
-        except UnsuitedError as error:
+        except (UnsuitedError, NotFiniteError) as error:
             if entry.track == "bound":
                 raise
             run.progress.advance(bar, len(suite.tasks) - len(own))
@@ -317,7 +317,10 @@ def _scored(run: Run, contender: Contender, entry: Entry, protocol: ProtocolName
         rows=run.rows_scored(entry, protocol),
     )
     started = time.perf_counter()
-    evaluated = run.harness.score(contender, job)
+    try:
+        evaluated = run.harness.score(contender, job)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{task}: {error}") from None
     return _cell(evaluated, time.perf_counter() - started, contender, entry, protocol, run.suite, task, key)
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.finite import all_finite
-from twin_bench.errors import InputError
+from twin_bench.errors import NotFiniteError
 
 NAMED = 5
 """The largest number of rows that a message names."""
 
 
 def require_finite(values: Tensor, what: str, remedy: str, rows: Sequence[int] | None = None) -> None:
-    """Raise an InputError that names the rows of `values` with NaN or inf. The device is asked once if there is none.
+    """Raise a NotFiniteError that names the rows of `values` with NaN or inf. The device is asked once if none has.
 
     Args:
         values: (N, ...).
@@ -28,13 +28,13 @@ def require_finite(values: Tensor, what: str, remedy: str, rows: Sequence[int] |
     bad = _bad_rows(values)
     named = [str(index if rows is None else rows[index]) for index in bad[:NAMED]]
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    raise InputError(f"{what}: row{'s' * (len(bad) > 1)} {', '.join(named)}{more} not finite; {remedy}")
+    raise NotFiniteError(f"{what}: row{'s' * (len(bad) > 1)} {', '.join(named)}{more} not finite; {remedy}")
 
 
 def require_finite_logits(
     values: Tensor, rows: Sequence[int], weights: Tensor, experts: Sequence[str], dtype: torch.dtype
 ) -> None:
-    """Raise an InputError that names the rows of a batch whose logits are not finite, and the first one's weights.
+    """Raise a NotFiniteError that names the rows of a batch whose logits are not finite, and the first one's weights.
 
     Args:
         values: (batch, ...), the logits, or their `peaks`.
@@ -48,8 +48,8 @@ def require_finite_logits(
     each = [row for row in rows for _ in range(max(1, len(values) // len(rows)))]
     first = weights[each[_bad_rows(values)[0]]].tolist()
     mix = ", ".join(f"{name} {weight:.3g}" for name, weight in zip(experts, first, strict=False) if weight)
-    what = f"logits in {str(dtype).removeprefix('torch.')}, of the fusion with {mix or 'no expert'}"
-    require_finite(values, what, _remedy(dtype), each)
+    what = f"logits in {str(dtype).removeprefix('torch.')}" + (f", of the fusion with {mix}" if mix else "")
+    require_finite(values, what, _remedy(dtype, fused=bool(mix)), each)
 
 
 def peaks(logits: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def _bad_rows(values: Tensor) -> list[int]:
     return (~torch.isfinite(values)).flatten(1).any(dim=1).nonzero().flatten().tolist()
 
 
-def _remedy(dtype: torch.dtype) -> str:
+def _remedy(dtype: torch.dtype, *, fused: bool) -> str:
     """Return what makes a model of `dtype` overflow, and what to do about it."""
     if dtype == torch.float16:
         return "float16 holds nothing above 65504: try float32 or bfloat16"
-    return "check the experts' weights, and use smaller fusion weights"
+    return f"check the experts' weights, and {'use smaller fusion weights' if fused else 'scale the merge down'}"
