@@ -31,6 +31,10 @@ class UnsuitedError(InputError):
     """A method was asked of experts or tasks that lack what it needs: a leaderboard skips it and says why."""
 
 
+class NotFiniteError(InputError):
+    """Some rows of a batch came to NaN or inf. Asked without those rows, the others can have an answer."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'? known: a, b"`` for an unknown `name`, ready to end a message."""
     names = sorted(known)

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.finite import all_finite
-from twin_bench.errors import InputError
+from twin_bench.errors import NotFiniteError
 
 NAMED = 5
 """The largest number of rows that a message names."""
 
 
 def require_finite(values: Tensor, what: str, remedy: str, rows: Sequence[int] | None = None) -> None:
-    """Raise an InputError that names the rows of `values` with NaN or inf. The device is asked once if there is none.
+    """Raise a NotFiniteError that names the rows of `values` with NaN or inf.
+
+    The device is asked once if there is none.
 
     Args:
         values: (N, ...).
@@ -28,13 +30,13 @@ def require_finite(values: Tensor, what: str, remedy: str, rows: Sequence[int] |
     bad = _bad_rows(values)
     named = [str(index if rows is None else rows[index]) for index in bad[:NAMED]]
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    raise InputError(f"{what}: row{'s' * (len(bad) > 1)} {', '.join(named)}{more} not finite; {remedy}")
+    raise NotFiniteError(f"{what}: row{'s' * (len(bad) > 1)} {', '.join(named)}{more} not finite; {remedy}")
 
 
 def require_finite_logits(
     values: Tensor, rows: Sequence[int], weights: Tensor, experts: Sequence[str], dtype: torch.dtype
 ) -> None:
-    """Raise an InputError that names the rows of a batch whose logits are not finite, and the first one's weights.
+    """Raise a NotFiniteError that names the rows of a batch whose logits are not finite, and the first one's weights.
 
     Args:
         values: (batch, ...), the logits, or their `peaks`.
