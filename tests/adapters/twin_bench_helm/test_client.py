@@ -22,6 +22,7 @@ from tests.support.dense import dense
 from tests.support.models import WORDS
 from twin_bench import InputError, TwinModel
 from twin_bench.twin.builder import build_twin
+from twin_bench.twin.device import usable_device
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.client import TwinClient
 from twin_bench_helm.engine import Engine
@@ -298,6 +299,13 @@ def test_a_failed_load_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_wrong_setting_is_named(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"HELM's deployment of my-twin: {option}: .*"):
         TwinClient(BlackHoleCacheConfig(), "my-twin", **{option: value})
+
+
+def test_auto_is_the_default_device(three: Path) -> None:
+    """It shares the engine of a client that says nothing."""
+    engines = [TwinClient(BlackHoleCacheConfig(), str(three), device=device).engine for device in ("auto", None)]
+    assert engines[0] is engines[1]
+    assert engines[0].twin.device == usable_device("auto")
 
 
 def test_cached_answers_are_plain_data(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
