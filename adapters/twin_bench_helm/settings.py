@@ -12,8 +12,8 @@ from twin_bench.merging.registry import ProtocolName
 class TwinSettings(Settings):
     """The settings of a twin that answers HELM.
 
-    `device` is where it runs. None is the fastest device there is, and so is `auto`, which becomes None. `dtype` is what
-    it computes in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits (see
+    `device` is where it runs. None is the fastest device there is, and `auto` becomes None. `dtype` is what it computes
+    in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits (see
     `TwinModel.from_pretrained`). `batch_size` is the largest number of rows in a forward.
     """
 
