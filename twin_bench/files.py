@@ -242,6 +242,22 @@ def digest_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | Non
     return found.hexdigest()
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock of a file in the block. The file is made, and stays. Another process waits until the block ends.
+
+    The system frees the lock when the process ends, however it ends. On a file system without locks nobody waits.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _warn_damaged(file: Path, reason: str) -> None:
     _log.warning("%s: damaged (%s); its content is computed again", file, reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from helm.common.request import (
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from twin_bench.config import parse
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, shown
 from twin_bench.files import digest
 from twin_bench.twin.sampling import Completion
 from twin_bench_helm.engine import Ask, Engine, engine
@@ -152,6 +153,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             raise InputError("a request with messages, and the deployment says apply_chat_template: false")
         if self._chat:
             text = in_template(twin.tokenizer, request.messages or [{"role": "user", "content": text}])
+        _require_ranges(request)
         if not request.max_tokens and not request.echo_prompt:
             raise InputError(
                 "a request for no tokens; with echo_prompt it would ask for the prompt's log-probabilities"
@@ -163,8 +165,8 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         return Ask(
             prompt=tuple(encoded(twin.tokenizer, text, templated=self._chat)),
             max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
+            temperature=float(request.temperature),
+            top_p=float(request.top_p),
             completions=request.num_completions,
             stop=tuple(request.stop_sequences),
             seed=f"{request.random}/{text}",
@@ -203,6 +205,19 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             echoed = [Token(text=tokenizer.decode([i]), logprob=0.0) for i in prompt]
             output = GeneratedOutput(request.prompt + output.text, output.logprob, [*echoed, *output.tokens])
         return dataclasses.replace(output, finish_reason={"reason": raw["finish_reason"]})
+
+
+def _require_ranges(request: Request) -> None:
+    """Raise an InputError that names a number of a request that is out of its range. A run's requests share them."""
+    for name, kind, least, most, says in (
+        ("temperature", (int, float), 0, sys.float_info.max, "a finite number, 0 or more"),
+        ("top_p", (int, float), 0, 1, "a number, 0 to 1"),
+        ("max_tokens", int, 0, sys.maxsize, "a whole number, 0 or more"),
+        ("num_completions", int, 1, sys.maxsize, "a whole number, 1 or more"),
+    ):
+        value = getattr(request, name)
+        if not isinstance(value, kind) or not least <= value <= most:
+            raise InputError(f"{name} must be {says}, not {shown(value)}")
 
 
 class BatchExecutor(Executor):  # type: ignore[misc]

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("prod_env"),
         help="the folder of HELM's files, helm-run's --local-path (default: prod_env)",
     )
-    parser.add_argument("--device", help="where the twin runs: cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--device", help="where the twin runs: cpu, cuda, cuda:1, mps or auto (default: auto)")
     parser.add_argument("--dtype", help="what it computes in: float32, bfloat16 or float16 (default: the twin's own)")
     parser.add_argument(
         "--protocol",

@@ -42,7 +42,7 @@ def write_helm_config(
         twin: a twin directory of language models.
         name: HELM knows the twin as `twin_merged/NAME` then.
         local_path: HELM's local path (prod_env by default). Other entries and comments in its files stay.
-        device: where the twin runs; by default a GPU if there is one.
+        device: where the twin runs; by default the fastest device there is, which `auto` names too.
         dtype: what it computes in: float32, bfloat16 or float16; by default its own.
         protocol: standard, paper or routed.
         tolerance: of the logits, relative to their size; by default 0 in float32.

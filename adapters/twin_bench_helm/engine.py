@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twin_bench.errors import InputError, first_line
+from twin_bench.errors import InputError, NotFiniteError, first_line
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
@@ -81,11 +81,12 @@ class Engine:
     def answer(self, requests: Sequence[Ask], progress: Progress | None = None) -> list[Answer]:
         """Return the answer to each request, in order: its completions, or why it has none.
 
-        Equal requests are answered once. A completion's `seconds` are its share of the time that its batch took.
+        A request whose logits or features are not finite has none. Equal requests are answered once. A completion's
+        `seconds` are its share of the time that its batch took.
 
         Args:
             requests: the requests.
-            progress: reports answered requests. It takes them back, as a negative number, where memory runs out.
+            progress: reports answered requests. It takes them back, as a negative number, where they are asked again.
 
         Raises:
             InputError: no request can be answered, or the memory does not hold one row.
@@ -98,7 +99,7 @@ class Engine:
                 answers[request] = RefusedError(str(error))
         possible = [request for request in dict.fromkeys(requests) if request not in answers]
         with self._lock:
-            answers.update(zip(possible, self._within_memory(possible, progress or _silent), strict=True))
+            answers.update(zip(possible, self._finite(possible, progress or _silent), strict=True))
         return [answers[request] for request in requests]
 
     def _check(self, request: Ask) -> None:
@@ -109,6 +110,17 @@ class Engine:
         self.twin.check_tokens(request.prompt, "prompt")
         if len(request.prompt) > self.twin.max_length + 1:  # the last token is predicted, and is no input
             raise InputError(f"a prompt of {len(request.prompt)} tokens; the model's window is {self.twin.max_length}")
+
+    def _finite(self, requests: Sequence[Ask], progress: Progress) -> list[Answer]:
+        """Answer a list. It is halved until each request that comes to NaN or inf stands alone, and is refused."""
+        try:
+            return [*self._within_memory(requests, progress)]
+        except NotFiniteError as error:
+            reason = str(error)  # the error itself holds the tensors of the frames it went through
+        if len(requests) == 1:
+            return [RefusedError(reason)]
+        half = len(requests) // 2
+        return [*self._finite(requests[:half], progress), *self._finite(requests[half:], progress)]
 
     def _within_memory(self, requests: Sequence[Ask], progress: Progress) -> list[list[Completion]]:
         """Answer a list with as many rows in a forward as the device's memory holds."""
@@ -123,7 +135,10 @@ class Engine:
             try:
                 return self._answered(requests, report)
             except torch.OutOfMemoryError as error:
-                reason = first_line(error)  # the error itself holds the tensors of the frames it went through
+                reason = first_line(error)  # as in `_finite`
+            except NotFiniteError:
+                progress(-done)
+                raise
             progress(-done)
             if self.batch_size == 1:
                 raise InputError(

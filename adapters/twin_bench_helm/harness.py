@@ -182,6 +182,9 @@ def evaluate(
         workspace: where HELM writes, with its raw files in benchmark_output/scenarios (`copy_scenarios`).
         rows: of the task at most, evenly over its entries, drawn as HELM draws them.
         batch_size: requests a forward.
+
+    Raises:
+        InputError: not one row could be answered.
     """
     logging.getLogger("helm").setLevel(logging.ERROR)
     output, full = workspace / "benchmark_output", f"twin_merged/{name}"
@@ -208,7 +211,10 @@ def evaluate(
         runner_class_name="twin_bench_helm.client.BatchRunner",
         disable_cache=True,
     )
-    return _read([output / "runs" / "leaderboard" / spec.name for spec in specs], metric, SPLITS[task])
+    scores = _read([output / "runs" / "leaderboard" / spec.name for spec in specs], metric, SPLITS[task])
+    if len(scores.set_aside) >= len(scores.values) > 0:
+        raise InputError(f"{name} on {task}: HELM has no answer to any row; {scores.set_aside[0]}")
+    return scores
 
 
 def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, task: str) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from twin_bench.errors import InputError
-from twin_bench.files import write_text
+from twin_bench.files import locked, write_text
 
 LOCK = ".helm-config.lock"
 
@@ -36,7 +33,7 @@ def add(entries: Sequence[Entry], local_path: Path, *, replace: bool = False) ->
     Raises:
         InputError: a name that is taken, or a file that is not HELM's or can't be added to as text. Nothing is written.
     """
-    with _alone(local_path):
+    with locked(local_path / LOCK):
         texts = {
             local_path / entry.file: with_entry(_read(local_path / entry.file), entry, local_path / entry.file, replace)
             for entry in entries
@@ -132,15 +129,3 @@ def _read(file: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: can't be read ({error})") from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, on an empty file that stays. The system frees it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

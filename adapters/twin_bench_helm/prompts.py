@@ -31,7 +31,16 @@ def in_template(tokenizer: Any, messages: Sequence[Message]) -> str:
 
 
 def encoded(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
-    """Return a prompt's tokens. A template writes the special tokens itself, so a `templated` text gets no others."""
+    """Return a prompt's tokens. A template writes the special tokens itself, so a `templated` text gets no others.
+
+    RefusedError for a text that no tokenizer takes, because UTF-8 can't write it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RefusedError(
+            f"character {error.start} of the prompt is half of a surrogate pair; read its file as UTF-8"
+        ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=not templated)["input_ids"]
     return ids
 

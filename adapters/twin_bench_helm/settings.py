@@ -12,9 +12,9 @@ from twin_bench.merging.registry import ProtocolName
 class TwinSettings(Settings):
     """The settings of a twin that answers HELM.
 
-    `device` is where it runs; None is a GPU if there is one, else the CPU. `dtype` is what it computes in; None is that
-    of the shared expert. `tolerance` is the allowed relative error of the logits (see `TwinModel.from_pretrained`).
-    `batch_size` is the largest number of rows in a forward.
+    `device` is where it runs. None is the fastest device there is, and `auto` becomes None. `dtype` is what it computes
+    in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits (see
+    `TwinModel.from_pretrained`). `batch_size` is the largest number of rows in a forward.
     """
 
     device: str | None = None
@@ -29,7 +29,9 @@ class TwinSettings(Settings):
         """Refuse what names no device. HELM may run on another machine, so the device need not be here."""
         import torch
 
+        from twin_bench.twin.device import AUTO
+
         try:
-            return device if device is None else str(torch.device(device))
+            return None if device in (None, AUTO) else str(torch.device(device))
         except RuntimeError as error:
-            raise InputError(f"no device: cpu, cuda, cuda:1, ... ({first_line(error)})") from None
+            raise InputError(f"no device: auto, cpu, cuda, cuda:1, ... ({first_line(error)})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -175,6 +176,27 @@ def test_completions_are_rows_of_a_forward(twin: TwinCausalLM, steps: int, monke
     for ours, theirs in zip(found, expected, strict=True):
         assert same(ours, theirs)
     assert len({str(one.tokens) for one in found[0]}) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draw_is_the_largest_of_scores_and_float64_noise(dtype: torch.dtype) -> None:
+    """The noise is drawn from each row's own generator. The device needs no float64."""
+    seeds = [f"s/{number}" for number in range(400)]
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).to(dtype).repeat(400, 1)
+    scores[:, 7] = -torch.inf
+    (draw,) = [
+        one for one in Sampling(1.0).options(None, seeds, 3)["logits_processor"] if "Gumbel" in type(one).__name__
+    ]
+    found = draw(torch.zeros(400, 0), scores)
+    states = [int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") >> 1 for seed in seeds]
+    uniform = torch.stack(
+        [torch.rand(50, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in states]
+    )
+    expected = (scores.double() - torch.log(-torch.log(uniform))).argmax(dim=-1)
+    assert found.argmax(dim=-1).tolist() == expected.tolist()
+    assert (found.shape, found.dtype, found.device) == (scores.shape, dtype, scores.device)
+    assert len(set(expected.tolist())) > 20
+    assert 7 not in expected
 
 
 def test_texts_share_the_time_of_their_batch(twin: TwinCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

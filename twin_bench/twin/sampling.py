@@ -92,7 +92,7 @@ class Sampling(Decoding):
     stop: tuple[str, ...] = ()
 
     def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
-        """Return the options of transformers' `generate` for one batch: greedy, over logits that carry the noise."""
+        """Return the options of transformers' `generate` for one batch: greedy, over scores that the draws decide."""
         options: dict[str, Any] = {
             "do_sample": False,
             "num_beams": 1,  # whatever the model's generation config says
@@ -112,7 +112,10 @@ class Sampling(Decoding):
 
 
 class _Gumbel(LogitsProcessor):  # type: ignore[misc]
-    """Adds Gumbel noise, from one generator for each row. The argmax is then a draw from the softmax."""
+    """Draws a token for each row, from the row's own generator: the argmax with Gumbel noise is a draw from the softmax.
+
+    The noise is added on the CPU, in float64, which not every device has. So a seed draws the same on all of them.
+    """
 
     def __init__(self, seeds: Sequence[str]) -> None:
         self._generators = [
@@ -121,10 +124,11 @@ class _Gumbel(LogitsProcessor):  # type: ignore[misc]
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores (rows, vocabulary) with noise, in float64."""
+        """Return scores (rows, vocabulary) of 0 for the drawn tokens and -inf for all others."""
         uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._generators])
         noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        return scores.double() + noise.to(scores.device)
+        drawn = (scores.cpu().double() + noise).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn.to(scores.device), 0.0)
 
 
 class _AtStop(StoppingCriteria):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tests.support.dense import dense
 from tests.support.models import WORDS
 from twin_bench import InputError, TwinModel
 from twin_bench.twin.builder import build_twin
+from twin_bench.twin.device import usable_device
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.client import TwinClient
 from twin_bench_helm.engine import Engine
@@ -220,6 +222,14 @@ def test_the_cache_serves_the_same_twin_and_no_other(
         ({"max_tokens": 64}, "leaves no room for a prompt; the model's window is 64", True),
         ({"max_tokens": 0}, "a request for no tokens", True),
         ({"messages": [{"role": "user", "content": "cat"}], "prompt": ""}, "apply_chat_template: false", True),
+        ({"prompt": "a \ud800"}, "character 2 of the prompt is half of a surrogate pair", False),
+        ({"temperature": -1}, "temperature must be a finite number, 0 or more, not -1", True),
+        ({"temperature": math.nan}, "temperature must be a finite number, 0 or more, not nan", True),
+        ({"temperature": None}, "temperature must be a finite number, 0 or more, not None", True),
+        ({"top_p": 1.5}, "top_p must be a number, 0 to 1, not 1.5", True),
+        ({"top_p": "1"}, "top_p must be a number, 0 to 1, not '1'", True),
+        ({"num_completions": 0}, "num_completions must be a whole number, 1 or more, not 0", True),
+        ({"max_tokens": -1}, "max_tokens must be a whole number, 0 or more, not -1", True),
     ],
 )
 def test_what_cannot_succeed_fails_once_with_its_reason(
@@ -235,6 +245,18 @@ def test_what_cannot_succeed_fails_once_with_its_reason(
     assert says in failed.error
     assert failed.error_flags.is_fatal == is_fatal
     assert failed.error_flags.is_retriable is False
+    ours.prepare([request, asks(2)[1]])  # does not raise: make_request reports the error
+    assert ours.make_request(asks(2)[1]).success
+
+
+def test_whole_numbers_are_temperatures(three: Path) -> None:
+    """A run entry says temperature=1, which HELM reads as a whole number."""
+    ours = client(three)
+    for whole in (0, 1):
+        found, expected = (
+            ours.make_request(asks(1, temperature=number, top_p=1)[0]) for number in (whole, float(whole))
+        )
+        assert told(found) == told(expected)
 
 
 def test_a_twin_that_is_damaged_or_none(three: Path, families: Any, tmp_path: Path) -> None:
@@ -277,6 +299,13 @@ def test_a_failed_load_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_wrong_setting_is_named(option: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"HELM's deployment of my-twin: {option}: .*"):
         TwinClient(BlackHoleCacheConfig(), "my-twin", **{option: value})
+
+
+def test_auto_is_the_default_device(three: Path) -> None:
+    """It shares the engine of a client that says nothing."""
+    engines = [TwinClient(BlackHoleCacheConfig(), str(three), device=device).engine for device in ("auto", None)]
+    assert engines[0] is engines[1]
+    assert engines[0].twin.device == usable_device("auto")
 
 
 def test_cached_answers_are_plain_data(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:

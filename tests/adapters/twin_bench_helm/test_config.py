@@ -59,6 +59,12 @@ def test_three_files_name_the_twin_and_keep_what_is_there(twin: Path, tmp_path: 
     assert (tokenizer["end_of_text_token"], tokenizer["prefix_token"]) == ("[SEP]", "[CLS]")
 
 
+def test_auto_leaves_the_device_to_the_machine_that_runs_helm(twin: Path, tmp_path: Path) -> None:
+    assert main(["helm-config", str(twin), "--name", "tiny", "--local-path", str(tmp_path), "--device", "auto"]) == 0
+    (deployment,) = yaml.safe_load((tmp_path / "model_deployments.yaml").read_text())["model_deployments"]
+    assert "device" not in deployment["client_spec"]["args"]
+
+
 def test_what_is_refused(twin: Path, families: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build_twin(Recipe.model_validate({**families("bert").recipe, "router": None}), tmp_path / "classifier")
     there = tmp_path / "there"
@@ -115,7 +121,7 @@ def test_entries_are_plain_data_of_what_they_are_given(tmp_path: Path) -> None:
         (["--tolerance", "1"], "helm-config: tolerance: Input should be less than 1"),
         (["--batch-size", "0"], "helm-config: batch_size: Input should be greater than or equal to 1 (found 0)"),
         (["--dtype", "int8"], "helm-config: dtype: Input should be 'float32', 'bfloat16' or 'float16' (found 'int8')"),
-        (["--device", "gpu9"], "helm-config: device: no device: cpu, cuda, cuda:1"),
+        (["--device", "gpu9"], "helm-config: device: no device: auto, cpu, cuda, cuda:1"),
         (["--protocol", "paper"], "can't serve protocol paper, which needs LoRA experts"),
         (["--chat-template"], "the tokenizer has no chat template; leave out --chat-template"),
     ],

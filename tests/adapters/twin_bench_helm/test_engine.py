@@ -82,6 +82,33 @@ def test_what_can_not_be_answered_does_not_disturb_the_rest(directory: Path, max
         engine.ask(asked[0])
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+@pytest.mark.parametrize(("routing", "says"), [("router", "the features"), ("task", "logits in float32")])
+def test_what_is_not_finite_is_refused_alone(directory: Path, max_tokens: int, routing: str, says: str) -> None:
+    twin, token = TwinModel.from_pretrained(directory, routing=routing), 30
+    prompts = [(5, 6, 7), (30, 20), (9, 8, 7, 6), (8, 250), (40, 41, 42), (11, 12), (30, 8, 7), (13, 30, 4)]
+    asked = [dataclasses.replace(GREEDY, prompt=prompt, max_tokens=max_tokens) for prompt in prompts]
+    fine = [token not in request.prompt for request in asked]
+    expected = Engine(twin, 8, "mmlu").answer([request for request, good in zip(asked, fine, strict=True) if good])
+    spoil = lambda module, inputs, out: out.masked_fill((inputs[0] == token)[..., None], torch.nan)  # noqa: E731
+    twin.model.get_input_embeddings().register_forward_hook(spoil)
+    done: list[int] = []
+    engine = Engine(twin, 8, "mmlu")
+    found = engine.answer(asked, done.append)
+    assert [isinstance(answer, list) for answer in found] == fine
+    assert sum(done) == 2 * sum(fine)
+    for ours, theirs in zip((answer for answer in found if isinstance(answer, list)), expected, strict=True):
+        assert [one.tokens for one in ours] == [one.tokens for one in theirs]
+        assert ours[0].log_probs == pytest.approx(theirs[0].log_probs, abs=1e-5)
+    for answer in found:
+        if not isinstance(answer, list):
+            assert isinstance(answer, RefusedError)
+            assert str(answer).startswith(says)
+            assert "row 0 not finite" in str(answer)
+    with pytest.raises(RefusedError, match="row 0 not finite"):
+        engine.ask(asked[fine.index(False)])
+
+
 def test_equal_requests_are_answered_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = TwinModel.from_pretrained(directory)
     rows: list[int] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from twin_bench import TwinModel
+from twin_bench import InputError, TwinModel
 from twin_bench_helm import harness
 
 pytestmark = pytest.mark.versions
@@ -25,7 +25,7 @@ def test_rows_that_were_set_aside_are_named(three: Path, tmp_path: Path, monkeyp
 
     def run(output_path: str, **_: Any) -> None:
         folder = Path(output_path) / "runs" / "leaderboard" / "one"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         states = [
             {"instance": {"id": row}, "result": {"success": not error, **({"error": error} if error else {})}}
             for row, error in results.items()
@@ -44,3 +44,6 @@ def test_rows_that_were_set_aside_are_named(three: Path, tmp_path: Path, monkeyp
     found = harness.evaluate(twin, "t", "cnn_dailymail", "rouge_2", workspace=tmp_path, rows=2, batch_size=2)
     assert found.values == [0.5, 0.0]
     assert found.set_aside == ["id1: a prompt of 70 tokens"]
+    results["id0"] = "logits in float16: row 0 not finite"
+    with pytest.raises(InputError, match="t on cnn_dailymail: HELM has no answer to any row; id0: logits in float16"):
+        harness.evaluate(twin, "t", "cnn_dailymail", "rouge_2", workspace=tmp_path, rows=2, batch_size=2)

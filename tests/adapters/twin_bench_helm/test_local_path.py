@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import threading
 from pathlib import Path
 
@@ -121,3 +124,12 @@ def test_two_at_once_both_land(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = yaml.safe_load((tmp_path / "a.yaml").read_text())["a"]
     assert sorted(entry["name"] for entry in found) == [f"model-{index}" for index in range(6)]
     assert sorted(file.name for file in tmp_path.iterdir()) == [local_path.LOCK, "a.yaml"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    add([Entry("a.yaml", "a", {"name": "x"})], tmp_path)
+    assert yaml.safe_load((tmp_path / "a.yaml").read_text()) == {"a": [{"name": "x"}]}
