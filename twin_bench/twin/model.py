@@ -26,7 +26,7 @@ from twin_bench.twin.arguments import (
 )
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.device import usable_device
-from twin_bench.twin.encoded import Encoded, Text, distinct, identity
+from twin_bench.twin.encoded import Encoded, Text, alike, distinct, identity
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
@@ -202,7 +202,7 @@ class TwinModel(nn.Module, abc.ABC):
 
     def collate(self, rows: Sequence[Encoded], *, padding_side: str = "right") -> dict[str, Tensor]:
         """Return encoded rows as a forward's inputs: padded to the longest row, on the twin's device."""
-        padded = self.tokenizer.pad([dict(row) for row in rows], padding_side=padding_side, return_tensors="pt")
+        padded = self.tokenizer.pad(alike(rows), padding_side=padding_side, return_tensors="pt")
         return {key: value.to(self.device) for key, value in padded.items()}
 
     @torch.no_grad()
