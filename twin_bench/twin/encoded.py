@@ -31,10 +31,17 @@ def identity(encoded: Encoded) -> bytes:
 
 
 def alike(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
-    """Return rows that all have the inputs that one of them has. A row without a mask is all tokens, of type 0."""
+    """Return rows as lists of ints that all have the inputs that one of them has, as a tokenizer pads them.
+
+    A row without a mask is all tokens. One without token types has type 0.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
     return [
-        {name: row.get(name, [int(name == "attention_mask")] * len(row["input_ids"])) for name in names} for row in rows
+        {
+            name: list(map(int, row[name])) if name in row else [int(name == "attention_mask")] * len(row["input_ids"])
+            for name in names
+        }
+        for row in rows
     ]
 
 

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest
 from twin_bench.twin.arguments import (
     checked_batch,
-    require_count,
+    checked_length,
     require_known,
     require_texts,
     require_weights,
@@ -194,10 +193,7 @@ class TwinModel(nn.Module, abc.ABC):
         A TypeError or an InputError says what is wrong with a row or `max_length`.
         """
         require_texts(texts)
-        limit = self.max_length if max_length is None else max_length
-        require_count(limit, "max_length")
-        if limit > context_window(self.model.config):
-            raise InputError(f"max_length {limit}: the model's window is {context_window(self.model.config)}")
+        limit = checked_length(max_length, self)
         return [self.tokenizer(a, b, truncation=True, max_length=limit) for a, b in texts]
 
     def collate(self, rows: Sequence[Encoded], *, padding_side: str = "right") -> dict[str, Tensor]:
