@@ -103,9 +103,24 @@ def default_max_length(config: Any, task_type: TaskType) -> int:
 
 
 def context_window(config: Any) -> int:
-    """Return the largest number of tokens in an input of a model, 2048 if its config does not say it."""
+    """Return the number of tokens that an input of a model is cut to, 2048 if its config does not say it."""
+    return _positions(config) or 2048
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the largest number of tokens that a model can read, None if its config does not limit it.
+
+    The positions of T5 and XLNet are relative. So are DeBERTa's, unless its embeddings have absolute ones besides.
+    """
+    return _positions(config) if getattr(config, "position_biased_input", True) else None
+
+
+def _positions(config: Any) -> int | None:
+    """Return the number of positions in a config, None if it has none. XLNet's -1 stands for no limit."""
     names = ("max_position_embeddings", "n_positions", "n_ctx")
-    positions = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 2048)
+    positions = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
+    if positions <= 0:
+        return None
     if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # Their positions start after pad_token_id.
         positions -= config.pad_token_id + 1
     return positions

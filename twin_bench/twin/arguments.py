@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twin_bench.checkpoints.skeleton import context_window
+from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.errors import InputError, nearest, shown
 from twin_bench.twin.finite import require_finite
 
@@ -57,37 +58,49 @@ def checked_batch(inputs: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
             raise InputError(f"{name} is on {value.device}, and the twin on {model.device}; move it there")
     if not len(ids):
         raise InputError("input_ids is an empty batch, (0, length); give one row at least")
-    window = context_window(model.config)
-    if ids.shape[1] > window:
-        raise InputError(f"an input of {ids.shape[1]} tokens; the model's window is {window}")
+    require_in_window(ids.shape[1], model.config, f"an input of {ids.shape[1]} tokens;")
     if not ids.shape[1]:
         raise InputError("an empty context: give it one token at least (the tokenizer's bos or eos)")
-    types = getattr(model.config, "type_vocab_size", None)
-    _require_values(given, {"input_ids": model.config.vocab_size, "token_type_ids": types})
+    types = getattr(model.config, "type_vocab_size", None) or None  # DeBERTa has 0 types, and ignores them
+    _require_values(given, {"input_ids": vocabulary_size(model.config), "token_type_ids": types})
     return given
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Return the number of tokens that a model knows, None if it has no vocabulary, as CANINE, which hashes them."""
+    size: int | None = getattr(config, "vocab_size", None)
+    return size
+
+
+def require_in_window(length: int, config: Any, message: str) -> None:
+    """Raise an InputError that begins with `message` if the model of a config has fewer positions than `length`."""
+    window = position_limit(config)
+    if window is not None and length > window:
+        raise InputError(f"{message} the model's window is {window}")
 
 
 def _require_values(given: Mapping[str, Tensor], limits: Mapping[str, int | None]) -> None:
     """Raise an InputError for a token, a type or an entry of the mask out of its range, or a row without tokens."""
-    ranges = [torch.stack(value.double().aminmax()) for value in given.values()]
+    limited = [name for name in given if limits.get(name) is not None]
+    found = [torch.stack(given[name].long().aminmax()) for name in limited]
     mask = given.get("attention_mask")
     if mask is not None:
-        ranges.append(torch.stack([(mask != 0).any(dim=1).all(), ((mask == 0) | (mask == 1)).all()]).double())
-    found = torch.stack(ranges).tolist()
-    for name, (low, high) in zip(given, found, strict=False):
-        if name == "attention_mask":
-            attended, zero_or_one = found[-1]
-            if not zero_or_one:
-                raise InputError(f"attention_mask has {low:g} to {high:g}; it is 1 on tokens and 0 on padding")
-            if not attended:
-                raise InputError("an empty context: attention_mask is 0 on a whole row; give it one token at least")
-            continue
-        limit = limits.get(name)
+        found.append(torch.stack([((mask == 0) | (mask == 1)).all(), (mask != 0).any(dim=1).all()]).long())
+    known = torch.stack(found).tolist() if found else []
+    for name, (low, high) in zip(limited, known, strict=False):
+        limit = limits[name]
         if limit is not None and (low < 0 or high >= limit):
-            wrong = int(low if low < 0 else high)
+            wrong = low if low < 0 else high
             if name == "input_ids":
                 raise InputError(f"token {wrong} in a context: the model's vocabulary has {limit} tokens")
             raise InputError(f"{name} holds {wrong}; the model has {limit} types, numbered from 0")
+    if mask is not None:
+        zero_or_one, attended = known[-1]
+        if not zero_or_one:
+            low, high = torch.stack(mask.float().aminmax()).tolist()
+            raise InputError(f"attention_mask has {low:g} to {high:g}; it is 1 on tokens and 0 on padding")
+        if not attended:
+            raise InputError("an empty context: attention_mask is 0 on a whole row; give it one token at least")
 
 
 def require_weights(weights: Any, rows: int, experts: Sequence[str]) -> None:
@@ -109,8 +122,8 @@ def require_weights(weights: Any, rows: int, experts: Sequence[str]) -> None:
         raise InputError(f"fusion_weights has {weights.abs().max():g}; the largest size is {LARGEST_WEIGHT:g}")
 
 
-def require_ids(ids: Any, what: str, vocabulary: int) -> None:
-    """Check a row of token ids, a sequence of whole numbers.
+def require_ids(ids: Any, what: str, vocabulary: int | None) -> None:
+    """Check a row of token ids, a sequence of whole numbers. They may be numpy's.
 
     Raises:
         TypeError: no sequence.
@@ -123,33 +136,47 @@ def require_ids(ids: Any, what: str, vocabulary: int) -> None:
     if not len(ids):
         raise InputError(f"an empty {what}: give it one token at least (a context: the tokenizer's bos or eos)")
     if set(map(type, ids)) != {int}:
-        wrong = next(one for one in ids if type(one) is not int)
-        raise InputError(f"{shown(wrong)} in a {what}: a token's id is a whole number")
-    if min(ids) < 0 or max(ids) >= vocabulary:
+        for one in ids:
+            if whole(one) is None:
+                raise InputError(f"{shown(one)} in a {what}: a token's id is a whole number")
+    if vocabulary is not None and (min(ids) < 0 or max(ids) >= vocabulary):
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise InputError(f"token {shown(wrong)} in a {what}: the model's vocabulary has {vocabulary} tokens")
 
 
-def require_count(value: Any, name: str, least: int = 1) -> None:
-    """Raise an InputError unless a value is a whole number of `least` or more, in 64 bits."""
-    if type(value) is not int or not least <= value <= sys.maxsize:
+def whole(value: Any) -> int | None:
+    """Return a whole number, which may be numpy's, as an int, and None for anything else. True and False are none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def require_count(value: Any, name: str, least: int = 1) -> int:
+    """Return a value as an int. Raise an InputError unless it is a whole number of `least` or more, in 64 bits."""
+    count = whole(value)
+    if count is None or not least <= count <= sys.maxsize:
         raise InputError(f"{name} must be a whole number, {least} or more, not {shown(value)}")
+    return count
 
 
-def require_run(requests: Any, batch_size: Any, max_length: Any, config: Any) -> None:
-    """Check how a list of requests is to be answered by the model of a config.
+def checked_run(requests: Any, batch_size: Any, max_length: Any, twin: Any) -> tuple[int, int]:
+    """Return the batch size and the window with which a language model's twin answers a list of requests.
 
     Raises:
         TypeError: the requests are no sequence.
-        InputError: `batch_size` is no count, or `max_length` is neither None nor a number of tokens in the window.
+        InputError: `batch_size` is no count, or `max_length` is what `checked_length` refuses.
     """
     if not isinstance(requests, Sequence) or isinstance(requests, str | bytes):
         raise TypeError(f"requests must be a list, not {type(requests).__name__} {shown(requests)}")
-    require_count(batch_size, "batch_size")
-    if max_length is not None:
-        require_count(max_length, "max_length")
-        if max_length > context_window(config):
-            raise InputError(f"max_length {max_length}: the model's window is {context_window(config)}")
+    return require_count(batch_size, "batch_size"), checked_length(max_length, twin)
+
+
+def checked_length(max_length: Any, twin: Any) -> int:
+    """Return a largest number of tokens, by default the twin's. InputError if it is no count or over the window."""
+    length = require_count(twin.max_length if max_length is None else max_length, "max_length")
+    require_in_window(length, twin.model.config, f"max_length {length}:")
+    return length
 
 
 def require_known(tasks: Sequence[Any], known: Any, message: str) -> None:
@@ -184,14 +211,13 @@ def require_encoded(encoded: Any, config: Any) -> None:
     """
     if not isinstance(encoded, Sequence) or isinstance(encoded, str | bytes):
         raise TypeError(f"encoded must be a list of rows, not {type(encoded).__name__} {shown(encoded)}")
-    vocabulary, window = config.vocab_size, context_window(config)
+    vocabulary = vocabulary_size(config)
     for number, row in enumerate(encoded):
         if not isinstance(row, Mapping) or "input_ids" not in row:
             raise TypeError(f"encoded: row {number} must be a mapping with input_ids, not {shown(row)}")
         require_ids(row["input_ids"], f"context (row {number})", vocabulary)
         length = len(row["input_ids"])
-        if length > window:
-            raise InputError(f"an input of {length} tokens in row {number}; the model's window is {window}")
+        require_in_window(length, config, f"an input of {length} tokens in row {number};")
         for name, values in row.items():
             if not isinstance(values, Sequence) or len(values) != length:
                 raise InputError(f"encoded: {name} of row {number} is not as long as its {length} input_ids")

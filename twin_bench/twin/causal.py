@@ -18,7 +18,14 @@ from twin_bench import compat
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
-from twin_bench.twin.arguments import checked_batch, require_count, require_ids, require_texts, tasks_of
+from twin_bench.twin.arguments import (
+    checked_batch,
+    require_count,
+    require_ids,
+    require_texts,
+    tasks_of,
+    vocabulary_size,
+)
 from twin_bench.twin.encoded import Encoded, Text
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.finite import peaks, require_finite_logits
@@ -116,7 +123,7 @@ class TwinCausalLM(TwinModel):
         """Tokenise texts without padding. Of a text that is too long, the last `max_length` tokens are kept."""
         require_texts(texts)
         limit = self.max_length if max_length is None else max_length
-        require_count(limit, "max_length")
+        limit = require_count(limit, "max_length")
         ids = [self.tokenizer(text if pair is None else f"{text}\n{pair}")["input_ids"] for text, pair in texts]
         return [tokens(row[-limit:]) for row in ids]
 
@@ -359,7 +366,7 @@ class TwinCausalLM(TwinModel):
 
     def check_tokens(self, ids: Sequence[int], what: str = "context") -> None:
         """Raise an error that names `what` unless `ids` is a list of tokens of the vocabulary, and not empty."""
-        require_ids(ids, what, self.model.config.vocab_size)
+        require_ids(ids, what, vocabulary_size(self.model.config))
 
 
 def tokens(ids: Sequence[int]) -> Encoded:

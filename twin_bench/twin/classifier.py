@@ -154,7 +154,7 @@ class TwinClassifier(TwinModel):
         require_encoded(encoded, self.model.config)
         tasks = tasks_of(tasks, len(encoded))
         require_known(tasks, self.heads, "the twin has no expert of task")
-        require_count(batch_size, "batch_size")
+        batch_size = require_count(batch_size, "batch_size")
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, len(encoded))
             if progress:

@@ -18,8 +18,31 @@ def packed(ids: Sequence[int]) -> bytes:
 
 
 def identity(encoded: Encoded) -> bytes:
-    """Return a key that is equal for two encoded rows if and only if they are the same input."""
-    return packed([*encoded["input_ids"], *encoded.get("token_type_ids", ())])
+    """Return a key that is equal for two encoded rows if and only if they are the same input.
+
+    It holds the ids and token types, 4 bytes each, then the mask, a byte each, if it leaves out a token, and last the
+    number of ids. That number and the key's length tell which of these it holds, and where each begins.
+    """
+    ids = encoded["input_ids"]
+    mask = np.array(encoded.get("attention_mask", ()), dtype=bool)
+    return b"".join(
+        (packed([*ids, *encoded.get("token_type_ids", ())]), b"" if mask.all() else mask.tobytes(), packed([len(ids)]))
+    )
+
+
+def alike(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
+    """Return rows as lists of ints that all have the inputs that one of them has, as a tokenizer pads them.
+
+    A row without a mask is all tokens. One without token types has type 0.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [
+        {
+            name: list(map(int, row[name])) if name in row else [int(name == "attention_mask")] * len(row["input_ids"])
+            for name in names
+        }
+        for row in rows
+    ]
 
 
 def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest
 from twin_bench.twin.arguments import (
     checked_batch,
-    require_count,
+    checked_length,
     require_known,
     require_texts,
     require_weights,
@@ -26,7 +25,7 @@ from twin_bench.twin.arguments import (
 )
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.device import usable_device
-from twin_bench.twin.encoded import Encoded, Text, distinct, identity
+from twin_bench.twin.encoded import Encoded, Text, alike, distinct, identity
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
@@ -194,15 +193,12 @@ class TwinModel(nn.Module, abc.ABC):
         A TypeError or an InputError says what is wrong with a row or `max_length`.
         """
         require_texts(texts)
-        limit = self.max_length if max_length is None else max_length
-        require_count(limit, "max_length")
-        if limit > context_window(self.model.config):
-            raise InputError(f"max_length {limit}: the model's window is {context_window(self.model.config)}")
+        limit = checked_length(max_length, self)
         return [self.tokenizer(a, b, truncation=True, max_length=limit) for a, b in texts]
 
     def collate(self, rows: Sequence[Encoded], *, padding_side: str = "right") -> dict[str, Tensor]:
         """Return encoded rows as a forward's inputs: padded to the longest row, on the twin's device."""
-        padded = self.tokenizer.pad([dict(row) for row in rows], padding_side=padding_side, return_tensors="pt")
+        padded = self.tokenizer.pad(alike(rows), padding_side=padding_side, return_tensors="pt")
         return {key: value.to(self.device) for key, value in padded.items()}
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.twin.arguments import require_count, require_run
+from twin_bench.twin.arguments import checked_length, checked_run, require_count
 from twin_bench.twin.causal import TwinCausalLM, tokens
 from twin_bench.twin.encoded import packed
 from twin_bench.twin.plan import Group, batches, plan
@@ -98,10 +98,9 @@ def score(
         InputError: an empty context or continuation, a continuation over `max_length`, a token outside the vocabulary,
             or a missing task.
     """
-    require_run(requests, batch_size, max_length, twin.model.config)
+    batch_size, window = checked_run(requests, batch_size, max_length, twin)
     if not requests:
         return []
-    window = max_length or twin.max_length
     for request in requests:
         twin.check_tokens(request.context)
         twin.check_tokens(request.continuation, "continuation")
@@ -157,13 +156,12 @@ def generate(
     Raises:
         InputError: a request that `check_generate` refuses, or a missing task.
     """
-    require_run(requests, batch_size, max_length, twin.model.config)
+    batch_size, window = checked_run(requests, batch_size, max_length, twin)
     if not requests:
         return []
     for request in requests:
-        check_generate(twin, request, max_length)
+        check_generate(twin, request, window)
     begun = time.perf_counter()
-    window = max_length or twin.max_length
     prompts = [_last(request.prompt, window) for request in requests]
     weights = _routed(twin, prompts, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
@@ -261,9 +259,9 @@ def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None
     """Raise an InputError for a request that `generate` can't answer.
 
     That is an empty prompt, no token to generate, a prompt and completion over `max_length` (by default the twin's), or
-    a token outside the vocabulary.
+    a token outside the vocabulary. So is a `max_length` over the model's window.
     """
-    window = max_length or twin.max_length
+    window = checked_length(max_length, twin)
     twin.check_tokens(request.prompt, "prompt")
     require_count(request.max_new_tokens, "max_new_tokens", least=0)
     require_count(request.completions, "completions", least=0)
