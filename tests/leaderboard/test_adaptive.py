@@ -205,7 +205,7 @@ def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, An
         inputs["rows"] = {name: rows for name, rows in inputs["rows"].items() if name.endswith("validation")}
         keys.append(
             {
-                e.label: cell_key(checked, e, "standard", "mnli", inputs, rows=None, harness="lm-eval")
+                e.label: cell_key(checked, e, "standard", "mnli", inputs, rows=None, where={"harness": "lm-eval"})
                 for e in checked.entries()
             }
         )

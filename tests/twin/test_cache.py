@@ -190,7 +190,7 @@ def test_features_that_find_no_room_are_used_all_the_same(
 
     monkeypatch.setattr(os, "fsync", full)
     assert torch.equal(twin.route_all(rows), expected)
-    assert "can't be kept ([Errno 28] No space left on device)" in caplog.text
+    assert "can't be kept ([Errno 28] No space left on device" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
