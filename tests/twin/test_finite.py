@@ -103,16 +103,43 @@ def test_logits_that_are_not_finite(twins: Any, causal_twins: Any, weights: Tens
         score(model, [Score(row[:2], row[2:]) for row in POISON.tolist()], fusion_weights=weights)
 
 
-def test_a_text_that_becomes_not_finite(causal_twins: Any) -> None:
-    """The third token that is generated is the first that can't be followed."""
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_text_that_becomes_not_finite(causal_twins: Any, options: dict[str, Any], value: float) -> None:
+    """The third token that is generated is the first that can't be followed. A draw from NaN would end a process."""
     twin = causal(causal_twins)
-    calls = []
-    spoil = lambda module, inputs, out: calls.append(0) or (out * math.nan if len(calls) == 3 else out)  # noqa: E731
+    calls: list[int] = []
+
+    def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        calls.append(0)
+        copies = len(output) // 4
+        places = torch.arange(copies, 3 * copies) if len(calls) == 3 else torch.arange(0)
+        return output.index_fill(0, places, value)
+
     twin.model.get_output_embeddings().register_forward_hook(spoil)
-    with pytest.raises(InputError, match="rows 0, 1, 2, 3 not finite"):
-        twin.generate(IDS, fusion_weights=EVEN, max_new_tokens=6, eos_token_id=-1)
-    assert len(calls) == 3
+    with pytest.raises(InputError, match=r"rows 1, (1, 2, )?2 not finite"):
+        twin.generate(IDS, fusion_weights=EVEN, max_new_tokens=6, eos_token_id=-1, **options)
     assert not twin.model._forward_hooks
+
+
+def test_the_check_of_a_text_asks_the_device_once(causal_twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens are generated. transformers itself asks at each token whether all rows have ended."""
+    twin = causal(causal_twins)
+    asked: list[Any] = []
+    for name in ("__bool__", "item", "tolist"):
+        plain = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, plain=plain: asked.append(0) or plain(self))
+
+    def asks(run: Any, steps: int) -> int:
+        asked.clear()
+        run(steps)
+        return len(asked)
+
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    options = {"eos_token_id": 299, "pad_token_id": 0}
+    ours = lambda steps: twin.generate(IDS, fusion_weights=EVEN, max_new_tokens=steps, **options)  # noqa: E731
+    theirs = lambda steps: twin.model.generate(**inputs, max_new_tokens=steps, **options)  # noqa: E731
+    assert asks(ours, 12) - asks(ours, 4) == asks(theirs, 12) - asks(theirs, 4)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench import compat
+from twin_bench.checkpoints.finite import all_finite
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
@@ -239,15 +240,24 @@ class TwinCausalLM(TwinModel):
             weights = weights[list(group.rows)].repeat_interleave(copies, dim=0)
             group = Group(tuple(range(len(weights))), None)
 
-        def check(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._require_finite(output.logits[:, -1:], None, group, weights)
+        steps: list[Tensor] = []
+
+        def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+            last = output.logits[:, -1:]
+            steps.append(peaks(last))
+            # The check comes after the last token, and a draw from what is not finite ends a GPU's process.
+            last.masked_fill_(~torch.isfinite(steps[-1])[..., None], 0)
 
         with self.fused(group, weights):
-            watch = self.model.register_forward_hook(check)
+            hook = self.model.register_forward_hook(watch)
             try:
-                return self.model.generate(**inputs, **options)
+                output = self.model.generate(**inputs, **options)
             finally:
-                watch.remove()
+                hook.remove()
+        if not all_finite(torch.cat(steps)):  # the device is asked once, and not at each token
+            for found in steps:
+                require_finite_logits(found, group.rows, weights, self.expert_names, self.model.dtype)
+        return output
 
     @torch.no_grad()
     def logits(

@@ -112,9 +112,10 @@ class Sampling(Decoding):
 
 
 class _Gumbel(LogitsProcessor):  # type: ignore[misc]
-    """Draws a token for each row, from its own generator: the argmax with Gumbel noise is a draw from the softmax.
+    """Draws a token for each row, from the row's own generator.
 
-    The noise is added on the CPU, in float64, which not every device has. So a seed draws the same on all of them.
+    The argmax of scores with Gumbel noise is a draw from their softmax (Maddison et al., 2014). The noise is added on
+    the CPU, in float64, which not every device has. So a seed draws the same on all of them.
     """
 
     def __init__(self, seeds: Sequence[str]) -> None:
