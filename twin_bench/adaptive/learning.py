@@ -73,7 +73,8 @@ class Learning:
             learning_rate: Adam's.
 
         Raises:
-            InputError: learning_rate is not above 0, or a parameter becomes NaN or inf. A state that holds one is neither written nor used.
+            InputError: learning_rate is not above 0, or a parameter becomes NaN or inf. A state that holds one is
+                neither written nor used.
         """
         require_learning_rate(method, learning_rate)
         started = time.perf_counter() - self.seconds
