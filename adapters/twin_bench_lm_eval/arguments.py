@@ -27,7 +27,7 @@ _REASONS: Mapping[str, Collection[str]] = {
     "kernels and fused modules read weights that a twin's layers replace": (
         *("use_kernels", "kernel_config", "allow_all_kernels", "fusion_config"),
     ),
-    "a twin has the precision `dtype`": ("mixed_precision_dtype",),
+    "a twin has the precision `dtype`": ("mixed_precision_dtype", "torch_dtype"),
     "a twin's log-softmax is in float32": ("softmax_dtype",),
     "a twin is a decoder": ("backend",),
 }
@@ -37,10 +37,13 @@ LOADING = frozenset(
     (
         *("attn_implementation", "experts_implementation", "generation_config", "low_cpu_mem_usage", "use_safetensors"),
         *("weights_only", "disable_mmap", "local_files_only", "force_download", "cache_dir", "token", "proxies"),
-        "code_revision",
+        *("code_revision", "rope_scaling"),
     )
 )
-"""Arguments of `from_pretrained` that HFLM passes on, and a twin too. Attributes of the model's config are others."""
+"""Arguments of `from_pretrained` that HFLM passes on, and a twin too. Attributes of the model's config are others.
+
+`rope_scaling` is transformers' older name of the attribute `rope_parameters`.
+"""
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(HFLM.__init__).parameters.items()
@@ -61,6 +64,7 @@ def checked(options: Mapping[str, Any], config: Any, own: Collection[str]) -> di
     Raises:
         InputError: an option that can't hold for a twin, with the reason, or an unknown one.
     """
+    attributes = {*config.to_dict(), *config.attribute_map}
     taken: dict[str, Any] = {}
     for name, value in options.items():
         if name in REFUSED:
@@ -69,7 +73,7 @@ def checked(options: Mapping[str, Any], config: Any, own: Collection[str]) -> di
                 name, ()
             ):
                 raise InputError(f"twin_merged: {name}={value}: {REFUSED[name]}; leave {name} out")
-        elif name in _DEFAULTS or name in LOADING or hasattr(config, name):
+        elif name in _DEFAULTS or name in LOADING or name in attributes:
             taken[name] = value
         else:
             known = {*_DEFAULTS, *LOADING, *own} - REFUSED.keys()

@@ -135,13 +135,8 @@ def test_entropy_is_that_of_the_labels_there_are() -> None:
 
 def test_errors(setting: Setting) -> None:
     vectors = TaskVectors(setting.base, setting.tuned)
-    for options, message in (
-        ({"steps": -1, "learning_rate": 1e-3}, "steps must be a whole number from 0, not -1"),
-        ({"steps": 1.5, "learning_rate": 1e-3}, "steps must be a whole number"),
-        ({"steps": 1, "learning_rate": 0}, "learning_rate must be above 0"),
-    ):
-        with pytest.raises(InputError, match=message):
-            learn_coefficients(vectors, dict, scaling=0.3, **options)
+    with pytest.raises(InputError, match="learning_rate must be above 0"):
+        learn_coefficients(vectors, dict, scaling=0.3, steps=1, learning_rate=0)
     with pytest.raises(InputError, match="batch_size must be a whole number from 1"):
         unlabelled_batches(setting.twin, setting.rows, batch_size=0, seed=0)
     with pytest.raises(UnsuitedError, match="no test inputs of mnli"):

@@ -106,6 +106,19 @@ def test_untouched_parameters_and_integers_stay_bit_for_bit() -> None:
         assert torch.equal(merged["position_ids"], base["position_ids"])
 
 
+@pytest.mark.parametrize("positions", [torch.arange(6), torch.arange(20), torch.arange(12, dtype=torch.int32)])
+def test_a_buffer_of_integers_may_be_longer_or_shorter(positions: Tensor) -> None:
+    base, tuned = models(experts=1)
+    base["position_ids"] = torch.arange(12)[None]
+    tuned["task0"]["position_ids"] = positions[None]
+    merged = twin_bench.merge("average", base, tuned)
+    assert torch.equal(merged["position_ids"], base["position_ids"])
+    for other in (positions[None] + 1, positions, positions.repeat(2, 1)):
+        tuned["task0"]["position_ids"] = other
+        with pytest.raises(InputError, match="'task0': the values of tensor position_ids differ from the base model's"):
+            twin_bench.merge("average", base, tuned)
+
+
 def test_merging_is_lazy() -> None:
     base, tuned = models()
     read: list[str] = []

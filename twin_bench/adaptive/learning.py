@@ -22,21 +22,19 @@ STEPS_KEPT = 50
 
 def check_learning(context: Context, *, steps: int, learning_rate: float, batch_size: int, **others: object) -> None:
     """Raise an InputError unless the options of a method that learns are in their ranges."""
-    require_learnable(context.name, steps, learning_rate)
+    require_learning_rate(context.name, learning_rate)
     require_batch_size(batch_size)
 
 
-def require_learnable(method: str, steps: float, learning_rate: float) -> None:
-    """Raise an InputError unless steps is a whole number from 0 and learning_rate is above 0."""
-    if steps < 0 or steps != int(steps):
-        raise InputError(f"{method}: steps must be a whole number from 0, not {steps}")
+def require_learning_rate(method: str, learning_rate: float) -> None:
+    """Raise an InputError unless learning_rate is above 0."""
     if learning_rate <= 0:
         raise InputError(f"{method}: learning_rate must be above 0, not {learning_rate}")
 
 
-def require_batch_size(batch_size: float) -> None:
-    """Raise an InputError unless batch_size is a whole number from 1."""
-    if batch_size < 1 or batch_size != int(batch_size):
+def require_batch_size(batch_size: int) -> None:
+    """Raise an InputError unless batch_size is 1 or more."""
+    if batch_size < 1:
         raise InputError(f"batch_size must be a whole number from 1, not {batch_size}")
 
 
@@ -75,10 +73,10 @@ class Learning:
             learning_rate: Adam's.
 
         Raises:
-            InputError: steps is not a whole number from 0, learning_rate is not above 0, or a parameter becomes NaN or
-                inf. A state that holds one is neither written nor used.
+            InputError: learning_rate is not above 0, or a parameter becomes NaN or inf. A state that holds one is
+                neither written nor used.
         """
-        require_learnable(method, steps, learning_rate)
+        require_learning_rate(method, learning_rate)
         started = time.perf_counter() - self.seconds
         adam = torch.optim.Adam(parameters.values(), lr=learning_rate)
         for key, tensor in self._state.items():

@@ -94,9 +94,7 @@ def unlabelled_batches(
         if not own:
             raise UnsuitedError(f"there are no test inputs of {task}")
     encoded = {task: twin.encode(own, max_length=max_length) for task, own in texts.items()}
-    orders = {
-        task: _orders(len(own), int(batch_size), torch.Generator().manual_seed(seed)) for task, own in encoded.items()
-    }
+    orders = {task: _orders(len(own), batch_size, torch.Generator().manual_seed(seed)) for task, own in encoded.items()}
     return _batches(twin, encoded, orders)
 
 

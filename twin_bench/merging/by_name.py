@@ -32,8 +32,8 @@ def merge_lazily(
         )
     vectors = TaskVectors(base, experts, transposed=transposed)
     header.check_inputs(experts, params)
-    header.checked({option: value for option, value in params.items() if option not in header.inputs})
-    return FiniteMerge(method, header.function(vectors, **params))
+    options = header.checked({option: value for option, value in params.items() if option not in header.inputs})
+    return FiniteMerge(method, header.function(vectors, **{**params, **options}))
 
 
 def merge(

@@ -89,14 +89,13 @@ class Method:
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return options as plain data. Raises InputError for an unknown option or a value of the wrong kind."""
-        for option, value in options.items():
-            self.check(option, value)
-        return dict(options)
+        return {option: self._settled(option, value) for option, value in options.items()}
 
-    def check(self, option: str, value: Any) -> None:
-        """Raise an InputError unless the method has this option and `value` is of its default's kind, and finite.
+    def _settled(self, option: str, value: Any) -> Any:
+        """Return an option's value. InputError unless the option is known, and the value finite and of its kind.
 
-        Where the default is a whole number, which is a count or a seed, the value is one as well, 0 or more.
+        Where the default is a whole number, which is a count or a seed, the value is one as well, 0 or more. A float
+        such as 3.0 becomes an int there.
         """
         if option not in self.defaults:
             raise InputError(f"{self.name} has no option {option!r}{nearest(option, self.defaults)}")
@@ -104,8 +103,11 @@ class Method:
         text = isinstance(default, str)
         if isinstance(default, int | float | str) and not (_is_number(value) or (text and isinstance(value, str))):
             raise InputError(f"{self.name}: {option} must be a number{' or a text' * text}, not {shown(value)}")
-        if isinstance(default, int) and not (isinstance(value, int) and 0 <= value <= LARGEST_SEED):
+        if not isinstance(default, int):
+            return value
+        if value != int(value) or not 0 <= value <= LARGEST_SEED:
             raise InputError(f"{self.name}: {option} must be a whole number, 0 or more, not {shown(value)}")
+        return int(value)
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
         """Return the track for these options."""

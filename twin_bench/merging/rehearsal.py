@@ -35,7 +35,7 @@ def rehearse_merge(method: MergeMethod, options: Mapping[str, Any], experts: Seq
     }
     header = method.given(options)
     inputs: dict[str, Any] = {"task": experts[0], "statistics": dict.fromkeys(experts, _statistics(method, base))}
-    header.checked(options)
+    options = header.checked(options)
     # A method checks its options before it gives a merge of which nothing is computed until it is read.
     header.function(TaskVectors(base, tuned), **options, **{name: inputs[name] for name in method.inputs})
 

@@ -104,16 +104,21 @@ class TaskVectors(Mapping[str, Tensor]):
     def unmerged(self, name: str) -> Tensor:
         """Return the base's own tensor for a name without task vector, such as a buffer of position ids.
 
-        InputError if an expert has other values there: they would be lost. A tensor without dimensions, such as a
-        counter of batches, may differ.
+        InputError if an expert has other values there: they would be lost. The buffer of an expert may be longer or
+        shorter. A tensor without dimensions, such as a counter of batches, may differ.
         """
         base = self.base[name]
+        kind = str(base.dtype).removeprefix("torch.")
         for task, expert in self._experts.items():
-            differs = base.ndim and name in expert and not torch.equal(expert[name].to(base.device), base)
-            if base.is_complex() or differs:
+            if base.is_complex():
                 raise InputError(
-                    f"expert {task!r}: tensor {name} is {str(base.dtype).removeprefix('torch.')} in the base model and "
-                    "can't be merged; dequantise or convert base model and experts, or leave the tensor out of both"
+                    f"expert {task!r}: tensor {name} is {kind} in the base model and can't be merged; convert base "
+                    "model and experts, or leave the tensor out of both"
+                )
+            if base.ndim and name in expert and not _same_where_both(expert[name].to(base.device), base):
+                raise InputError(
+                    f"expert {task!r}: the values of tensor {name} differ from the base model's, and {kind} can't be "
+                    "merged; dequantise base model and experts if these are weights, or leave the tensor out of both"
                 )
         return base.clone()
 
@@ -129,6 +134,14 @@ class TaskVectors(Mapping[str, Tensor]):
                 f"{tuple(base.shape)}; resize the vocabulary, or drop the head from both and merge the backbone only"
             )
         return tensor
+
+
+def _same_where_both(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal, up to the end of the shorter one along the last dimension."""
+    if one.shape[:-1] != other.shape[:-1] or one.ndim != other.ndim:
+        return False
+    common = min(one.shape[-1], other.shape[-1])
+    return bool((one[..., :common] == other[..., :common]).all())
 
 
 def _require_tensors(model: Any, what: str) -> None:

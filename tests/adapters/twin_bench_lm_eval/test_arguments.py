@@ -28,6 +28,9 @@ pytestmark = pytest.mark.versions
         ({"load_in_8bit": True}, "load_in_8bit=True: a twin's layers add to whole matrices"),
         ({"attn_implementation": "fastest"}, "can't be loaded with attn_implementation=fastest: "),
         ({"attn_implementatoin": "sdpa"}, "unknown argument 'attn_implementatoin'; did you mean 'attn_implementation'"),
+        ({"torch_dtype": "bfloat16"}, "torch_dtype=bfloat16: a twin has the precision `dtype`; leave torch_dtype out"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "torch_dtype=bfloat16: a twin has the precision `dtype`"),
+        ({"to_dict": 3}, "unknown argument 'to_dict'"),
         ({"hidden_size": 16}, "can't be loaded with hidden_size=16: "),
         ({"dtype": "bf16"}, "dtype 'bf16': known"),
         ({"batch_size": "x"}, "batch_size=x; expected a positive whole number"),
@@ -44,6 +47,10 @@ def test_arguments_are_checked(three, arguments, says):
     [
         ({"attn_implementation": "eager"}, lambda model: model.config._attn_implementation == "eager"),
         ({"rms_norm_eps": 0.5}, lambda model: model.config.rms_norm_eps == 0.5),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            lambda model: model.config.rope_scaling["factor"] == 2.0,
+        ),
         ({"use_safetensors": True, "low_cpu_mem_usage": True}, bool),
         (
             {"parallelize": False, "revision": "main", "softmax_dtype": "float32", "backend": "causal"},

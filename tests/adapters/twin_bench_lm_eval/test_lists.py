@@ -37,8 +37,10 @@ def memory(monkeypatch):
     return limited
 
 
-def test_a_batch_holds_as_many_rows_as_fit_of_the_longest_request(three, causal_families, memory):
+def test_a_batch_holds_as_many_rows_as_fit_of_the_longest_request(three, causal_families, memory, monkeypatch):
     """HFLM computes the logits of whole rows, the twin those that are asked for."""
+    # At each of a hundred steps accelerate collects garbage, which takes long in a process with many objects.
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda garbage_collection=False: None)
     limit, sizes = 300 * 20 * 10, {"batch_size": "auto", "max_batch_size": 512}
     hf = HFLM(causal_families("llama").recipe["experts"]["mmlu"], device="cpu", **sizes)
     hf, twin = memory(hf, limit), memory(served(three, **sizes), limit)

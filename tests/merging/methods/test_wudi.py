@@ -136,8 +136,22 @@ def test_the_global_seed_is_neither_read_nor_moved() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("options", [{"learning_rate": 0.0}, {"steps": -1}, {"steps": 2.5}])
-def test_refuses_options_out_of_range(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"learning_rate": 0.0}, "wudi: learning_rate must be above 0, not 0.0"),
+        ({"steps": -1}, "wudi: steps must be a whole number, 0 or more, not -1"),
+        ({"steps": 2.5}, "wudi: steps must be a whole number, 0 or more, not 2.5"),
+    ],
+)
+def test_refuses_options_out_of_range(options: dict[str, float], says: str) -> None:
     base, experts = random_experts(2)
-    with pytest.raises(InputError, match="wudi: learning_rate must be above 0 and steps a whole number, not"):
+    with pytest.raises(InputError, match=says):
         twin_bench.merge("wudi", base, experts, **options)
+
+
+def test_steps_may_be_a_whole_float() -> None:
+    base, experts = random_experts(2)
+    found = twin_bench.merge("wudi", base, experts, steps=3.0)
+    for name, expected in twin_bench.merge("wudi", base, experts, steps=3).items():
+        assert torch.equal(found[name], expected)

@@ -37,10 +37,8 @@ def wudi(
     / |tau_t|^2 are computed once. A step then costs one product, or two thin products if the experts are of low rank.
     The steps are the same.
     """
-    if learning_rate <= 0 or steps < 0 or steps != int(steps):
-        raise InputError(
-            f"wudi: learning_rate must be above 0 and steps a whole number, not {learning_rate} and {steps}"
-        )
+    if learning_rate <= 0:
+        raise InputError(f"wudi: learning_rate must be above 0, not {learning_rate}")
 
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
         taus = vectors.as_linear(name, taus)
@@ -51,7 +49,7 @@ def wudi(
         correction = torch.zeros_like(pull)
         correction.grad = gradient = torch.empty_like(pull)
         adam = torch.optim.Adam([correction], lr=learning_rate, fused=True)
-        for _ in range(int(steps)):
+        for _ in range(steps):
             torch.addmm(pull, correction if inner is None else correction @ inner, outer, out=gradient)
             gradient *= 2
             adam.step()
