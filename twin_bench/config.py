@@ -62,6 +62,17 @@ def parse(kind: type[SettingsType], raw: Any, source: str = "") -> SettingsType:
         raise InputError(": ".join(part for part in (source, ".".join(keys), message) if part)) from None
 
 
+def replaced(settings: SettingsType, **given: Any) -> SettingsType:
+    """Return settings with the values of a command's flags in place of theirs. None leaves a value as it is.
+
+    InputError that names the flag for a value that the key does not take.
+    """
+    changes = {key: value for key, value in given.items() if value is not None}
+    if not changes:
+        return settings
+    return parse(type(settings), {**settings.model_dump(), **changes}, "the command line")
+
+
 def _keys(place: Sequence[int | str], raw: Any, *, missing: bool) -> list[str]:
     """Return the keys that a user wrote of pydantic's place of an error, which also names types that it tried.
 

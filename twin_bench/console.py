@@ -19,12 +19,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device, which `twin_bench.twin.device` reads."""
+def add_device(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
+    """Add --device, which `twin_bench.twin.device` reads. A `default` of None leaves the choice to a file."""
     parser.add_argument(
         "--device",
-        default="auto",
-        help="where models run: cpu, cuda, cuda:1, mps, or auto: cuda, else mps, else cpu (default: auto)",
+        default=default,
+        help="where models run: cpu, cuda, cuda:1, mps, or auto: cuda, else mps, else cpu "
+        f"(default: {default or 'what the file says, or auto'})",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype, which takes the place of what a file says."""
+    parser.add_argument(
+        "--dtype",
+        help="what is computed in: float32, bfloat16 or float16 (default: what the file says, or the model's)",
     )
 
 

@@ -80,7 +80,7 @@ class Helm(Harness):
                 TASKS[job.task].metric,
                 workspace=job.workspace,
                 rows=job.rows,
-                batch_size=job.suite.batch_size,
+                batch_size=32 if job.suite.batch_size == "auto" else job.suite.batch_size,  # halved where it must be
             )
         return Evaluated(
             score=mean(scored.values),

@@ -49,7 +49,7 @@ class TwinMerged(LM):  # type: ignore[misc]
         return model
 
 
-def serving(twin: TwinModel, *, task: str, batch_size: int, max_length: int | None) -> ServedTwin:
+def serving(twin: TwinModel, *, task: str, batch_size: int | str, max_length: int | None) -> ServedTwin:
     """Return the lm-eval model of a twin in memory. `task` is the task of all its requests."""
     from twin_bench.twin.causal import TwinCausalLM
     from twin_bench.twin.classifier import TwinClassifier

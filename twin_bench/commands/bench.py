@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_device
+from twin_bench.console import add_device, add_dtype
 
 SUMMARY = "measure how fast a twin is beside the plain model, the authors' per-sample merge and PEFT"
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merged-rows", type=int, default=16, help="how many rows the slow per-sample merge gets (default: 16)"
     )
     add_device(parser)
-    parser.add_argument("--dtype", help="what it computes in: float32, bfloat16 or float16 (default: the twin's own)")
+    add_dtype(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON to this file, not to the terminal")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_device, add_plugins
+from twin_bench.console import add_device, add_dtype, add_plugins
 
 SUMMARY = "build a twin from a recipe"
 
@@ -22,11 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", metavar="DIRECTORY", type=Path, help="the folder to write the twin to; it must not exist yet"
     )
     add_device(parser)
+    add_dtype(parser)
     add_plugins(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Build the twin, and print its size and its router's accuracy; InputError for what is wrong with the recipe."""
+    from twin_bench.config import replaced
     from twin_bench.console import progress_bars
     from twin_bench.merging.plugins import load_plugins
     from twin_bench.twin.builder import build_twin
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     from twin_bench.twin.recipe import read_recipe
 
     load_plugins(options.plugin)
-    recipe = read_recipe(options.recipe)
+    recipe = replaced(read_recipe(options.recipe), dtype=options.dtype)
     with progress_bars(options) as progress:
         settings = build_twin(
             recipe, options.directory, device=options.device, feature_cache=named_directory(), progress=progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_device, add_plugins
+from twin_bench.console import add_device, add_dtype, add_plugins
 
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
@@ -28,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="lm-eval",
         help="the harness that scores: lm-eval, helm, or one that a plugin adds (default: lm-eval)",
     )
-    add_device(parser)
+    add_device(parser, default=None)
+    add_dtype(parser)
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_positive_or_auto,
+        help="inputs in a forward pass; auto finds what fits a GPU (default: what the suite says, or 32)",
+    )
     add_plugins(parser)
     parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(
@@ -42,14 +49,16 @@ def run(options: argparse.Namespace) -> None:
     """Run the suite, write its results and print its table; InputError for what is wrong with the suite."""
     from rich.console import Console
 
+    from twin_bench.config import replaced
     from twin_bench.console import progress_bars
     from twin_bench.leaderboard.report import FILES, asides, leaderboard_rows, print_leaderboard, write_leaderboard
     from twin_bench.leaderboard.run import run_suite
     from twin_bench.leaderboard.suite import read_suite
     from twin_bench.merging.plugins import load_plugins
+    from twin_bench.twin.device import AUTO
 
     load_plugins(options.plugin)
-    suite = read_suite(options.suite)
+    suite = replaced(read_suite(options.suite), dtype=options.dtype, batch_size=options.batch_size)
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with progress_bars(options) as progress:
         board = run_suite(
@@ -59,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
             limit=options.limit,
             harness=options.harness,
             tune=options.tune,
-            device=options.device,
+            device=options.device or suite.device or AUTO,
             progress=progress,
         )
     table = write_leaderboard(board, options.out)
@@ -74,3 +83,7 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _positive_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from twin_bench.console import add_plugins
+from twin_bench.console import add_dtype, add_plugins
 
 SUMMARY = "merge experts into one ordinary checkpoint, or into one LoRA adapter"
 
@@ -23,17 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", metavar="DIRECTORY", type=Path, help="the folder to write the result to; it must not exist yet"
     )
+    add_dtype(parser)
     add_plugins(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Merge, and print the result's size; InputError for what is wrong with the recipe."""
+    from twin_bench.config import replaced
     from twin_bench.console import progress_bars
     from twin_bench.merging.export import merge_to_directory, read_merge_recipe
     from twin_bench.merging.plugins import load_plugins
 
     load_plugins(options.plugin)
     recipe, difference = read_merge_recipe(options.recipe)
+    recipe = replaced(recipe, dtype=options.dtype)
     if difference:
         print(f"note: {difference}", file=sys.stderr)
     with progress_bars(options) as progress:

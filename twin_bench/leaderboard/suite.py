@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -71,7 +71,8 @@ class Suite(WithPlugins):
       option `protocol` restricts an entry to some of the suite's protocols.
     - `rows`: how many rows of a task are scored without --limit, by default all of them.
     - `dtype`: what the models compute in, by default the base model's.
-    - `batch_size`: inputs in a forward pass.
+    - `device`: cpu, cuda, mps or `auto`, the fastest of them.
+    - `batch_size`: inputs in a forward pass. `auto` finds what fits a GPU where the harness can.
     - `calibration_rows`: how many training rows of each task may be used for statistics.
     - `plugins`: Python files that register methods; they are imported.
     - `helm`: a directory of HELM's raw files as under benchmark_output/scenarios, for --harness helm.
@@ -89,7 +90,8 @@ class Suite(WithPlugins):
     max_length: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
-    batch_size: int = Field(default=32, ge=1)
+    device: str | None = None
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
     calibration_rows: int = Field(default=ROWS, ge=1)
     helm: str | None = None
 
