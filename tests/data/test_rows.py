@@ -139,6 +139,20 @@ def test_router_rows_of_a_directory_in_the_glue_schema(tmp_path):
         read_router_rows(tmp_path, ["cola", "mnli", "my_task"])
 
 
+def test_router_rows_of_known_tasks_and_of_others_beside_them(tmp_path):
+    write(tmp_path / "cola/train.jsonl", {"sentence": "x", "label": 1})
+    file = write(tmp_path / "law/train.jsonl", {"text": "y", "text_pair": "z"}, {"text": "v", "task": "law"})
+    rows = [TaskInput("y", "z", "law"), TaskInput("v", None, "law"), TaskInput("x", None, "cola")]
+    assert read_router_rows(tmp_path, ["law", "cola"]) == rows
+    assert read_router_rows(tmp_path, ["law"]) == rows[:2]
+    write(file, {"text": "v", "task": "cola"})
+    with pytest.raises(InputError, match=r"law/train.jsonl, line 1: task 'cola' in the rows of expert 'law'; move or"):
+        read_router_rows(tmp_path, ["law", "cola"])
+    write(file, {"sentence": "v"})
+    with pytest.raises(InputError, match=r"law/train.jsonl, line 1: no field 'text'"):
+        read_router_rows(tmp_path, ["law"])
+
+
 def test_router_rows_of_a_file_or_of_a_directory_of_files(tmp_path):
     first = write(tmp_path / "1.jsonl", {"text": "x", "task": "law"}, {"text": "y", "text_pair": "z", "task": "code"})
     write(tmp_path / "2.jsonl", {"text": "v", "text_pair": None, "task": "law"})

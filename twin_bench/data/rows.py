@@ -88,22 +88,17 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
     """Read the training inputs of a router. Labels are not read.
 
     Args:
-        path: a directory of {task}/train.jsonl in the tasks' own schemas, from which the tasks in `expert_names` are
-            read. Or a file, or a directory of .jsonl files, with rows {"text": ..., "task": ...} and an optional
-            "text_pair".
+        path: a directory of {expert}/train.jsonl. Of an expert that is named after a known task, the rows are in that
+            task's own schema; of any other, they are {"text": ...} with an optional "text_pair". Or a file, or a
+            directory of .jsonl files, with rows {"text": ..., "task": ...} and an optional "text_pair".
         expert_names: the experts. Each of them needs rows.
 
     Raises:
         InputError: an expert without rows, a row of an unknown task, or a malformed row.
     """
-    train_files = {name: split_path(path, name, "train") for name in expert_names if name in TASKS}
+    train_files = {name: split_path(path, name, "train") for name in expert_names}
     if any(file.is_file() for file in train_files.values()):
-        rows = [
-            row
-            for name, file in train_files.items()
-            if file.is_file()
-            for row in TASKS[name].training_inputs(_read_json_lines(file), few_shot_pool(TASKS[name], path))
-        ]
+        rows = [row for name, file in train_files.items() if file.is_file() for row in _training_rows(name, file, path)]
     else:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
@@ -116,6 +111,18 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
     if missing:
         raise InputError(f"{path}: no router rows for {', '.join(missing)}; every expert needs some")
     return rows
+
+
+def _training_rows(expert: str, file: Path, data: Path) -> Iterator[TaskInput]:
+    """Yield an expert's own training rows: in its task's schema, if that is known, else texts."""
+    task = TASKS.get(expert)
+    if task is not None:
+        yield from task.training_inputs(_read_json_lines(file), few_shot_pool(task, data))
+        return
+    for where, row in _read_json_lines(file):
+        if row.get("task", expert) != expert:
+            raise InputError(f"{where}: task {shown(row['task'])} in the rows of expert {expert!r}; move or remove it")
+        yield _router_row({**row, "task": expert}, [expert], where)
 
 
 def _router_row(row: Row, expert_names: Sequence[str], where: str) -> TaskInput:
