@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import signal
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.support.interpreter import HEAVY, ROOT, loaded_by, python
 from twin_bench import cli
@@ -319,3 +321,26 @@ def test_very_verbose_shows_why_a_command_cannot_be_loaded(tmp_path: Path) -> No
     assert "broken_wave.py" in done.stderr
     assert "wave: the command can't be loaded from broken_wave (No module named 'one_that_is_missing')" in done.stderr
     assert "Traceback" not in python("-m", "twin_bench", "wave", path=[tmp_path]).stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "required"),
+    [
+        ("recipe", {"base_model", "experts"}),
+        ("merge", {"base_model", "experts", "merge"}),
+        ("suite", {"name", "base_model", "experts", "data"}),
+    ],
+)
+def test_a_schema_names_the_keys_of_a_file(kind: str, required: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema", kind]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["required"]) == required
+    assert schema["additionalProperties"] is False
+    if kind == "suite":
+        for file in (ROOT / "leaderboards").glob("*.yaml"):
+            assert yaml.safe_load(file.read_text()).keys() <= schema["properties"].keys()
+
+
+def test_a_schema_of_another_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema", "receipt"]) == 2
+    assert "invalid choice: 'receipt'" in capsys.readouterr().err

@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "methods": "twin_bench.commands.methods",
     "tasks": "twin_bench.commands.tasks",
     "convert": "twin_bench.commands.convert",
+    "schema": "twin_bench.commands.schema",
     "doctor": "twin_bench.doctor",
 }
 """The library's own commands, by name: the module of each."""
