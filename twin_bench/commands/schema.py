@@ -17,9 +17,10 @@ def run(options: argparse.Namespace) -> None:
     """Print the schema."""
     import json
 
+    from twin_bench.config import Settings
     from twin_bench.leaderboard.suite import Suite
     from twin_bench.merging.recipe import MergeRecipe
     from twin_bench.twin.recipe import Recipe
 
-    kind = dict(zip(FILES, (Recipe, MergeRecipe, Suite), strict=True))[options.file]
-    print(json.dumps(kind.model_json_schema(), indent=1))
+    kinds: dict[str, type[Settings]] = dict(zip(FILES, (Recipe, MergeRecipe, Suite), strict=True))
+    print(json.dumps(kinds[options.file].model_json_schema(), indent=1))

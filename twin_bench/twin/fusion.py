@@ -76,6 +76,10 @@ class Fusion:
         with self._running("rows", weights, weights if bias_weights is None else bias_weights):
             yield
 
+    def forget(self) -> None:
+        """Compute the fused weights anew next time. The model's parameters have changed their dtype or device."""
+        self._fused = None
+
     def follow(self, weights: Tensor) -> None:
         """Run with weights (batch, experts) as `per_row` does, from here on. It is for a router inside the model."""
         self.mode, self.weights, self.bias_weights, self._columns = "rows", weights, weights, {}

@@ -32,7 +32,7 @@ from twin_bench.twin.layers import install
 from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
 from twin_bench.twin.router import Router
-from twin_bench.twin.tolerance import simplified
+from twin_bench.twin.tolerance import allowed_tolerance, simplified
 
 
 class TwinModel(nn.Module, abc.ABC):
@@ -83,7 +83,8 @@ class TwinModel(nn.Module, abc.ABC):
         self.router = parts.router
         self.router_overrides: Mapping[str, Tensor] = {}  # replace the backbone's parameters when the router reads it
         self.sensitivity = parts.sensitivity
-        self.tolerance = self._tolerance(tolerance)
+        self._asked_tolerance = tolerance
+        self.tolerance = self._allowed()
         self._complete(parts)
         self.requires_grad_(False)
         self.eval()
@@ -93,6 +94,18 @@ class TwinModel(nn.Module, abc.ABC):
         super().__init_subclass__(**options)
         if "task_type" in cls.__dict__:
             _KINDS[cls.task_type] = cls
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move or convert all tensors, as `to`, `half` and `cuda` do, and what is computed from them with them."""
+        super()._apply(fn, recurse)
+        self.fusion.forget()
+        self.router_overrides = {name: fn(tensor) for name, tensor in self.router_overrides.items()}
+        self.tolerance = self._allowed()
+        return self
+
+    def _allowed(self) -> float:
+        known = self.sensitivity, len(self.expert_names)
+        return allowed_tolerance(self._asked_tolerance, self.protocol, self.model.dtype, *known)
 
     @abc.abstractmethod
     def _complete(self, parts: Parts) -> None:
@@ -351,18 +364,6 @@ class TwinModel(nn.Module, abc.ABC):
     def simplest(self, weights: Tensor) -> Tensor:
         """Return the cheapest fusion weights (rows, experts) whose logits are within the twin's tolerance."""
         return simplified(weights, self.tolerance / self.sensitivity) if self.sensitivity else weights
-
-    def _tolerance(self, asked: float | None) -> float:
-        if asked is not None and not (isinstance(asked, int | float) and 0 <= asked < 1):
-            raise InputError(f"tolerance {asked}: a fraction of the logits' size, 0 (exact) or more and below 1")
-        if self.protocol == "paper":
-            return 0.0
-        if asked is None:
-            dtype = self.model.dtype
-            return torch.finfo(dtype).eps / 8 if dtype.itemsize < 4 and self.sensitivity is not None else 0.0
-        if asked and self.expert_names and self.sensitivity is None:
-            raise InputError("tolerance: this twin does not say how sensitive it is; build it again, with a router")
-        return asked
 
     def _required_router(self) -> Router:
         if self.router is None:

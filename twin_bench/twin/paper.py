@@ -31,6 +31,7 @@ from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.exclusive import Exclusive, exclusive_rank
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import by_row
+from twin_bench.twin.layers.base import overwritable
 
 
 def authors_rank(shape: torch.Size, density: float) -> int:
@@ -174,8 +175,7 @@ class PaperLinear(nn.Module):
         """Compute the fused weight for weights (experts,). Experts of this protocol do not change biases."""
         share = _with_shared(weights).to(self.A)
         A, B = torch.einsum("t,trn->rn", share, self.A), torch.einsum("t,tmr->mr", share, self.B)
-        if self.fused_weight is None:
-            self.fused_weight = torch.empty_like(self.weight)
+        self.fused_weight = overwritable(self.fused_weight, self.weight)
         torch.addmm(self.weight, self.scale * B, A, out=self.fused_weight)
 
     def joint_cost(self) -> float:

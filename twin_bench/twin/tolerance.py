@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
+from twin_bench.twin.parts import ProtocolName
 
 STEP = 0.05
 """The change of a weight for a finite difference."""
@@ -34,6 +35,32 @@ class Probed(Protocol):
 
     def probe(self, encoded: Sequence[Mapping[str, list[int]]], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
         """Return the logits that give each row's answer, for fusion weights (rows, experts)."""
+
+
+def allowed_tolerance(
+    asked: float | None, protocol: ProtocolName, dtype: torch.dtype, sensitivity: float | None, experts: int
+) -> float:
+    """Return the error of the logits that a twin allows, relative to their size.
+
+    Args:
+        asked: what a caller asks for; None is 0 in float32, and an eighth of the rounding unit in half precision.
+        protocol: under `paper` the tolerance is always 0.
+        dtype: what the model computes in.
+        sensitivity: the twin's, or None if it is not known.
+        experts: how many there are; without any, there is nothing to leave out.
+
+    Raises:
+        InputError: a tolerance that is no fraction, or one of a twin that does not say how sensitive it is.
+    """
+    if asked is not None and not (isinstance(asked, int | float) and 0 <= asked < 1):
+        raise InputError(f"tolerance {asked}: a fraction of the logits' size, 0 (exact) or more and below 1")
+    if protocol == "paper":
+        return 0.0
+    if asked is None:
+        return torch.finfo(dtype).eps / 8 if dtype.itemsize < 4 and sensitivity is not None else 0.0
+    if asked and experts and sensitivity is None:
+        raise InputError("tolerance: this twin does not say how sensitive it is; build it again, with a router")
+    return asked
 
 
 def sensitivity(

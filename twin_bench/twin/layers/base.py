@@ -87,8 +87,7 @@ class TwinLayer(nn.Module):
             scale = weights.to(self.weight)[self.owner]
             used = scale.nonzero().squeeze(1)
             B, A = self.factors(None if len(used) == len(scale) else used)
-            if self.fused_weight is None:
-                self.fused_weight = torch.empty_like(self.weight)
+            self.fused_weight = overwritable(self.fused_weight, self.weight)
             torch.addmm(self.weight, B * scale[used], A, out=self.fused_weight)
         elif self.vectors is not None:
             self.fused_weight = self.weight + weights.to(self.vectors) @ self.vectors
@@ -130,6 +129,16 @@ class TwinLayer(nn.Module):
             return self.weight, self.bias
         assert self.fused_weight is not None
         return self.fused_weight, self.fused_bias
+
+
+def overwritable(kept: Tensor | None, like: Tensor) -> Tensor:
+    """Return `kept` if it can be written to, else a new tensor of the shape, dtype and device of `like`.
+
+    A tensor that was made under torch.inference_mode() can't be written to outside it.
+    """
+    if kept is None or (kept.is_inference() and not torch.is_inference_mode_enabled()):
+        return torch.empty_like(like)
+    return kept
 
 
 def by_row(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
