@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from twin_bench.merging.linear_algebra import truncated_svd
-from twin_bench.twin.basis import find_joint_basis
+from twin_bench.twin.basis import find_joint_basis, product_norm
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import TwinConv1D, TwinLinear
@@ -152,3 +152,13 @@ def test_half_precision_keeps_every_direction() -> None:
     expected = x.float() @ weight.T + twin.bias.float()
     assert (found - expected).norm() <= 0.01 * expected.norm()
     assert (fused - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_products_norm_is_that_of_the_dense_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(40, 3).to(dtype), torch.randn(3, 70).to(dtype)
+    expected = (left.double() @ right.double()).norm().item()
+    assert product_norm(left, right) == pytest.approx(expected, rel=1e-12)
+    assert product_norm(left[:, :0], right[:0]) == 0.0
+    assert product_norm(torch.cat([left, -left], dim=1), torch.cat([right, right])) < 1e-6 * expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,24 @@ def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, n
         return None
     inner, outer = in_range.T @ down.double(), up.double() @ out_range
     cores = torch.stack([inner[:, owner == k] @ outer[owner == k] for k in range(experts)])
+    # What the basis loses of down @ up is outside @ up + in_range @ inner @ beside, two orthogonal parts.
+    outside, beside = down.double() - in_range @ inner, up.double() - outer @ out_range.T
     for k in range(experts):
         own = owner == k
-        lost = down[:, own].double() @ up[own].double() - in_range @ cores[k] @ out_range.T
-        if lost.norm() > noise:
+        lost = product_norm(outside[:, own], up[own].double()), product_norm(inner[:, own], beside[own])
+        if math.hypot(*lost) > noise:
             return None
     return JointBasis(*(part.to(down).contiguous() for part in (in_range, inner, cores, outer, out_range.T)))
+
+
+def product_norm(left: Tensor, right: Tensor) -> float:
+    """Return the Frobenius norm of left @ right, for left (n, r) and right (r, m), computed in float64.
+
+    The product is not formed: ||L R||^2 = sum((L^T L) * (R R^T)), which takes (n + m) r^2 multiplications in place of
+    n m r.
+    """
+    left, right = left.double(), right.double()
+    return math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
 
 
 def _range(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twin_bench.compat import Conv1D
-from twin_bench.twin.basis import JointBasis, find_joint_basis
+from twin_bench.twin.basis import JointBasis, find_joint_basis, product_norm
 from twin_bench.twin.layers.base import TwinLayer, by_row
 
 ROUNDINGS = 4.0
@@ -34,8 +34,8 @@ class TwinLinear(TwinLayer):
         """
         owner = self.owner.cpu()
         columns = [owner == k for k, rank in enumerate(self.ranks) if rank]
-        norms = [(B[:, own] @ A[own]).norm() for own in columns] + [self.weight.detach().float().norm().cpu()]
-        noise = ROUNDINGS * torch.finfo(torch.float32).eps * float(max(norms))
+        norms = [product_norm(B[:, own], A[own]) for own in columns] + [float(self.weight.detach().float().norm())]
+        noise = ROUNDINGS * torch.finfo(torch.float32).eps * max(norms)
         joint = find_joint_basis(*self.input_first(B, A), owner, self.fusion.experts, noise=noise)
         if joint is None:
             super()._store(B, A)
