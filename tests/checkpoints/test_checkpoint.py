@@ -363,7 +363,6 @@ def test_an_adapter_of_another_base_is_said(tmp_path: Path, families: Any, caplo
 @pytest.mark.parametrize(
     ("role", "file", "change", "message"),
     [
-        ("cola", "config.json", {"hidden_size": None}, r"cola: no readable config\.json"),
         ("cola", "config.json", {"architectures": -1}, r"cola/config\.json: architectures is -1; expected a list"),
         (
             "base",

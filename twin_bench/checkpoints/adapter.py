@@ -91,13 +91,15 @@ def _lora_config(directory: Path) -> LoraConfig:
     from peft import LoraConfig, PeftConfig
 
     file = directory / "adapter_config.json"
-    kind = read_json(file).get("peft_type")
+    said = read_json(file)
+    kind = said.get("peft_type")
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except Exception as error:  # An unknown peft_type is a KeyError, and any other value may raise anything.
         raise InputError(f"{file}: peft can't read it, peft_type {kind!r} ({first_line(error)})") from None
     start = getattr(config, "init_lora_weights", True)
-    unsupported = [key for key in NOT_PLAIN if getattr(config, key, None)]
+    # The file is asked as well: an older peft leaves out the keys that it does not know.
+    unsupported = [key for key in NOT_PLAIN if said.get(key) or getattr(config, key, None)]
     if isinstance(start, str) and start.startswith(CHANGE_THE_BASE):
         unsupported = [f"init_lora_weights: {start}"]
     if type(config) is not LoraConfig or unsupported:
