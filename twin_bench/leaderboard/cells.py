@@ -72,7 +72,7 @@ def installed_versions() -> Mapping[str, str]:
 
 
 class Board(NamedTuple):
-    """The result of a suite: its cells, the methods that suit no cell, and sentences on what is left out."""
+    """The result of a suite: its cells, the methods that were skipped, and sentences on what the table lacks."""
 
     cells: Sequence[Cell]
     skipped: Sequence[Skipped] = ()
@@ -110,7 +110,7 @@ class Cells:
     def others(self, shown: Iterable[Cell]) -> list[str]:
         """Return METHOD (PROTOCOL) for all that have a finished cell which is not among `shown`."""
         known = {self._file(cell.protocol, cell.method, cell.task, cell.key) for cell in shown}
-        files = {file for file in self.directory.glob("*/*/*.json") if not file.name.startswith(".")} - known
+        files = set(self.directory.glob("*/*/*.json")) - known
         return sorted({f"{file.parent.name} ({file.parent.parent.name})" for file in files})
 
     def _file(self, protocol: str, method: str, task: str, key: str) -> Path:

@@ -38,7 +38,8 @@ TWINS_FORMAT = 2
 class Run:
     """What all entries of one run share.
 
-    `inputs` are the digests of weights and rows, `rows` how many rows of a task are scored (None: all).
+    `inputs` are the digests of weights and rows, `rows` how many rows of a task are scored (None: all), and `device` is
+    where models are scored.
     """
 
     suite: Suite
@@ -48,8 +49,8 @@ class Run:
     inputs: dict[str, Any]
     harness: Harness
     rows: int | None
+    device: str
     progress: Progress
-    device: str = "cpu"
 
     @property
     def cells(self) -> Cells:
@@ -154,8 +155,8 @@ def run_suite(
         )
     scorer.check(suite)
     asked = with_tuned(asked) if tune else asked
-    run = _prepared(suite, out, scorer, suite.rows if limit is None else limit, progress or Progress(disable=True))
-    run = dataclasses.replace(run, device=device)
+    rows = suite.rows if limit is None else limit
+    run = _prepared(suite, out, scorer, rows, device, progress or Progress(disable=True))
     _check(run, asked)
     cells, skipped = _run(run, asked)
     return _board(run, asked, cells, skipped)
@@ -258,7 +259,7 @@ def _check(run: Run, entries: Sequence[Entry]) -> None:
         read_router_rows(run.data, run.suite.tasks)
 
 
-def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, progress: Progress) -> Run:
+def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, device: str, progress: Progress) -> Run:
     """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
     remove_abandoned(out)
     data = run_inputs.rows_directory(suite, out)
@@ -268,7 +269,7 @@ def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, progr
     inputs = run_inputs.input_digests(suite, data)
     own = harness.input_digests(suite, data, out / harness.name)
     inputs |= {"suite_rows": inputs["rows"], "rows": {**inputs["rows"], **own}}
-    return Run(suite, out, data, sources, inputs, harness, rows, progress)
+    return Run(suite, out, data, sources, inputs, harness, rows, device, progress)
 
 
 def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
