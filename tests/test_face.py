@@ -24,6 +24,7 @@ def test_modules_on_the_way_to_a_command_wait_for_nothing(module: str) -> None:
 
 
 def test_the_names_are_their_homes_own() -> None:
+    from twin_bench.data import metrics
     from twin_bench.errors import InputError
     from twin_bench.merging import by_name, registry, task_vectors
     from twin_bench.twin.model import TwinModel
@@ -33,6 +34,7 @@ def test_the_names_are_their_homes_own() -> None:
     assert twin_bench.merge is by_name.merge
     assert twin_bench.methods is registry.methods
     assert twin_bench.merge_method is registry.merge_method
+    assert twin_bench.metric is metrics.metric
     assert twin_bench.TaskVectors is task_vectors.TaskVectors
 
 

@@ -1,7 +1,7 @@
 """twin-bench: twin-merged models inside evaluation harnesses, and a leaderboard of merge methods.
 
 `merge` and `methods` are the merge methods, `TwinModel` the model that fuses experts per input. `merge_method` and
-`TaskVectors` are what a new merge method is written with. A user's mistake raises `InputError`.
+`TaskVectors` are what a new merge method is written with, `metric` a new metric. A user's mistake raises `InputError`.
 
 `import twin_bench` imports no other module. A name below is imported when it is first asked for (PEP 562), because
 torch and transformers take seconds to import.
@@ -13,13 +13,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing takes longer than everything else here, and an interrupt may fall into it
     from typing import Any
 
+    from twin_bench.data.metrics import metric
     from twin_bench.errors import InputError
     from twin_bench.merging.by_name import merge
     from twin_bench.merging.registry import merge_method, methods
     from twin_bench.merging.task_vectors import TaskVectors
     from twin_bench.twin.model import TwinModel
 
-__all__ = ["InputError", "TaskVectors", "TwinModel", "merge", "merge_method", "methods"]
+__all__ = ["InputError", "TaskVectors", "TwinModel", "merge", "merge_method", "methods", "metric"]
 
 _HOMES = {
     "InputError": "twin_bench.errors",
@@ -28,6 +29,7 @@ _HOMES = {
     "merge": "twin_bench.merging.by_name",
     "merge_method": "twin_bench.merging.registry",
     "methods": "twin_bench.merging.registry",
+    "metric": "twin_bench.data.metrics",
 }
 
 

@@ -44,7 +44,7 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="a Python file that registers merge methods; it is imported. May be given several times",
+        help="a Python file that registers merge methods or metrics; it is imported. May be given several times",
     )
 
 

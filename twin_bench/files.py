@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 DECISIVE = (".safetensors", ".bin", ".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".py")
 """The suffixes of a model folder's files that can decide an answer: weights, configs, tokenizers, code."""
 
+OWN_PACKAGE = "twin_bench"
 TEMPORARY = ".twin-bench-partial"
 """What the names of temporary folders end with."""
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -220,6 +222,16 @@ def digest_file(file: Path) -> str:
     """Return the sha256 of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_code(module: str) -> list[str]:
+    """Return what stands in a key for the code of a module that is imported.
+
+    It is nothing for a module of this package, whose format numbers are raised when its code changes. Of another module
+    it is the digest of its file, if it has one.
+    """
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return [] if module.partition(".")[0] == OWN_PACKAGE or file is None else [digest_file(Path(file))]
 
 
 def digest_files(path: Path) -> str:

@@ -1,9 +1,10 @@
-"""Merge methods of other packages: found by their entry points, and left out with a word where they are broken."""
+"""Methods of other packages, found by their entry points, and the methods and metrics of a user's files."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import twin_bench
 from tests.support.interpreter import ROOT, python
 from twin_bench.cli import main
+from twin_bench.data import metrics
 from twin_bench.errors import InputError
 from twin_bench.merging.plugins import load_plugins
 from twin_bench.merging.registry import REGISTRY, find_method
@@ -158,3 +160,62 @@ def test_a_plugin_that_is_no_python_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"method\.txt: no Python file; its name must end in \.py"):
         load_plugins([tmp_path / "method.txt"])
     assert "half" not in REGISTRY
+
+
+@pytest.fixture
+def brier(tmp_path: Path) -> Iterator[Path]:
+    """The documents' metric, as a file outside the checkout. The registry is put back afterwards."""
+    before = dict(metrics.METRICS)
+    code = (
+        (ROOT / "docs" / "metrics.md").read_text().partition("    # my_metric.py\n")[2].partition("\nThe function")[0]
+    )
+    file = tmp_path / "my_metric.py"
+    file.write_text(textwrap.dedent(code))
+    yield file
+    metrics.REGISTRY.clear()
+    metrics.REGISTRY.update(before)
+
+
+def test_the_documented_metric_scores_and_a_changed_file_replaces_it(brier: Path) -> None:
+    load_plugins([brier])
+    found = metrics.find_metric("brier")
+    assert (found.answers, found.higher_is_better, found.percent) == ("probabilities", False, False)
+    # (0.25^2 + 0.25^2 and 1 + 1) / 2, in its own unit
+    rows = [0, 1], [[0.75, 0.25], [1, 0]]
+    assert found.score(*rows) == (0.125 + 2) / 2
+    assert found.standard_error(*rows) > 0
+    brier.write_text(brier.read_text().replace("percent=False", "percent=True"))
+    load_plugins([brier])
+    changed = metrics.find_metric("brier")
+    assert changed.score(*rows) == 100 * found.score(*rows)
+    name, digest = changed.identity
+    assert (name, len(digest)) == ("brier", 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("", ""), r"two metrics are named brier: in twin_bench_plugin_my_metric_\w+ and twin_bench_plugin_other_\w+"),
+        (("def brier", "def acc"), "two metrics are named acc: in twin_bench.data.metrics and"),
+        (("def brier", "def accuracy"), "two metrics are named accuracy: in twin_bench.data.metrics and"),
+        (('"probabilities"', '"probability"'), "metric brier: unknown answers 'probability'; did you mean 'prob"),
+        (("percent=", "percentage="), "TypeError: metric.. got an unexpected keyword argument 'percentage'"),
+    ],
+)
+def test_a_metric_that_can_not_be_registered(brier: Path, change: tuple[str, str], says: str) -> None:
+    load_plugins([brier])
+    other = brier.with_name("other.py")
+    other.write_text(brier.read_text().replace(*change))
+    with pytest.raises(InputError, match=rf"^plugin .*other.py: can't be imported: {says}"):
+        load_plugins([other])
+
+
+def test_a_metric_that_fails_is_one_line(brier: Path) -> None:
+    head = "from twin_bench import metric\n\n@metric(labels=2)\n"
+    brier.write_text(f"{head}def odds(r, a):\n    return r.sum() / (a == 0).sum() or 1 / 0")
+    load_plugins([brier])
+    assert metrics.score("odds", [1, 1], [0, 0]) == 100
+    with pytest.raises(InputError, match=r"^metric odds can't be computed: ZeroDivisionError: division by zero$"):
+        metrics.score("odds", [0, 0], [0, 0])
+    with pytest.raises(InputError, match=r"^task mnli: odds is a metric of 2 labels"):
+        metrics.find_metric("odds").require(3, "task mnli")

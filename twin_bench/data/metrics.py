@@ -1,70 +1,88 @@
-"""The tasks' metrics and their standard errors.
+"""The metrics by name, and how one of your own is registered.
 
-GLUE's `score` and `standard_error` are in points: from 0 to 100, and down to -100 for the correlations. Scores are
-those of scikit-learn and scipy. Bootstrapped errors compute the same metrics for all draws at once, from counts.
+Scores are those of scikit-learn and scipy. `score` and `standard_error` are in points: a metric that is a fraction or a
+correlation is shown times 100.
 
-A class is any integer. Under the routed protocol an answer may be no label of the task, because the chosen head lacks
-it. Such an answer counts as a class of its own that never equals a reference.
+A label is any integer. Under the routed protocol an answer may be no label of the task (-1), because the chosen head
+lacks it. Such an answer is wrong: it counts as a class of its own that never equals a reference.
+
+A correlation (Matthews' and Cohen's kappa too) of constant references or answers is 0, not NaN. Precision, recall and
+F1 of a class that does not occur are 0 too.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from scipy import stats
+from sklearn import metrics as sk
 
-Array = NDArray[np.float64]
+from twin_bench.data import resampling
+from twin_bench.data.metric import Answers, Function, Metric
+from twin_bench.data.resampling import Array
+from twin_bench.errors import InputError, first_line, nearest, shown
+
+REGISTRY: dict[str, Metric] = {}
+_ALIASES = {"accuracy": "acc", "balanced_accuracy": "balanced_acc"}
+METRICS: Mapping[str, Metric] = MappingProxyType(REGISTRY)
+"""The registered metrics by name: those below, and what plugins have added."""
 
 
-def score(metric: str, references: Sequence[float], predictions: Sequence[float]) -> float:
-    """Return the score in points.
+def metric(
+    *, answers: Answers = "label", higher_is_better: bool = True, percent: bool = True, labels: int | None = None
+) -> Callable[[Function], Function]:
+    """Register the decorated function (references, answers) -> value as the metric of its own name: see `Metric`."""
 
-    `metric` is `mcc` (Matthews correlation, any number of classes), `acc`, `acc_f1` (mean of accuracy and the F1 of
-    class 1) or `pearson_spearman` (mean of the two correlations). `references` holds a label for each row.
-    `predictions` holds a predicted class, or a number for `pearson_spearman`.
+    def decorate(function: Function) -> Function:
+        _register(Metric(function.__name__, function, answers, higher_is_better, percent, labels=labels))
+        return function
 
-    A correlation (Matthews' too) with constant references or predictions is 0, not NaN. The F1 of a class that occurs
-    in neither list is 0 too. Raises ValueError for an unknown metric, no rows, lists of different lengths, or numbers
-    that are not finite.
+    return decorate
+
+
+def find_metric(name: str) -> Metric:
+    """Return the metric of a name: a registered one, an alias, or `package.module.function`, which is imported.
+
+    The answers of an imported function are labels, unless it is registered. Raises InputError that says what is wrong.
     """
-    references_, predictions_ = _prepare(metric, references, predictions)
-    return float(100 * _SCORES[metric](references_, predictions_))
+    if not isinstance(name, str):
+        raise InputError(f"a metric has a name, not {shown(name)}")
+    known = REGISTRY.get(_ALIASES.get(name, name))
+    if known is not None:
+        return known
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise InputError(f"unknown metric {shown(name)}{nearest(name, {*REGISTRY, *_ALIASES})}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the import of another package raises
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"metric {name}: {module_name} can't be imported: {said}; install its package") from error
+    if not hasattr(module, attribute):
+        functions = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+        raise InputError(f"metric {name}: {module_name} has no {attribute!r}{nearest(attribute, functions)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise InputError(f"metric {name} is {shown(function)}; name a function (references, answers) -> number")
+    registered = (one for one in REGISTRY.values() if one.function is function)
+    return next(registered, Metric(name, function))
+
+
+def score(metric: str, references: Sequence[float], answers: Sequence[Any]) -> float:
+    """Return the score of the metric of a name: see `Metric.score`."""
+    return find_metric(metric).score(references, answers)
 
 
 def standard_error(
-    metric: str,
-    references: Sequence[float],
-    predictions: Sequence[float],
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
+    metric: str, references: Sequence[float], answers: Sequence[Any], *, seed: int = 0, resamples: int = 1000
 ) -> float:
-    """Return the standard error of `score` over draws of the rows, in the same points.
-
-    Accuracy has the closed form sqrt(p (1 - p) / (n - 1)). The other metrics are bootstrapped: the error is the
-    standard deviation of the score over `resamples` draws of n rows with replacement. It is the same for the same
-    `seed` and rows, in whatever order these come. A single row gives 0. Arguments and errors are those of `score`.
-    """
-    samples = _prepare(metric, references, predictions)
-    rows = samples.shape[1]
-    if rows == 1:
-        return 0.0
-    if metric == "acc":
-        accuracy = float(np.mean(samples[0] == samples[1]))
-        return float(100 * np.sqrt(accuracy * (1 - accuracy) / (rows - 1)))
-    rng = np.random.default_rng(seed)
-    samples = samples[:, np.lexsort(samples)]  # the draws must not depend on the rows' order
-    if metric == "pearson_spearman":
-        weights = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
-    else:
-        # A draw of rows is a draw of (reference, prediction) cells, and there are only a few distinct ones.
-        samples, counts = np.unique(samples, axis=1, return_counts=True)
-        weights = rng.multinomial(rows, counts / rows, size=resamples)
-    return float(100 * np.std(RESAMPLED[metric](samples, weights.astype(np.float64)), ddof=1))
+    """Return the standard error of `score`: see `Metric.standard_error`."""
+    return find_metric(metric).standard_error(references, answers, seed=seed, resamples=resamples)
 
 
 def rouge_2(reference: str, prediction: str) -> float:
@@ -86,115 +104,101 @@ def mean_standard_error(values: Sequence[float]) -> float:
     return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
 
 
-def _prepare(metric: str, references: Sequence[float], predictions: Sequence[float]) -> Array:
-    """Return (2, n): references over predictions. Raises ValueError for input that no metric is defined for."""
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
-    if len(references) != len(predictions) or len(references) == 0:
-        raise ValueError(f"{metric} of {len(references)} references and {len(predictions)} predictions")
-    samples = np.asarray([references, predictions], dtype=np.float64)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"{metric}: references and predictions must be finite")
-    return samples
+def _register(metric: Metric) -> None:
+    """Add a metric. InputError if another module's has its name. Loading the same module twice is not an error."""
+    if metric.answers not in get_args(Answers):
+        raise InputError(
+            f"metric {metric.name}: unknown answers {metric.answers!r}{nearest(metric.answers, get_args(Answers))}"
+        )
+    known = REGISTRY.get(_ALIASES.get(metric.name, metric.name))
+    homes = [one.function.__module__ for one in (known, metric) if one is not None]
+    if len({*homes}) > 1 or metric.name in _ALIASES:
+        raise InputError(f"two metrics are named {metric.name}: in {' and '.join(homes)}; rename one")
+    REGISTRY[metric.name] = metric
+
+
+def _accuracy_error(references: Array, predictions: Array) -> float:
+    accuracy = float(np.mean(references == predictions))
+    return float(np.sqrt(accuracy * (1 - accuracy) / (len(references) - 1)))
+
+
+def _f1_of_classes(references: Array, predictions: Array, average: str) -> float:
+    """Return the mean F1 of the labels that occur. An answer that is no label has no F1 of its own."""
+    labels = np.unique([references, predictions])
+    return float(sk.f1_score(references, predictions, labels=labels[labels >= 0], average=average, zero_division=0.0))
+
+
+def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
+    f1 = sk.f1_score(references == 1, predictions == 1, zero_division=0.0)
+    return (float(sk.accuracy_score(references, predictions)) + float(f1)) / 2
 
 
 def _matthews_correlation(references: Array, predictions: Array) -> float:
     if len(np.unique([references, predictions])) < 2:
         return 0.0  # scikit-learn returns 0 too, with a warning
-    return float(matthews_corrcoef(references, predictions))
+    return float(sk.matthews_corrcoef(references, predictions))
 
 
-def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
-    f1 = f1_score(references == 1, predictions == 1, zero_division=0.0)
-    return (float(accuracy_score(references, predictions)) + float(f1)) / 2
+def _kappa(references: Array, predictions: Array) -> float:
+    if len(np.unique([references, predictions])) < 2:
+        return 0.0  # scikit-learn returns NaN
+    return float(sk.cohen_kappa_score(references, predictions))
 
 
-def _mean_of_correlations(references: Array, predictions: Array) -> float:
-    if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
-        return 0.0  # scipy returns NaN
-    return float(pearsonr(references, predictions).statistic + spearmanr(references, predictions).statistic) / 2
+def _correlation(*functions: Callable[[Array, Array], Any]) -> Function:
+    """Return the mean of scipy's correlations."""
+
+    def correlation(references: Array, predictions: Array) -> float:
+        if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
+            return 0.0  # scipy returns NaN
+        return float(sum(function(references, predictions).statistic for function in functions) / len(functions))
+
+    return correlation
 
 
-_SCORES: dict[str, Callable[[Array, Array], float]] = {
-    "mcc": _matthews_correlation,
-    "acc": accuracy_score,
-    "acc_f1": _mean_of_accuracy_and_f1,
-    "pearson_spearman": _mean_of_correlations,
-}
-METRICS: tuple[str, ...] = tuple(_SCORES)
+def _one_versus_rest(function: Callable[..., float]) -> Function:
+    """Return the function of class 1's probability; of more labels, the mean over those that the references have."""
 
-Resampled = Callable[[Array, Array], Array]
-"""A metric of all draws at once: (samples, weights) -> (draws,).
+    def value(references: Array, probabilities: Array) -> float:
+        labels = np.unique(references)
+        if len(labels) < 2:
+            return math.nan  # some versions of scikit-learn raise an error
+        if probabilities.shape[1] == 2:
+            return float(function(references == 1, probabilities[:, 1]))
+        return float(function(references[:, None] == labels, probabilities[:, labels], average="macro"))
 
-samples (2, n) are references over predictions. weights (draws, n) say how often each row is in each draw.
-"""
-
-
-def _accuracy(samples: Array, weights: Array) -> Array:
-    return np.asarray(weights @ (samples[0] == samples[1]) / weights.sum(axis=1))
+    return value
 
 
-def _matthews(samples: Array, weights: Array) -> Array:
-    classes = np.unique(samples)[:, None]
-    true, predicted = (weights @ (samples[side] == classes).T for side in (0, 1))  # (draws, classes)
-    rows = weights.sum(axis=1)
-    covariance = rows * (weights @ (samples[0] == samples[1])) - (true * predicted).sum(axis=1)
-    spread = (rows**2 - (true**2).sum(axis=1)) * (rows**2 - (predicted**2).sum(axis=1))
-    return _ratio(covariance, np.sqrt(spread))
-
-
-def _f1(samples: Array, weights: Array) -> Array:
-    true, predicted = samples == 1
-    return _ratio(2 * weights @ (true & predicted), weights @ true + weights @ predicted)
-
-
-def _accuracy_f1(samples: Array, weights: Array) -> Array:
-    return (_accuracy(samples, weights) + _f1(samples, weights)) / 2
-
-
-def _pearson_spearman(samples: Array, weights: Array) -> Array:
-    x, y = samples
-    pearson = _pearson(x, y, weights)
-    spearman = _pearson(_ranks(x, weights), _ranks(y, weights), weights)
-    return (pearson + spearman) / 2
-
-
-def _pearson(x: Array, y: Array, weights: Array) -> Array:
-    """Return the correlation of x and y, each (n,) or (draws, n), in each draw: (draws,)."""
-    x, y = _standardised(x), _standardised(y)
-
-    def mean(values: Array) -> Array:
-        return np.asarray((weights * values).mean(axis=1) / weights.mean(axis=1))
-
-    mean_x, mean_y = mean(x), mean(y)
-    spread_x, spread_y = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2
-    # After standardising, a smaller spread is the rounding error of a draw of equal values.
-    varies = np.minimum(spread_x, spread_y) > 1e-12
-    return _ratio(mean(x * y) - mean_x * mean_y, np.sqrt(np.where(varies, spread_x * spread_y, 0)))
-
-
-def _standardised(x: Array) -> Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    deviation = x.std(axis=-1, keepdims=True)
-    return np.where(np.ptp(x, axis=-1, keepdims=True) > 0, centred / np.where(deviation > 0, deviation, 1), 0.0)
-
-
-def _ranks(x: Array, weights: Array) -> Array:
-    """Return each value's average rank within each draw, (draws, n). A row that is drawn twice is a tie."""
-    _, group = np.unique(x, return_inverse=True)
-    counts = np.zeros((len(weights), group.max() + 1))
-    np.add.at(counts.T, group, weights.T)
-    return np.asarray((np.cumsum(counts, axis=1) - (counts - 1) / 2)[:, group])
-
-
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
-
-
-RESAMPLED: dict[str, Resampled] = {
-    "mcc": _matthews,
-    "acc": _accuracy,
-    "acc_f1": _accuracy_f1,
-    "pearson_spearman": _pearson_spearman,
-}
-"""Each metric of all draws at once. A draw that holds every row once gives the metric's score."""
+_BINARY: dict[str, Any] = {"labels": 2}
+_ERROR: dict[str, Any] = {"answers": "number", "higher_is_better": False, "percent": False}
+_BUILT_IN = (
+    Metric("mcc", _matthews_correlation, resampled=resampling.matthews),
+    Metric("acc", lambda r, a: sk.accuracy_score(r, a), resampled=resampling.accuracy, closed_form=_accuracy_error),
+    Metric("acc_f1", _mean_of_accuracy_and_f1, resampled=resampling.accuracy_f1, **_BINARY),
+    Metric("f1", lambda r, a: sk.f1_score(r == 1, a == 1, zero_division=0.0), resampled=resampling.f1, **_BINARY),
+    Metric("precision", lambda r, a: sk.precision_score(r == 1, a == 1, zero_division=0.0), **_BINARY),
+    Metric("recall", lambda r, a: sk.recall_score(r == 1, a == 1, zero_division=0.0), **_BINARY),
+    Metric("f1_macro", lambda r, a: _f1_of_classes(r, a, "macro")),
+    Metric("f1_micro", lambda r, a: sk.f1_score(r, a, average="micro"), resampled=resampling.accuracy),
+    Metric("f1_weighted", lambda r, a: _f1_of_classes(r, a, "weighted")),
+    Metric("balanced_acc", lambda r, a: sk.recall_score(r, a, labels=np.unique(r), average="macro")),
+    Metric("cohen_kappa", _kappa),
+    Metric("auroc", _one_versus_rest(sk.roc_auc_score), "probabilities"),
+    Metric("average_precision", _one_versus_rest(sk.average_precision_score), "probabilities"),
+    Metric("pearson", _correlation(stats.pearsonr), "number", resampled=resampling.pearson),
+    Metric("spearman", _correlation(stats.spearmanr), "number", resampled=resampling.spearman),
+    Metric(
+        "pearson_spearman",
+        _correlation(stats.pearsonr, stats.spearmanr),
+        "number",
+        resampled=resampling.pearson_spearman,
+    ),
+    Metric("kendall", _correlation(stats.kendalltau), "number"),
+    Metric("mse", lambda r, a: sk.mean_squared_error(r, a), **_ERROR),
+    Metric("rmse", lambda r, a: sk.root_mean_squared_error(r, a), **_ERROR),
+    Metric("mae", lambda r, a: sk.mean_absolute_error(r, a), **_ERROR),
+    Metric("r2", lambda r, a: sk.r2_score(r, a), "number"),
+)
+for _one in _BUILT_IN:
+    _register(_one)

@@ -74,7 +74,7 @@ class Suite(WithPlugins):
     - `device`: cpu, cuda, mps or `auto`, the fastest of them.
     - `batch_size`: inputs in a forward pass. `auto` finds what fits a GPU where the harness can.
     - `calibration_rows`: how many training rows of each task may be used for statistics.
-    - `plugins`: Python files that register methods; they are imported.
+    - `plugins`: Python files that register methods or metrics; they are imported.
     - `helm`: a directory of HELM's raw files as under benchmark_output/scenarios, for --harness helm.
     """
 

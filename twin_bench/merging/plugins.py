@@ -1,6 +1,7 @@
 """Importing the modules that register methods: this package's own, those of other packages, and a user's files.
 
-A plugin is code that runs. It is imported because a command or a recipe names it, and never from a model's folder.
+A user's file may register methods (`twin_bench.merge_method`) and metrics (`twin_bench.metric`). A plugin is code that
+runs. It is imported because a command or a recipe names it, and never from a model's folder.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pydantic import model_validator
 
 from twin_bench.config import Settings
 from twin_bench.errors import OUTDATED, InputError, first_line
+from twin_bench.files import OWN_PACKAGE
 
-OWN_PACKAGE = "twin_bench"
 ENTRY_POINTS = f"{OWN_PACKAGE}.methods"
 """The group of entry points whose modules, or packages of modules, register methods."""
 
@@ -65,10 +66,10 @@ class WithPlugins(Settings):
 
 
 def load_plugins(files: Iterable[str | Path]) -> None:
-    """Import Python files that register methods. A file that has changed since is imported again.
+    """Import Python files that register methods or metrics. A file that has changed since is imported again.
 
     Raises:
-        InputError: a file that is not there, can't be imported, or registers a name that another method has.
+        InputError: a file that is not there, can't be imported, or registers a name that another method or metric has.
     """
     load_methods()  # so that a name that is taken is the plugin's error
     for file in files:

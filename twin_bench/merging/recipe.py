@@ -38,7 +38,7 @@ class MergeRecipe(WithPlugins):
     `head` names the expert whose head a merged classifier gets. Without it the backbone alone is written. `as_adapter`
     writes one PEFT LoRA adapter on the base model; it needs experts that are adapters and a method that sums task
     vectors. `dtype` is the dtype that is written, by default the base model's. Sums are taken in float32 or better.
-    `plugins` are Python files that register methods; they are imported.
+    `plugins` are Python files that register methods or metrics; they are imported.
     """
 
     base_model: str

@@ -10,10 +10,8 @@ the options. Modules that register methods are found by the entry-point group `t
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,8 +19,8 @@ from torch import Tensor
 
 from twin_bench.config import LARGEST_SEED
 from twin_bench.errors import InputError, nearest, shown
-from twin_bench.files import digest_file
-from twin_bench.merging.plugins import OWN_PACKAGE, load_methods
+from twin_bench.files import digest_code
+from twin_bench.merging.plugins import load_methods
 
 Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
 TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
@@ -68,11 +66,7 @@ class Method:
         It is the name. A method of another package has the digest of its module's file besides, since no format number
         of ours is raised when its code changes.
         """
-        module = sys.modules.get(self.origin.rpartition(".")[0])
-        file = getattr(module, "__file__", None)
-        if self.origin.partition(".")[0] == OWN_PACKAGE or file is None:
-            return [self.name]
-        return [self.name, digest_file(Path(file))]
+        return [self.name, *digest_code(self.origin.rpartition(".")[0])]
 
     @property
     def formula(self) -> str:

@@ -57,7 +57,7 @@ class Recipe(WithPlugins):
     paper, and the model's window for language models.
     `dtype` is the dtype in which the router's features are computed, by default the base model's. It should be the
     dtype in which the twin will run.
-    `plugins` are Python files that register methods; they are imported.
+    `plugins` are Python files that register methods or metrics; they are imported.
     `allow_pickle` also reads weights from pickles. `trust_remote_code` lets transformers run code that comes with a
     model.
     """
