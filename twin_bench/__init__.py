@@ -1,7 +1,8 @@
 """twin-bench: twin-merged models inside evaluation harnesses, and a leaderboard of merge methods.
 
 `merge` and `methods` are the merge methods, `TwinModel` the model that fuses experts per input. `merge_method` and
-`TaskVectors` are what a new merge method is written with, `metric` a new metric. A user's mistake raises `InputError`.
+`TaskVectors` are what a new merge method is written with, `metric` a new metric, and `task` with `Classification`,
+`GenerativeTask` and `Item` a new task. A user's mistake raises `InputError`.
 
 `import twin_bench` imports no other module. A name below is imported when it is first asked for (PEP 562), because
 torch and transformers take seconds to import.
@@ -13,6 +14,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing takes longer than everything else here, and an interrupt may fall into it
     from typing import Any
 
+    from twin_bench.data import task
+    from twin_bench.data.classification import Classification
+    from twin_bench.data.generative import GenerativeTask, Item
     from twin_bench.data.metrics import metric
     from twin_bench.errors import InputError
     from twin_bench.merging.by_name import merge
@@ -20,16 +24,32 @@ if TYPE_CHECKING:  # importing typing takes longer than everything else here, an
     from twin_bench.merging.task_vectors import TaskVectors
     from twin_bench.twin.model import TwinModel
 
-__all__ = ["InputError", "TaskVectors", "TwinModel", "merge", "merge_method", "methods", "metric"]
+__all__ = [
+    "Classification",
+    "GenerativeTask",
+    "InputError",
+    "Item",
+    "TaskVectors",
+    "TwinModel",
+    "merge",
+    "merge_method",
+    "methods",
+    "metric",
+    "task",
+]
 
 _HOMES = {
+    "Classification": "twin_bench.data.classification",
+    "GenerativeTask": "twin_bench.data.generative",
     "InputError": "twin_bench.errors",
+    "Item": "twin_bench.data.generative",
     "TaskVectors": "twin_bench.merging.task_vectors",
     "TwinModel": "twin_bench.twin.model",
     "merge": "twin_bench.merging.by_name",
     "merge_method": "twin_bench.merging.registry",
     "methods": "twin_bench.merging.registry",
     "metric": "twin_bench.data.metrics",
+    "task": "twin_bench.data",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -59,7 +59,9 @@ def parse(kind: type[SettingsType], raw: Any, source: str = "") -> SettingsType:
         return kind.model_validate(raw)
     except ValidationError as error:
         problems = error.errors()
-        problem = problems[0]
+        # Of a value that may be of several kinds, the kind that fits best has its problem farthest inside.
+        first = [other for other in problems if other["loc"][:1] == problems[0]["loc"][:1]]
+        problem = max(first, key=lambda other: len(_keys(other["loc"], raw, missing=False)))
         keys = _keys(problem["loc"], raw, missing=problem["type"] == "missing")
         if problem["type"] == "extra_forbidden":
             message = f"unknown key{nearest(keys[-1], _fields(kind, keys[:-1]))}"
@@ -79,7 +81,7 @@ def replaced(settings: SettingsType, **given: Any) -> SettingsType:
     changes = {key: value for key, value in given.items() if value is not None}
     if not changes:
         return settings
-    return parse(type(settings), {**settings.model_dump(), **changes}, "the command line")
+    return parse(type(settings), {**settings.model_dump(exclude_unset=True), **changes}, "the command line")
 
 
 def _keys(place: Sequence[int | str], raw: Any, *, missing: bool) -> list[str]:
@@ -104,10 +106,16 @@ def _fields(kind: type[BaseModel], keys: Sequence[str]) -> list[str]:
     """Return the keys that the block of settings at `keys` has."""
     for key in keys:
         if key in kind.model_fields:
-            annotation = kind.model_fields[key].annotation
-            kinds = [annotation, *get_args(annotation)]
-            kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+            kind = next(_blocks(kind.model_fields[key].annotation), kind)
     return list(kind.model_fields)
+
+
+def _blocks(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the kinds of settings in a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _blocks(part)
 
 
 class _Refused(yaml.MarkedYAMLError):

@@ -216,7 +216,7 @@ _ENGINES: dict[tuple[str, TwinSettings], Engine | str] = {}
 _LOADING = threading.Lock()
 
 
-def hold(name: str, twin: TwinCausalLM, batch_size: int, task: str) -> None:
+def hold(name: str, twin: TwinCausalLM, batch_size: int, task: str | None) -> None:
     """Make `engine(name, ...)` return an engine of a twin that is in memory.
 
     `name` stands in place of a directory and begins with twin_merged/. `task` is the task of all requests. Only the

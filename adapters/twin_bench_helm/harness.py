@@ -8,11 +8,11 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
 from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
@@ -24,11 +24,11 @@ from helm.common.authentication import Authentication
 
 import twin_bench_helm.plugin  # noqa: F401 (registers twin_cnndm)
 from twin_bench.contenders import Contender
-from twin_bench.data import TASKS
 from twin_bench.data.metrics import mean, mean_standard_error
-from twin_bench.data.rows import read_rows, split_path
-from twin_bench.data.task import Row
-from twin_bench.errors import InputError
+from twin_bench.data.named import NamedTask
+from twin_bench.data.rows import TaskRows
+from twin_bench.data.task import Row, Task
+from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest, digest_file, read_record, write_bytes, write_record, written_at_once
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
@@ -52,22 +52,33 @@ class Helm(Harness):
 
     def check(self, suite: Suite) -> None:
         """Raise an InputError for a suite of classifiers, or one that does not say where HELM's raw files are."""
-        if suite.task_type != "causal_lm":
+        if suite.classifies:
             raise InputError(f"suite {suite.name}: --harness helm asks for text, and these are classifiers")
-        if suite.helm is None or not Path(suite.helm).is_dir():
+        needed = not all(isinstance(task, NamedTask) for task in suite.kinds.values())
+        if (needed or suite.helm is not None) and not Path(str(suite.helm)).is_dir():
             raise InputError(
                 f"suite {suite.name}: helm: {suite.helm}; name a directory of HELM's raw files, as they lie under "
                 "benchmark_output/scenarios"
             )
 
-    def input_digests(self, suite: Suite, data: Path, workspace: Path) -> dict[str, str]:
+    def tasks(self, suite: Suite) -> Mapping[str, Task]:
+        """Return the suite's tasks, with the metrics of run entries. InputError for a task that HELM does not have."""
+        found: dict[str, Task] = dict(suite.kinds)
+        for name, task in found.items():
+            if isinstance(task, NamedTask):
+                found[name] = _entry(task)
+            elif name not in SPLITS:
+                raise InputError(f"task {name!r}: HELM has no such scenario; give helm: a run entry")
+        return found
+
+    def input_digests(self, suite: Suite, tasks: Mapping[str, TaskRows], workspace: Path) -> dict[str, str]:
         """Return the digest of HELM's raw files for each task; InputError that names a file that is missing."""
-        assert suite.helm is not None
-        raw, scenarios = Path(suite.helm), workspace / "benchmark_output" / "scenarios"
-        found = copy_scenarios(raw, data, scenarios)
-        for task in suite.tasks:
-            run_entries(task, scenarios)  # says which file is missing
-        return dict.fromkeys((f"{task}/helm" for task in suite.tasks), found)
+        scenarios = workspace / "benchmark_output" / "scenarios"
+        summaries = next((rows for rows in tasks.values() if rows.task.name == "cnn_dailymail"), None)
+        found = "" if suite.helm is None else copy_scenarios(Path(suite.helm), summaries, scenarios)
+        for rows in tasks.values():
+            run_entries(rows.task, scenarios)  # says which file is missing
+        return dict.fromkeys((f"{task}/helm" for task in tasks), found)
 
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""
@@ -76,8 +87,7 @@ class Helm(Harness):
             scored = evaluate(
                 contender.twin,
                 job.name,
-                job.task,
-                TASKS[job.task].metric,
+                job.asked.task,
                 workspace=job.workspace,
                 rows=job.rows,
                 batch_size=32 if job.suite.batch_size == "auto" else job.suite.batch_size,  # halved where it must be
@@ -105,14 +115,23 @@ class HelmScores:
     set_aside: list[str]
 
 
-def copy_scenarios(scenarios: Path, data: Path, into: Path) -> str:
+def _entry(task: NamedTask) -> NamedTask:
+    """Return a run entry's task with its metric. InputError for one of lm-eval's, and for what HELM's entry says."""
+    if task.entry is None:
+        raise InputError(f"task {task.name!r} is lm-eval's; for --harness helm give helm: a run entry")
+    for key, value in (("few_shot", task.few_shot), ("split", task.split)):
+        if value is not None:
+            raise InputError(f"task {task.name!r}: {key}: HELM's run entry says it; leave {key} out")
+    return task.scored_by(task.metric or "exact_match")
+
+
+def copy_scenarios(scenarios: Path, summaries: TaskRows | None, into: Path) -> str:
     """Copy HELM's raw files to where HELM looks for them. Return a digest of the files that were copied.
 
     They are copied again where they have changed since, or where a copy has. CNN/DailyMail's pickle, where it is not
-    among them, is made of `data`'s own rows: train.jsonl as HELM's train, validation.jsonl as its test rows.
+    among them, is made of the rows `summaries`: train.jsonl as HELM's train, validation.jsonl as its test rows.
     """
-    task = TASKS["cnn_dailymail"]
-    own = {split: split_path(data, task.name, split) for split in ("train", "validation")}
+    own = {} if summaries is None else {split: summaries.file(split) for split in ("train", "validation")}
     raw = {file.relative_to(scenarios).as_posix(): file for file in sorted(scenarios.rglob("*")) if file.is_file()}
     sources = digest({name: digest_file(file) for name, file in raw.items()})
     rows = {} if SUMMARIES in raw else {split: digest_file(file) for split, file in own.items() if file.is_file()}
@@ -126,10 +145,10 @@ def copy_scenarios(scenarios: Path, data: Path, into: Path) -> str:
     shutil.rmtree(into, ignore_errors=True)
     with written_at_once(into) as partial:
         shutil.copytree(scenarios, partial, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        if len(rows) == len(own):
-            articles = {split: [_article(row) for row in read_rows(file, task)] for split, file in own.items()}
-            summaries = {"train": articles["train"], "validation": [], "test": articles["validation"]}
-            write_bytes(partial / SUMMARIES, pickle.dumps(summaries))
+        if summaries is not None and len(rows) == len(own):
+            articles = {split: [_article(row) for row in summaries.read(split)] for split in own}
+            raw_file = {"train": articles["train"], "validation": [], "test": articles["validation"]}
+            write_bytes(partial / SUMMARIES, pickle.dumps(raw_file))
         copies = {
             file.relative_to(partial).as_posix(): digest_file(file) for file in partial.rglob("*") if file.is_file()
         }
@@ -141,32 +160,34 @@ def _article(row: Row) -> Row:
     return {key: row[key] for key in ("article", "highlights")}
 
 
-def run_entries(task: str, scenarios: Path) -> list[str]:
+def run_entries(task: Task, scenarios: Path) -> list[str]:
     """Return a task's run entries, of the raw files that are in `scenarios` (as under benchmark_output/scenarios).
 
     Raises InputError that names the file that is missing and where it belongs.
     """
+    if isinstance(task, NamedTask):
+        return [task.entry or ""]
+    name = task.name
     folder, pattern = {
         "mmlu": (scenarios / "mmlu" / "data" / "test", "*_test.csv"),
         "truthfulqa": (scenarios / "truthful_qa" / "data", "TruthfulQA.csv"),
         "bbq": (scenarios / "bbq" / "data", "*"),
         "cnn_dailymail": (scenarios, SUMMARIES),
-    }[task]
+    }[name]
     files = sorted(file for file in folder.glob(pattern) if file.suffix != ".lock")  # HELM's, beside what it reads
     if not files:
-        raise InputError(f"{folder / pattern}: no such file; HELM's raw file of {task} belongs there")
-    if task == "mmlu":
+        raise InputError(f"{folder / pattern}: no such file; HELM's raw file of {name} belongs there")
+    if name == "mmlu":
         return [f"mmlu:subject={file.stem.removesuffix('_test')}" for file in files]
-    if task == "bbq":
+    if name == "bbq":
         return [f"bbq:subject={file.name}" for file in files]
-    return ["truthful_qa:task=mc_single"] if task == "truthfulqa" else ["twin_cnndm:temperature=0.3"]
+    return ["truthful_qa:task=mc_single"] if name == "truthfulqa" else ["twin_cnndm:temperature=0.3"]
 
 
 def evaluate(
     twin: TwinCausalLM,
     name: str,
-    task: str,
-    metric: str,
+    task: Task,
     *,
     workspace: Path,
     rows: int | None,
@@ -177,8 +198,7 @@ def evaluate(
     Args:
         twin: the twin.
         name: twin_merged/NAME in HELM's files.
-        task: mmlu, truthfulqa, bbq or cnn_dailymail.
-        metric: HELM's name of what is read: exact_match or rouge_2.
+        task: mmlu, truthfulqa, bbq, cnn_dailymail or a run entry, with HELM's name of its metric.
         workspace: where HELM writes, with its raw files in benchmark_output/scenarios (`copy_scenarios`).
         rows: of the task at most, evenly over its entries, drawn as HELM draws them.
         batch_size: requests a forward.
@@ -189,11 +209,13 @@ def evaluate(
     logging.getLogger("helm").setLevel(logging.ERROR)
     output, full = workspace / "benchmark_output", f"twin_merged/{name}"
     entries = run_entries(task, output / "scenarios")
-    _register(twin, full, workspace, batch_size, task)
+    _register(twin, full, workspace, batch_size, task.expert)
     set_benchmark_output_path(str(output))
     each = 10**9 if rows is None else -(-rows // len(entries))
-    scored = f"model={full},eval_split={SPLITS[task]}"  # MMLU would draw from its valid rows as well
-    specs = run_entries_to_run_specs([RunEntry(f"{entry},{scored}") for entry in entries], max_eval_instances=each)
+    split = SPLITS.get(task.name) if not isinstance(task, NamedTask) else None
+    scored = f"model={full}" if split is None else f"model={full},eval_split={split}"  # MMLU has valid rows as well
+    asked = [RunEntry(f"{entry}{',' if ':' in entry else ':'}{scored}") for entry in entries]
+    specs = run_entries_to_run_specs(asked, max_eval_instances=each)
     run_benchmarking(
         run_specs=specs,
         auth=Authentication(""),
@@ -211,13 +233,13 @@ def evaluate(
         runner_class_name="twin_bench_helm.client.BatchRunner",
         disable_cache=True,
     )
-    scores = _read([output / "runs" / "leaderboard" / spec.name for spec in specs], metric, SPLITS[task])
+    scores = _read([output / "runs" / "leaderboard" / spec.name for spec in specs], task.metric, split)
     if len(scores.set_aside) >= len(scores.values) > 0:
-        raise InputError(f"{name} on {task}: HELM has no answer to any row; {scores.set_aside[0]}")
+        raise InputError(f"{name} on {task.name}: HELM has no answer to any row; {scores.set_aside[0]}")
     return scores
 
 
-def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, task: str) -> None:
+def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, task: str | None) -> None:
     """Make a twin in memory a deployment of its own, with its tokenizer."""
     hold(full, twin, batch_size, task)
     folder = workspace / "tokenizer"
@@ -253,22 +275,35 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
     )
 
 
-def _read(runs: Sequence[Path], metric: str, split: str) -> HelmScores:
+def _is_plain(name: Mapping[str, Any], metric: str) -> bool:
+    """Whether a statistic is a metric's own, of no perturbation and no part of the rows."""
+    return name["name"] == metric and name.keys() <= {"name", "split"}
+
+
+def _read(runs: Sequence[Path], metric: str, split: str | None) -> HelmScores:
+    """Return the scores of some runs on one split: by default the test rows, or else the valid ones.
+
+    Raises InputError if HELM has no such statistic of them.
+    """
     values: list[float] = []
     means: dict[str, tuple[float, int]] = {}
     set_aside: list[str] = []
     for run in runs:
+        stats = json.loads((run / "stats.json").read_text())
+        of_splits = {stat["name"].get("split"): stat["mean"] for stat in stats if _is_plain(stat["name"], metric)}
+        scored = split or next((name for name in ("test", "valid") if name in of_splits), None)
+        if scored not in of_splits:
+            known = sorted({stat["name"]["name"] for stat in stats if stat["name"].get("split") in ("test", "valid")})
+            raise InputError(f"{run.name}: HELM has no metric {metric!r}{nearest(metric, known)}")
         own = [
             stat["mean"]
             for instance in json.loads((run / "per_instance_stats.json").read_text())
             if not instance.get("perturbation")
             for stat in instance["stats"]
-            if stat["name"]["name"] == metric and stat["name"].get("split") == split
+            if stat["name"]["name"] == metric and stat["name"].get("split") == scored
         ]
-        stats = json.loads((run / "stats.json").read_text())
-        mean = next(stat["mean"] for stat in stats if stat["name"] == {"name": metric, "split": split})
         values += own
-        means[run.name] = mean, len(own)
+        means[run.name] = of_splits[scored], len(own)
         states = json.loads((run / "scenario_state.json").read_text())["request_states"]
         set_aside += [
             f"{state['instance']['id']}: {state['result']['error']}"

@@ -1,12 +1,9 @@
-"""lm-eval as a harness of the leaderboard: it scores the tasks in tasks/ as the `lm_eval` command does."""
+"""lm-eval as a harness of the leaderboard: it scores tasks as the `lm_eval` command does."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,34 +14,99 @@ from lm_eval import evaluate
 from lm_eval.tasks import TaskManager
 
 from twin_bench.contenders import Contender
-from twin_bench.data import TASKS
+from twin_bench.data.named import NamedTask
+from twin_bench.data.rows import TaskRows
+from twin_bench.data.task import Row, Task
+from twin_bench.errors import InputError
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.paths import tasks_directory
 from twin_bench_lm_eval.model import serving
+from twin_bench_lm_eval.named import (
+    DRAWS,
+    FEWSHOT_SEED,
+    Loaded,
+    described,
+    find_tasks,
+    load,
+    quiet,
+    rows_digest,
+    standard_error,
+    training_rows,
+)
+from twin_bench_lm_eval.tasks import lm_eval_task
 
 
 class LmEval(Harness):
-    """lm-evaluation-harness. It scores every suite, on the suite's own rows."""
+    """lm-evaluation-harness. It scores every suite: on the suite's own rows, and lm-eval's tasks on lm-eval's."""
 
     name: ClassVar[str] = "lm-eval"
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Loaded] = {}
+        self._own: dict[tuple[str, Path, str], Loaded] = {}
 
     def check(self, suite: Suite) -> None:
         """Accept every suite."""
 
+    def tasks(self, suite: Suite) -> Mapping[str, Task]:
+        """Return the suite's tasks, those of lm-eval's own with their metrics. InputError for one that is not there."""
+        kinds = suite.kinds
+        named = [task for task in kinds.values() if isinstance(task, NamedTask)]
+        for task in named:
+            if task.entry is not None:
+                raise InputError(f"task {task.name!r}: helm: {task.entry}; it is HELM's: --harness helm")
+        manager = find_tasks([task.name for task in named], suite.include_path) if named else None
+        for task in named:
+            assert manager is not None
+            loaded = load(task, manager, unsafe_code=suite.confirm_run_unsafe_code, include_path=suite.include_path)
+            self._loaded[task.name] = loaded
+            kinds[task.name] = described(task, loaded)
+        return kinds
+
+    def input_digests(self, suite: Suite, tasks: Mapping[str, TaskRows], workspace: Path) -> dict[str, str]:
+        """Return the digest of what each of lm-eval's own tasks asks."""
+        return {f"{name}/lm-eval": rows_digest(loaded) for name, loaded in self._loaded.items()}
+
+    def training_rows(self, task: Task) -> Iterable[Row]:
+        """Yield a router's rows of one of lm-eval's own tasks."""
+        with quiet():
+            yield from list(training_rows(self._loaded[task.name]))
+
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""
-        suite, task = job.suite, f"twin_{job.task}"
+        suite, task = job.suite, job.asked.task
         limits: dict[str, Any] = {"batch_size": suite.batch_size, "max_length": suite.max_length}
-        served = partial(serving, contender.twin, task=job.task, **limits)
-        results = _evaluate(served, [task], job.data, suite.split, limit=job.rows, seed=suite.seed)
-        scores, metric = results["results"][task], TASKS[job.task].metric
+        served = partial(serving, contender.twin, task=task.expert, **limits)
+        loaded, seed = self._asked(job.asked), suite.seed
+        results = _evaluate(served, loaded, limit=job.rows, seed=seed, errors=isinstance(task, NamedTask))
+        scores = results["results"][task.name]
+        metric, _, kind = task.metric.partition(",")
+        key = f"{metric},{kind or 'none'}"
+        if key not in scores:
+            found = ", ".join(name for name in scores if "," in name and "_stderr" not in name)
+            raise InputError(f"task {task.name!r}: no metric {task.metric!r}; it has: {found}")
+        error = scores.get(f"{metric}_stderr,{kind or 'none'}")
+        if not isinstance(error, float):  # "N/A"
+            values = [row[metric] for row in results["samples"].get(task.name, []) if row["filter"] == (kind or "none")]
+            leaf = loaded.tasks.get(task.name)
+            error = None if leaf is None else standard_error(leaf, metric, values, seed)
         return Evaluated(
-            score=scores[f"{metric},none"],
-            stderr=scores[f"{metric}_stderr,none"],
-            n=results["n-samples"][task]["effective"],
+            score=float(scores[key]),
+            stderr=error,
+            n=scores["sample_len"],
             notes={"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {},
         )
+
+    def _asked(self, rows: TaskRows) -> Loaded:
+        """Return what lm-eval runs for a task. It is made once, for all methods."""
+        if isinstance(rows.task, NamedTask):
+            return self._loaded[rows.task.name]
+        place = rows.task.name, rows.directory, rows.split
+        if place not in self._own:
+            with quiet():
+                self._own[place] = Loaded({rows.task.name: lm_eval_task(rows.task, rows)}, None)
+        return self._own[place]
 
     def timed_runs(
         self, twin: Any, plain: Any, tasks: Sequence[str], data: Path, *, split: str, rows: int, batch_size: int
@@ -61,44 +123,43 @@ class LmEval(Harness):
             "lm_eval_hf": partial(HFLM, pretrained=plain, tokenizer=twin.tokenizer, batch_size=batch_size),
             "lm_eval_twin": partial(CausalTwin, twin=twin, batch_size=batch_size),
         }
-        named = [f"twin_{task}" for task in tasks]
+        loaded = load_own([f"twin_{task}" for task in tasks], data, split)
 
         def evaluate(make: Callable[[], Any]) -> object:
-            return _evaluate(make, named, data, split, limit=rows, seed=0)
+            return _evaluate(make, loaded, limit=rows, seed=0, errors=False)
 
         return {name: partial(evaluate, make) for name, make in models.items()}
 
 
-def _evaluate(
-    make: Callable[[], Any], tasks: Sequence[str], data: Path, split: str, *, limit: int | None, seed: int
-) -> dict[str, Any]:
-    """Run lm-eval on a model that `make` returns, in this process, without its bars: errors still raise."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    with _quiet():
+def load_own(names: Sequence[str], data: Path, split: str) -> Loaded:
+    """Return tasks of tasks/, as the command `lm_eval` finds them, on the rows in `data`."""
+    with quiet():
         manager = TaskManager(
             include_path=str(tasks_directory()),
             include_defaults=False,
             metadata={"data": str(data), "split": split},
         )
-        loaded = manager.load(list(tasks))
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
+        return Loaded(manager.load(list(names))["tasks"], None)
+
+
+def _evaluate(make: Callable[[], Any], loaded: Loaded, *, limit: int | None, seed: int, errors: bool) -> dict[str, Any]:
+    """Run lm-eval on a model that `make` returns, in this process, without its bars: errors still raise.
+
+    With `errors`, lm-eval computes standard errors, and the results hold its documents' values.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    for task in loaded.tasks.values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    with quiet():
         # Not simple_evaluate: after each evaluation it describes the machine and asks git, which takes over a second.
-        results: dict[str, Any] = evaluate(make(), loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+        results: dict[str, Any] = evaluate(
+            make(),
+            loaded.task_dict,
+            limit=limit,
+            bootstrap_iters=DRAWS if errors else 0,
+            log_samples=errors,
+            confirm_run_unsafe_code=True,  # `load` has asked
+        )
     return results
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide lm-eval's bars and what it logs below an error."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

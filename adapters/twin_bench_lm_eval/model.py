@@ -49,8 +49,8 @@ class TwinMerged(LM):  # type: ignore[misc]
         return model
 
 
-def serving(twin: TwinModel, *, task: str, batch_size: int | str, max_length: int | None) -> ServedTwin:
-    """Return the lm-eval model of a twin in memory. `task` is the task of all its requests."""
+def serving(twin: TwinModel, *, task: str | None, batch_size: int | str, max_length: int | None) -> ServedTwin:
+    """Return the lm-eval model of a twin in memory. `task` is the expert of all its requests, if one is."""
     from twin_bench.twin.causal import TwinCausalLM
     from twin_bench.twin.classifier import TwinClassifier
     from twin_bench_lm_eval.causal import CausalTwin

@@ -1,8 +1,4 @@
-"""Functions that the generative tasks' YAML files name: prompts, and scores with standard errors.
-
-The standard error of a score is a metric of its own; tasks/glue/twin_glue.py says why. A multiple-choice task also has
-the metric `chance`, the mean of one over the number of options.
-"""
+"""Functions that the generative tasks' YAML files name: prompts, and scores with standard errors."""
 
 from __future__ import annotations
 
@@ -11,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from twin_bench.data.generative import GENERATIVE, shuffled
-from twin_bench.data.metrics import mean, rouge_2
+from twin_bench.data.generative import GENERATIVE
+from twin_bench.data.metrics import mean
 from twin_bench.data.metrics import mean_standard_error as mean_stderr
 from twin_bench.data.rows import few_shot_pool, task_rows
 from twin_bench_lm_eval.errors import one_line_errors
+from twin_bench_lm_eval.tasks import text_documents, text_results
 
 __all__ = ["dataset", "mean", "mean_stderr", "process_results"]
 
@@ -37,27 +34,10 @@ def dataset(
     task = GENERATIVE[generative_task]
     named = data or os.environ.get("TWIN_BENCH_DATA")
     directory = Path(named) if named else None
-    rows = shuffled(enumerate(task_rows(task, split or "validation", directory)))
-    pool = few_shot_pool(task, directory, shots)
-    documents = []
-    for position, row in rows:
-        item = task.item(row)
-        documents.append(
-            {
-                "prompt": task.prompt(row, task.examples(row, pool, shots)),
-                "answer": item.answer,
-                "options": item.options,
-                "task": task.name,
-                "idx": position,
-            }
-        )
-    return {"rows": Dataset.from_list(documents)}
+    rows = task_rows(task, split or "validation", directory)
+    return {"rows": Dataset.from_list(text_documents(task, rows, few_shot_pool(task, directory, shots), shots))}
 
 
 def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Return a row's scores, each under the metric's name and under the name of its standard error."""
-    metric = GENERATIVE[doc["task"]].metric
-    text = results[0].strip()
-    value = rouge_2(doc["answer"], text) if metric == "rouge_2" else float(text == doc["answer"])
-    scores = {metric: value, f"{metric}_stderr": value}
-    return scores if not doc["options"] else {**scores, "chance": 1 / doc["options"]}
+    return text_results(GENERATIVE[doc["task"]], doc, results)

@@ -38,7 +38,7 @@ GOOD = {"sentence": "x", "label": 1}
         ("[1]", "expected a JSON object"),
         ({"sentense": "x", "label": 1}, "no field 'sentence'; did you mean 'sentense'?"),
         ({"sentence": 3, "label": 1}, "field 'sentence' is not a text but 3"),
-        ({"sentence": "x"}, "label None; cola needs one of: 0 unacceptable, 1 acceptable"),
+        ({"sentence": "x"}, "no field 'label'; known: sentence; cola needs one of: 0 unacceptable, 1 acceptable"),
         ({"sentence": "x", "label": 2}, "label 2; cola"),
         ({"sentence": "x", "label": -1}, "label -1; cola"),
         ({"sentence": "x", "label": 1.0}, "label 1.0; cola"),
@@ -134,7 +134,7 @@ def test_router_rows_of_a_directory_in_the_glue_schema(tmp_path):
     write(tmp_path / "rte/train.jsonl", {"sentence1": "a", "sentence2": "b", "label": 0})
     write(tmp_path / "sst2/train.jsonl", "nonsense of a task that is not asked for")
     rows = read_router_rows(tmp_path, ["rte", "cola"])
-    assert rows == [TaskInput("a", "b", "rte"), TaskInput("x", None, "cola")]
+    assert rows.train == [TaskInput("a", "b", "rte"), TaskInput("x", None, "cola")]
     with pytest.raises(InputError, match="no router rows for mnli, my_task; every expert needs some"):
         read_router_rows(tmp_path, ["cola", "mnli", "my_task"])
 
@@ -143,8 +143,8 @@ def test_router_rows_of_known_tasks_and_of_others_beside_them(tmp_path):
     write(tmp_path / "cola/train.jsonl", {"sentence": "x", "label": 1})
     file = write(tmp_path / "law/train.jsonl", {"text": "y", "text_pair": "z"}, {"text": "v", "task": "law"})
     rows = [TaskInput("y", "z", "law"), TaskInput("v", None, "law"), TaskInput("x", None, "cola")]
-    assert read_router_rows(tmp_path, ["law", "cola"]) == rows
-    assert read_router_rows(tmp_path, ["law"]) == rows[:2]
+    assert read_router_rows(tmp_path, ["law", "cola"]).train == rows
+    assert read_router_rows(tmp_path, ["law"]).train == rows[:2]
     write(file, {"text": "v", "task": "cola"})
     with pytest.raises(InputError, match=r"law/train.jsonl, line 1: task 'cola' in the rows of expert 'law'; move or"):
         read_router_rows(tmp_path, ["law", "cola"])
@@ -157,8 +157,8 @@ def test_router_rows_of_a_file_or_of_a_directory_of_files(tmp_path):
     first = write(tmp_path / "1.jsonl", {"text": "x", "task": "law"}, {"text": "y", "text_pair": "z", "task": "code"})
     write(tmp_path / "2.jsonl", {"text": "v", "text_pair": None, "task": "law"})
     rows = [TaskInput("x", None, "law"), TaskInput("y", "z", "code"), TaskInput("v", None, "law")]
-    assert read_router_rows(first, ["code", "law"]) == rows[:2]
-    assert read_router_rows(tmp_path, ["code", "law"]) == rows
+    assert read_router_rows(first, ["code", "law"]).train == rows[:2]
+    assert read_router_rows(tmp_path, ["code", "law"]).train == rows
 
 
 @pytest.mark.parametrize(
@@ -191,5 +191,5 @@ def test_real_rows(task):
     assert len(rows) >= 250
     assert len({row["label"] for row in rows}) >= task.num_labels
     assert all(text and (pair is None) == (len(task.fields) == 1) for text, pair in (task.texts(r) for r in rows))
-    router_rows = read_router_rows(data, [task.name])
+    router_rows = read_router_rows(data, [task.name]).train
     assert len(router_rows) == len(read_rows(split_path(data, task.name, "train"), task))

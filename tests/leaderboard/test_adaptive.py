@@ -14,7 +14,7 @@ import torch
 from tests.support.dense import interpolated_logits
 from tests.support.families import Family
 from tests.support.models import WORDS
-from tests.support.rows import TASKS
+from tests.support.rows import TASKS, task_rows
 from tests.support.suites import rows_of, run
 from twin_bench.adaptive import learning
 from twin_bench.checkpoints.sources import open_sources
@@ -48,11 +48,10 @@ def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = N
         name=entry.method.name,
         settings=entry.settings(checked.seed),
         protocol="standard",
-        tasks=tuple(checked.tasks),
+        tasks=tuple(task_rows(Path(str(checked.data)), *checked.tasks)),
         base_model=checked.base_model,
         experts=checked.expert_paths,
         sources=sources,
-        data=Path(checked.data),
         workspace=folder,
         rows=rows,
         seed=checked.seed,
@@ -201,7 +200,8 @@ def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, An
     other = {**suite, "data": with_rows(data, tmp_path / "edited", edited)}
     keys = []
     for checked in map(Suite.model_validate, (suite, other)):
-        inputs = input_digests(checked, Path(checked.data))
+        tasks = task_rows(Path(str(checked.data)), *checked.tasks)
+        inputs = input_digests(checked, {rows.task.name: rows for rows in tasks})
         inputs["rows"] = {name: rows for name, rows in inputs["rows"].items() if name.endswith("validation")}
         keys.append(
             {

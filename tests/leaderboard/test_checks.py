@@ -58,7 +58,7 @@ def test_a_bad_row_of_the_third_task(refused: Any, data: Path, tmp_path: Path, s
         ({"twin": {"router": {"layer": 99}}}, "twin: router.layer 99: the base model has 2 blocks; -1 to 2, or auto"),
         (
             {"twin": {"router": {"data": "rows.jsonl"}}},
-            "twin: router.data: a suite's router reads the suite's training",
+            "twin: router.data: all routers of a suite read the same rows; give router at",
         ),
         ({"twin": {"router": {"top_k": 4}}}, "twin: router.top_k 4: there are 3 experts"),
         ({"twin": {"shared": {"method": "ties", "density": 0}}}, "ties: density must be in (0, 1], not 0"),

@@ -18,6 +18,9 @@ from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary
 from twin_bench.leaderboard.suite import Suite
 from twin_bench_lm_eval.harness import LmEval
 
+COLA, MRPC = ("cola", "cola", "mcc", True), ("mrpc", "mrpc", "acc_f1", True)
+"""A cell's task, expert and metric, and that more is better."""
+
 
 class Counting(Harness):
     """Scores every model 0.5, and keeps the jobs."""
@@ -81,7 +84,28 @@ def test_tasks_keep_the_suites_order_when_a_cell_is_run_again(tiny: dict[str, An
 
 def test_a_build_that_nobody_timed_is_shown_as_such() -> None:
     cells = [
-        Cell("s", "standard", method, "bound", "cola", "mcc", 50.0, 1.0, 9, 0, 2.0, seconds, 5, {}, {}, "cpu", {}, "k")
+        Cell(
+            "s",
+            "standard",
+            method,
+            "bound",
+            "cola",
+            "cola",
+            "mcc",
+            True,
+            50.0,
+            1.0,
+            9,
+            0,
+            2.0,
+            seconds,
+            5,
+            {},
+            {},
+            "cpu",
+            {},
+            "k",
+        )
         for method, seconds in (("pretrained", 1.0), ("experts", None))
     ]
     rows = leaderboard_rows(Board(cells).cells)
@@ -100,7 +124,26 @@ def test_wrong_harnesses_are_named() -> None:
 def test_rows_without_an_answer_are_said_below_the_table() -> None:
     cells = [
         Cell(
-            "s", "standard", "pretrained", "bound", task, "mcc", 50.0, 1.0, 9, 0, 2.0, 1.0, 5, {}, notes, "cpu", {}, "k"
+            "s",
+            "standard",
+            "pretrained",
+            "bound",
+            task,
+            task,
+            "mcc",
+            True,
+            50.0,
+            1.0,
+            9,
+            0,
+            2.0,
+            1.0,
+            5,
+            {},
+            notes,
+            "cpu",
+            {},
+            "k",
         )
         for task, notes in (("cola", {}), ("mrpc", {"set_aside": "id4: a prompt of 70 tokens"}))
     ]

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 from tests.support.families import Family
 from tests.support.models import WORDS
-from tests.support.rows import write_generative_rows
+from tests.support.rows import task_rows, write_generative_rows
 from tests.support.suites import rows_of, run
 from twin_bench_helm.harness import copy_scenarios
 from twin_bench_lm_eval.causal import CausalTwin
@@ -114,21 +114,22 @@ def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
 def test_raw_files_are_copied_again_where_they_or_their_copies_have_changed(tmp_path: Path) -> None:
     """HELM scores the copies, and a cell's key holds the sources' digest: they may never part."""
     raw, data, into = raw_files(tmp_path / "raw"), write_generative_rows(tmp_path / "data"), tmp_path / "scenarios"
-    first = copy_scenarios(raw, data, into)
+    (summaries,) = task_rows(data, "cnn_dailymail")
+    first = copy_scenarios(raw, summaries, into)
     age, pickled = into / "bbq" / "data" / "Age", into / "summarization" / "data" / "cnndm.pk"
     whole, articles = age.read_bytes(), pickled.read_bytes()
     (into / "bbq" / "data" / "Age.lock").write_text("HELM's own")
-    assert copy_scenarios(raw, data, into) == first
+    assert copy_scenarios(raw, summaries, into) == first
     assert (into / "bbq" / "data" / "Age.lock").is_file()
     age.write_bytes(whole.replace(b'"label": 0', b'"label": 1'))
-    assert copy_scenarios(raw, data, into) == first
+    assert copy_scenarios(raw, summaries, into) == first
     assert age.read_bytes() == whole
     (raw / "bbq" / "data" / "Age").write_bytes(whole[: len(whole) // 2])
-    assert copy_scenarios(raw, data, into) != first
+    assert copy_scenarios(raw, summaries, into) != first
     assert age.read_bytes() == whole[: len(whole) // 2]
     rows = data / "cnn_dailymail" / "validation.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
-    copy_scenarios(raw, data, into)
+    copy_scenarios(raw, summaries, into)
     assert pickled.read_bytes() != articles
 
 

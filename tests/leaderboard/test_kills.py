@@ -14,8 +14,6 @@ from tests.support.faults import copied_at_each_write, full_disk
 from twin_bench.cli import main
 from twin_bench.config import parse
 from twin_bench.contenders import Contender
-from twin_bench.data import TASKS
-from twin_bench.data.rows import read_rows, split_path
 from twin_bench.errors import InputError
 from twin_bench.files import TEMPORARY, digest_files
 from twin_bench.leaderboard.harness import Evaluated, Job
@@ -56,12 +54,11 @@ def small_suite(tiny: dict[str, Any]) -> Suite:
 
 def logits_in_place_of_a_score(_: Any, contender: Contender, job: Job) -> Evaluated:
     """Score a model by its logits: any bit that changes in its parameters shows."""
-    task = TASKS[job.task]
-    rows = read_rows(split_path(job.data, job.task, job.suite.split), task)[:4]
-    texts = [(given.text, given.text_pair) for given in task.inputs(rows, rows)]
-    found = contender.twin.classify(texts, [job.task] * len(texts), batch_size=4)
+    asked = job.asked.scored_inputs(4)
+    texts = [(given.text, given.text_pair) for given in asked]
+    found = contender.twin.classify(texts, [given.task for given in asked], batch_size=4)
     total = sum(float(torch.as_tensor(prediction.logits).abs().sum()) for prediction in found)
-    return Evaluated(total, 1.0, len(rows))
+    return Evaluated(total, 1.0, len(asked))
 
 
 def scores(suite: Suite, out: Path) -> dict[tuple[str, str], Any]:

@@ -12,7 +12,7 @@ import pytest
 
 import twin_bench
 from tests.support.families import Family
-from tests.support.rows import TASKS
+from tests.support.rows import TASKS, task_rows
 from tests.support.suites import rows_of, run, score_alone, with_backbone
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import UnsuitedError
@@ -90,7 +90,8 @@ def test_calibrated_methods_are_merged_with_statistics_of_training_rows(
     sources = open_sources(family.recipe["base_model"], family.recipe["experts"])
     for method, label, options in (("fisher", "fisher", {}), ("regmean", "regmean_0.5", {"alpha": 0.5})):
         take = {"fisher": fisher_diagonals, "regmean": gram_matrices}[method]
-        statistics = {t: take(family.experts[t], calibration_examples(t, data, sources, rows=12)) for t in TASKS}
+        examples = {t: calibration_examples(task_rows(data, t), sources, rows=12) for t in TASKS}
+        statistics = {t: take(family.experts[t], own) for t, own in examples.items()}
         merged = twin_bench.merge(method, base, experts, statistics=statistics, **options)
         row = board[1]["standard", label, task]
         alone = score_alone(with_backbone(family.experts[task], merged), task, data)

@@ -13,7 +13,7 @@ import torch
 import twin_bench
 from tests.support.families import Family
 from tests.support.models import WORDS, tiny_classifier, tiny_tokenizer
-from tests.support.rows import write_generative_rows, write_rows
+from tests.support.rows import task_rows, write_generative_rows, write_rows
 from tests.support.suites import rows_of, run, with_backbone
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.tune import hold_out
@@ -124,7 +124,7 @@ def test_held_out_rows_are_training_rows_that_stay_out_of_train(tmp_path: Path) 
     data = write_rows(tmp_path / "data")
     tasks = ("cola", "mnli")
     before = {file: file.read_bytes() for file in data.rglob("*.jsonl")}
-    found = hold_out(tasks, data, tmp_path / "tuning", 9, seed=3)
+    found = hold_out(task_rows(data, *tasks), tmp_path / "tuning", 9, seed=3)
     assert {file: file.read_bytes() for file in data.rglob("*.jsonl")} == before
 
     def lines(file: Path) -> list[str]:
@@ -135,17 +135,18 @@ def test_held_out_rows_are_training_rows_that_stay_out_of_train(tmp_path: Path) 
         assert len(chosen) == 9
         assert sorted(kept + chosen) == lines(data / task / "train.jsonl")
     assert not (found / "stsb").exists()
-    assert hold_out(tasks, data, tmp_path / "tuning", 9, seed=3) == found
-    others = [hold_out(tasks, data, tmp_path / "tuning", limit, seed) for limit, seed in ((9, 4), (8, 3), (900, 3))]
+    assert hold_out(task_rows(data, *tasks), tmp_path / "tuning", 9, seed=3) == found
+    changed = ((9, 4), (8, 3), (900, 3))
+    others = [hold_out(task_rows(data, *tasks), tmp_path / "tuning", limit, seed) for limit, seed in changed]
     assert len({found, *others}) == 4
     assert lines(others[0] / "cola" / "validation.jsonl") != lines(found / "cola" / "validation.jsonl")
     assert len(lines(others[2] / "cola" / "validation.jsonl")) == 20  # half of forty, never more
     (data / "mnli" / "dev.jsonl").write_text((data / "mnli" / "train.jsonl").read_text())
-    with_dev = hold_out(tasks, data, tmp_path / "tuning", 9, seed=3)
+    with_dev = hold_out(task_rows(data, *tasks), tmp_path / "tuning", 9, seed=3)
     assert (with_dev / "mnli" / "dev.jsonl").read_text() == (data / "mnli" / "dev.jsonl").read_text()
     (data / "cola" / "train.jsonl").write_text('{"sentence": "a cat", "label": 1}\n')
     with pytest.raises(UnsuitedError, match="only one row; options are chosen on held-out training rows"):
-        hold_out(tasks, data, tmp_path / "tuning", 9, seed=3)
+        hold_out(task_rows(data, *tasks), tmp_path / "tuning", 9, seed=3)
 
 
 def test_language_models_are_tuned_through_the_same_tasks(

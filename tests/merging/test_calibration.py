@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import twin_bench
 from tests.support.families import Family
 from tests.support.models import WORDS, tiny_causal, tiny_classifier
-from tests.support.rows import write_generative_rows
+from tests.support.rows import task_rows, write_generative_rows
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.merging.calibration import Example, calibrate, calibration_examples, fisher_diagonals, gram_matrices
@@ -171,28 +171,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_drawn_by_the_seed_and_read_as_the_expert_reads_them(families: Any, data: Path) -> None:
     sources = open_sources(families("bert").recipe["base_model"], families("bert").recipe["experts"])
-    drawn = {seed: calibration_examples("mnli", data, sources, rows=6, seed=seed) for seed in (0, 1)}
+    drawn = {seed: calibration_examples(task_rows(data, "mnli"), sources, rows=6, seed=seed) for seed in (0, 1)}
     assert [len(rows) for rows in drawn.values()] == [6, 6]
     ids = {seed: [row.inputs["input_ids"].tolist() for row in rows] for seed, rows in drawn.items()}
-    again = calibration_examples("mnli", data, sources, rows=6, seed=0)
+    again = calibration_examples(task_rows(data, "mnli"), sources, rows=6, seed=0)
     assert ids[0] == [row.inputs["input_ids"].tolist() for row in again] != ids[1]
-    assert len(calibration_examples("mnli", data, sources)) == 9
+    assert len(calibration_examples(task_rows(data, "mnli"), sources)) == 9
     texts = [" ".join(WORDS[i : i + 5]) for i in range(9)]
     pairs = [sources.tokenizer(text, text)["input_ids"] for text in texts]
     assert all(row in pairs for (row,) in ids[0])
     assert drawn[0][0].inputs["token_type_ids"].any()
-    short = calibration_examples("mnli", data, sources, max_length=4)
+    short = calibration_examples(task_rows(data, "mnli"), sources, max_length=4)
     assert {row.inputs["input_ids"].shape for row in short} == {(1, 4)}
 
 
 def test_a_generative_row_is_its_prompt_with_its_answer(wide_llama: Family, tmp_path: Path) -> None:
     data = write_generative_rows(tmp_path / "data")
     sources = open_sources(wide_llama.recipe["base_model"], wide_llama.recipe["experts"])
-    for row in calibration_examples("bbq", data, sources, rows=4):
+    for row in calibration_examples(task_rows(data, "bbq"), sources, rows=4):
         ids = row.inputs["input_ids"][0]
         assert sources.tokenizer.decode(ids[: -row.answer]).endswith("Answer:")
         assert sources.tokenizer.decode(ids[-row.answer :]).strip() in ("A", "B", "C")
-    for row in calibration_examples("cnn_dailymail", data, sources, rows=4, max_length=5):
+    for row in calibration_examples(task_rows(data, "cnn_dailymail"), sources, rows=4, max_length=5):
         assert row.inputs["input_ids"].shape == (1, 5)
         assert row.answer == 4  # the first token has nothing before it that predicts it
 
@@ -203,16 +203,16 @@ def test_statistics_are_kept_and_are_those_of_the_expert_with_its_head(
 ) -> None:
     family = families("bert")
     sources = open_sources(family.recipe["base_model"], family.recipe["experts"])
-    found = calibrate(kind, sources, data, tmp_path / "kept", rows=4, seed=2)
+    found = calibrate(kind, sources, task_rows(data, *sources.experts), tmp_path / "kept", rows=4, seed=2)
     assert found.rows == {"cola": 4, "stsb": 4, "mnli": 4}
     statistics = {"fisher": fisher_diagonals, "gram": gram_matrices}[kind]
     for task, model in family.experts.items():
-        expected = statistics(model.float(), calibration_examples(task, data, sources, rows=4, seed=2))
+        expected = statistics(model.float(), calibration_examples(task_rows(data, task), sources, rows=4, seed=2))
         assert set(found.statistics[task]) == {name for name in expected if name.startswith("bert.")}
         for name, tensor in found.statistics[task].items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-8)
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").iterdir()}
-    again = calibrate(kind, sources, data, tmp_path / "kept", rows=4, seed=2)
+    again = calibrate(kind, sources, task_rows(data, *sources.experts), tmp_path / "kept", rows=4, seed=2)
     assert again.seconds == found.seconds
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").iterdir()} == times
     assert {file.name for file in times} == {"cola.safetensors", "stsb.safetensors", "mnli.safetensors"}
@@ -231,7 +231,7 @@ def test_statistics_that_overflow_are_not_kept(families: Any, data: Path, tmp_pa
     with pytest.raises(
         InputError, match=rf"{kind} statistics of expert 'mnli': tensor bert\.\S+ holds NaN or inf; that"
     ):
-        calibrate(kind, sources, data, tmp_path / "kept", rows=2)
+        calibrate(kind, sources, task_rows(data, *sources.experts), tmp_path / "kept", rows=2)
     assert not (tmp_path / "kept").exists()
 
 
@@ -239,9 +239,9 @@ def test_rows_that_are_not_there(families: Any, data: Path, tmp_path: Path) -> N
     recipe = families("bert").recipe
     sources = open_sources(recipe["base_model"], recipe["experts"])
     with pytest.raises(UnsuitedError, match=r"cola/train.jsonl: no such file; statistics are computed from"):
-        calibrate("fisher", sources, tmp_path, tmp_path / "kept")
+        calibrate("fisher", sources, task_rows(tmp_path, *sources.experts), tmp_path / "kept")
     (tmp_path / "cola").mkdir()
     (tmp_path / "cola" / "train.jsonl").write_text('{"sentense": "a cat"}\n')
     with pytest.raises(InputError, match="line 1: no field 'sentence'; did you mean 'sentense'"):
-        calibrate("fisher", sources, tmp_path, tmp_path / "kept")
+        calibrate("fisher", sources, task_rows(tmp_path, *sources.experts), tmp_path / "kept")
     assert not (tmp_path / "kept").exists()

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 
 from tests.support.models import WORDS
+from twin_bench.data import TASKS as KNOWN
+from twin_bench.data.rows import TaskRows
 
 TASKS = ("cola", "stsb", "mnli")
 """The classifiers' tasks that tiny suites have: two labels, a number and three labels."""
+
+
+def task_rows(data: Path, *names: str) -> list[TaskRows]:
+    """Return known tasks whose rows are in `data`."""
+    return [TaskRows(KNOWN[name], data, "validation") for name in names]
 
 
 def write_router_rows(file: Path, tasks: list[str]) -> None:

@@ -18,7 +18,7 @@ from twin_bench.leaderboard.__main__ import main
 
 def run(suite: dict[str, Any], folder: Path, *arguments: str) -> int:
     folder.mkdir(exist_ok=True)
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
     return main(["--suite", str(folder / "suite.yaml"), "--out", str(folder / "out"), *arguments])
 
 

@@ -61,7 +61,7 @@ def adamerging(
     learning = earlier_learning(context, inputs)
     started -= learning.seconds
     base = context.sources.base
-    learner = static_contender(base, context.tasks, context, started=started, dtype="float32").twin
+    learner = static_contender(base, context.names, context, started=started, dtype="float32").twin
     assert isinstance(learner, TwinClassifier)
     vectors = TaskVectors(base, context.sources.experts)
     batches = learning_batches(
@@ -76,7 +76,7 @@ def adamerging(
         learning=learning,
     )
     merged = merge_with_coefficients(vectors, coefficients)
-    contender = static_contender(merged, context.tasks, context, started=started)
+    contender = static_contender(merged, context.names, context, started=started)
     yield dataclasses.replace(contender, notes=adapted_note(inputs))
 
 

@@ -48,7 +48,7 @@ def dawin(context: Context, *, scaling: float = 1.0) -> Iterator[Contender]:
     model = load_model(sources, base, context.dtype)
     twin = DawinClassifier(model, sources.tokenizer, parts, scaling=scaling)
     stored = size(base) + sum(map(stored_numbers, vectors.values()))
-    yield Contender(twin, context.tasks, time.perf_counter() - started, stored)
+    yield Contender(twin, context.names, time.perf_counter() - started, stored)
 
 
 def confidence_weights(logits: Tensor, scaling: float = 1.0) -> Tensor:

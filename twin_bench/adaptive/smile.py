@@ -56,7 +56,7 @@ def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int =
     added = install_smile(model, vectors, rank=rank, gate_rank=gate_rank, top_k=top_k)
     parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.skeleton.head})
     twin = twin_class(context.task_type)(model, sources.tokenizer, parts, routing="none")
-    yield Contender(twin, context.tasks, time.perf_counter() - started, size(base) + added)
+    yield Contender(twin, context.names, time.perf_counter() - started, size(base) + added)
 
 
 def gate(x: Tensor, V: Tensor, owner: Tensor, experts: int, top_k: int) -> Tensor:

@@ -13,8 +13,6 @@ from torch.func import functional_call
 
 from twin_bench.adaptive.learning import Learning, require_batch_size
 from twin_bench.contenders import Context
-from twin_bench.data import TASKS
-from twin_bench.data.rows import scored_inputs, split_path
 from twin_bench.data.task import TaskInput
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import digest
@@ -38,18 +36,12 @@ def unlabelled_inputs(context: Context) -> list[TaskInput]:
     Raises UnsuitedError if the suite compares language models.
     """
     require_classifiers(context)
-    tasks = [TASKS[task] for task in context.tasks if not TASKS[task].is_regression]
-    files = [split_path(context.data, task.name, context.split) for task in tasks]
-    return [
-        row
-        for task, file in zip(tasks, files, strict=True)
-        for row in scored_inputs(task, context.data, file, context.rows)
-    ]
+    return [row for rows in context.tasks if not rows.task.is_regression for row in rows.scored_inputs(context.rows)]
 
 
 def earlier_learning(context: Context, inputs: Sequence[TaskInput]) -> Learning:
     """Return the learning of earlier runs with these settings and inputs."""
-    decisive = digest([dict(context.settings), list(context.tasks), context.max_length, inputs])
+    decisive = digest([dict(context.settings), list(context.names), context.max_length, inputs])
     return Learning(context.workspace / f"{context.name}-{decisive[:16]}.safetensors")
 
 

@@ -84,7 +84,7 @@ def wemoe(
     stored = size(base) + sum(map(stored_numbers, mixed_parts)) + sum(p.numel() for p in gates.parameters())
     dtype = next(tensor.dtype for tensor in base.values() if tensor.is_floating_point())
     twin = twin.to(getattr(torch, context.dtype) if context.dtype else dtype)
-    yield Contender(twin, context.tasks, time.perf_counter() - started, stored, adapted_note(inputs))
+    yield Contender(twin, context.names, time.perf_counter() - started, stored, adapted_note(inputs))
 
 
 class Gate(nn.Module):

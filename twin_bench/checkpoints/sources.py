@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from twin_bench.files import read_json
 
 _log = logging.getLogger(__name__)
 
+Labels = Mapping[str, Sequence[str | int]]
+"""The labels of each expert's task, in the order of their ids, and none for a regression."""
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -71,6 +73,7 @@ def open_sources(
     base_model: str,
     experts: Mapping[str, str],
     *,
+    labels: Labels | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Sources:
@@ -79,6 +82,8 @@ def open_sources(
     Args:
         base_model: A directory or a hub id.
         experts: The same for each expert, by its name.
+        labels: The labels of classifiers' tasks, by expert, which their heads must have. By default GLUE's, of an
+            expert that is named after one of its tasks.
         allow_pickle: Read weights from pickles (.bin) too, with `weights_only=True`.
         trust_remote_code: Let transformers run code that comes with a model.
 
@@ -86,6 +91,8 @@ def open_sources(
         InputError: A model is not found, an expert's name is unsafe, or an expert can't be merged with the base model.
     """
     require_expert_names(experts)
+    if labels is None:
+        labels = {name: GLUE[name].labels for name in experts if name in GLUE}
     directory = model_directory(base_model, tokenizer=True, allow_pickle=allow_pickle)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     folders = {name: model_directory(path, allow_pickle=allow_pickle) for name, path in experts.items()}
@@ -95,7 +102,7 @@ def open_sources(
         if not (folder / "adapter_config.json").is_file():
             configs[name] = read_config(folder, trust_remote_code=trust_remote_code)
             _require_same_architecture(name, configs[name], config)
-            _require_same_labels(name, configs[name])
+            _require_same_labels(name, configs[name], labels.get(name, ()))
         else:
             _require_same_base(name, folder, base_model)
     skeleton = skeleton_of(config, task_type)
@@ -103,6 +110,7 @@ def open_sources(
     opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
         _require_head(name, expert, configs.get(name), config, skeleton)
+        _require_labels(name, expert, labels.get(name), skeleton)
     tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:  # GPT-2 and Llama have none.
         tokenizer.pad_token = tokenizer.eos_token
@@ -200,11 +208,23 @@ def _require_head(name: str, expert: Checkpoint, own: Any, config: Any, skeleton
                 f"{where}: head tensor {key} is {tuple(head[key].shape)}, and a head of {labels} labels has "
                 f"{tuple(expected.shape)}; correct the expert's head"
             )
-    for source, said in (("its config.json", own and own.num_labels), ("GLUE", name in GLUE and GLUE[name].num_labels)):
-        if said and said != labels:
-            raise InputError(
-                f"{where}: its head has {labels} labels, {source} has {said}; correct or rename the expert"
-            )
+    if own and own.num_labels != labels:
+        raise InputError(
+            f"{where}: its head has {labels} labels, its config.json has {own.num_labels}; correct the expert"
+        )
+
+
+def _require_labels(name: str, expert: Checkpoint, expected: Sequence[str | int] | None, skeleton: Skeleton) -> None:
+    """Raise an InputError unless a classifier's head has as many labels as its task, and one for a regression."""
+    if expected is None or skeleton.head_output is None:
+        return
+    labels, said = expert.head()[skeleton.head_output].shape[0], len(expected) or 1
+    if said != labels:
+        task = "GLUE" if name in GLUE and expected == GLUE[name].labels else "its task"
+        raise InputError(
+            f"expert {name!r}: {expert.source}: its head has {labels} labels, {task} has {said}; correct or rename the "
+            "expert"
+        )
 
 
 def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
@@ -249,13 +269,14 @@ def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
         )
 
 
-def _require_same_labels(name: str, expert: Any) -> None:
-    """Raise an InputError if an expert of a GLUE task names its labels in another order than GLUE."""
-    ours = list(GLUE[name].label_names) if name in GLUE else []
+def _require_same_labels(name: str, expert: Any, labels: Sequence[str | int]) -> None:
+    """Raise an InputError if an expert's config names its task's labels in another order than the task."""
+    ours = [str(label).lower() for label in labels]
     theirs = [str(expert.id2label[index]).lower() for index in sorted(expert.id2label or {})]
     if sorted(ours) == sorted(theirs) and ours != theirs:
+        order = "GLUE's order" if name in GLUE and labels == GLUE[name].labels else "its task's order"
         raise InputError(
-            f"expert {name!r}: its labels are {', '.join(theirs)}, and GLUE's order is {', '.join(ours)}; reorder its "
+            f"expert {name!r}: its labels are {', '.join(theirs)}, and {order} is {', '.join(ours)}; reorder its "
             "head's rows and id2label"
         )
 

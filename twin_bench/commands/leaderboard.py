@@ -37,6 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inputs in a forward pass; auto finds what fits a GPU (default: what the suite says, or 32)",
     )
     add_plugins(parser)
+    parser.add_argument(
+        "--include-path", metavar="DIRECTORY", help="a folder of lm-eval's task files (default: what the suite says)"
+    )
+    parser.add_argument(
+        "--router",
+        metavar="FILE",
+        help='rows {"text", "task": EXPERT} that routers are trained on, or a directory of them '
+        "(default: what the suite says, or its tasks' own training rows)",
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        default=None,
+        help="run tasks of lm-eval's that run code which the model writes",
+    )
     parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
     parser.add_argument(
         "--tune",
@@ -58,7 +73,15 @@ def run(options: argparse.Namespace) -> None:
     from twin_bench.twin.device import AUTO
 
     load_plugins(options.plugin)
-    suite = replaced(read_suite(options.suite), dtype=options.dtype, batch_size=options.batch_size)
+    suite = read_suite(options.suite)
+    suite = replaced(
+        suite,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        include_path=options.include_path,
+        router={**suite.router, "data": options.router} if options.router else None,
+        confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+    )
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
     with progress_bars(options) as progress:
         board = run_suite(

@@ -15,7 +15,7 @@ __all__ = ["Contender", "Context", "contenders", "rehearse"]
 
 @singledispatch
 def contenders(method: Method, context: Context) -> Iterator[Contender]:
-    """Yield the models that answer for a method: one for all tasks, or one for each task.
+    """Yield the models that answer for a method: one for all tasks, or one for each expert's tasks.
 
     Raises:
         UnsuitedError: the method cannot run with the suite's kind of models, or lacks an input.
@@ -44,7 +44,7 @@ def rehearse(method: Method, context: Context) -> None:
 
 @rehearse.register
 def _(method: MergeMethod, context: Context) -> None:
-    rehearse_merge(method, context.settings, context.tasks)
+    rehearse_merge(method, context.settings, tuple(context.experts))
 
 
 @rehearse.register

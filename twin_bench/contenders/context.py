@@ -12,6 +12,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.sources import Sources, load_model
+from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import TaskType
 from twin_bench.merging.registry import ProtocolName
 from twin_bench.twin.builder import ORACLE_PARAMETERS
@@ -24,22 +25,23 @@ from twin_bench.twin.parts import PaperParts, Parts
 class Context:
     """The input of one method under one protocol.
 
-    `settings` are the method's options, defaults and seed included. `rows` is how many rows of each task's `split` are
-    scored (None: all). A method that learns at test time sees these rows and no others. `workspace` is a folder for
-    what is built from the inputs; its name identifies them. `feature_cache` is the folder of routers' features, if they
-    are kept. `device` is where they are computed.
+    `settings` are the method's options, defaults and seed included. `tasks` are what is scored, with their rows, and
+    `experts` the path or hub id of each expert. `rows` is how many rows of each task are scored (None: all). A method
+    that learns at test time sees these rows and no others. `router` are settings of routers that a method's own options
+    do not have; with `data` among them, routers are trained on the rows there and not on the tasks' own.
+    `workspace` is a folder for what is built from the inputs; its name identifies them. `feature_cache` is the folder
+    of routers' features, if they are kept. `device` is where they are computed.
     """
 
     name: str
     settings: Mapping[str, Any]
     protocol: ProtocolName
-    tasks: tuple[str, ...]
+    tasks: tuple[TaskRows, ...]
     base_model: str
     experts: Mapping[str, str]
     sources: Sources
-    data: Path
     workspace: Path
-    split: str = "validation"
+    router: Mapping[str, Any] = field(default_factory=dict)
     rows: int | None = None
     seed: int = 0
     max_length: int | None = None
@@ -54,10 +56,24 @@ class Context:
         """The kind of model that is compared."""
         return self.sources.skeleton.task_type
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tasks."""
+        return tuple(rows.task.name for rows in self.tasks)
+
+    def names_of(self, expert: str) -> tuple[str, ...]:
+        """Return the names of an expert's tasks."""
+        return tuple(rows.task.name for rows in self.tasks if rows.task.expert == expert)
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """The names of the tasks that have an expert."""
+        return tuple(rows.task.name for rows in self.tasks if rows.task.expert is not None)
+
 
 @dataclass(frozen=True)
 class Contender:
-    """A model, the tasks it answers, and its costs.
+    """A model, the names of the tasks it answers, and its costs.
 
     `parameters` counts the stored numbers, without heads. `build_seconds` is None if it was not measured. `notes` go
     into each cell, for example how a router was chosen.
@@ -78,13 +94,13 @@ def static_contender(
     started: float,
     dtype: str | None = None,
 ) -> Contender:
-    """Return a contender made of one set of parameters, with the heads of the experts of `tasks`.
+    """Return a contender made of one set of parameters, with the experts' heads.
 
     Under the paper protocol each task's expert supplies the biases as well.
 
     Args:
         parameters: the backbone's parameters by name.
-        tasks: the tasks that the model answers.
+        tasks: the names of the tasks that the model answers.
         context: supplies experts, protocol and dtype.
         started: when the merge began, by `time.perf_counter`.
         dtype: the dtype of the model, by default the context's.
@@ -95,11 +111,11 @@ def static_contender(
     if context.protocol == "paper" and sources.skeleton.head:
         biases = [name for name in parameters if ORACLE_PARAMETERS.search(name)]
         exclusive = {
-            task: Exclusive({}, {n: sources.experts[task][n].float() - parameters[n].float() for n in biases})
-            for task in tasks
+            name: Exclusive({}, {n: expert[n].float() - parameters[n].float() for n in biases})
+            for name, expert in sources.experts.items()
         }
     parts = Parts(
-        heads={task: sources.experts[task].head() for task in tasks if sources.skeleton.head},
+        heads={name: expert.head() for name, expert in sources.experts.items() if sources.skeleton.head},
         exclusive=exclusive,
         paper=PaperParts(),
     )

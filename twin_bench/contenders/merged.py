@@ -20,14 +20,15 @@ from twin_bench.twin.paper import merge_lora_factors
 
 
 def merged_contenders(method: MergeMethod, context: Context) -> Iterator[Contender]:
-    """Yield one merged model, or one for each task where each task has parameters of its own."""
+    """Yield one merged model, or one for each expert's tasks where each expert has parameters of its own."""
     if "task" in method.inputs:
-        for task in context.tasks:
-            yield _merged(method, context, (task,), {"task": task})
+        for name in context.sources.experts:
+            if tasks := context.names_of(name):
+                yield _merged(method, context, tasks, {"task": name})
     elif method.statistics is not None:
         yield _calibrated(method, method.statistics, context)
     else:
-        yield _merged(method, context, context.tasks, {})
+        yield _merged(method, context, context.names, {})
 
 
 def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs: Mapping[str, Any]) -> Contender:
@@ -64,14 +65,14 @@ def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> 
     calibration = calibrate(
         kind,
         context.sources,
-        context.data,
+        context.tasks,
         context.workspace / f"{kind}-{digest(decisive)[:16]}",
         rows=context.calibration_rows,
         seed=context.seed,
         max_length=context.max_length,
         progress=context.progress,
     )
-    contender = _merged(method, context, context.tasks, {"statistics": calibration.statistics})
+    contender = _merged(method, context, context.names, {"statistics": calibration.statistics})
     return dataclasses.replace(
         contender,
         build_seconds=(contender.build_seconds or 0.0) + calibration.seconds,

@@ -13,6 +13,8 @@ from pydantic import Field
 
 from twin_bench.config import Settings, parse
 from twin_bench.contenders.context import Contender, Context
+from twin_bench.data.classification import labels_of
+from twin_bench.data.rows import RouterRows, read_router_rows, router_rows
 from twin_bench.errors import InputError
 from twin_bench.files import digest, read_record, write_record
 from twin_bench.merging.recipe import Shared
@@ -31,6 +33,8 @@ from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
 
+SUITE_ROWS = "the suite's training rows"
+"""A suite's recipe has it in place of `router.data`."""
 BUILD_FORMAT = 1
 """The format of the record of how long a build took."""
 
@@ -56,7 +60,7 @@ class TwinMethod(ServedMethod):
         """Return the options as plain data, defaults included. An InputError names the key that is wrong."""
         twin = parse(TwinOptions, dict(options))
         if "data" in twin.router:  # its rows would be in no key
-            raise InputError("router.data: a suite's router reads the suite's training rows; leave data out")
+            raise InputError("router.data: all routers of a suite read the same rows; give router at the suite's top")
         parse(RouterSettings, {"data": "", **twin.router}, "router")
         return twin.model_dump(mode="json")
 
@@ -82,7 +86,7 @@ def check_twin(
     check_limits(recipe, context.sources)
     method = find_method(recipe.shared.method)
     if isinstance(method, MergeMethod):
-        rehearse_merge(method, merge_options(recipe), context.tasks)
+        rehearse_merge(method, merge_options(recipe), tuple(context.experts))
 
 
 @served_method(
@@ -121,7 +125,7 @@ def twin(
     notes = {} if told else chosen.get("paper", {}) if context.protocol == "paper" else chosen
     yield Contender(
         model,
-        context.tasks,
+        context.owned if told else context.names,
         seconds,
         sum(manifest["parameters"].values()),
         {"router": {key: value for key, value in notes.items() if key != "paper"}},
@@ -138,12 +142,19 @@ def _recipe(
             "experts": dict(context.experts),
             "shared": shared,
             "exclusive": exclusive,
-            "router": {"data": str(context.data), **router},
+            "router": {"data": SUITE_ROWS, **context.router, **router},
             "seed": context.seed,
             "max_length": context.max_length,
             "dtype": context.dtype,
         }
     )
+
+
+def rows_for_routers(context: Context) -> RouterRows:
+    """Return the rows of the suite's routers: those that `router.data` names, or else its tasks' own."""
+    if "data" in context.router:
+        return read_router_rows(Path(context.router["data"]), list(context.experts))
+    return router_rows(context.tasks, list(context.experts))
 
 
 def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
@@ -156,7 +167,15 @@ def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
         started = time.perf_counter()
         try:
             cache = context.feature_cache
-            build_twin(recipe, directory, device=context.device, feature_cache=cache, progress=context.progress)
+            build_twin(
+                recipe,
+                directory,
+                rows=rows_for_routers(context),
+                labels=labels_of(rows.task for rows in context.tasks),
+                device=context.device,
+                feature_cache=cache,
+                progress=context.progress,
+            )
             write_record(record, {"build_seconds": time.perf_counter() - started}, format_number=BUILD_FORMAT)
         except (InputError, OSError):
             if not directory.is_dir():

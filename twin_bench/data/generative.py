@@ -9,10 +9,10 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
-from twin_bench.data.task import HubSplit, Row, Task, TaskInput, TaskType
+from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput, TaskType, require_cluster
 from twin_bench.errors import InputError, first_line, nearest, shown
 
 Drawn = TypeVar("Drawn")
@@ -37,7 +37,7 @@ class GenerativeTask(Task):
     A row must have the fields `fields`, and `item` makes an Item of it. `shots` few-shot examples stand before the
     question. If `group` names a field (MMLU: the subject), they have the same value of it. `hub` is (data set,
     configuration, split to score, split of examples) on the hub. If the split of examples is None, a tenth of the rows
-    is set aside for examples.
+    is set aside for examples. An answer ends with one of the texts `until`, or after `max_new_tokens`.
     """
 
     name: str
@@ -48,7 +48,12 @@ class GenerativeTask(Task):
     hub: tuple[str, str, str, str | None]
     shots: int = 5
     group: str | None = None
-    task_type: ClassVar[TaskType] = "causal_lm"
+    until: tuple[str, ...] = ("\n",)
+    max_new_tokens: int = 1
+    expert: str | None = None
+    split: str | None = None
+    cluster: str | None = None
+    suits: ClassVar[tuple[TaskType, ...]] = LANGUAGE_MODELS
 
     def prompt(self, row: Row, examples: Sequence[Row]) -> str:
         """Return what the model is asked: instructions, few-shot examples, and the row's question."""
@@ -81,17 +86,18 @@ class GenerativeTask(Task):
             ) from None
         if not item.answer.strip() or item.options == 1:
             raise InputError(f"{where}: no answer, or only one option; {self.name} needs an answer and options")
+        require_cluster(row, self.cluster, where)
 
     def inputs(self, rows: Sequence[Row], pool: Sequence[Row]) -> list[TaskInput]:
         """Return the rows' prompts, few-shot examples included."""
-        return [TaskInput(self.prompt(row, self.examples(row, pool)), None, self.name) for row in rows]
+        return [TaskInput(self.prompt(row, self.examples(row, pool)), None, self.owner) for row in rows]
 
     def training_inputs(self, rows: Iterable[tuple[str, Row]], pool: Sequence[Row]) -> Iterator[TaskInput]:
         """Yield the rows' prompts. Every other prompt has few-shot examples, as in scoring; the others have none."""
         for index, (where, row) in enumerate(rows):
             self.check(row, where)
             examples = self.examples(row, pool) if index % 2 else []
-            yield TaskInput(self.prompt(row, examples), None, self.name)
+            yield TaskInput(self.prompt(row, examples), None, self.owner)
 
     def answer(self, row: Row) -> str:
         """Return the text that a language model should answer."""
@@ -177,7 +183,7 @@ def _index(value: Any) -> int:
 
 
 GENERATIVE: dict[str, GenerativeTask] = {
-    task.name: task
+    task.name: replace(task, expert=task.name)
     for task in (
         GenerativeTask(
             name="mmlu",
@@ -215,6 +221,8 @@ GENERATIVE: dict[str, GenerativeTask] = {
             instructions=lambda row: "",
             hub=("abisee/cnn_dailymail", "3.0.0", "test", "validation"),
             shots=0,
+            until=("###",),
+            max_new_tokens=128,
         ),
     )
 }

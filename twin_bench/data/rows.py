@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
-from twin_bench.data.glue import text_field
-from twin_bench.data.task import Row, Task, TaskInput
+from twin_bench.data.task import Row, Task, TaskInput, text_field
 from twin_bench.errors import InputError, nearest, shown
 
 
@@ -78,27 +78,93 @@ def few_shot_pool(task: Task, directory: Path | None, shots: int | None = None) 
     return shuffled(task_rows(task, "train", directory))
 
 
-def scored_inputs(task: Task, directory: Path, file: Path, limit: int | None) -> list[TaskInput]:
-    """Return a model's inputs for the first `limit` rows of a file (None: all), in the order of scoring."""
-    rows = task.scoring_order(read_rows(file, task))[:limit]
-    return task.inputs(rows, few_shot_pool(task, directory))
+@dataclass(frozen=True)
+class TaskRows:
+    """A task and the directory of its rows: DIRECTORY/TASK/SPLIT.jsonl. `split` is the one that is scored."""
+
+    task: Task
+    directory: Path
+    split: str
+
+    def file(self, split: str) -> Path:
+        """Return the file of a split."""
+        return split_path(self.directory, self.task.name, split)
+
+    def read(self, split: str) -> list[Row]:
+        """Read a split's rows (see `read_rows`)."""
+        return read_rows(self.file(split), self.task)
+
+    def pool(self) -> list[Row]:
+        """Return the rows that few-shot examples are taken from."""
+        return few_shot_pool(self.task, self.directory)
+
+    def scored_inputs(self, limit: int | None) -> list[TaskInput]:
+        """Return a model's inputs for the first `limit` rows that are scored (None: all), in the order of scoring."""
+        return self.task.inputs(self.task.scoring_order(self.read(self.split))[:limit], self.pool())
+
+    def training_inputs(self) -> Iterator[TaskInput]:
+        """Yield the training rows as a router's inputs. Labels are not read."""
+        yield from self.task.training_inputs(_read_json_lines(self.file("train")), self.pool())
 
 
-def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]:
-    """Read the training inputs of a router. Labels are not read.
+class RouterRows(NamedTuple):
+    """The rows that routers are trained on, and the tasks on whose test rows the authors' code selects its router."""
+
+    train: Sequence[TaskInput]
+    tested: Sequence[TaskRows] = ()
+
+    def test(self, limit: int) -> list[TaskInput]:
+        """Return the first `limit` test rows of each task."""
+        return [row for rows in self.tested for row in rows.scored_inputs(limit)]
+
+
+def router_rows(tasks: Iterable[TaskRows], expert_names: Sequence[str]) -> RouterRows:
+    """Return the rows of tasks as a router's: an expert's rows are those of all its tasks.
+
+    Args:
+        tasks: the tasks. Those that are nobody's, and splits without a file, are passed over.
+        expert_names: the experts, in whose order the rows are.
+
+    Raises:
+        InputError: an expert without training rows, or a malformed row.
+    """
+    tasks = list(tasks)
+    owned = [rows for name in expert_names for rows in tasks if rows.task.expert == name]
+    train = [row for rows in owned if rows.file("train").is_file() for row in rows.training_inputs()]
+    trained = {row.task for row in train}
+    for name in expert_names:
+        if name not in trained:
+            files = ", ".join(str(rows.file("train")) for rows in owned if rows.task.expert == name)
+            raise InputError(
+                f"no router rows for expert {name!r}: "
+                + (f"no {files}; add it" if files else "no task is its")
+                + ', or give router: {data: FILE} with rows {"text": ..., "task": EXPERT}'
+            )
+    return RouterRows(train, owned if all(rows.file(rows.split).is_file() for rows in owned) else ())
+
+
+def read_router_rows(path: Path, expert_names: Sequence[str]) -> RouterRows:
+    """Read the rows of a router. Labels are not read.
 
     Args:
         path: a directory of {expert}/train.jsonl. Of an expert that is named after a known task, the rows are in that
             task's own schema; of any other, they are {"text": ...} with an optional "text_pair". Or a file, or a
             directory of .jsonl files, with rows {"text": ..., "task": ...} and an optional "text_pair".
-        expert_names: the experts. Each of them needs rows.
+        expert_names: the experts. Each of them needs rows. If all are named after known tasks whose validation.jsonl
+            is in the directory, these are the test rows.
 
     Raises:
         InputError: an expert without rows, a row of an unknown task, or a malformed row.
     """
+    known = {name: TaskRows(TASKS[name], path, "validation") for name in expert_names if name in TASKS}
     train_files = {name: split_path(path, name, "train") for name in expert_names}
     if any(file.is_file() for file in train_files.values()):
-        rows = [row for name, file in train_files.items() if file.is_file() for row in _training_rows(name, file, path)]
+        train = [
+            row
+            for name, file in train_files.items()
+            if file.is_file()
+            for row in (known[name].training_inputs() if name in known else _texts_of(name, file))
+        ]
     else:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
@@ -106,19 +172,16 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> list[TaskInput]
                 f"{path}: no router rows; put {{task}}/train.jsonl in the data set's own schema there, "
                 'or .jsonl files of {"text": ..., "task": ...} rows'
             )
-        rows = [_router_row(row, expert_names, where) for file in files for where, row in _read_json_lines(file)]
-    missing = [name for name in expert_names if name not in {row.task for row in rows}]
+        train = [_router_row(row, expert_names, where) for file in files for where, row in _read_json_lines(file)]
+    missing = [name for name in expert_names if name not in {row.task for row in train}]
     if missing:
         raise InputError(f"{path}: no router rows for {', '.join(missing)}; every expert needs some")
-    return rows
+    tested = len(known) == len(expert_names) and all(rows.file(rows.split).is_file() for rows in known.values())
+    return RouterRows(train, list(known.values()) if tested else ())
 
 
-def _training_rows(expert: str, file: Path, data: Path) -> Iterator[TaskInput]:
-    """Yield an expert's own training rows: in its task's schema, if that is known, else texts."""
-    task = TASKS.get(expert)
-    if task is not None:
-        yield from task.training_inputs(_read_json_lines(file), few_shot_pool(task, data))
-        return
+def _texts_of(expert: str, file: Path) -> Iterator[TaskInput]:
+    """Yield an expert's training rows that are texts."""
     for where, row in _read_json_lines(file):
         if row.get("task", expert) != expert:
             raise InputError(f"{where}: task {shown(row['task'])} in the rows of expert {expert!r}; move or remove it")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from twin_bench.errors import InputError, nearest, shown
+from twin_bench.files import digest_code
+
 TaskType = Literal["sequence_classification", "causal_lm"]
 """The kind of model that answers a task."""
+CLASSIFIERS: tuple[TaskType, ...] = ("sequence_classification",)
+"""The kinds of models that answer with a label or a number."""
+LANGUAGE_MODELS: tuple[TaskType, ...] = ("causal_lm",)
+"""The kinds of models that answer with a text."""
 Row = Mapping[str, Any]
 
 
 class TaskInput(NamedTuple):
-    """A text, or a pair of texts, and the task (the expert) it belongs to."""
+    """A text, or a pair of texts, and the expert whose task it is."""
 
     text: str
     text_pair: str | None
@@ -20,30 +28,49 @@ class TaskInput(NamedTuple):
 
 
 class HubSplit(NamedTuple):
-    """Where the rows of a split are on the hub."""
+    """Where the rows of a split are on the hub. A data set of one configuration needs no name of it."""
 
     dataset: str
-    configuration: str
+    configuration: str | None
     split: str
 
 
 class Task(abc.ABC):
     """One task. A new kind of task implements this class, and no other code changes.
 
-    `metric` is the harness's name for the score. `shots` is the number of few-shot examples that stand before a
-    question. `is_regression` says that the answer is a number and not one of several labels.
+    `expert` is the name of the expert that was trained for the task, or None if none was. `metric` is the name of the
+    score. `suits` are the kinds of models that can answer. `shots` is the number of few-shot examples that stand before
+    a question. `split` is the split that is scored, if it is not the suite's. `is_regression` says that the answer is a
+    number and not one of several labels. `higher_is_better` and `percent` say how the score is read: whether more is
+    better, and whether it is a fraction, which is shown times 100.
     """
 
     name: str
+    expert: str | None
     metric: str
-    task_type: ClassVar[TaskType]
+    suits: ClassVar[tuple[TaskType, ...]]
     shots: int = 0
+    split: str | None = None
     is_regression: bool = False
+    higher_is_better: bool = True
+    percent: bool = True
 
     @property
     def has_dev(self) -> bool:
         """Whether the data set on the hub has a split of few-shot examples."""
         return False
+
+    @property
+    def owner(self) -> str:
+        """The expert's name as a row's input has it: empty for a task that is nobody's."""
+        return self.expert or ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What stands for the task in a key: its settings, and the code of functions that a plugin gives it."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        code = {name: digest_code(value.__module__) for name, value in given.items() if callable(value)}
+        return {"kind": type(self).__name__, **{n: v for n, v in given.items() if n not in code}, "code": code}
 
     @abc.abstractmethod
     def check(self, row: Row, where: str) -> None:
@@ -77,3 +104,19 @@ class Task(abc.ABC):
 def joined(text: str, text_pair: str | None) -> str:
     """Return a row's texts as one string, which is a harness's context. The second text is on a line of its own."""
     return text if text_pair is None else f"{text}\n{text_pair}"
+
+
+def text_field(row: Row, field: str, where: str) -> str:
+    """Return a field's text. Raises an InputError that begins with `where` if the field is missing or not text."""
+    if field not in row:
+        raise InputError(f"{where}: no field {field!r}{nearest(field, row)}")
+    if not isinstance(row[field], str):
+        raise InputError(f"{where}: field {field!r} is not a text but {shown(row[field])}")
+    return str(row[field])
+
+
+def require_cluster(row: Row, field: str | None, where: str) -> None:
+    """Raise an InputError that begins with `where` unless a row has the field of its source, if there is one."""
+    if field is not None and not isinstance(row.get(field), str | int):
+        found = f"is {shown(row[field])}" if field in row else f"is not there{nearest(field, row)}"
+        raise InputError(f"{where}: field {field!r}, which names the row's source, {found}; expected a text or number")

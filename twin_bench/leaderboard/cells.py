@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from twin_bench.files import read_record, write_record
 
-FORMAT = 3
+FORMAT = 4
 """The format of a cell's file. It is raised when a cell's fields, their meaning or the file's name change."""
 
 
@@ -24,7 +24,9 @@ PACKAGES = ("twin-bench", "torch", "transformers", "peft", "lm-eval", "crfm-helm
 class Cell:
     """A score with everything that is needed to read it.
 
-    `score` and `stderr` are in points (0 to 100, correlations down to -100) over `n` rows. `seconds` is the wall time
+    `expert` is the task's expert, or None if the task is nobody's. `score` and `stderr` are in points (0 to 100,
+    correlations down to -100), or in the metric's own unit where it is no fraction, over `n` rows; `stderr` is None
+    where it is not known. `higher_is_better` says how the score is read. `seconds` is the wall time
     of the evaluation, the harness included, and `build_seconds` that of the merge or build. `parameters` is how many
     the method stores. `device` is the kind of device that answered, and `versions` are those of the packages that
     took part. `key` is a digest of everything that decides the score.
@@ -35,9 +37,11 @@ class Cell:
     method: str
     track: str
     task: str
+    expert: str | None
     metric: str
+    higher_is_better: bool
     score: float
-    stderr: float
+    stderr: float | None
     n: int
     seed: int
     seconds: float

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Iterable
 
 from twin_bench.contenders import Context, rehearse
 from twin_bench.data import TASKS
-from twin_bench.data.rows import read_rows, split_path
-from twin_bench.errors import InputError, NotFiniteError, UnsuitedError, first_line
+from twin_bench.data.named import NamedTask
+from twin_bench.data.rows import TaskRows
+from twin_bench.data.task import CLASSIFIERS, TaskType
+from twin_bench.errors import InputError, NotFiniteError, UnsuitedError, first_line, nearest
 from twin_bench.leaderboard.suite import Entry, Suite
 
 _log = logging.getLogger(__name__)
 
 
-def check_rows(suite: Suite, data: Path) -> None:
+def check_rows(tasks: Iterable[TaskRows]) -> None:
     """Raise an InputError that names file and line for a row that its task cannot use."""
-    for task in suite.tasks:
-        for split in dict.fromkeys((suite.split, "train", "dev")):
-            file = split_path(data, task, split)
-            if split == suite.split or file.is_file():
-                read_rows(file, TASKS[task])
+    for rows in tasks:
+        for split in dict.fromkeys((rows.split, "train", "dev")):
+            if rows.file(split).is_file():
+                rows.read(split)
+
+
+def check_kind(suite: Suite, task_type: TaskType) -> None:
+    """Raise an InputError unless models of the experts' kind can answer all tasks of a suite."""
+    for name, task in suite.kinds.items():
+        if task_type in task.suits:
+            continue
+        if task_type in CLASSIFIERS and isinstance(task, NamedTask):
+            hint = (
+                "no data; give data: a directory of {task}/{split}.jsonl, or hub"
+                if name in TASKS and suite.data_of(name) is None
+                else f"unknown task {name!r}{nearest(name, TASKS)}; the experts are classifiers: a task of your own "
+                "needs text: the field of a row that it reads"
+            )
+            raise InputError(f"suite {suite.name}: {hint}")
+        raise InputError(f"suite {suite.name}: {name} needs {' or '.join(task.suits)} experts, these are {task_type}")
 
 
 def check_options(entry: Entry, context: Context) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import abc
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from twin_bench.contenders import Contender
+from twin_bench.data import TASKS
+from twin_bench.data.named import NamedTask
+from twin_bench.data.rows import TaskRows
+from twin_bench.data.task import Row, Task
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest
 from twin_bench.leaderboard.suite import Suite
 
@@ -22,24 +26,27 @@ DEFAULT = "lm-eval"
 class Job:
     """One cell that a harness is to score.
 
-    `name` tells the contender from all others of the run. `rows` is how many of the task's rows are scored (None:
-    all). `data` holds {task}/{split}.jsonl, and `workspace` is a folder of the harness' own.
+    `name` tells the contender from all others of the run. `asked` is the task with its rows, and `rows` how many of
+    them are scored (None: all). `workspace` is a folder of the harness' own.
     """
 
     name: str
-    task: str
+    asked: TaskRows
     suite: Suite
-    data: Path
     workspace: Path
     rows: int | None
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A task's score and its standard error (0 to 1) over `n` rows, and what else is known."""
+    """A task's score and its standard error over `n` rows, and what else is known.
+
+    Both are in the metric's own unit: 0 to 1 where the task's score is a fraction. A score whose error is not known has
+    None.
+    """
 
     score: float
-    stderr: float
+    stderr: float | None
     n: int
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,12 +61,29 @@ class Harness(abc.ABC):
     def check(self, suite: Suite) -> None:
         """Raise an InputError for a suite that the harness can't score."""
 
-    def input_digests(self, suite: Suite, data: Path, workspace: Path) -> dict[str, str]:
+    def tasks(self, suite: Suite) -> Mapping[str, Task]:
+        """Return the suite's tasks, with the metrics of those that the harness brings (`NamedTask`).
+
+        Raises InputError for a task that the harness does not have. By default it brings none.
+        """
+        for name, task in suite.kinds.items():
+            if isinstance(task, NamedTask):
+                raise InputError(f"unknown task {name!r}{nearest(name, TASKS)}; harness {self.name} brings none")
+        return suite.kinds
+
+    def input_digests(self, suite: Suite, tasks: Mapping[str, TaskRows], workspace: Path) -> dict[str, str]:
         """Return digests of inputs that only this harness reads, as TASK/NAME to digest; make them ready to be read.
 
         Raises InputError where one is missing.
         """
         return {}
+
+    def training_rows(self, task: Task) -> Iterable[Row]:
+        """Yield a router's rows of a task that the harness brings: {"text": prompt as it is scored, "answer": text}.
+
+        They are rows of another split than the one that is scored. There are none if the task has none.
+        """
+        return ()
 
     @abc.abstractmethod
     def score(self, contender: Contender, job: Job) -> Evaluated:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from twin_bench import demo
 from twin_bench.checkpoints.hub import model_directory
-from twin_bench.data import TASKS
-from twin_bench.data.rows import hub_rows, split_path
+from twin_bench.data.named import NamedTask
+from twin_bench.data.rows import TaskRows, hub_rows
+from twin_bench.data.task import Task
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_file, digest_files, read_record, write_json_lines, write_record
-from twin_bench.leaderboard.suite import EMBEDDED, HUB, Entry, Suite
+from twin_bench.leaderboard.harness import Harness
+from twin_bench.leaderboard.suite import Entry, Suite
+from twin_bench.leaderboard.tasks import EMBEDDED, HUB, HubRows
 from twin_bench.merging.registry import ProtocolName
 
-FORMAT = 2
+FORMAT = 3
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
-ROWS_FORMAT = 1
-"""The format of the record of downloaded rows."""
+ROWS_FORMAT = 2
+"""The format of the record of rows that were downloaded, or that a harness has written."""
 
 
 def located(suite: Suite) -> Suite:
@@ -28,53 +31,83 @@ def located(suite: Suite) -> Suite:
     return suite.model_copy(update={"experts": str(demo.experts_directory())})
 
 
-def rows_directory(suite: Suite, out: Path) -> Path:
-    """Return the directory of {task}/{split}.jsonl, generated or downloaded to `out` where the suite says so.
+def rows_of(suite: Suite, tasks: Mapping[str, Task], out: Path, harness: Harness) -> dict[str, TaskRows]:
+    """Return each task with the directory of its rows, generated or downloaded to `out` where the suite says so.
 
     Raises InputError for a task without a file of rows.
     """
-    if suite.data == EMBEDDED:
-        directory = out / "data" / EMBEDDED
-        demo.write_data(directory)  # of the seed that the shipped experts were trained on
-        return directory
-    if suite.data == HUB:
-        directory = out / "data" / HUB
-        _download(suite, directory)
-        return directory
-    directory = Path(suite.data)
-    for task in suite.tasks:
-        file = split_path(directory, task, suite.split)
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; suite {suite.name} scores {{data}}/{{task}}/{suite.split}.jsonl")
-    return directory
+    found: dict[str, TaskRows] = {}
+    for name, task in tasks.items():
+        split, data = task.split or suite.split, suite.data_of(name)
+        if isinstance(task, NamedTask):
+            found[name] = TaskRows(task, out / "data" / harness.name, split)
+        elif data == EMBEDDED:
+            found[name] = TaskRows(task, out / "data" / EMBEDDED, split)
+            if not any(rows.directory == found[name].directory for rows in [*found.values()][:-1]):
+                demo.write_data(found[name].directory)  # of the seed that the shipped experts were trained on
+        elif data == HUB or isinstance(data, HubRows):
+            found[name] = TaskRows(task, out / "data" / HUB, split)
+            _download(found[name])
+        else:
+            assert isinstance(data, str)
+            found[name] = TaskRows(task, Path(data), split)
+            file = found[name].file(split)
+            if not file.is_file():
+                raise InputError(f"{file}: no such file; suite {suite.name} scores {{data}}/{{task}}/{split}.jsonl")
+    return found
 
 
-def _download(suite: Suite, directory: Path) -> None:
-    """Download the tasks' rows that `directory` lacks, or holds with another checksum than they were written with."""
-    record = directory / "rows.json"
+def _download(rows: TaskRows) -> None:
+    """Download the rows that the directory lacks, or holds with another checksum than they were written with."""
+    task, record = rows.task, rows.directory / "rows.json"
     known = read_record(record, format_number=ROWS_FORMAT) or {}
-    for task in suite.tasks:
-        for split in ("train", suite.split, *(["dev"] if TASKS[task].has_dev else [])):
-            file = split_path(directory, task, split)
-            if not file.is_file() or known.get(f"{task}/{split}") != digest_file(file):
-                write_json_lines(file, hub_rows(TASKS[task], split))
-                known[f"{task}/{split}"] = digest_file(file)
-                write_record(record, known, format_number=ROWS_FORMAT)
+    for split in ("train", rows.split, *(["dev"] if task.has_dev else [])):
+        file, source = rows.file(split), list(task.hub_split(split))
+        if not file.is_file() or known.get(f"{task.name}/{split}") != [*source, digest_file(file)]:
+            write_json_lines(file, hub_rows(task, split))
+            known[f"{task.name}/{split}"] = [*source, digest_file(file)]
+            write_record(record, known, format_number=ROWS_FORMAT)
 
 
-def input_digests(suite: Suite, data: Path) -> dict[str, Any]:
-    """Return digests of what scores depend on besides settings: weights and rows."""
-    files = [
-        split_path(data, task, split)
-        for task in suite.tasks
-        for split in sorted({"train", "dev", "validation", suite.split})
-    ]
-    return {
+def write_training_rows(tasks: Iterable[TaskRows], harness: Harness, digests: Mapping[str, str]) -> None:
+    """Write {task}/train.jsonl of the tasks that the harness brings, unless it was written of the same rows.
+
+    `digests` are those of the harness's own rows, as TASK/NAME to digest.
+    """
+    for rows in tasks:
+        if isinstance(rows.task, NamedTask):
+            record, name = rows.directory / "rows.json", rows.task.name
+            known = read_record(record, format_number=ROWS_FORMAT) or {}
+            file, source = rows.file("train"), _of_task(name, digests)
+            if not file.is_file() or known.get(name) != [source, digest_file(file)]:
+                written = list(harness.training_rows(rows.task))
+                file.unlink(missing_ok=True)
+                if written:
+                    write_json_lines(file, written)
+                    known[name] = [source, digest_file(file)]
+                    write_record(record, known, format_number=ROWS_FORMAT)
+
+
+def input_digests(suite: Suite, tasks: Mapping[str, TaskRows]) -> dict[str, Any]:
+    """Return digests of what scores depend on besides settings: weights, rows, tasks, and a router's rows."""
+    found: dict[str, Any] = {
         "base_model": digest_files(model_directory(suite.base_model)),
         # A list: methods that draw, or that tell a first expert from a second, depend on the order.
-        "experts": [[task, digest_files(model_directory(path))] for task, path in suite.expert_paths.items()],
-        "rows": {f"{file.parent.name}/{file.stem}": digest_files(file) for file in files if file.is_file()},
+        "experts": [[name, digest_files(model_directory(path))] for name, path in suite.expert_paths.items()],
+        "tasks": {name: rows.task.identity for name, rows in tasks.items()},
+        "rows": {},
+        "training": {},
     }
+    for name, rows in tasks.items():
+        named = isinstance(rows.task, NamedTask)
+        for split in ("train",) if named else sorted({"train", "dev", "validation", rows.split}):
+            if (file := rows.file(split)).is_file():
+                found["training" if named else "rows"][f"{name}/{split}"] = digest_files(file)
+    if "data" in suite.router:
+        data = Path(suite.router["data"])
+        files = sorted(data.rglob("*.jsonl")) if data.is_dir() else [data]
+        found["training"] |= {str(file.relative_to(data)): digest_files(file) for file in files if file.is_file()}
+    return found
 
 
 def cell_key(
@@ -89,10 +122,13 @@ def cell_key(
 ) -> str:
     """Return the digest of everything that decides a cell's score. `where` names the harness and the kind of device.
 
-    A method that sees training rows or the rows that are scored sees those of all tasks. Any other method sees a
-    task's own rows alone: a prompt takes its few-shot examples from them.
+    A method that sees training rows or the rows that are scored sees those of all tasks, and whose they are. Any other
+    method sees a task's own rows alone: a prompt takes its few-shot examples from them.
     """
-    own = {name: value for name, value in inputs["rows"].items() if name.startswith(f"{task}/")}
+    seen = {key: inputs[key] for key in ("base_model", "experts")}
+    own: dict[str, Any] = {"tasks": inputs["tasks"][task], "rows": _of_task(task, inputs["rows"])}
+    all_rows = {key: inputs[key] for key in ("tasks", "rows", "training")}
+    trained = "training rows" in entry.method.sees
     return digest(
         {
             "format": FORMAT,
@@ -100,14 +136,19 @@ def cell_key(
             "settings": entry.settings(suite.seed),
             "protocol": protocol,
             "task": task,
-            "inputs": {**inputs, "rows": inputs["rows"] if entry.method.sees - {"task"} else own},
+            "inputs": {**seen, **(all_rows if entry.method.sees - {"task"} else own)},
+            "router": suite.router if trained else None,
             "split": suite.split,
             "seed": suite.seed,
             "max_length": suite.max_length,
             "dtype": suite.dtype,
             "rows": rows,
-            "calibration_rows": suite.calibration_rows if "training rows" in entry.method.sees else None,
+            "calibration_rows": suite.calibration_rows if trained else None,
             "notes": dict(entry.notes),
             "where": dict(where),
         }
     )
+
+
+def _of_task(task: str, digests: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in digests.items() if name.startswith(f"{task}/")}

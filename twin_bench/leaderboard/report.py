@@ -19,25 +19,38 @@ from twin_bench.files import write_text
 from twin_bench.leaderboard.cells import Board, Cell
 
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
+CSV_COLUMNS = (*COLUMNS, "expert", "retention")
 FILES = ("leaderboard.json", "leaderboard.csv", "leaderboard.md", "index.html", "skipped.json")
 """What is written, in this order."""
 
 
 def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return one row for each cell, with its normalised score.
+    """Return one row for each cell, with its normalised score or its retention.
 
-    normalized = 100 * score / the expert's score on that task under the same protocol (the paper's equation 4).
-    Negative values are kept. It is None if the expert's score is not above 0.
+    normalized = 100 * score / the score of the task's expert under the same protocol (the paper's equation 4). It is
+    None if the expert's score is not above 0, and for a task that is nobody's. Such a task has retention = 100 * score
+    / the score of the base model, which is None for all other tasks. Where less is better, both are turned round: 100 *
+    the reference's score / score. Negative values are kept.
     """
-    experts = {(cell.protocol, cell.task): cell.score for cell in cells if cell.method == "experts"}
+    references = {
+        (cell.protocol, cell.task): cell.score
+        for cell in cells
+        if cell.method == ("pretrained" if cell.expert is None else "experts")
+    }
     rows = []
     for cell in cells:
-        reference = experts.get((cell.protocol, cell.task))
-        normalized = 100 * cell.score / reference if reference is not None and reference > 0 else None
+        relative = _relative(cell, references.get((cell.protocol, cell.task)))
         fields = asdict(cell)
-        first = {column: normalized if column == "normalized" else fields.pop(column) for column in COLUMNS}
-        rows.append({**first, **fields})
+        own = {"normalized": None if cell.expert is None else relative}
+        first = {column: own[column] if column in own else fields.pop(column) for column in COLUMNS}
+        rows.append({**first, **fields, "retention": relative if cell.expert is None else None})
     return rows
+
+
+def _relative(cell: Cell, reference: float | None) -> float | None:
+    """Return 100 * score / reference, or its inverse where less is better; None where that says nothing."""
+    above, below = (cell.score, reference) if cell.higher_is_better else (reference, cell.score)
+    return 100 * above / below if above is not None and below is not None and below > 0 else None
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -45,20 +58,23 @@ def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
     The mean is over the tasks whose expert scores above 0. They are the same for every method of a protocol. The
     standard error treats tasks as independent and the experts' scores as exact. It measures the contribution of the
-    rows drawn for this method. It is not the error of a difference between two methods on the same rows.
+    rows drawn for this method. It is not the error of a difference between two methods on the same rows. It is NaN if
+    a score's error is not known. `retention` is the mean over the tasks that are nobody's, and NaN without any.
     """
     experts = {(row["protocol"], row["task"]): row["score"] for row in rows if row["method"] == "experts"}
     lines = []
     for (protocol, method), own in _grouped(rows).items():
         usable = [row for row in own if row["normalized"] is not None]
-        ratios = [100 * row["stderr"] / experts[protocol, row["task"]] for row in usable]
+        retained = [row["retention"] for row in own if row["retention"] is not None]
+        errors = [_relative_error(row, experts[protocol, row["task"]]) for row in usable]
         lines.append(
             {
                 "protocol": protocol,
                 "method": method,
                 "track": own[0]["track"],
                 "normalized": sum(row["normalized"] for row in usable) / len(usable) if usable else math.nan,
-                "stderr": math.sqrt(sum(r * r for r in ratios)) / len(usable) if usable else math.nan,
+                "stderr": math.sqrt(sum(error * error for error in errors)) / len(usable) if usable else math.nan,
+                "retention": sum(retained) / len(retained) if retained else math.nan,
                 **{row["task"]: row["score"] for row in own},
                 "parameters": own[0]["parameters"],
                 "build_seconds": own[0]["build_seconds"],
@@ -67,13 +83,21 @@ def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def _relative_error(row: Mapping[str, Any], reference: float) -> float:
+    """Return the standard error of a row's normalised score, with the reference as exact; NaN if it is not known."""
+    if row["stderr"] is None:
+        return math.nan
+    slope = 100 / reference if row["higher_is_better"] else row["normalized"] / row["score"]
+    return float(slope * row["stderr"])
+
+
 def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
     """Write the FILES to `out`, each atomically; return the summary."""
     rows = leaderboard_rows(board.cells)
     table, said = summary(rows), asides(board)
     contents = (
         json.dumps(rows, indent=1) + "\n",
-        pd.DataFrame(rows)[list(COLUMNS)].to_csv(index=False),
+        pd.DataFrame(rows)[list(CSV_COLUMNS)].to_csv(index=False),
         markdown(rows, table, said),
         page(rows, table, said),
         json.dumps([asdict(method) for method in board.skipped], indent=1) + "\n",
@@ -103,7 +127,7 @@ def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, said: Sequence
 
 def legend(rows: Sequence[dict[str, Any]], said: Sequence[str] = ()) -> str:
     """Return what a reader must know about the figures: rows, metrics, seed, versions, routers; then `said`."""
-    paragraphs = [_FIGURES, _rows_scored(rows), *_chance_levels(rows), *_tasks_left_out(rows)]
+    paragraphs = [_FIGURES, *_directions(rows), _rows_scored(rows), *_chance_levels(rows), *_tasks_left_out(rows)]
     for (protocol, method), own in _grouped(rows).items():
         notes = own[0]["notes"]
         paragraphs += [
@@ -122,6 +146,24 @@ _FIGURES = (
     "on that task, under the same protocol. Its error treats tasks as independent and the experts' scores as exact. "
     "Speed is measured by twin-bench bench, not here."
 )
+
+
+def _directions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what must be said of tasks that are nobody's, and of scores of which less is better."""
+    nobodys = sorted({row["task"] for row in rows if row["expert"] is None})
+    turned = sorted({f"{row['task']} ({row['metric']})" for row in rows if not row["higher_is_better"]})
+    said = []
+    if nobodys:
+        said.append(
+            f"No expert was trained for {', '.join(nobodys)}. Retention is the mean over them of 100 x score / the "
+            "base model's score. They are not in the normalized mean."
+        )
+    if turned:
+        said.append(
+            f"Less is better on {', '.join(turned)}: normalized and retention are turned round there, 100 x the "
+            "reference's score / score."
+        )
+    return said
 
 
 def _rows_scored(rows: Sequence[dict[str, Any]]) -> str:
@@ -146,7 +188,9 @@ def _chance_levels(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _tasks_left_out(rows: Sequence[dict[str, Any]]) -> list[str]:
-    tasks = sorted({f"{row['task']} ({row['protocol']})" for row in rows if row["normalized"] is None})
+    tasks = sorted(
+        {f"{row['task']} ({row['protocol']})" for row in rows if row["expert"] and row["normalized"] is None}
+    )
     if not tasks:
         return []
     return [f"Not in the normalized mean, because the expert's score is not above 0: {', '.join(tasks)}."]
@@ -218,16 +262,25 @@ def _shown(rows: Sequence[dict[str, Any]], part: pd.DataFrame, protocol: str) ->
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["protocol"] == protocol))
     shown = pd.DataFrame({"method": part["method"], "track": part["track"]})
     pairs = zip(part["normalized"], part["stderr"], strict=True)
-    shown["normalized"] = ["n/a" if math.isnan(mean) else f"{mean:.2f} ±{error:.2f}" for mean, error in pairs]
+    shown["normalized"] = [_with_error(mean, error) for mean, error in pairs]
+    if part["retention"].notna().any():
+        shown["retention"] = [_with_error(mean, None) for mean in part["retention"]]
     for task in tasks:
         scored = zip(part["method"], part[task], strict=True)
-        shown[task] = [f"{score:.2f} ±{errors[method, task]:.2f}" for method, score in scored]
+        shown[task] = [_with_error(score, errors.get((method, task))) for method, score in scored]
     shown["parameters"] = [f"{count / 1e6:.1f} M" for count in part["parameters"]]
     shown["build"] = ["n/a" if pd.isna(seconds) else f"{seconds:.0f} s" for seconds in part["build_seconds"]]
     chances = {row["task"]: f"{row['notes']['chance']:.2f}" for row in rows if "chance" in row["notes"]}
     if chances:  # one more line below the methods: the score of a random answer
         shown = pd.concat([shown, pd.DataFrame([{"method": "chance", **chances}])], ignore_index=True).fillna("")
     return shown
+
+
+def _with_error(score: float, error: float | None) -> str:
+    """Return a score as text, with its standard error where that is known."""
+    if math.isnan(score):
+        return "n/a"
+    return f"{score:.2f}" if error is None or math.isnan(error) else f"{score:.2f} ±{error:.2f}"
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

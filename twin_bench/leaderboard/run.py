@@ -13,13 +13,16 @@ from rich.progress import Progress
 
 from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.contenders import Contender, Context, contenders
-from twin_bench.data import TASKS
-from twin_bench.data.rows import read_router_rows
+from twin_bench.contenders.twins import rows_for_routers
+from twin_bench.data.classification import labels_of
+from twin_bench.data.named import NamedTask
+from twin_bench.data.rows import TaskRows
+from twin_bench.data.task import Task
 from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions
-from twin_bench.leaderboard.checks import check_options, check_rows
+from twin_bench.leaderboard.checks import check_kind, check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import FILES
 from twin_bench.leaderboard.suite import Entry, Suite, entry_of
@@ -30,7 +33,7 @@ from twin_bench.twin.device import usable_device
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
 """The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
-TWINS_FORMAT = 2
+TWINS_FORMAT = 3
 """The format of the folder of twins and statistics. It is raised when what is built from the same inputs changes."""
 
 
@@ -38,13 +41,13 @@ TWINS_FORMAT = 2
 class Run:
     """What all entries of one run share.
 
-    `inputs` are the digests of weights and rows, `rows` how many rows of a task are scored (None: all), and `device` is
-    where models are scored.
+    `tasks` are the suite's tasks with their rows. `inputs` are the digests of weights and rows, `rows` how many rows of
+    a task are scored (None: all), and `device` is where models are scored.
     """
 
     suite: Suite
     out: Path
-    data: Path
+    tasks: Mapping[str, TaskRows]
     sources: Sources
     inputs: dict[str, Any]
     harness: Harness
@@ -61,8 +64,8 @@ class Run:
     @property
     def workspace(self) -> Path:
         """The folder of what is built from the run's inputs: other inputs have another folder."""
-        models_and_rows = {key: self.inputs[key] for key in ("base_model", "experts", "suite_rows")}
-        return self.out / "twins" / digest([TWINS_FORMAT, models_and_rows, self.device_kind])[:16]
+        decisive = {key: value for key, value in self.inputs.items() if key != "rows"}
+        return self.out / "twins" / digest([TWINS_FORMAT, decisive, self.device_kind])[:16]
 
     @property
     def device_kind(self) -> str:
@@ -74,9 +77,13 @@ class Run:
         """The folder of what options are chosen by: held-out rows, their cells, choices."""
         return self.out / "tuning"
 
+    def answered(self, entry: Entry) -> list[str]:
+        """Return the tasks that an entry answers: one that is told the task knows no answer where it is nobody's."""
+        return [n for n, rows in self.tasks.items() if rows.task.expert is not None or not entry.told_the_task]
+
     def choice_key(self, entry: Entry, protocol: ProtocolName) -> str:
         """Return the digest of what decides which options are chosen for an entry. All rows of all tasks count."""
-        return digest([self.key(entry, protocol, task) for task in self.suite.tasks])
+        return digest([self.key(entry, protocol, task) for task in self.tasks])
 
     def key(self, entry: Entry, protocol: ProtocolName, task: str) -> str:
         """Return the digest of everything that decides the score of one cell."""
@@ -91,13 +98,12 @@ class Run:
             name=entry.method.name,
             settings=entry.settings(suite.seed),
             protocol=protocol,
-            tasks=tuple(suite.tasks),
+            tasks=tuple(self.tasks.values()),
             base_model=suite.base_model,
             experts=suite.expert_paths,
             sources=self.sources,
-            data=self.data,
             workspace=self.workspace,
-            split=suite.split,
+            router=suite.router,
             rows=self.rows_scored(entry, protocol),
             seed=suite.seed,
             max_length=suite.max_length,
@@ -110,7 +116,7 @@ class Run:
 
     def rows_scored(self, entry: Entry, protocol: ProtocolName) -> int | None:
         """Return how many rows of a task are scored: under the paper's protocol at most as many as the authors'."""
-        if protocol != "paper" or self.suite.task_type != "sequence_classification":
+        if protocol != "paper" or not self.suite.classifies:
             return self.rows
         most = PAPER_ROWS.get(entry.track, PAPER_ROWS_STATIC)
         return most if self.rows is None else min(most, self.rows)
@@ -153,10 +159,12 @@ def run_suite(
         raise InputError(
             f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
         )
-    scorer.check(suite)
+    named = [name for name, task in suite.kinds.items() if isinstance(task, NamedTask)]
+    if tune and named:
+        raise InputError(f"--tune chooses options on held-out training rows, and {named[0]} is scored on its own alone")
     asked = with_tuned(asked) if tune else asked
     rows = suite.rows if limit is None else limit
-    run = _prepared(suite, out, scorer, rows, device, progress or Progress(disable=True))
+    run = _prepared(suite, asked, out, scorer, rows, device, progress or Progress(disable=True))
     _check(run, asked)
     cells, skipped = _run(run, asked)
     return _board(run, asked, cells, skipped)
@@ -170,7 +178,7 @@ def _run(run: Run, asked: Sequence[Entry]) -> tuple[dict[Row, list[Cell]], list[
     """Run what was asked for. Return each row's cells and the rows that do not suit the experts."""
     suite, cells, skipped = run.suite, dict[Row, list[Cell]](), list[Skipped]()
     work = [(p, entry) for p in suite.protocol for entry in asked if entry.runs_under(p)]
-    bar = run.progress.add_task("cells", total=len(work) * len(suite.tasks))
+    bar = run.progress.add_task("cells", total=sum(len(run.answered(entry)) for _, entry in work))
     for protocol, entry in work:
         run.progress.update(bar, description=f"{protocol} {entry.label}")
         own: list[Cell] = []
@@ -182,14 +190,14 @@ def _run(run: Run, asked: Sequence[Entry]) -> tuple[dict[Row, list[Cell]], list[
         except (UnsuitedError, NotFiniteError) as error:
             if entry.track == "bound":
                 raise
-            run.progress.advance(bar, len(suite.tasks) - len(own))
+            run.progress.advance(bar, len(run.answered(entry)) - len(own))
             skipped.append(Skipped(suite.name, protocol, entry.label, entry.track, str(error)))
     return cells, skipped
 
 
 def _board(run: Run, asked: Sequence[Entry], cells: Mapping[Row, Sequence[Cell]], skipped: Sequence[Skipped]) -> Board:
     """Return the cells of this run and of earlier ones on the same inputs, and what is left out."""
-    suite, rows, missing = run.suite, dict[Row, Sequence[Cell]](), list[str]()
+    suite, rows, missing, order = run.suite, dict[Row, Sequence[Cell]](), list[str](), list(run.tasks)
     passed_over = {(method.protocol, method.method) for method in skipped}
     idle = [entry.label for entry in asked if not any(map(entry.runs_under, suite.protocol))]
     listed, own_labels = _listed(suite, asked, run.cells.labels()), {entry.label for entry in suite.entries()}
@@ -200,7 +208,7 @@ def _board(run: Run, asked: Sequence[Entry], cells: Mapping[Row, Sequence[Cell]]
                 continue
             found = cells.get(row) or _finished(run, entry, protocol)
             if found:
-                rows[row] = sorted(found, key=lambda cell: suite.tasks.index(cell.task))
+                rows[row] = sorted(found, key=lambda cell: order.index(cell.task))
             elif entry.label in own_labels:
                 missing.append(f"{entry.label} ({protocol})")
     others = run.cells.others(cell for own in rows.values() for cell in own)
@@ -231,7 +239,8 @@ def _finished(run: Run, entry: Entry, listed: ProtocolName) -> list[Cell]:
     known = chosen(entry, run.tuning, run.choice_key(entry, protocol)) if entry.to_tune else entry
     if known is None:
         return []
-    cells = [run.cells.read(protocol, known.label, task, run.key(known, protocol, task)) for task in run.suite.tasks]
+    tasks = run.answered(known)
+    cells = [run.cells.read(protocol, known.label, task, run.key(known, protocol, task)) for task in tasks]
     found = [cell for cell in cells if cell is not None]
     return found if len(found) == len(cells) else []
 
@@ -250,26 +259,38 @@ def _check(run: Run, entries: Sequence[Entry]) -> None:
     """Raise an InputError for anything wrong with rows, options and output files. Scoring can take hours."""
     for file in FILES:
         require_writable(run.out / file)
-    check_rows(run.suite, run.data)
+    check_rows(run.tasks.values())
     for entry in entries:
         protocols = [protocol for protocol in run.suite.protocol if entry.runs_under(protocol)]
         if protocols:
             check_options(entry, run.context(entry, protocols[0]))
-    if any("training rows" in entry.method.sees and entry.track == "per-input" for entry in entries):
-        read_router_rows(run.data, run.suite.tasks)
+    for entry in entries:
+        if "training rows" in entry.method.sees and entry.track == "per-input":
+            rows_for_routers(run.context(entry, run.suite.protocol[0]))
+            break
 
 
-def _prepared(suite: Suite, out: Path, harness: Harness, rows: int | None, device: str, progress: Progress) -> Run:
+def _prepared(
+    suite: Suite,
+    entries: Sequence[Entry],
+    out: Path,
+    harness: Harness,
+    rows: int | None,
+    device: str,
+    progress: Progress,
+) -> Run:
     """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
     remove_abandoned(out)
-    data = run_inputs.rows_directory(suite, out)
-    sources = open_sources(suite.base_model, suite.expert_paths)
-    if sources.skeleton.task_type != suite.task_type:
-        raise InputError(f"suite {suite.name}: {suite.tasks[0]} needs {suite.task_type} experts, these are not")
-    inputs = run_inputs.input_digests(suite, data)
-    own = harness.input_digests(suite, data, out / harness.name)
+    harness.check(suite)
+    sources = open_sources(suite.base_model, suite.expert_paths, labels=labels_of(suite.kinds.values()))
+    check_kind(suite, sources.skeleton.task_type)
+    tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness)
+    own = harness.input_digests(suite, tasks, out / harness.name)
+    if any("training rows" in entry.method.sees for entry in entries):
+        run_inputs.write_training_rows(tasks.values(), harness, own)
+    inputs = run_inputs.input_digests(suite, tasks)
     inputs |= {"suite_rows": inputs["rows"], "rows": {**inputs["rows"], **own}}
-    return Run(suite, out, data, sources, inputs, harness, rows, device, progress)
+    return Run(suite, out, tasks, sources, inputs, harness, rows, device, progress)
 
 
 def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
@@ -277,8 +298,8 @@ def _cells(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
     suite = run.suite
     protocol = _computed_under(given, suite, listed)
     entry = _with_options(run, given, protocol)
-    keys = {task: run.key(entry, protocol, task) for task in suite.tasks}
-    done = {task: run.cells.read(protocol, entry.label, task, keys[task]) for task in suite.tasks}
+    keys = {task: run.key(entry, protocol, task) for task in run.answered(entry)}
+    done = {task: run.cells.read(protocol, entry.label, task, key) for task, key in keys.items()}
     yield from (cell for cell in done.values() if cell is not None)
     missing = [task for task, cell in done.items() if cell is None]
     if missing:
@@ -303,7 +324,7 @@ def _with_options(run: Run, entry: Entry, protocol: ProtocolName) -> Entry:
         def trial(held_out: Suite) -> Board:
             return run_suite(held_out, run.tuning, harness=run.harness.name, device=run.device, progress=run.progress)
 
-        known = tuned(entry, protocol, bounded, run.data, run.tuning, trial)
+        known = tuned(entry, protocol, bounded, list(run.tasks.values()), run.tuning, trial)
         keep(known, run.tuning, key)
     return known
 
@@ -311,9 +332,8 @@ def _with_options(run: Run, entry: Entry, protocol: ProtocolName) -> Entry:
 def _scored(run: Run, contender: Contender, entry: Entry, protocol: ProtocolName, task: str, key: str) -> Cell:
     job = Job(
         name=f"{protocol}-{entry.label}",
-        task=task,
+        asked=run.tasks[task],
         suite=run.suite,
-        data=run.data,
         workspace=run.out / run.harness.name,
         rows=run.rows_scored(entry, protocol),
     )
@@ -322,7 +342,8 @@ def _scored(run: Run, contender: Contender, entry: Entry, protocol: ProtocolName
         evaluated = run.harness.score(contender, job)
     except NotFiniteError as error:
         raise NotFiniteError(f"{task}: {error}") from None
-    return _cell(evaluated, time.perf_counter() - started, contender, entry, protocol, run.suite, task, key)
+    seconds = time.perf_counter() - started
+    return _cell(evaluated, seconds, contender, entry, protocol, run.suite, job.asked.task, key)
 
 
 def _cell(
@@ -332,19 +353,22 @@ def _cell(
     entry: Entry,
     protocol: ProtocolName,
     suite: Suite,
-    task: str,
+    task: Task,
     key: str,
 ) -> Cell:
+    unit = 100 if task.percent else 1
     notes: Mapping[str, Any] = {**contender.notes, **entry.notes, **evaluated.notes}
     return Cell(
         suite=suite.name,
         protocol=protocol,
         method=entry.label,
         track=entry.track,
-        task=task,
-        metric=TASKS[task].metric,
-        score=100 * evaluated.score,
-        stderr=100 * evaluated.stderr,
+        task=task.name,
+        expert=task.expert,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        score=unit * evaluated.score,
+        stderr=None if evaluated.stderr is None else unit * evaluated.stderr,
         n=evaluated.n,
         seed=suite.seed,
         seconds=seconds,
@@ -364,6 +388,6 @@ def _computed_under(entry: Entry, suite: Suite, protocol: ProtocolName) -> Proto
     The bounds have no router that could name a head, and no factors of a language model's that could be added. A
     language model has no head.
     """
-    bound, causal = entry.track == "bound", suite.task_type == "causal_lm"
+    bound, causal = entry.track == "bound", not suite.classifies
     same = bound or causal if protocol == "routed" else protocol == "paper" and bound and causal
     return "standard" if same else protocol

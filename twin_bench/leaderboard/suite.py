@@ -11,24 +11,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from twin_bench.config import Dtype, Seed, locate, parse, read_yaml, with_models_located
-from twin_bench.data import TASKS
+from twin_bench.data.classification import Classification, labels_of
 from twin_bench.data.glue import GLUE
-from twin_bench.data.task import TaskType
+from twin_bench.data.task import CLASSIFIERS, Task
 from twin_bench.errors import InputError, nearest
+from twin_bench.leaderboard.tasks import Data, TaskSettings, task_of
 from twin_bench.merging.calibration import ROWS
 from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.registry import PROTOCOLS, Method, ProtocolName, Track, find_method, methods
 from twin_bench.paths import leaderboards_directory
+from twin_bench.twin.recipe import RouterSettings
 
 BOUNDS = ("pretrained", "experts")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+TASK = LABEL
+"""Tasks and labels are names of folders and files."""
 NAME = re.compile(r"[^\W_][\w .,:()/+-]{0,99}")
 """A suite's name stands in tables, pages and spreadsheets, where markup or a formula would act."""
 MethodItem = str | dict[str, dict[str, Any] | None]
-EMBEDDED = "embedded"
-"""A suite's value for the demo's experts and rows."""
-HUB = "hub"
-"""A suite's value for the rows of the tasks' data sets on the hub."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Entry:
         """The track of the method with these options."""
         return self.method.track_of(self.options)
 
+    @property
+    def told_the_task(self) -> bool:
+        """Whether each row's task is given, so that a task that is nobody's can't be answered."""
+        return "task" in self.method.sees or self.track == "task-id given"
+
     def settings(self, seed: int) -> dict[str, Any]:
         """Return all options as plain data, defaults included, with the suite's seed where the method draws."""
         return {**self.method.seeded(seed), **self.options}
@@ -62,27 +67,36 @@ class Entry:
 
 
 class Suite(WithPlugins):
-    """A leaderboard: base model, experts, rows, tasks, methods, protocols and seed.
+    """A leaderboard: base model, experts, rows, tasks, methods, protocols and seed. docs/suites.md explains each key.
 
-    - `experts`: task to path or hub id; or one folder with an expert for each task; or `embedded`.
-    - `data`: a directory of {task}/{split}.jsonl; or `hub`; or `embedded`.
+    - `experts`: expert to path or hub id; or one folder with an expert for each task; or `embedded`.
+    - `data`: a directory of {task}/{split}.jsonl; or `hub`; or `embedded`; or {hub, config, split} of one data set.
+        lm-eval's own tasks need none.
     - `split`: the rows that are scored. Routers see train alone.
+    - `tasks`: names, of which each task and its expert are called alike; or {task: {expert: NAME, ...}}, see
+        `TaskSettings`. A suite that gives a mapping merges all its experts, also those without a task.
+    - `include_path`: a folder of lm-eval's task files.
+    - `router`: settings of routers. With `data` they are trained on the rows there, {"text", "task": EXPERT}, and not
+        on the tasks' own training rows.
     - `methods`: names, or {label: {method: NAME, option: value}}. `method` may be left out if it equals the label. The
       option `protocol` restricts an entry to some of the suite's protocols.
     - `rows`: how many rows of a task are scored without --limit, by default all of them.
     - `dtype`: what the models compute in, by default the base model's.
     - `device`: cpu, cuda, mps or `auto`, the fastest of them.
     - `batch_size`: inputs in a forward pass. `auto` finds what fits a GPU where the harness can.
-    - `calibration_rows`: how many training rows of each task may be used for statistics.
-    - `plugins`: Python files that register methods or metrics; they are imported.
+    - `calibration_rows`: how many training rows of each expert's tasks may be used for statistics.
+    - `plugins`: Python files that register methods, metrics or tasks; they are imported.
+    - `confirm_run_unsafe_code`: run tasks of lm-eval's that run code which the model writes.
     - `helm`: a directory of HELM's raw files as under benchmark_output/scenarios, for --harness helm.
     """
 
     name: str
     base_model: str
     experts: dict[str, str] | str
-    data: str
-    tasks: list[str] = Field(default=list(GLUE), min_length=1)
+    data: Data | None = None
+    tasks: list[str] | dict[str, TaskSettings | None] = Field(default=list(GLUE), min_length=1)
+    include_path: str | None = None
+    router: dict[str, Any] = Field(default_factory=dict)
     methods: list[MethodItem] = Field(default_factory=lambda: list[MethodItem](methods()))
     protocol: list[ProtocolName] = Field(default=["standard"], min_length=1)
     seed: Seed = 0
@@ -94,6 +108,7 @@ class Suite(WithPlugins):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
     calibration_rows: int = Field(default=ROWS, ge=1)
     helm: str | None = None
+    confirm_run_unsafe_code: bool = False
 
     @field_validator("protocol", mode="before")
     @classmethod
@@ -111,38 +126,82 @@ class Suite(WithPlugins):
 
     @field_validator("protocol", "tasks")
     @classmethod
-    def _once(cls, names: list[str]) -> list[str]:
-        for name in names:
+    def _once(cls, names: Any) -> Any:
+        for name in names if isinstance(names, list) else ():
             if names.count(name) > 1:
                 raise InputError(f"{name!r} is listed twice; remove one")
         return names
 
     @field_validator("tasks")
     @classmethod
-    def _known(cls, tasks: list[str]) -> list[str]:
-        for task in tasks:
-            if task not in TASKS:
-                raise InputError(f"unknown task {task!r}{nearest(task, TASKS)}")
-            if TASKS[task].task_type != TASKS[tasks[0]].task_type:
-                raise InputError(
-                    f"one of {tasks[0]} and {task} needs a classifier, the other a language model; split the suite"
-                )
+    def _plain(cls, tasks: Any) -> Any:
+        for name in tasks:
+            if not TASK.fullmatch(name):
+                raise InputError(f"task {name[:80]!r}: letters, digits, '-', '_', '.' and '+' only")
         return tasks
 
+    @field_validator("router")
+    @classmethod
+    def _settings_of_a_router(cls, router: dict[str, Any]) -> dict[str, Any]:
+        parse(RouterSettings, {"data": "", **router})
+        return router
+
     @property
-    def task_type(self) -> TaskType:
-        """The kind of models that the suite compares."""
-        return TASKS[self.tasks[0]].task_type
+    def kinds(self) -> dict[str, Task]:
+        """The tasks by name. Raises InputError for one whose keys do not go together, or that has no such expert."""
+        given = self.tasks if isinstance(self.tasks, dict) else dict.fromkeys(self.tasks)
+        found: dict[str, Task] = {}
+        for name, settings in given.items():
+            settings = settings or TaskSettings()
+            try:
+                found[name] = task_of(name, settings, self.data if settings.data is None else settings.data)
+            except InputError as error:
+                raise InputError(f"task {name}: {error}") from None
+        first = next(iter(found.values()))
+        for name, task in found.items():
+            if task.suits != first.suits:
+                raise InputError(
+                    f"one of {first.name} and {name} needs a classifier, the other a language model; split the suite"
+                )
+            if isinstance(task, Classification) and task.expert is None:
+                raise InputError(f"task {name}: expert: null, but a classifier's answer comes from an expert's head")
+        labels_of(found.values())
+        return found
+
+    def data_of(self, task: str) -> Data | None:
+        """Return where a task's rows are."""
+        settings = self.tasks.get(task) if isinstance(self.tasks, dict) else None
+        return self.data if settings is None or settings.data is None else settings.data
+
+    def on_rows_of(self, directory: Path, split: str) -> Suite:
+        """Return the suite with the rows of {directory}/{task}/{split}.jsonl in place of its own."""
+        tasks: Any = self.tasks
+        if isinstance(tasks, dict):
+            plain = {"data": None, "split": None}
+            tasks = {name: given and given.model_copy(update=plain) for name, given in tasks.items()}
+        return self.model_copy(update={"data": str(directory), "split": split, "tasks": tasks, "rows": None})
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the suite compares classifiers, and not language models."""
+        return next(iter(self.kinds.values())).suits == CLASSIFIERS
 
     @property
     def expert_paths(self) -> dict[str, str]:
-        """Each task's expert."""
+        """Each expert's path or hub id, in the order in which the experts are merged."""
+        named = dict.fromkeys(task.expert for task in self.kinds.values() if task.expert is not None)
         if isinstance(self.experts, str):
-            return {task: f"{self.experts}/{task}" for task in self.tasks}
-        missing = [task for task in self.tasks if task not in self.experts]
-        if missing:
-            raise InputError(f"suite {self.name}: no expert for task {missing[0]!r}; add it to experts")
-        return {task: self.experts[task] for task in self.tasks}
+            if not named:
+                raise InputError(f"suite {self.name}: no task names an expert; name the experts under experts")
+            return {name: f"{self.experts}/{name}" for name in named}
+        for name in named:
+            if name not in self.experts:
+                task = next(task.name for task in self.kinds.values() if task.expert == name)
+                known = nearest(name, self.experts) if self.experts else ""
+                raise InputError(f"suite {self.name}: no expert for task {task!r}: no expert is named {name!r}{known}")
+        if isinstance(self.tasks, dict):
+            return dict(self.experts)
+        return {name: self.experts[name] for name in named}
 
     def entries(self, only: list[str] | None = None) -> list[Entry]:
         """Return the rows to run: the bounds, then the suite's methods in their order, or those in `only`.
@@ -182,15 +241,22 @@ def read_suite(name_or_file: str) -> Suite:
             raise InputError(f"no suite {name_or_file!r}: no such file{nearest(name_or_file, shipped)}")
         file = shipped[name_or_file]
     raw = with_models_located(read_yaml(file), file)
-    for key in ("experts", "data", "helm"):  # experts: one folder for all tasks
-        if key in raw:
-            raw[key] = locate(raw[key], file)
+    for block in (raw, raw.get("router"), *_blocks(raw.get("tasks"))):
+        if isinstance(block, dict):
+            for key in ("experts", "data", "helm", "include_path"):  # experts: one folder for all tasks
+                if key in block:
+                    block[key] = locate(block[key], file)
     suite = parse(Suite, raw, str(file))
-    try:
-        suite.entries()
-    except InputError as error:
-        raise InputError(f"{file}: methods: {error}") from None
+    for part, check in (("tasks", lambda: suite.kinds), ("methods", suite.entries)):
+        try:
+            check()
+        except InputError as error:
+            raise InputError(f"{file}: {part}: {error}") from None
     return suite
+
+
+def _blocks(tasks: Any) -> list[Any]:
+    return [*tasks.values()] if isinstance(tasks, dict) else []
 
 
 def _require_own_label(label: str, others: Iterable[str]) -> None:

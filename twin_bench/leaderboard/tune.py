@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
-from twin_bench.data.rows import read_rows, split_path
+from twin_bench.data.rows import TaskRows, split_path
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, digest_files, read_record, write_record, write_text
 from twin_bench.leaderboard.cells import Board
@@ -75,7 +74,12 @@ def _settled(entry: Entry, notes: dict[str, Any]) -> Entry:
 
 
 def tuned(
-    entry: Entry, protocol: ProtocolName, suite: Suite, data: Path, workspace: Path, run: Callable[[Suite], Board]
+    entry: Entry,
+    protocol: ProtocolName,
+    suite: Suite,
+    tasks: Sequence[TaskRows],
+    workspace: Path,
+    run: Callable[[Suite], Board],
 ) -> Entry:
     """Return `entry` with the options of its method's grid that score best on held-out training rows.
 
@@ -85,24 +89,21 @@ def tuned(
     Args:
         entry: what to tune. Options outside the grid keep their values.
         protocol: the protocol under which the options are chosen.
-        suite: its tasks, experts and seed are used, and its `rows` limit how many rows are held out.
-        data: {task}/train.jsonl.
+        suite: its experts and seed are used, and its `rows` limit how many rows are held out.
+        tasks: its tasks, of which the rows in train.jsonl are used.
         workspace: the folder for the held-out rows.
         run: runs a suite, including its bounds.
 
     Raises:
         UnsuitedError: a task has no training rows, the method does not suit the experts, or no expert scores above 0.
     """
-    rows = hold_out(suite.tasks, data, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
+    rows = hold_out(tasks, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
     names, values = zip(*entry.method.tune.items(), strict=True)
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
     trials = {f"{entry.label}.{index}": {**entry.options, **point} for index, point in enumerate(points)}
     board = run(
-        suite.model_copy(
+        suite.on_rows_of(rows, "validation").model_copy(
             update={
-                "data": str(rows),
-                "split": "validation",
-                "rows": None,
                 "protocol": [protocol],
                 "methods": [{label: {"method": entry.method.name, **options}} for label, options in trials.items()],
             }
@@ -127,28 +128,29 @@ def tuned(
     return _settled(entry, notes)
 
 
-def hold_out(tasks: Sequence[str], data: Path, workspace: Path, limit: int, seed: int) -> Path:
-    """Return a directory of {task}/{train,validation}.jsonl made of `data`'s training rows, drawn by the seed.
+def hold_out(tasks: Sequence[TaskRows], workspace: Path, limit: int, seed: int) -> Path:
+    """Return a directory of {task}/{train,validation}.jsonl made of the tasks' training rows, drawn by the seed.
 
     validation.jsonl has at most `limit` rows and at most half of them. train.jsonl has the rest. Prompts take their
     few-shot examples from train.jsonl, or from the task's dev.jsonl, which is copied.
     """
-    files = {task: split_path(data, task, "train") for task in tasks}
+    files = {rows.task.name: rows.file("train") for rows in tasks}
     for file in files.values():
         if not file.is_file():
             raise UnsuitedError(f"{file}: no such file; options are chosen on held-out training rows")
     sources = [*files.values(), *(file.with_name("dev.jsonl") for file in files.values())]
     decisive = [f"{file.parent.name}/{file.name}:{digest_files(file)}" for file in sources if file.is_file()]
     directory = workspace / f"rows-{digest([decisive, limit, seed])[:16]}"
-    for task, file in files.items():
-        rows = shuffled(read_rows(file, TASKS[task]), seed)
+    for own in tasks:
+        task, file = own.task.name, files[own.task.name]
+        rows = shuffled(own.read("train"), seed)
         count = min(limit, len(rows) // 2)
         if not count:
             raise UnsuitedError(
                 f"{file}: only one row; options are chosen on held-out training rows, and one must stay"
             )
-        for split, own in (("validation", rows[-count:]), ("train", rows[:-count])):
-            write_text(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in own))
+        for split, part in (("validation", rows[-count:]), ("train", rows[:-count])):
+            write_text(split_path(directory, task, split), "".join(json.dumps(row) + "\n" for row in part))
         if (dev := file.with_name("dev.jsonl")).is_file():
             write_text(split_path(directory, task, "dev"), dev.read_text(encoding="utf-8"))
     return directory

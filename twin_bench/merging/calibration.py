@@ -1,7 +1,7 @@
 """Statistics of training inputs for the methods that need them: Fisher diagonals and Gram matrices.
 
-They are computed on an expert with its own head, in float32, from rows of {task}/train.jsonl alone. Each row is run
-alone, so there is no padding and no dependence on a batch. There is no dropout.
+They are computed on an expert with its own head, in float32, from its tasks' rows of {task}/train.jsonl alone. Each row
+is run alone, so there is no padding and no dependence on a batch. There is no dropout.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.checkpoints.sources import Sources, load_expert
 from twin_bench.compat import Conv1D
-from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
-from twin_bench.data.rows import few_shot_pool, read_rows, split_path
-from twin_bench.data.task import TaskInput
+from twin_bench.data.rows import TaskRows
+from twin_bench.data.task import Row, TaskInput
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import StoredTensors, read_tensors, write_tensors
 from twin_bench.merging.registry import Statistics, StatisticsKind
@@ -44,7 +43,7 @@ class Example(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The experts' statistics, the number of rows that each task gave, and the time of the computation."""
+    """The experts' statistics, the number of rows that each expert was shown, and the time of the computation."""
 
     statistics: Statistics
     rows: Mapping[str, int]
@@ -122,22 +121,28 @@ def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
 
 
 def calibration_examples(
-    task: str, data: Path, sources: Sources, *, rows: int = ROWS, seed: int = 0, max_length: int | None = None
+    tasks: Sequence[TaskRows], sources: Sources, *, rows: int = ROWS, seed: int = 0, max_length: int | None = None
 ) -> list[Example]:
-    """Return at most `rows` rows of a task's train.jsonl, drawn by the seed, as its expert reads them.
+    """Return at most `rows` training rows of one expert's tasks, drawn by the seed, as the expert reads them.
 
     A row of a generative task is its prompt, few-shot examples included, followed by its answer. If it is too long, its
-    last `max_length` tokens are kept. Raises UnsuitedError if there is no such file, and InputError if the file is
+    last `max_length` tokens are kept. Raises UnsuitedError if a task has no train.jsonl, and InputError if the file is
     malformed.
     """
-    file = split_path(data, task, "train")
-    if not file.exists():
-        raise UnsuitedError(f"{file}: no such file; statistics are computed from training rows")
-    kind = TASKS[task]
-    drawn = shuffled(read_rows(file, kind), seed)[:rows]
-    inputs = kind.inputs(drawn, few_shot_pool(kind, data))
-    limit = max_length or default_max_length(sources.config, kind.task_type)
-    return [_example(sources.tokenizer, text, kind.answer(row), limit) for text, row in zip(inputs, drawn, strict=True)]
+    found: list[tuple[TaskRows, Row]] = []
+    for own in tasks:
+        file = own.file("train")
+        if not file.exists():
+            raise UnsuitedError(f"{file}: no such file; statistics are computed from training rows")
+        found += [(own, row) for row in own.read("train")]
+    drawn = shuffled(found, seed)[:rows]
+    pools = {own.task.name: own.pool() for own in tasks}
+    limit = max_length or default_max_length(sources.config, sources.skeleton.task_type)
+    examples = []
+    for own, row in drawn:
+        (asked,) = own.task.inputs([row], pools[own.task.name])
+        examples.append(_example(sources.tokenizer, asked, own.task.answer(row), limit))
+    return examples
 
 
 def _example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -> Example:
@@ -155,7 +160,7 @@ def _example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -
 def calibrate(
     kind: StatisticsKind,
     sources: Sources,
-    data: Path,
+    tasks: Sequence[TaskRows],
     folder: Path,
     *,
     rows: int = ROWS,
@@ -163,28 +168,31 @@ def calibrate(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Return the statistics of all experts. A tensor is read from `folder`/TASK.safetensors when it is accessed.
+    """Return the statistics of all experts. A tensor is read from `folder`/EXPERT.safetensors when it is accessed.
 
     Statistics that are not stored there yet are computed. The name of `folder` must identify everything that they
-    depend on. Raises as `calibration_examples` does, before anything is computed.
+    depend on. Raises as `calibration_examples` does, and UnsuitedError for an expert without a task, before anything is
+    computed.
     """
     progress = progress or Progress(disable=True)
-    examples = {
-        task: calibration_examples(task, data, sources, rows=rows, seed=seed, max_length=max_length)
-        for task in sources.experts
-    }
+    examples: dict[str, list[Example]] = {}
+    for name in sources.experts:
+        own = [task for task in tasks if task.task.expert == name]
+        if not own:
+            raise UnsuitedError(f"expert {name!r}: no task is its; statistics are computed from training rows")
+        examples[name] = calibration_examples(own, sources, rows=rows, seed=seed, max_length=max_length)
     stored: dict[str, StoredTensors] = {}
-    for task, own in examples.items():
-        file = folder / f"{task}.safetensors"
+    for name, shown in examples.items():
+        file = folder / f"{name}.safetensors"
         found = read_tensors(file, format_number=FORMAT)
         if found is None:
             started = time.perf_counter()
-            tensors = _statistics(kind, sources, task, own, seed, progress)
-            took = {"rows": str(len(own)), "seconds": str(time.perf_counter() - started)}
+            tensors = _statistics(kind, sources, name, shown, seed, progress)
+            took = {"rows": str(len(shown)), "seconds": str(time.perf_counter() - started)}
             write_tensors(file, tensors, format_number=FORMAT, notes=took)
             found = StoredTensors(file)
-        stored[task] = found
-    counts = {task: int(own.notes["rows"]) for task, own in stored.items()}
+        stored[name] = found
+    counts = {name: int(own.notes["rows"]) for name, own in stored.items()}
     return Calibration(stored, counts, sum(float(own.notes["seconds"]) for own in stored.values()))
 
 

@@ -13,8 +13,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.skeleton import context_window
-from twin_bench.checkpoints.sources import Sources, load_model, open_sources, require_expert_names
-from twin_bench.data.rows import read_router_rows
+from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
+from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.registry import find_method
@@ -34,6 +34,8 @@ def build_twin(
     recipe: Recipe,
     directory: Path,
     *,
+    rows: RouterRows | None = None,
+    labels: Labels | None = None,
     device: str | None = None,
     feature_cache: Path | None = None,
     progress: Progress | None = None,
@@ -43,6 +45,8 @@ def build_twin(
     Args:
         recipe: What the twin is made of.
         directory: It must not exist yet.
+        rows: The router's rows, in place of those at the recipe's `router.data`.
+        labels: The labels of each expert's task (see `open_sources`).
         device: Where the routers' features are computed: the CPU by default; `auto` is cuda, else mps, else cpu.
         feature_cache: The directory in which the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
@@ -56,9 +60,10 @@ def build_twin(
     progress, on = progress or Progress(disable=True), usable_device(device)
     _require_writable(directory)
     require_expert_names(recipe.experts)
-    rows = read_router_rows(Path(recipe.router.data), list(recipe.experts)) if recipe.router else []
+    if recipe.router and rows is None:
+        rows = read_router_rows(Path(recipe.router.data), list(recipe.experts))
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
-    sources = open_sources(recipe.base_model, recipe.experts, **trust)
+    sources = open_sources(recipe.base_model, recipe.experts, labels=labels, **trust)
     check_limits(recipe, sources)
     options = merge_options(recipe)
     transposed = sources.skeleton.transposed
@@ -71,22 +76,29 @@ def build_twin(
         max_length=recipe.max_length,
     )
     chosen: dict[str, Any] = {}
-    if recipe.router:
+    if recipe.router and rows:
         training = RouterTraining(recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on)
         parts, chosen = train_routers(training)
-    settings = {
+    settings = _summary(recipe, shared, parts, {"method": recipe.shared.method, **options}, chosen)
+    save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.skeleton, settings)
+    return settings
+
+
+def _summary(
+    recipe: Recipe, shared: Mapping[str, Tensor], parts: Parts, merge: Mapping[str, Any], router: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of the build that twin.json holds."""
+    return {
         "twin_bench": version("twin-bench"),  # Information only: nothing is decided by it.
         "base_model": recipe.base_model,
-        "shared": {"method": recipe.shared.method, **options},
+        "shared": dict(merge),
         "exclusive": recipe.exclusive.model_dump(exclude_none=True),
-        "router": chosen,
+        "router": dict(router),
         "seed": recipe.seed,
         "max_length": recipe.max_length,  # None means the default of the twin's kind.
         "sensitivity": parts.sensitivity,
         "parameters": {"shared": sum(t.numel() for t in shared.values()), "exclusive": _stored(parts.exclusive)},
     }
-    save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.skeleton, settings)
-    return settings
 
 
 def merge_options(recipe: Recipe) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from twin_bench.checkpoints.finite import all_finite
 from twin_bench.checkpoints.sources import Sources, load_model
-from twin_bench.data import TASKS
-from twin_bench.data.rows import scored_inputs, split_path
+from twin_bench.data.rows import RouterRows
 from twin_bench.data.task import TaskInput
 from twin_bench.errors import InputError
 from twin_bench.twin.encoded import Encoded, distinct
@@ -44,9 +43,9 @@ PAPER_TEST_ROWS = 1000
 class RouterTraining:
     """What is needed to train the routers of a twin: its recipe, its parts so far, and rows.
 
-    `shared` holds the shared expert's parameters, `rows` the labelled training rows of all tasks. `feature_cache` is
-    the directory in which features are kept from run to run, or None. `device` is where they are computed; the routers
-    themselves are small, and trained on the CPU.
+    `shared` holds the shared expert's parameters. `given` are all rows that may be used, and `rows` the sample of the
+    training rows that is. `feature_cache` is the directory in which features are kept from run to run, or None.
+    `device` is where they are computed; the routers themselves are small, and trained on the CPU.
     """
 
     recipe: Recipe
@@ -54,10 +53,11 @@ class RouterTraining:
     sources: Sources
     shared: Mapping[str, Tensor]
     parts: Parts
-    rows: Sequence[TaskInput]
+    given: RouterRows
     feature_cache: Path | None
     progress: Progress
     device: torch.device
+    rows: Sequence[TaskInput] = ()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
     and the data holds test rows, a second router is trained as the authors do.
     """
     settings, seed = training.settings, training.recipe.seed
-    rows = _sampled(training.rows, training.experts, settings.max_rows, seed)
+    rows = _sampled(training.given.train, training.experts, settings.max_rows, seed)
     training = replace(training, rows=rows)
     held_out = held_out_rows(rows, training.experts, settings.held_out, seed)
     twin = training.twin()
@@ -100,7 +100,7 @@ def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
         "layer_accuracy": layer_accuracy,
     }
     if settings.paper and parts.paper is not None:
-        test_rows = _test_rows(Path(settings.data), training.experts, settings.max_rows)
+        test_rows = training.given.test(min(settings.max_rows, PAPER_TEST_ROWS))
         if test_rows:
             paper = _paper_router(replace(training, parts=parts), test_rows)
             parts = replace(parts, paper=replace(parts.paper, router=paper.router))
@@ -213,18 +213,6 @@ def held_out_rows(rows: Sequence[TaskInput], names: Sequence[str], fraction: flo
         cut = own[max(1, int(fraction * len(own))) - 1][0]
         mask[[i for position, i in own if position <= cut]] = True
     return mask
-
-
-def _test_rows(data: Path, names: Sequence[str], limit: int) -> list[TaskInput]:
-    """Return the validation rows of all tasks, on which the authors select their router.
-
-    The list is empty unless every expert is named after a known task whose rows are in `data`.
-    """
-    files = {name: split_path(data, name) for name in names if name in TASKS}
-    if len(files) < len(names) or not all(file.is_file() for file in files.values()):
-        return []
-    limit = min(limit, PAPER_TEST_ROWS)
-    return [row for name, file in files.items() for row in scored_inputs(TASKS[name], data, file, limit)]
 
 
 def _summary(trained: Trained) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from tests.support.rows import write_generative_rows
 from twin_bench import InputError
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.rows import few_shot_pool
-from twin_bench.leaderboard.inputs import rows_directory
+from twin_bench.leaderboard.inputs import rows_of
 from twin_bench.paths import tasks_directory
 from twin_bench_lm_eval.causal import CausalTwin
+from twin_bench_lm_eval.harness import LmEval
 from twin_bench_lm_eval.model import TwinMerged
 
 pytestmark = pytest.mark.versions
@@ -181,6 +182,6 @@ def test_mmlus_examples_are_the_first_of_dev_on_disk_and_on_the_hub(hub, tmp_pat
 
 
 def test_a_leaderboard_of_the_hubs_rows_keeps_the_examples_too(hub, tmp_path):
-    suite = SimpleNamespace(data="hub", tasks=["mmlu"], split="validation")
-    directory = rows_directory(suite, tmp_path)
-    assert few_shot_pool(GENERATIVE["mmlu"], directory) == few_shot_pool(GENERATIVE["mmlu"], None) == hub["dev"]
+    suite = SimpleNamespace(data_of=lambda task: "hub", split="validation")
+    rows = rows_of(suite, {"mmlu": GENERATIVE["mmlu"]}, tmp_path, LmEval())["mmlu"]
+    assert rows.pool() == few_shot_pool(GENERATIVE["mmlu"], None) == hub["dev"]

@@ -7,7 +7,7 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tests.support.rows import write_generative_rows, write_rows
+from tests.support.rows import task_rows, write_generative_rows, write_rows
 from twin_bench import TwinModel
 from twin_bench.leaderboard.harness import Job
 from twin_bench.paths import tasks_directory
@@ -35,7 +35,7 @@ def test_a_cell_is_what_simple_evaluate_scores(twins, causal_twins, tmp_path, mo
     capfd.readouterr()
     monkeypatch.chdir(tmp_path)  # which git does not know
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: pytest.fail("a process is started"))
-    found = LmEval().score(SimpleNamespace(twin=twin), Job("name", task, SUITE, data, tmp_path, rows=7))
+    found = LmEval().score(SimpleNamespace(twin=twin), Job("name", *task_rows(data, task), SUITE, tmp_path, rows=7))
     assert (found.score, found.stderr, found.n) == (
         expected[f"{metric},none"],
         expected[f"{metric}_stderr,none"],

@@ -1,0 +1,226 @@
+"""lm-eval's own tasks, by their names: found, described, asked for router rows, and scored."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task as LmEvalTask
+from lm_eval.tasks import TaskManager
+
+from twin_bench.data.named import NamedTask
+from twin_bench.data.task import Row
+from twin_bench.errors import InputError, first_line, nearest
+
+FEWSHOT_SEED = 1234
+"""The seed with which lm-eval's command draws few-shot examples."""
+DRAWS = 1000
+"""The number of draws of the bootstrap for a standard error that has no formula."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A task of lm-eval's, or a group of them: its leaf tasks, and the group's head."""
+
+    tasks: Mapping[str, LmEvalTask]
+    group: Group | None
+
+    @property
+    def task_dict(self) -> dict[str, Any]:
+        """What lm-eval's `evaluate` takes."""
+        groups = [] if self.group is None else [self.group, *self.group.get_all_groups()]
+        return {"tasks": dict(self.tasks), "groups": {group.name: group for group in groups}}
+
+
+def find_tasks(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """Return lm-eval's index of tasks. If the user's own folder has all names, lm-eval's tasks are not indexed.
+
+    Raises InputError for a folder that is not there.
+    """
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise InputError(f"include_path {include_path}: no such folder; name the folder of your lm-eval task files")
+        with quiet():
+            own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    with quiet():
+        return TaskManager(include_path=include_path)
+
+
+def load(task: NamedTask, manager: TaskManager, *, unsafe_code: bool, include_path: str | None) -> Loaded:
+    """Load a task or a group, and give it the suite's `few_shot` and `split`.
+
+    Raises:
+        InputError: a name that lm-eval does not know, a tag, data that can't be loaded, or a task that runs code and
+            was not confirmed.
+    """
+    name = task.name
+    if name not in manager.all_tasks:
+        where = f" and {include_path}" if include_path else ", or name the folder of yours: include_path"
+        raise InputError(f"unknown task {name!r}{nearest(name, manager.all_tasks)}; looked in lm-eval{where}")
+    if name in manager.all_tags:
+        raise InputError(f"task {name!r} is a tag of lm-eval's, which has no score of its own; name its tasks")
+    try:
+        with quiet():
+            found = manager.load([name])
+    except Exception as error:  # what a task's own code, the hub or a damaged file raises
+        raise InputError(f"task {name!r}: lm-eval can't load it: {first_line(error)}") from error
+    loaded = Loaded(found["tasks"], found["groups"].get(name))
+    for leaf in loaded.tasks.values():
+        if getattr(leaf, "MULTIMODAL", False):
+            raise InputError(f"task {name!r} shows images or sounds, and twins read text; leave it out")
+        if getattr(leaf, "UNSAFE_CODE", False) and not unsafe_code:
+            raise InputError(
+                f"task {name!r} runs code that the model writes; if you trust it on this machine, give "
+                "--confirm-run-unsafe-code"
+            )
+        _set_few_shot(leaf, task)
+        if task.split is not None:
+            _set_split(leaf, task)
+    return loaded
+
+
+def _set_few_shot(leaf: LmEvalTask, task: NamedTask) -> None:
+    own = leaf.get_config("num_fewshot")
+    if task.few_shot is not None and own != task.few_shot:
+        if own == 0:
+            raise InputError(f"task {task.name!r}: few_shot {task.few_shot}; lm-eval's {leaf.task_name} has always 0")
+        if task.few_shot and not getattr(getattr(leaf, "sampler", None), "df", None):
+            raise InputError(f"task {task.name!r}: few_shot {task.few_shot}; {leaf.task_name} has no examples")
+    leaf.set_config(key="num_fewshot", value=own or 0 if task.few_shot is None else task.few_shot)
+
+
+def _set_split(leaf: LmEvalTask, task: NamedTask) -> None:
+    splits = list(leaf.dataset or {})
+    if task.split not in splits:
+        raise InputError(f"task {task.name!r}: no split {task.split!r}{nearest(str(task.split), splits)}")
+    leaf.set_config(key="test_split", value=task.split)
+
+
+def described(task: NamedTask, loaded: Loaded) -> NamedTask:
+    """Return a task with its metric, which has its filter's name after a comma, and how the score is read.
+
+    Without a metric in the suite it is the first that lm-eval lists, with its first filter.
+
+    Raises:
+        InputError: a metric that the task does not have, or a group without a score of its own.
+    """
+    known = _metrics(task, loaded)
+    metric = task.metric or next(iter(known))
+    if "," not in metric:
+        metric = next((key for key in known if key.partition(",")[0] == metric), f"{metric},none")
+    free = any(map(_names_metrics_itself, loaded.tasks.values()))
+    if metric not in known and not free:
+        raise InputError(f"task {task.name!r}: no metric {task.metric!r}; it has: {', '.join(known)}")
+    leaf = next(iter(loaded.tasks.values()))
+    return task.scored_by(metric, higher_is_better=leaf.higher_is_better().get(metric.partition(",")[0]))
+
+
+def _metrics(task: NamedTask, loaded: Loaded) -> list[str]:
+    """Return the keys METRIC,FILTER of the scores that lm-eval lists for a task or a group."""
+    filters = list(dict.fromkeys(f.name for leaf in loaded.tasks.values() for f in leaf._filters))
+    if loaded.group is None:
+        return [
+            f"{metric},{name}" for leaf in loaded.tasks.values() for metric in leaf.aggregation() for name in filters
+        ]
+    listed = loaded.group.aggregate_metric_list
+    if not listed:
+        raise InputError(f"task {task.name!r} is a group without a score of its own; name its tasks")
+    return [f"{one.metric},{name}" for one in listed for name in one.filter_list or filters]
+
+
+def _names_metrics_itself(leaf: LmEvalTask) -> bool:
+    """Whether a task's own function returns its scores, under names that lm-eval's config does not list."""
+    listed = leaf.get_config("metric_list") or []
+    return any(callable(one.get("metric")) for one in listed)
+
+
+def rows_digest(loaded: Loaded) -> str:
+    """Return a digest of what a task asks and how it scores: its documents, few-shot examples and config."""
+    found = hashlib.sha256()
+    for name, leaf in loaded.tasks.items():
+        examples = getattr(getattr(leaf, "sampler", None), "df", None) or []
+        for part in (name, leaf.dump_config(), *leaf.eval_docs, "examples", *examples):
+            found.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+def training_rows(loaded: Loaded) -> Iterator[Row]:
+    """Yield {"text", "answer"} of documents that are not scored, with prompts as they are scored.
+
+    They are the training documents, or else the few-shot examples, or else the validation documents.
+    """
+    for leaf in loaded.tasks.values():
+        leaf.set_fewshot_seed(FEWSHOT_SEED)
+        for doc in _unscored(leaf):
+            context = leaf.fewshot_context(doc, num_fewshot=leaf.get_config("num_fewshot"))
+            asked = leaf.construct_requests(doc, context, metadata=(leaf.task_name, None, 1))
+            first = asked[0] if isinstance(asked, list) else asked
+            text = first.args[0]
+            if text:
+                yield {"text": text, "answer": _answer(leaf, doc)}
+
+
+def _unscored(leaf: LmEvalTask) -> Iterable[Any]:
+    """Return documents of another split than the one that is scored; none if there is no other."""
+    scored = leaf.get_config("test_split") or leaf.get_config("validation_split")
+    if leaf.has_training_docs() and leaf.get_config("training_split") != scored:
+        return leaf.training_docs()
+    examples = getattr(getattr(leaf, "fewshot_cfg", None), "split", None)
+    if examples is not None and examples != scored:
+        return list(leaf.fewshot_docs())
+    if leaf.has_validation_docs() and leaf.get_config("validation_split") != scored:
+        return leaf.validation_docs()
+    return ()
+
+
+def _answer(leaf: LmEvalTask, doc: Any) -> str:
+    """Return the text that is expected: of several the first, and of options the right one."""
+    target = leaf.doc_to_target(doc)
+    target = target[0] if isinstance(target, list) and target else target
+    if isinstance(target, int) and leaf.get_config("doc_to_choice") is not None:
+        target = leaf.doc_to_choice(doc)[target]
+    return str(target).strip()
+
+
+def standard_error(leaf: LmEvalTask, metric: str, values: Sequence[Any], seed: int) -> float | None:
+    """Return the bootstrap's standard error of a score that lm-eval gives none, from its documents' values."""
+    aggregate: Callable[[Sequence[Any]], float] | None = leaf.aggregation().get(metric)
+    if aggregate is None or len(values) < 2:
+        return None
+    rng = random.Random(seed)
+    draws = [aggregate(rng.choices(values, k=len(values))) for _ in range(DRAWS)]
+    error = float(numpy.std(draws, ddof=1))
+    return error if math.isfinite(error) else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide lm-eval's bars and what it prints, and logs below an error. Its bootstrap starts no processes."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    before = os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before

@@ -1,0 +1,186 @@
+"""lm-eval's tasks by their names: a user's own task files, groups, filters, tasks that are nobody's."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from tests.support.families import Family
+from tests.support.models import WORDS
+from tests.support.suites import rows_of, run
+
+SPLITS = {"train": 9, "test": 7}
+CHOICE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}} :",
+    "doc_to_choice": "{{options}}",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+}
+TEXT = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}} :",
+    "doc_to_target": "{{options[answer]}}",
+    "generation_kwargs": {"until": ["the"], "max_gen_toks": 4},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "filter_list": [
+        {"name": "whole", "filter": [{"function": "take_first"}]},
+        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"(\w)"}, {"function": "take_first"}]},
+    ],
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "capitals": {**CHOICE, "training_split": "train", "fewshot_split": "train", "num_fewshot": 2},
+    "rivers": {**CHOICE, "fewshot_split": "train", "num_fewshot": 1},
+    "letters": {**TEXT, "fewshot_split": "train"},
+    "tests_alone": CHOICE,
+    "tagged": {**CHOICE, "tag": "a_tag"},
+    "prose": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "question",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def include_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of task files, as a user has it, with the rows beside them."""
+    folder = tmp_path_factory.mktemp("my-tasks")
+    draw = random.Random(0)
+    for name, config in TASKS.items():
+        files = {}
+        for split, size in {**SPLITS, **({"train": 0} if name == "tests_alone" else {})}.items():
+            rows = [
+                {"question": " ".join(draw.choices(WORDS, k=6)), "options": ["A", "B", "C"], "answer": number % 3}
+                for number in range(size)
+            ]
+            if rows:
+                files[split] = str(folder / f"{name}-{split}.jsonl")
+                Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        own = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**own, **config}))
+    group = {"group": "trivia", "task": ["capitals", "rivers"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "trivia.yaml").write_text(yaml.safe_dump(group))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite(wide_llama: Family, include_path: Path) -> dict[str, Any]:
+    experts = wide_llama.recipe["experts"]
+    return {
+        "name": "named",
+        "base_model": wide_llama.recipe["base_model"],
+        "experts": {"math": experts["mmlu"], "code": experts["bbq"]},
+        "tasks": {
+            "capitals": {"expert": "math"},
+            "rivers": {"expert": "math", "metric": "acc_norm", "few_shot": 3},
+            "letters": {"expert": "code", "metric": "exact_match,first"},
+            "prose": {"expert": None, "metric": "bits_per_byte"},
+            "trivia": {"expert": "code"},
+        },
+        "include_path": str(include_path),
+        "batch_size": 3,
+        "methods": ["average", {"twin": {"router": {"epochs": 3}}}, "emr", {"fisher": {"floor": 1e-6}}],
+        "calibration_rows": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("board")
+    assert run(suite, folder) == 0
+    return folder / "out", rows_of(folder)
+
+
+def test_every_cell_is_there_and_nobodys_task_is_read_against_the_base_model(board: Any, suite: dict[str, Any]) -> None:
+    out, rows = board
+    owned = {task for task, given in suite["tasks"].items() if given["expert"]}
+    expected = {("standard", method, task) for method in ("experts", "emr") for task in owned}
+    expected |= {("standard", m, task) for m in ("pretrained", "average", "twin", "fisher") for task in suite["tasks"]}
+    assert rows.keys() == expected
+    for (_, method, task), row in rows.items():
+        assert row["expert"] == suite["tasks"][task]["expert"]
+        assert row["n"] == (14 if task == "trivia" else 7)
+        if task == "prose":
+            assert row["normalized"] is None
+            base = rows["standard", "pretrained", task]["score"]
+            assert row["retention"] == pytest.approx(100 * base / row["score"])  # less is better
+            assert 0 < row["stderr"] < row["score"]
+        else:
+            assert row["retention"] is None
+            best = rows["standard", "experts", task]["score"]
+            assert row["normalized"] == (pytest.approx(100 * row["score"] / best) if best > 0 else None), method
+    said = (out / "leaderboard.md").read_text()
+    assert "No expert was trained for prose." in said
+    assert "Less is better on prose (bits_per_byte,none)" in said
+
+
+def test_an_expert_scores_what_lm_evals_own_model_scores(
+    board: Any, suite: dict[str, Any], wide_llama: Family, include_path: Path
+) -> None:
+    _, rows = board
+    manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    for task, given in suite["tasks"].items():
+        model = suite["experts"].get(given["expert"], suite["base_model"])
+        results = lm_eval.simple_evaluate(
+            HFLM(model, device="cpu", batch_size=3),
+            tasks=[task],
+            num_fewshot=given.get("few_shot"),
+            task_manager=manager,
+            bootstrap_iters=1,
+        )["results"][task]
+        row = rows["standard", "experts" if given["expert"] else "pretrained", task]
+        metric, _, kind = row["metric"].partition(",")
+        unit = 1 if task == "prose" else 100
+        assert row["score"] == pytest.approx(unit * results[f"{metric},{kind}"], rel=1e-5)
+        if task != "prose":
+            assert row["stderr"] == pytest.approx(unit * results[f"{metric}_stderr,{kind}"], rel=1e-5)
+
+
+def test_routers_read_training_rows_as_the_prompts_that_are_scored(board: Any) -> None:
+    out, rows = board
+    data = out / "data" / "lm-eval"
+    trained = [json.loads(line) for line in (data / "capitals" / "train.jsonl").read_text().splitlines()]
+    assert len(trained) == SPLITS["train"]
+    assert all(row["text"].count(" :") == 3 and row["answer"] in "ABC" for row in trained)  # two examples
+    assert len((data / "trivia" / "train.jsonl").read_text().splitlines()) == 2 * SPLITS["train"]
+    router = rows["standard", "twin", "capitals"]["notes"]["router"]
+    assert router["selected_on"] == "held-out training rows"
+    assert rows["standard", "fisher", "letters"]["notes"]["calibration"]["rows"] == {"math": 4, "code": 4}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "says"),
+    [
+        ({"capital": {"expert": "math"}}, "unknown task 'capital'; did you mean 'capitals'"),
+        ({"capitals": {"expert": "math", "metric": "f1"}}, "no metric 'f1'; it has: acc,none, acc_norm,none"),
+        ({"letters": {"expert": "code", "metric": "exact_match,last"}}, "it has: exact_match,whole, exact_match,first"),
+        ({"capitals": {"expert": "math", "split": "dev"}}, "task 'capitals': no split 'dev'"),
+        ({"a_tag": {"expert": "math"}}, "task 'a_tag' is a tag of lm-eval's, which has no score of its own"),
+        ({"capitals": {"expert": "maths"}}, "no expert is named 'maths'; did you mean 'math'"),
+        ({"tests_alone": {"expert": "math"}}, "no router rows for expert 'math'"),
+        ({"capitals": {"expert": "math", "helm": "mmlu:subject=anatomy"}}, "it is HELM's: --harness helm"),
+        ({"prose": {"expert": None, "text": "question"}}, "expert: null, but a classifier's answer"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said_before_the_first_cell(
+    suite: dict[str, Any],
+    include_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tasks: dict[str, Any],
+    says: str,
+) -> None:
+    assert run({**suite, "tasks": tasks, "methods": ["twin"]}, tmp_path) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert says in line
+    assert not list((tmp_path / "out").rglob("cells*"))
