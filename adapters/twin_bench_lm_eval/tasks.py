@@ -17,13 +17,12 @@ from lm_eval.api.task import ConfigurableTask
 
 from twin_bench.data.classification import Classification
 from twin_bench.data.generative import GenerativeTask, shuffled
-from twin_bench.data.metric import Metric
 from twin_bench.data.metrics import find_metric, mean, mean_standard_error, rouge_2
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, Task, joined
 
-Pair = tuple[float, Any]
-"""A document's reference, and its answer: a label, the probabilities of the labels, or a number."""
+Answered = tuple[float, Any, Any]
+"""A document's reference, its answer (a label, the labels' probabilities, or a number), and its source or None."""
 
 
 @singledispatch
@@ -40,8 +39,8 @@ def _(task: Classification, rows: TaskRows) -> ConfigurableTask:
     }
     labels = {"output_type": "multiple_choice", "doc_to_choice": [str(label) for label in range(task.num_labels)]}
     scores = {
-        task.metric: aggregation(task.metric),
-        f"{task.metric}_stderr": aggregation(task.metric, Metric.standard_error),
+        task.metric: score(task.metric),
+        f"{task.metric}_stderr": standard_error(task.metric),
     }
     return _configured(
         task,
@@ -56,7 +55,8 @@ def _(task: Classification, rows: TaskRows) -> ConfigurableTask:
 
 @lm_eval_task.register
 def _(task: GenerativeTask, rows: TaskRows) -> ConfigurableTask:
-    scores: dict[str, Callable[..., float]] = {task.metric: mean, f"{task.metric}_stderr": mean_standard_error}
+    error = mean_standard_error if task.cluster is None else text_standard_error
+    scores: dict[str, Callable[..., float]] = {task.metric: mean, f"{task.metric}_stderr": error}
     read = rows.read(rows.split)
     documents = text_documents(task, read, rows.pool())
     if all(doc["options"] for doc in documents):
@@ -99,6 +99,7 @@ def label_document(row: Row, position: int, task: Classification) -> dict[str, A
         "label": task.target(row),
         "task": task.owner,
         "idx": row.get("idx", position),
+        **({} if task.cluster is None else {"cluster": row[task.cluster]}),
     }
 
 
@@ -107,8 +108,8 @@ def label_context(doc: Mapping[str, Any]) -> str:
     return joined(doc["text"], doc["text_pair"])
 
 
-def label_results(task: Classification, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Pair]:
-    """Return (reference, answer) under the metric's name and under the name of its standard error.
+def label_results(task: Classification, doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Answered]:
+    """Return (reference, answer, source) under the metric's name and under the name of its standard error.
 
     If no label has a probability, the predicted label is -1, which is always wrong. This happens if the routed protocol
     chose a head that lacks all of the labels. A label that the chosen head lacks has the probability 0.
@@ -123,22 +124,36 @@ def label_results(task: Classification, doc: Mapping[str, Any], results: Sequenc
             answer = [math.exp(value) for value in likelihoods]
         else:
             answer = likelihoods.index(best) if best > -math.inf else -1
-    pair = (doc["label"], answer)
-    return {task.metric: pair, f"{task.metric}_stderr": pair}
+    answered = (doc["label"], answer, doc.get("cluster"))
+    return {task.metric: answered, f"{task.metric}_stderr": answered}
 
 
-def aggregation(metric: str, statistic: Callable[..., float] = Metric.score) -> Callable[[Sequence[Pair]], float]:
-    """Return a function of all documents' pairs: the score, or with `Metric.standard_error` its error.
+def score(metric: str) -> Callable[[Sequence[Answered]], float]:
+    """Return the function of all documents' answers that is their score, 0 to 1 where the metric is a fraction."""
 
-    Both are in the metric's own unit, which is 0 to 1 where it is a fraction.
-    """
-
-    def aggregate(pairs: Sequence[Pair]) -> float:
-        references, answers = zip(*pairs, strict=True)
+    def aggregate(answered: Sequence[Answered]) -> float:
+        references, answers, _ = zip(*answered, strict=True)
         found = find_metric(metric)
-        return statistic(found, references, answers) / (100 if found.percent else 1)
+        return found.score(references, answers) / (100 if found.percent else 1)
 
     return aggregate
+
+
+def standard_error(metric: str) -> Callable[[Sequence[Answered]], float]:
+    """Return the function of all documents' answers that is the standard error of their `score`."""
+
+    def aggregate(answered: Sequence[Answered]) -> float:
+        references, answers, sources = zip(*answered, strict=True)
+        found, clusters = find_metric(metric), None if sources[0] is None else sources
+        return found.standard_error(references, answers, clusters=clusters) / (100 if found.percent else 1)
+
+    return aggregate
+
+
+def text_standard_error(values: Sequence[tuple[float, Any]]) -> float:
+    """Return the standard error of the mean of documents' values, of which each comes with its source."""
+    scores, sources = zip(*values, strict=True)
+    return mean_standard_error(scores, sources)
 
 
 def text_documents(
@@ -155,17 +170,18 @@ def text_documents(
                 "options": item.options,
                 "task": task.name,
                 "idx": position,
+                **({} if task.cluster is None else {"cluster": row[task.cluster]}),
             }
         )
     return documents
 
 
-def text_results(task: GenerativeTask, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def text_results(task: GenerativeTask, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Return a document's scores, each under the metric's name and under the name of its standard error.
 
     A question with options also has the score `chance`, one over their number.
     """
     text = results[0].strip()
     value = rouge_2(doc["answer"], text) if task.metric == "rouge_2" else float(text == doc["answer"])
-    scores = {task.metric: value, f"{task.metric}_stderr": value}
+    scores = {task.metric: value, f"{task.metric}_stderr": (value, doc["cluster"]) if "cluster" in doc else value}
     return scores if not doc["options"] else {**scores, "chance": 1 / doc["options"]}

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from twin_bench.data.glue import GLUE
-from twin_bench.data.metric import Metric
 from twin_bench.data.rows import task_rows
 from twin_bench_lm_eval.errors import one_line_errors
-from twin_bench_lm_eval.tasks import Pair, aggregation, label_document, label_results
+from twin_bench_lm_eval.tasks import Answered, label_document, label_results, score, standard_error
 from twin_bench_lm_eval.tasks import label_context as context
 
 __all__ = ["context", "dataset", "labels", "process_results"]
@@ -37,13 +36,12 @@ def labels(doc: dict[str, Any]) -> list[str]:
     return [str(label) for label in range(GLUE[doc["task"]].num_labels)]
 
 
-def process_results(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Pair]:
-    """Return (reference, prediction) under the metric's name and under the name of its standard error."""
+def process_results(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Answered]:
+    """Return (reference, answer, source) under the metric's name and under the name of its standard error."""
     return label_results(GLUE[doc["task"]], doc, results)
 
 
-mcc, mcc_stderr = aggregation("mcc"), aggregation("mcc", Metric.standard_error)
-acc, acc_stderr = aggregation("acc"), aggregation("acc", Metric.standard_error)
-acc_f1, acc_f1_stderr = aggregation("acc_f1"), aggregation("acc_f1", Metric.standard_error)
-pearson_spearman = aggregation("pearson_spearman")
-pearson_spearman_stderr = aggregation("pearson_spearman", Metric.standard_error)
+mcc, mcc_stderr = score("mcc"), standard_error("mcc")
+acc, acc_stderr = score("acc"), standard_error("acc")
+acc_f1, acc_f1_stderr = score("acc_f1"), standard_error("acc_f1")
+pearson_spearman, pearson_spearman_stderr = score("pearson_spearman"), standard_error("pearson_spearman")

@@ -288,3 +288,24 @@ def test_which_tasks_a_metric_fits():
         METRICS["acc"].require(1, "task stsb")
     with pytest.raises(InputError, match=r"^task rte: mse is a metric of numbers, .* 2 labels; .* such as acc"):
         METRICS["mse"].require(2, "task rte")
+
+
+def test_rows_of_one_source_are_drawn_together() -> None:
+    """Rows that are copies of each other say no more than one of them, and without clusters they seem to."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    answers = np.where(rng.random(300) < 0.8, labels, 1 - labels)
+    copies, sources = 4, np.repeat(np.arange(300), 4)
+    many, answered = np.repeat(labels, copies), np.repeat(answers, copies)
+    shuffled = rng.permutation(len(many))
+    for name in ("acc", "mcc", "f1_macro"):
+        metric = find_metric(name)
+        alone = metric.standard_error(labels, answers)
+        found = metric.standard_error(many, answered, clusters=sources)
+        assert found == pytest.approx(alone, rel=0.1)
+        assert metric.standard_error(many, answered) == pytest.approx(alone / 2, rel=0.1)
+        again = metric.standard_error(many[shuffled], answered[shuffled], clusters=sources[shuffled])
+        assert again == found
+    hits = (many == answered).astype(float)
+    assert mean_standard_error(hits, sources) == pytest.approx(mean_standard_error(hits[::copies]), rel=1e-9)
+    assert mean_standard_error([1.0, 0.0], ["a", "a"]) == 0.0

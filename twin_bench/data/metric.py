@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -60,10 +60,14 @@ class Metric:
         references: Sequence[float] | Array,
         answers: Sequence[Any] | Array,
         *,
+        clusters: Sequence[Any] | None = None,
         seed: int = 0,
         resamples: int = 1000,
     ) -> float:
         """Return the standard error of `score` over draws of the rows, in the same points.
+
+        `clusters` are the rows' sources (n,), where several rows share one: then whole clusters are drawn, as many as
+        there are, because rows of one source are not independent. A single cluster gives 0.
 
         Accuracy has the closed form sqrt(p (1 - p) / (n - 1)). The other metrics are bootstrapped: the error is the
         standard deviation of the score over `resamples` draws of n rows with replacement (Efron 1979). It is the same
@@ -76,12 +80,18 @@ class Metric:
         rows = len(references_)
         if rows == 1:
             return 0.0
-        if self.closed_form is not None:
-            return self._points(self.closed_form(references_, answers_))
         rng = np.random.default_rng(seed)
         order = np.lexsort(np.vstack([references_, answers_.T]))  # the draws must not depend on the rows' order
-        draws = self._of_each_draw if self.resampled is None else self._of_all_draws
-        return self._points(float(np.std(draws(references_[order], answers_[order], rng, resamples), ddof=1)))
+        references_, answers_ = references_[order], answers_[order]
+        if clusters is not None:
+            _, source = np.unique(np.asarray(clusters, dtype=str)[order], return_inverse=True)
+            values = self._of_clusters(references_, answers_, source, rng, resamples)
+        elif self.closed_form is not None:
+            return self._points(self.closed_form(references_, answers_))
+        else:
+            draws = self._of_each_draw if self.resampled is None else self._of_all_draws
+            values = draws(references_, answers_, rng, resamples)
+        return self._points(float(np.std(values, ddof=1)))
 
     def fits(self, labels: int) -> bool:
         """Return whether the metric is one for a task of so many labels; 1 is a number to be predicted."""
@@ -131,20 +141,35 @@ class Metric:
         weights = rng.multinomial(len(references), counts / len(references), size=resamples)
         return self.resampled(samples, weights.astype(np.float64))
 
+    def _of_clusters(
+        self, references: Array, answers: Array, source: Array, rng: np.random.Generator, resamples: int
+    ) -> Array:
+        """Return the metric's values in draws of whole clusters. `source` (n,) numbers each row's cluster."""
+        count = int(source.max()) + 1
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples)[:, source]
+        if self.resampled is not None:
+            return self.resampled(np.asarray([references, answers], dtype=np.float64), weights.astype(np.float64))
+        rows = np.arange(len(references))
+        return self._defined(references, answers, (np.repeat(rows, often) for often in weights))
+
     def _of_each_draw(self, references: Array, answers: Array, rng: np.random.Generator, resamples: int) -> Array:
+        """Return the metric's values in those of the draws of rows in which it is defined."""
+        rows = len(references)
+        return self._defined(references, answers, (rng.integers(0, rows, rows) for _ in range(resamples)))
+
+    def _defined(self, references: Array, answers: Array, draws: Iterable[Array]) -> Array:
         """Return the metric's values in those of the draws in which it is defined."""
         values: list[float] = []
         undefined: list[InputError] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a draw that lacks a label is no news
-            for _ in range(resamples):
-                drawn = rng.integers(0, len(references), len(references))
+            for drawn in draws:
                 try:
                     values.append(self._value(references[drawn], answers[drawn]))
                 except InputError as error:
                     undefined.append(error)
         if undefined:
-            where = f"undefined in {len(undefined)} of {resamples} draws of the rows"
+            where = f"undefined in {len(undefined)} of {len(undefined) + len(values)} draws of the rows"
             if len(values) < 2:
                 raise InputError(f"metric {self.name} has no standard error: it is {where}; the first: {undefined[0]}")
             _log.warning("%s is %s, which its standard error leaves out; the first: %s", self.name, where, undefined[0])

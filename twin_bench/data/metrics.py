@@ -98,10 +98,21 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def mean_standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of `mean` over draws of the rows: s / sqrt(n). A single row gives 0."""
-    sample = np.sort(np.asarray(values, dtype=np.float64))
-    return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
+def mean_standard_error(values: Sequence[float], clusters: Sequence[Any] | None = None) -> float:
+    """Return the standard error of `mean` over draws of the rows: s / sqrt(n). A single row gives 0.
+
+    With `clusters`, the rows' sources, it is over draws of the C clusters: sqrt(C / (C - 1) sum_c (sum of the rows'
+    deviations from the mean)^2) / n (Liang and Zeger 1986). A single cluster gives 0.
+    """
+    if clusters is None:
+        sample = np.sort(np.asarray(values, dtype=np.float64))
+        return 0.0 if len(sample) < 2 else float(sample.std(ddof=1) / np.sqrt(len(sample)))
+    centre, sums = mean(values), dict[Any, list[float]]()
+    for value, cluster in zip(values, clusters, strict=True):
+        sums.setdefault(cluster, []).append(value - centre)
+    count = len(sums)
+    spread = math.fsum(math.fsum(own) ** 2 for own in sums.values())
+    return 0.0 if count < 2 else math.sqrt(count / (count - 1) * spread) / len(values)
 
 
 def _register(metric: Metric) -> None:
