@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from twin_bench.checkpoints import hub
 from twin_bench.checkpoints.hub import PACKAGED, model_directory
@@ -71,7 +72,7 @@ def test_a_cached_adapter_counts_and_a_pickle_does_not(cache):
 def test_a_download_asks_for_safetensors_and_text_only(monkeypatch, tmp_path):
     asked = []
 
-    def download(repository, *, local_files_only, allow_patterns, ignore_patterns):
+    def download(repository, *, revision, local_files_only, allow_patterns, ignore_patterns):
         if local_files_only:
             raise FileNotFoundError("not cached")
         asked.append((repository, allow_patterns, ignore_patterns))
@@ -86,7 +87,7 @@ def test_a_download_asks_for_safetensors_and_text_only(monkeypatch, tmp_path):
     assert repository == "org/model"
     assert all(pattern.startswith("sub/*.") for pattern in allowed)
     assert {pattern.rsplit(".", 1)[1] for pattern in allowed}.isdisjoint({"bin", "pt", "pkl", "py"})
-    assert ignored == ["sub/*/*"]
+    assert ignored == ["sub/*/*", "sub/consolidated*"]
 
 
 def test_the_packaged_encoder_is_found_verified_and_never_imported(cache):
@@ -151,7 +152,7 @@ def test_allow_pickle_reaches_the_hub(cache):
 def test_pickles_are_downloaded_only_where_there_are_no_safetensors(monkeypatch, tmp_path):
     asked = []
 
-    def download(repository, *, local_files_only, allow_patterns, ignore_patterns):
+    def download(repository, *, revision, local_files_only, allow_patterns, ignore_patterns):
         if local_files_only:
             raise FileNotFoundError("not cached")
         asked.append(tuple(pattern for pattern in allow_patterns if ".bin" in pattern))
@@ -178,7 +179,7 @@ def test_a_cached_copy_without_tokenizer_is_completed(cache, monkeypatch, reacha
             return original(repository, local_files_only=True, **patterns)
         asked.append(repository)
         if not reachable:
-            raise ConnectionError("offline")
+            raise LocalEntryNotFoundError("offline")
         (snapshot / "tokenizer.json").touch()
         return str(snapshot)
 

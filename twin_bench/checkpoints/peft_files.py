@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.finite import require_finite
+from twin_bench.checkpoints.hub import on_hub
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.files import read_json, write_json
 
@@ -96,6 +97,7 @@ def _save_config(
     from peft import LoraConfig
 
     rank = max(ranks.values(), default=1)
+    model = on_hub(base_model)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -104,7 +106,8 @@ def _save_config(
         alpha_pattern=dict(ranks),
         fan_in_fan_out=bool(skeleton.transposed),
         modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=model.path if model else base_model,
+        revision=model.revision if model else None,
         task_type="SEQ_CLS" if head else None if skeleton.head else "CAUSAL_LM",
         inference_mode=True,
     )

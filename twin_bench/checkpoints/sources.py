@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from twin_bench.checkpoints.hub import WHOLE_VOCABULARIES, model_directory
+from twin_bench.checkpoints.hub import WHOLE_VOCABULARIES, HubId, model_directory, on_hub
 from twin_bench.checkpoints.skeleton import (
     Skeleton,
     meta_model,
@@ -254,19 +254,24 @@ def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
     A local path names no model. If one of both is a path that ends otherwise than the other's name, this is a warning.
     """
     said = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
-    on_hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists() for model in (said, base_model))
-    if on_hub and said.split("/")[1].lower() != base_model.split("/")[1].lower():
+    theirs, ours = on_hub(said), on_hub(base_model)
+    differ = _last_part(theirs, said) != _last_part(ours, base_model)
+    if differ and all(model and "/" in model.repository and not model.folder for model in (theirs, ours)):
         raise InputError(
             f"expert {name!r}: an adapter on {said}, the base model is {base_model}; if they are the same model, "
             f"change base_model_name_or_path in {adapter / 'adapter_config.json'}"
         )
-    if said and Path(said).name.lower() != Path(base_model).name.lower():
+    if said and differ:
         _log.warning(
             "expert %r: an adapter on %s, the base model is %s; its shapes fit, make sure that they are the same model",
             name,
             said,
             base_model,
         )
+
+
+def _last_part(model: HubId | None, name: str) -> str:
+    return Path(model.repository if model else name).name.lower()
 
 
 def _require_same_labels(name: str, expert: Any, labels: Sequence[str | int]) -> None:

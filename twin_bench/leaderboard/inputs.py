@@ -90,10 +90,13 @@ def write_training_rows(tasks: Iterable[TaskRows], harness: Harness, digests: Ma
 
 def input_digests(suite: Suite, tasks: Mapping[str, TaskRows]) -> dict[str, Any]:
     """Return digests of what scores depend on besides settings: weights, rows, tasks, and a router's rows."""
+    # All models are downloaded before the first digest: an expert may be in a folder of the base model's repository.
+    base_model = model_directory(suite.base_model, tokenizer=True)
+    experts = {name: model_directory(path) for name, path in suite.expert_paths.items()}
     found: dict[str, Any] = {
-        "base_model": digest_files(model_directory(suite.base_model)),
+        "base_model": digest_files(base_model),
         # A list: methods that draw, or that tell a first expert from a second, depend on the order.
-        "experts": [[name, digest_files(model_directory(path))] for name, path in suite.expert_paths.items()],
+        "experts": [[name, digest_files(folder)] for name, folder in experts.items()],
         "tasks": {name: rows.task.identity for name, rows in tasks.items()},
         "rows": {},
         "training": {},

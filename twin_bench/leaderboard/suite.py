@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from twin_bench.checkpoints.hub import model_inside
 from twin_bench.config import Dtype, Seed, locate, parse, read_yaml, with_models_located
 from twin_bench.data.classification import Classification, labels_of
 from twin_bench.data.glue import GLUE
@@ -193,7 +194,7 @@ class Suite(WithPlugins):
         if isinstance(self.experts, str):
             if not named:
                 raise InputError(f"suite {self.name}: no task names an expert; name the experts under experts")
-            return {name: f"{self.experts}/{name}" for name in named}
+            return {name: model_inside(self.experts, name) for name in named}
         for name in named:
             if name not in self.experts:
                 task = next(task.name for task in self.kinds.values() if task.expert == name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.hub import model_directory, on_hub
 from twin_bench.checkpoints.sources import Sources
 from twin_bench.files import digest_files
 from twin_bench.merging.recipe import MergeRecipe
@@ -23,11 +23,11 @@ def model_card(recipe: MergeRecipe, options: Mapping[str, Any], sources: Sources
     """
     method = find_method(recipe.merge.method)
     models = {"base model": recipe.base_model, **recipe.experts}
-    hub_ids = [model for model in models.values() if not Path(model).is_dir()]
+    repositories = dict.fromkeys(model.repository for model in map(on_hub, models.values()) if model)
     front = {
         "library_name": "peft" if recipe.as_adapter else "transformers",
         "tags": ["merge", "twin-bench"],
-        **({"base_model": list(dict.fromkeys(hub_ids))} if hub_ids else {}),
+        **({"base_model": list(repositories)} if repositories else {}),
     }
     title = f"[{method.title}](https://arxiv.org/abs/{method.paper.removeprefix('arXiv:')})"
     own_dtype = "float32" if recipe.as_adapter else "the base model's"
