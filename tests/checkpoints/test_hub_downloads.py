@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from tests.support.hub import TOKEN, Hub
+from tests.support.hub import TOKEN, Hub, ask
 from twin_bench.checkpoints import hub as module
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.errors import InputError
@@ -35,19 +35,11 @@ SHARDS = {
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub, and an empty cache. No token is known."""
+    """A hub that this process asks, and an empty cache."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    monkeypatch.setattr(module, "_PAUSES", (0.01, 0.01))
     with Hub() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_URL_HOSTS", frozenset({"127.0.0.1"}), raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-        monkeypatch.setattr(module, "_PAUSES", (0.01, 0.01))
+        ask(served, tmp_path, monkeypatch)
         yield served
 
 

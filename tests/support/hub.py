@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 TOKEN = "hf_allowed"
 """The token that private and gated repositories ask for. Any other token is that of a user without access."""
 LARGE = (".safetensors", ".bin", ".parquet", ".model")
@@ -27,7 +30,7 @@ class Repository:
     """A model or a data set: its commits, oldest first, and the commits that branches and tags name."""
 
     name: str
-    kind: Literal["models", "datasets"]
+    kind: Literal["models", "datasets", "spaces"]
     access: Literal["public", "gated", "private"]
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -77,7 +80,7 @@ class Hub:
         name: str,
         files: Mapping[str, bytes] | Path,
         *,
-        kind: Literal["models", "datasets"] = "models",
+        kind: Literal["models", "datasets", "spaces"] = "models",
         access: Literal["public", "gated", "private"] = "public",
         names: Iterable[str] = ("main",),
     ) -> str:
@@ -108,8 +111,8 @@ class Hub:
         api = segments[0] == "api"
         rest = segments[1:] if api else segments
         storage = rest[0] == "storage"
-        kind = rest[0] if rest[0] in ("models", "datasets") else "models"
-        rest = rest[1:] if rest[0] in ("models", "datasets", "storage") else rest
+        kind = rest[0] if rest[0] in ("models", "datasets", "spaces") else "models"
+        rest = rest[1:] if rest[0] in ("models", "datasets", "spaces", "storage") else rest
         name, rest = self._named(kind, rest)
         if name in self.moved:
             return Answer(307, headers={"Location": path.replace(name, self.moved[name], 1)})
@@ -165,6 +168,18 @@ class Hub:
 
     def _content(self, name: str, path: str, content: bytes, headers: dict[str, str]) -> Answer:
         return Answer(200, content, headers | {"Accept-Ranges": "bytes", "File": f"{name}/{path}"})
+
+
+def ask(hub: Hub, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let this process ask a hub, with an empty cache in `home` and no token. The client has read its variables."""
+    patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    url = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    patch.setattr(constants, "HF_URL_HOSTS", frozenset({"127.0.0.1"}), raising=False)  # unknown to older clients
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.delenv("HF_TOKEN", raising=False)
 
 
 class _Handler(BaseHTTPRequestHandler):

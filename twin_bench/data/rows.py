@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
 from twin_bench.data.task import Row, Task, TaskInput, text_field
-from twin_bench.errors import InputError, nearest, shown
+from twin_bench.errors import InputError, first_line, nearest, shown
 
 
 def split_path(data: Path, task: str, split: str = "validation") -> Path:
@@ -48,11 +48,11 @@ def hub_rows(task: Task, split: str) -> list[Row]:
     source = task.hub_split(split)
     try:
         rows = list(datasets.load_dataset(source.dataset, source.configuration, split=source.split))
-    except (OSError, ValueError) as error:  # offline, unreachable, no such split
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # datasets and the hub's client raise many kinds: offline, refused, cut, no such split
         raise InputError(
-            f"{task.name}: the hub's {source.dataset} cannot be read ({reason}); "
-            "set TWIN_BENCH_DATA to a directory of TASK/SPLIT.jsonl"
+            f"{task.name}: the hub's {source.dataset} cannot be read ({first_line(error)}); run again, log in if it is "
+            "private or gated (`hf auth login`, or set HF_TOKEN), or give a directory of TASK/SPLIT.jsonl "
+            "(TWIN_BENCH_DATA, or data in a suite)"
         ) from error
     kept = task.of_hub_split(rows, split)
     for number, row in enumerate(kept):

@@ -110,7 +110,7 @@ def test_an_unreachable_hub_says_what_to_set(served, monkeypatch):
         raise ConnectionError("Couldn't reach it\nand more")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"^mnli: .*\(Couldn't reach it\); set TWIN_BENCH_DATA"):
+    with pytest.raises(InputError, match=r"^mnli: .*\(Couldn't reach it\); run again, .*TWIN_BENCH_DATA"):
         evaluate(served(), ["twin_mnli"])
 
 
