@@ -14,32 +14,36 @@ from tests.support.families import Family
 from tests.support.hub import Hub
 
 CLASSIFIERS = {"cola": "org/bert-cola/runs/best@v1", "stsb": "org/bert-stsb", "mnli": "org/bert-mnli-lora"}
-"""Recipes' names of three experts: in a folder of a repository at a tag, in shards, and a LoRA adapter."""
-LANGUAGE = {"mmlu": "org/llama-mmlu"}
+"""Three experts as a recipe names them: in a folder of a repository at a tag, in shards, and a LoRA adapter."""
+ADAPTER = "org/bert@main"
+"""The base model at a revision."""
+TOGETHER = "org/glue@v1"
+"""A repository at a tag that has a folder for each expert."""
 
 
 def add_models(hub: Hub, classifiers: Family, language: Family, folder: Path) -> dict[str, str]:
     """Add both families to a hub. Return where the same models are on disk, by their names on the hub."""
     saved = {"org/bert": classifiers.root / "base", "org/llama": language.root / "base"}
-    saved |= {name: language.root / task for task, name in LANGUAGE.items()}
-    saved["org/bert-stsb"] = folder / "stsb"
-    classifiers.experts["stsb"].save_pretrained(folder / "stsb", max_shard_size="40KB")
-    saved["org/bert-mnli-lora"] = folder / "mnli"
+    saved |= {"org/llama-mmlu": language.root / "mmlu"}
+    saved |= {"org/bert-stsb": folder / "stsb", "org/bert-mnli-lora": folder / "mnli"}
+    classifiers.experts["stsb"].save_pretrained(folder / "stsb", max_shard_size="20KB")
+    assert (folder / "stsb" / "model.safetensors.index.json").is_file()
     _adapter(classifiers.base).save_pretrained(folder / "mnli")
     settings = folder / "mnli" / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": "org/bert"}))
     for name, directory in saved.items():
         hub.add(name, directory)
-    best, other = _files(classifiers.root / "cola"), _files(classifiers.root / "base")
-    hub.add("org/bert-cola", {f"runs/best/{file}": content for file, content in best.items()}, names=("v1",))
-    hub.add("org/bert-cola", {f"runs/best/{file}": content for file, content in other.items()}, names=("main",))
-    tasks = {
-        f"{task}/{file}": text for task in classifiers.experts for file, text in _files(classifiers.root / task).items()
-    }
-    hub.add("org/glue", tasks, names=("v1",))
-    hub.add("org/glue", {"README.md": b"nothing here"}, names=("main",))
+    hub.moved["bert-as-it-was-called"] = "org/bert"
+    models = {task: _files(classifiers.root / task) for task in classifiers.experts}
+    other = _files(classifiers.root / "base")
+    hub.add("org/bert-cola", {f"runs/best/{file}": text for file, text in models["cola"].items()}, names=("v1",))
+    hub.add("org/bert-cola", {f"runs/best/{file}": text for file, text in other.items()})
+    hub.add(
+        "org/glue", {f"{task}/{file}": text for task in models for file, text in models[task].items()}, names=("v1",)
+    )
+    hub.add("org/glue", {"README.md": b"Nothing is here."})
     names = {name: str(directory) for name, directory in saved.items()}
-    return {**names, CLASSIFIERS["cola"]: str(classifiers.root / "cola"), "org/glue@v1": str(classifiers.root)}
+    return {**names, CLASSIFIERS["cola"]: str(classifiers.root / "cola"), ADAPTER: names["org/bert"]}
 
 
 def _files(directory: Path) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
-"""What a user does with names on the hub, in a process of its own: the hub's client reads its settings once.
+"""What a user does with names on the hub, in a process of its own: the hub's client reads its variables once.
 
-`python -m tests.support.hub_session PLAN.json` does what the plan says and writes what happened to its `out`. The
+`python -m tests.support.hub_session PLAN.json` does what the plan says and writes what happened to its `done`. The
 variables HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME say where the hub and its cache are.
 """
 
@@ -11,45 +11,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evaluate
+import lm_eval
+import torch
 import yaml
+from lm_eval.tasks import TaskManager
+from torch.utils import collect_env
 
+from tests.support.interpreter import START
 from twin_bench.__main__ import main
 from twin_bench.data import TASKS
 from twin_bench.data.rows import hub_rows
 from twin_bench.paths import tasks_directory
 
 BUILT_IN = ("mmlu_anatomy", "truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "arc_easy", "wikitext", "glue")
+FOLDERS = ("mmlu/default", "truthfulqa", "gsm8k", "arc", "wikitext", "glue")
+"""Where lm-eval has these tasks. To list the files of all its tasks takes ten seconds."""
 OWN = ("twin_mmlu", "twin_truthfulqa", "twin_bbq", "twin_cnn_dailymail")
 
 
-def commands(plan: dict[str, Any], out: Path) -> dict[str, int]:
-    """Run the commands with the plan's recipes and suites; return their exit codes."""
-    codes = {}
-    for name, content in plan["files"].items():
-        file, command = out / f"{name}.yaml", name.partition("-")[0]
-        file.write_text(yaml.safe_dump(content))
-        if command == "leaderboard":
-            codes[name] = main(["leaderboard", "--suite", str(file), "--out", str(out / name)])
-        else:
-            codes[name] = main([command, str(file), str(out / name)])
-    return codes
+def run(plan: dict[str, Any]) -> dict[str, Any]:
+    """Read rows, run commands and lm-eval, load a metric; return what came of each."""
+    torch.set_num_threads(1)
+    out = Path(plan["out"])
+    out.mkdir()
+    return {
+        "rows": {f"{task}/{split}": hub_rows(TASKS[task], split) for task, split in plan["rows"]},
+        "codes": {name: command(name, content, out) for name, content in plan["files"].items()},
+        "scores": scores(f"pretrained={out / 'build-language'}", f"pretrained={plan['plain']}"),
+        "metric": evaluate.load("share").compute(predictions=[1, 0, 1, 1], references=[1, 1, 1, 1]),
+    }
 
 
-def scores(twin: Path, plain: str) -> dict[str, Any]:
-    """Return lm-eval's scores of a twin on its built-in tasks and on this project's, and of a plain model."""
-    import lm_eval
-    import torch
-    from lm_eval.tasks import TaskManager
+def command(name: str, content: dict[str, Any], out: Path) -> int:
+    """Write a file to `out` and run the command that `name` begins with on it; return its exit code."""
+    file, verb = out / f"{name}.yaml", name.partition("-")[0]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    arguments = ["--suite", str(file), "--out"] if verb == "leaderboard" else [str(file)]
+    return main([verb, *arguments, str(out / name)])
 
-    from tests.support.interpreter import START
-    from torch.utils import collect_env
 
+def scores(twin: str, plain: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Return lm-eval's scores of a twin and of a plain model, on its own tasks and on this project's."""
     exec(START, {})  # what the plugin's .pth does in an installation
     collect_env.get_pretty_env_info = lambda: ""  # runs pip and others for seconds
-    torch.set_num_threads(1)
-    manager = TaskManager(include_path=str(tasks_directory()))
+    folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in FOLDERS]
+    manager = TaskManager(include_defaults=False, include_path=[str(tasks_directory()), *map(str, folders)])
     found = {}
-    for model, arguments in (("twin_merged", f"pretrained={twin}"), ("hf", f"pretrained={plain}")):
+    for model, arguments in (("twin_merged", twin), ("hf", plain)):
         results = lm_eval.simple_evaluate(
             model=model,
             model_args=f"{arguments},dtype=float32",
@@ -61,22 +70,11 @@ def scores(twin: Path, plain: str) -> dict[str, Any]:
             bootstrap_iters=0,
             gen_kwargs="max_gen_toks=16",
         )
-        kept = {}
-        for task, values in results["results"].items():
-            kept[task] = {
-                key: value for key, value in values.items() if isinstance(value, float) and "stderr" not in key
-            }
-        found[model] = kept
+        found[model] = {
+            task: {key: value for key, value in values.items() if isinstance(value, float) and "stderr" not in key}
+            for task, values in results["results"].items()
+        }
     return found
-
-
-def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """Do all, and return what happened."""
-    out = Path(plan["out"])
-    out.mkdir()
-    rows = {f"{task}/{split}": hub_rows(TASKS[task], split) for task, split in plan["rows"]}
-    codes = commands(plan, out)
-    return {"rows": rows, "codes": codes, "scores": scores(out / "build-language", plan["plain"])}
 
 
 if __name__ == "__main__":
