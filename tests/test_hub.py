@@ -26,6 +26,11 @@ from twin_bench.data import TASKS
 pytestmark = pytest.mark.slow
 
 SPLITS = [*((task, split) for task in TASKS for split in ("train", "validation")), ("mmlu", "dev")]
+OWN = {
+    **{"text": "sentence", "labels": ["unacceptable", "acceptable"], "metric": "mcc", "expert": "cola"},
+    "data": {"hub": "me/sentences", "config": "cola", "split": "validation"},
+}
+"""A suite's task of a user's own, on a data set of theirs: CoLA's rows again."""
 METRIC = b"""
 import datasets
 import evaluate
@@ -86,13 +91,14 @@ def told(families: Any, wide_llama: Family, tmp_path_factory: pytest.TempPathFac
     }
     files["leaderboard-hub"] = {
         **{"name": "hub", "base_model": "bert-as-it-was-called", "experts": TOGETHER, "data": "hub"},
-        **{"tasks": ["cola", "stsb", "mnli"], "methods": ["average"]},
+        **{"tasks": {**dict.fromkeys(classifiers.experts, {}), "mine": OWN}, "methods": ["average"]},
     }
     plan = {"rows": SPLITS, "files": files, "plain": "org/llama-mmlu"}
     found, asked = [], []
     with Hub() as hub:
         rows = add_datasets(hub)
         folders = add_models(hub, classifiers, wide_llama, root)
+        hub.add("me/sentences", hub.repositories["datasets", "nyu-mll/glue"].files(), kind="datasets")
         hub.add("evaluate-metric/share", {"share.py": METRIC}, kind="spaces")
         for offline in "01":
             plan |= {"out": str(root / f"out{offline}"), "done": str(root / f"done{offline}.json")}
@@ -150,6 +156,7 @@ def test_a_leaderboard_of_the_hubs_rows_and_experts(told: Told, families: Any) -
             score_alone(expert, task, out / "data" / "hub"), abs=1e-4
         )
         assert rows["experts", task]["n"] == 8
+    assert rows["experts", "mine"]["score"] == rows["experts", "cola"]["score"]
 
 
 def test_lm_evals_own_tasks_score_a_twin_as_they_score_its_expert(told: Told) -> None:

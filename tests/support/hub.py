@@ -39,6 +39,10 @@ class Repository:
         """Return the commit that a branch, a tag or a commit's own id names."""
         return revision if revision in self.commits else self.names.get(revision)
 
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        """Return a commit's files."""
+        return self.commits[self.names[revision]]
+
 
 @dataclass
 class Answer:

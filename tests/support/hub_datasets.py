@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 from tests.support.hub import Hub
 from tests.support.models import WORDS
-from twin_bench.data.glue import GLUE, GlueTask
+from twin_bench.data.classification import Classification
+from twin_bench.data.glue import GLUE
 
 Splits = dict[str, list[dict[str, Any]]]
 TEXT, INTEGER = Value("string"), Value("int32")
@@ -58,9 +59,9 @@ def _text(draw: random.Random, count: int) -> str:
 
 def _glue(draw: random.Random) -> list[tuple[str, str, Mapping[str, Any], Splits]]:
     found: list[tuple[str, str, Mapping[str, Any], Splits]] = []
-    wnli = GlueTask("wnli", ("sentence1", "sentence2"), "acc", ("not_entailment", "entailment"))
+    wnli = Classification("wnli", ("sentence1", "sentence2"), "acc", ("not_entailment", "entailment"))
     for task in (*GLUE.values(), wnli):  # WNLI is a task of lm-eval's, not of this project's.
-        label = Value("float32") if task.is_regression else ClassLabel(names=list(task.label_names))
+        label = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
         names = ["train", "validation", "test"]
         if task.name == "mnli":
             names = [
