@@ -102,7 +102,7 @@ def task_of(name: str, given: TaskSettings, data: Data | None) -> Task:
         if getattr(given, key) is not None:
             raise InputError(f"{key} without text: name the field of a row that holds its text")
     if given.helm is None and name in TASKS and data is not None:
-        return _known(TASKS[name], given, expert, split)
+        return _of_data(_known(TASKS[name], given, expert, split), data)
     if given.cluster is not None:
         raise InputError("cluster: the rows of this task are the harness's own; leave it out")
     return NamedTask(
@@ -139,6 +139,20 @@ def _known(task: Task, given: TaskSettings, expert: str | None, split: str | Non
         raise InputError(f"metric {given.metric!r}: {task.name} is scored by {task.metric} alone; leave metric out")
     shots = task.shots if given.few_shot is None else given.few_shot
     return dataclasses.replace(task, expert=expert, shots=shots, split=split, cluster=given.cluster)
+
+
+def _of_data(task: Task, data: Data) -> Task:
+    """Return a known task with its rows on the data set that the suite names, if that is not the task's own."""
+    assert isinstance(task, Classification | GenerativeTask)
+    own = task.hub or ("", None)
+    if not isinstance(data, HubRows) or (data.hub == own[0] and data.config in (None, own[1])):
+        return task
+    if isinstance(task, GenerativeTask):
+        raise InputError(
+            f"{task.name}: its rows are those of {own[0]} on the hub, not {data.hub}; write data: hub, or give a "
+            "directory"
+        )
+    return dataclasses.replace(task, hub=(data.hub, data.config), hub_splits={})
 
 
 def _metric(name: str, labels: tuple[str | int, ...]) -> str:
