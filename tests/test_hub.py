@@ -91,7 +91,7 @@ def told(families: Any, wide_llama: Family, tmp_path_factory: pytest.TempPathFac
     }
     files["leaderboard-hub"] = {
         **{"name": "hub", "base_model": "bert-as-it-was-called", "experts": TOGETHER, "data": "hub"},
-        **{"tasks": {**dict.fromkeys(classifiers.experts, {}), "mine": OWN}, "methods": ["average"]},
+        **{"tasks": {**{task: {} for task in classifiers.experts}, "mine": OWN}, "methods": ["average"]},
     }
     plan = {"rows": SPLITS, "files": files, "plain": "org/llama-mmlu"}
     found, asked = [], []

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from tests.support.hub import TOKEN, Hub, ask
 from twin_bench.checkpoints import hub as module
@@ -70,6 +70,15 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert model_directory("org/model@v2").name != first
     assert "not whole in the local cache, and HF_HUB_OFFLINE is set; unset it" in refused("org/model@v3")
+
+
+def test_a_branch_that_moved_is_not_asked_for_and_the_hubs_own_command_updates_it(hub):
+    hub.add("org/model", FILES)
+    first = model_directory("org/model")
+    second = hub.add("org/model", FILES | {"config.json": b'{"version": 2}'})
+    assert model_directory("org/model") == first
+    snapshot_download("org/model")  # what `hf download org/model` runs
+    assert model_directory("org/model").name == second
 
 
 def test_a_folder_of_a_repository_and_a_repository_that_moved(hub):
