@@ -155,6 +155,27 @@ def test_one_token_is_the_first_of_a_longer_text(
             assert found.log_probs == [pytest.approx(float(logits[found.tokens[0]]), abs=1e-4)]
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_likeliest_tokens_are_those_of_the_dense_logits(twin: TwinCausalLM, steps: int) -> None:
+    """At every place, whatever was drawn there. Requests that ask for none, or for other numbers, stand among them."""
+    counts = [3, 0, 5, 3, 400]
+    drawn = Sampling(4.0, stop=("#nowhere",))
+    asked = [
+        Generate(prompt, steps, drawn, seed="s", likeliest=count)
+        for prompt, count in zip(PROMPTS, counts, strict=False)
+    ]
+    others = texts(twin, [dataclasses.replace(request, likeliest=0) for request in asked])
+    for request, found, other in zip(asked, texts(twin, asked), others, strict=True):
+        assert (found.tokens, found.log_probs) == (other.tokens, pytest.approx(other.log_probs, abs=1e-5))
+        weights, ids = twin.route(torch.tensor([request.prompt])), [*request.prompt, *found.tokens]
+        logits = twin(torch.tensor([ids]), fusion_weights=weights).logits[0].log_softmax(dim=-1)
+        assert len(found.likeliest) == len(found.tokens)
+        for place, told in enumerate(found.likeliest, start=len(request.prompt) - 1):
+            expected = logits[place].topk(min(request.likeliest, 300))
+            assert [token for token, _ in told] == expected.indices.tolist()
+            assert [value for _, value in told] == pytest.approx(expected.values.tolist(), abs=1e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_completions_are_rows_of_a_forward(twin: TwinCausalLM, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Generate(PROMPTS[0], steps, Sampling(5.0), completions=7, seed="a")

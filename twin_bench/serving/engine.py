@@ -38,7 +38,8 @@ Answer = list[Completion] | RefusedError
 class Ask:
     """One request of a harness: the prompt's tokens, and how to continue them.
 
-    `max_tokens` 0 asks for the log-probabilities of the prompt's own tokens.
+    `max_tokens` 0 asks for the log-probabilities of the prompt's own tokens. `likeliest` is how many of the most
+    probable tokens are returned of each place of a completion.
     """
 
     prompt: tuple[int, ...]
@@ -48,6 +49,7 @@ class Ask:
     completions: int
     stop: tuple[str, ...]
     seed: str
+    likeliest: int = 0
 
 
 class Engine:
@@ -187,6 +189,7 @@ class Engine:
             decoding=Sampling(request.temperature, request.top_p, request.stop),
             completions=request.completions,
             seed=request.seed,
+            likeliest=request.likeliest,
             task=self._task,
         )
 
