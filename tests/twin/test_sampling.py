@@ -218,6 +218,19 @@ def test_a_draw_is_the_largest_of_scores_and_float64_noise(dtype: torch.dtype) -
     assert 7 not in expected
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_top_k_leaves_that_many_tokens(twin: TwinCausalLM, steps: int) -> None:
+    """Of a distribution that is nearly flat. The first k that are drawn from are the likeliest ones at each place."""
+    request = Generate(PROMPTS[0], steps, Sampling(1e3, top_k=3), completions=40, likeliest=3)
+    (found,) = generate(twin, [request])
+    drawn = {token for one in found for token in one.tokens[:1]}
+    assert drawn == {token for token, _ in found[0].likeliest[0]}
+    assert all(token in dict(place) for one in found for token, place in zip(one.tokens, one.likeliest, strict=True))
+    ((greedy,),) = generate(twin, [Generate(PROMPTS[0], steps)])
+    (sole,) = generate(twin, [dataclasses.replace(request, decoding=Sampling(1e3, top_k=1), likeliest=0)])
+    assert same(sole, [greedy] * 40)
+
+
 def test_texts_share_the_time_of_their_batch(twin: TwinCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Generate(prompt, 3) for prompt in PROMPTS[:4]] + [Generate(prompt, 1) for prompt in PROMPTS[4:]]
     batch, slept = twin.generate_batch, 0.2

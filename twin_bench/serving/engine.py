@@ -49,6 +49,7 @@ class Ask:
     completions: int
     stop: tuple[str, ...]
     seed: str
+    top_k: int = 0
     likeliest: int = 0
 
 
@@ -186,7 +187,7 @@ class Engine:
         return Generate(
             prompt=request.prompt,
             max_new_tokens=request.max_tokens,
-            decoding=Sampling(request.temperature, request.top_p, request.stop),
+            decoding=Sampling(request.temperature, request.top_p, request.stop, request.top_k),
             completions=request.completions,
             seed=request.seed,
             likeliest=request.likeliest,

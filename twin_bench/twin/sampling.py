@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -85,13 +86,15 @@ class Decoding(abc.ABC):
 class Sampling(Decoding):
     """Draws from the tempered distribution, or takes the most probable token at temperature 0.
 
-    `top_p` below 1 keeps the most probable tokens whose probabilities sum to it. `stop` are strings that end a text.
+    `top_p` below 1 keeps the most probable tokens whose probabilities sum to it. `top_k` keeps that many of the most
+    probable tokens, and 0 keeps all; it comes before `top_p`, as in transformers. `stop` are strings that end a text.
     They stay in the text. The prompt is no part of the text, so a stop string does not begin in it.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
 
     def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
         """Return the options of transformers' `generate` for one batch: greedy, over scores that the draws decide."""
@@ -108,6 +111,8 @@ class Sampling(Decoding):
         if not self.temperature:
             return LogitsProcessorList()
         processors: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             processors.append(TopPLogitsWarper(self.top_p))
         return LogitsProcessorList([*processors, _Gumbel(seeds)])
