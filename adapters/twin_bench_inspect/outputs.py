@@ -24,13 +24,7 @@ def choice(
 ) -> ChatCompletionChoice:
     """Return a completion as one of Inspect's choices, cut before the first of the strings in `stop`.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        model: the model's name.
-        found: the completion.
-        stop: the stop strings.
-        logprobs: whether the choice names the log-probabilities of its tokens.
-        at_length: the stop reason of a completion that ended at its largest length.
+    `model` is the model's name, `at_length` the stop reason of a completion that ended at its largest length.
     """
     text: str = tokenizer.decode(found.tokens, skip_special_tokens=True)
     end = min((place for place in map(text.find, stop) if place >= 0), default=len(text))

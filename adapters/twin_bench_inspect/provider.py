@@ -75,13 +75,9 @@ class TwinMerged(ModelAPI):  # type: ignore[misc]
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Answer one request.
-
-        Raises:
-            InputError: a request that can't be answered.
-        """
+        """Answer one request. InputError for one that can't be answered."""
         if tools:
-            raise InputError(f"twin_merged: the task has tools ({tools[0].name}, ...), and a twin calls none")
+            raise InputError(f"the task has tools ({', '.join(tool.name for tool in tools)}), and a twin calls none")
         asked = options(config, self.max_tokens())
         # A limiter of its own: Inspect bounds the requests, and its other threads must not wait for a batch.
         return await anyio.to_thread.run_sync(
@@ -97,7 +93,8 @@ class TwinMerged(ModelAPI):  # type: ignore[misc]
         room = twin.max_length - len(prompt)
         if room < 1:
             says = f"a prompt of {len(prompt)} tokens leaves no room for an answer; the window is {twin.max_length}"
-            return ModelOutput.from_content(self.model_name, says, stop_reason="model_length", error=says)
+            # No text: a scorer that looks for a word must not find it in a message.
+            return ModelOutput.from_content(self.model_name, "", stop_reason="model_length", error=says)
         ask = Ask(
             prompt=prompt,
             max_tokens=min(asked.max_tokens, room),
