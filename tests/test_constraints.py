@@ -18,12 +18,21 @@ TORCH_S_OWN = re.compile(r"torch|torchvision|triton|sympy|mpmath|setuptools|nvid
 """What a build of torch pins for itself, so that TORCH can choose another."""
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(*extras: str) -> dict[str, Requirement]:
+    """Return what the project and some of its extras require, by name, with what those extras name of the others."""
+    found: dict[str, Requirement] = {}
+    waiting = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    for one in map(Requirement, waiting):
+        found |= {canonicalize_name(one.name): one} if one.name != "twin-bench" else requirements(*one.extras)
+    return found
+
+
 @pytest.fixture(scope="module")
 def ranges() -> dict[str, Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    requirements = map(Requirement, [*project["dependencies"], *extras])
-    return {canonicalize_name(one.name): one for one in requirements if one.name != "twin-bench"}
+    return requirements(*PROJECT["optional-dependencies"])
 
 
 def pins(name: str) -> dict[str, Version]:
@@ -50,9 +59,14 @@ def test_every_range_ends(ranges: dict[str, Requirement]) -> None:
     assert ends == ranges.keys() - UNBOUNDED
 
 
-def test_the_lock_pins_every_requirement_within_its_range_and_nothing_of_torch(ranges: dict[str, Requirement]) -> None:
-    locked = pins("lock.txt")
-    assert ranges.keys() - locked.keys() == {"torch"}
-    for name in ranges.keys() & locked.keys():
-        assert locked[name] in ranges[name].specifier
+@pytest.mark.parametrize(("file", "extra"), [("lock.txt", "test"), ("inspect.txt", "test-inspect")])
+def test_a_lock_pins_every_requirement_within_its_range_and_nothing_of_torch(file: str, extra: str) -> None:
+    locked, needed = pins(file), requirements(extra)
+    assert needed.keys() - locked.keys() == {"torch"}
+    for name in needed.keys() & locked.keys():
+        assert locked[name] in needed[name].specifier
     assert not [name for name in locked if TORCH_S_OWN.fullmatch(name)]
+
+
+def test_inspect_is_not_installed_beside_helm() -> None:
+    assert {"inspect-ai", "crfm-helm"} & requirements("all").keys() == {"crfm-helm"}

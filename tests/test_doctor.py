@@ -67,7 +67,7 @@ def test_this_environment_has_no_problem(capsys: pytest.CaptureFixture[str]) -> 
 def test_no_harness_is_imported() -> None:
     loaded = loaded_by("from twin_bench.cli import main; main(['doctor'])")
     assert loaded & HEAVY >= {"torch", "transformers"}
-    assert not loaded & {"lm_eval", "helm", "peft", "datasets"}
+    assert not loaded & {"lm_eval", "helm", "inspect_ai", "peft", "datasets"}
     assert not [name for name in loaded if name.startswith(("twin_bench_helm", "twin_bench_lm_eval.model"))]
 
 
@@ -156,6 +156,24 @@ def test_helm(
     monkeypatch.setattr(doctor, "entry_points", lambda *, group: [SimpleNamespace(name=name) for name in points])
     installed({"crfm-helm": version})
     (finding,) = doctor.helm()
+    assert finding.mark == mark
+    assert says in str(finding)
+
+
+@pytest.mark.parametrize(
+    ("version", "points", "mark", "says"),
+    [
+        ("0.3.285", ["twin_bench"], "ok", "inspect-ai 0.3.285 finds twin-bench"),
+        ("0.3.285", ["other"], "problem", "entry point is missing: install twin-bench again"),
+        (None, [], "note", "Inspect is not installed, so inspect eval can't serve twins: pip install 'twin-bench[ins"),
+    ],
+)
+def test_inspect(
+    version: str | None, points: list[str], mark: str, says: str, installed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda *, group: [SimpleNamespace(name=name) for name in points])
+    installed({"inspect-ai": version})
+    (finding,) = doctor.inspect_ai()
     assert finding.mark == mark
     assert says in str(finding)
 

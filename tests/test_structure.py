@@ -14,6 +14,7 @@ LAYERS = (
     {"checkpoints"},
     {"merging", "demo"},
     {"twin"},
+    {"serving"},
     {"contenders"},
     {"adaptive"},
     {"leaderboard"},
@@ -23,8 +24,8 @@ LAYERS = (
 )
 """From low to high: a package imports from its own layer and lower ones. `__init__` is twin_bench itself."""
 HEIGHT = {package: height for height, layer in enumerate(LAYERS) for package in layer}
-ADAPTERS = ("twin_bench_lm_eval", "twin_bench_helm")
-HARNESSES = ("lm_eval", "helm")
+ADAPTERS = ("twin_bench_lm_eval", "twin_bench_helm", "twin_bench_inspect")
+HARNESSES = ("lm_eval", "helm", "inspect_ai")
 FUNCTION_LINES, MODULE_LINES = 60, 400
 TABLES = {"twin_bench/demo/sentences.py"}
 """Modules that hold data, for which there is no limit."""

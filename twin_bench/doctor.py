@@ -94,6 +94,7 @@ def checks(
     yield "plugins", plugins
     yield "lm-eval", lambda: lm_eval(variables, hooked=AUTOLOAD in sys.modules)
     yield "HELM", helm
+    yield "Inspect", inspect_ai
     yield "device", device
     yield "fast paths", fast_paths
     yield "environment", lambda: environment(variables)
@@ -156,6 +157,18 @@ def helm() -> list[Finding]:
         says = f"crfm-helm {found} does not find twin-bench, whose entry point is missing"
         return [Finding("problem", says, "install twin-bench again")]
     return [Finding("ok", f"crfm-helm {found} finds twin-bench through its entry point")]
+
+
+def inspect_ai() -> list[Finding]:
+    """Return whether Inspect AI finds the plugin."""
+    found = _version("inspect-ai")
+    if found is None:
+        says = "Inspect is not installed, so inspect eval can't serve twins"
+        return [Finding("note", says, "pip install 'twin-bench[inspect]', in an environment without HELM")]
+    if not any(point.name == "twin_bench" for point in entry_points(group="inspect_ai")):
+        says = f"inspect-ai {found} does not find twin-bench, whose entry point is missing"
+        return [Finding("problem", says, "install twin-bench again")]
+    return [Finding("ok", f"inspect-ai {found} finds twin-bench through its entry point")]
 
 
 def device() -> list[Finding]:

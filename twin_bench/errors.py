@@ -38,6 +38,10 @@ class NotFiniteError(InputError):
     """
 
 
+class RefusedError(InputError):
+    """One request that can't be answered. Others can: a harness sets this one aside, with the message as its reason."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'? known: a, b"`` for an unknown `name`, ready to end a message."""
     names = sorted(known)

@@ -27,13 +27,13 @@ from helm.common.request import (
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from twin_bench.config import parse
-from twin_bench.errors import InputError, shown
+from twin_bench.errors import InputError, RefusedError, shown
 from twin_bench.files import digest
+from twin_bench.serving.engine import Ask, Engine, engine
+from twin_bench.serving.prompts import encoded
+from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.sampling import Completion
-from twin_bench_helm.engine import Ask, Engine, engine
-from twin_bench_helm.errors import RefusedError
-from twin_bench_helm.prompts import encoded, in_template
-from twin_bench_helm.settings import TwinSettings
+from twin_bench_helm.prompts import in_template
 
 FORMAT = 2
 """The number of what the cache holds of an answer, and of how the answer is found."""
@@ -173,14 +173,9 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         )
 
     def _key(self, ask: Ask) -> dict[str, Any]:
-        twin = self.engine.twin
         return {
             "format": FORMAT,
-            "digests": twin.digests,
-            "protocol": twin.protocol,
-            "tolerance": twin.tolerance,
-            "sensitivity": twin.sensitivity,
-            "dtype": str(twin.model.dtype),
+            **self.engine.identity,
             "prompt": list(ask.prompt),
             "max_tokens": ask.max_tokens,
             "temperature": ask.temperature,

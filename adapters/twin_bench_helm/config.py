@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 from twin_bench.checkpoints.skeleton import context_window, read_config
 from twin_bench.config import parse
 from twin_bench.errors import InputError
+from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench_helm.compat import require_plugins
 from twin_bench_helm.local_path import Entry, add
 from twin_bench_helm.prompts import surrounding_tokens
-from twin_bench_helm.settings import TwinSettings
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 

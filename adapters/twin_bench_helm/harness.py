@@ -32,8 +32,8 @@ from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest, digest_file, read_record, write_bytes, write_record, written_at_once
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
+from twin_bench.serving.engine import hold
 from twin_bench.twin.causal import TwinCausalLM
-from twin_bench_helm.engine import hold
 from twin_bench_helm.prompts import surrounding_tokens
 
 SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail": "test"}

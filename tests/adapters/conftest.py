@@ -1,13 +1,17 @@
-"""Twins of language models that both harnesses are asked about."""
+"""Twins of language models that harnesses are asked about."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.families import built
+
+collect_ignore = [] if importlib.util.find_spec("inspect_ai") else ["twin_bench_inspect"]
+"""Inspect can't be installed beside HELM: `make test-inspect` has an environment of its own."""
 
 
 @pytest.fixture

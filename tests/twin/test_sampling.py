@@ -155,6 +155,27 @@ def test_one_token_is_the_first_of_a_longer_text(
             assert found.log_probs == [pytest.approx(float(logits[found.tokens[0]]), abs=1e-4)]
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_likeliest_tokens_are_those_of_the_dense_logits(twin: TwinCausalLM, steps: int) -> None:
+    """At every place, whatever was drawn there. Requests that ask for none, or for other numbers, stand among them."""
+    counts = [3, 0, 5, 3, 400]
+    drawn = Sampling(4.0, stop=("#nowhere",))
+    asked = [
+        Generate(prompt, steps, drawn, seed="s", likeliest=count)
+        for prompt, count in zip(PROMPTS, counts, strict=False)
+    ]
+    others = texts(twin, [dataclasses.replace(request, likeliest=0) for request in asked])
+    for request, found, other in zip(asked, texts(twin, asked), others, strict=True):
+        assert (found.tokens, found.log_probs) == (other.tokens, pytest.approx(other.log_probs, abs=1e-5))
+        weights, ids = twin.route(torch.tensor([request.prompt])), [*request.prompt, *found.tokens]
+        logits = twin(torch.tensor([ids]), fusion_weights=weights).logits[0].log_softmax(dim=-1)
+        assert len(found.likeliest) == len(found.tokens)
+        for place, told in enumerate(found.likeliest, start=len(request.prompt) - 1):
+            expected = logits[place].topk(min(request.likeliest, 300))
+            assert [token for token, _ in told] == expected.indices.tolist()
+            assert [value for _, value in told] == pytest.approx(expected.values.tolist(), abs=1e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_completions_are_rows_of_a_forward(twin: TwinCausalLM, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Generate(PROMPTS[0], steps, Sampling(5.0), completions=7, seed="a")
@@ -195,6 +216,19 @@ def test_a_draw_is_the_largest_of_scores_and_float64_noise(dtype: torch.dtype) -
     assert (found.shape, found.dtype, found.device) == (scores.shape, dtype, scores.device)
     assert len(set(expected.tolist())) > 20
     assert 7 not in expected
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_top_k_leaves_that_many_tokens(twin: TwinCausalLM, steps: int) -> None:
+    """Of a distribution that is nearly flat. The first k that are drawn from are the likeliest ones at each place."""
+    request = Generate(PROMPTS[0], steps, Sampling(1e3, top_k=3), completions=40, likeliest=3)
+    (found,) = generate(twin, [request])
+    drawn = {token for one in found for token in one.tokens[:1]}
+    assert drawn == {token for token, _ in found[0].likeliest[0]}
+    assert all(token in dict(place) for one in found for token, place in zip(one.tokens, one.likeliest, strict=True))
+    ((greedy,),) = generate(twin, [Generate(PROMPTS[0], steps)])
+    (sole,) = generate(twin, [dataclasses.replace(request, decoding=Sampling(1e3, top_k=1), likeliest=0)])
+    assert same(sole, [greedy] * 40)
 
 
 def test_texts_share_the_time_of_their_batch(twin: TwinCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

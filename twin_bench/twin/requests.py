@@ -62,7 +62,8 @@ class Generate:
     """A request for texts that continue a prompt.
 
     `completions` texts are generated, of at most `max_new_tokens` tokens each. `decoding` chooses their tokens. Text
-    number n is drawn from the seed "`seed`/n". `task` is the request's true task, which is needed only where the twin's
+    number n is drawn from the seed "`seed`/n". `likeliest` is how many of the most probable tokens are returned of each
+    place, with their log-probabilities. `task` is the request's true task, which is needed only where the twin's
     routing is `task`.
     """
 
@@ -71,6 +72,7 @@ class Generate:
     decoding: Decoding = field(default_factory=Sampling)
     completions: int = 1
     seed: str = ""
+    likeliest: int = 0
     task: str | None = None
 
 
@@ -165,11 +167,11 @@ def generate(
     prompts = [_last(request.prompt, window) for request in requests]
     weights = _routed(twin, prompts, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
-    kinds: dict[tuple[int, Decoding], list[int]] = {}
+    kinds: dict[tuple[int, Decoding, int], list[int]] = {}
     for row, request in enumerate(requests):
-        kinds.setdefault((request.max_new_tokens, request.decoding), []).append(row)
+        kinds.setdefault((request.max_new_tokens, request.decoding, request.likeliest), []).append(row)
     answers: list[dict[int, Completion]] = [{} for _ in requests]
-    for (steps, decoding), rows in kinds.items():
+    for (steps, decoding, _), rows in kinds.items():
         largest = takes_largest(decoding.options(twin.tokenizer, [""], 1), twin.model.generation_config)
         found = (
             _one_token_each(twin, requests, rows, weights, batch_size)
@@ -205,7 +207,8 @@ def _one_token_each(
     All `rows` have the same decoding. The completions of a request are drawn from the logits of one row.
     """
     prompts = [request.prompt for request in requests]
-    decoding = requests[rows[0]].decoding
+    first = requests[rows[0]]
+    decoding, likeliest = first.decoding, first.likeliest
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     limits = {row: len(prompts[row]) - 1 for row in rows}
     for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
@@ -214,7 +217,7 @@ def _one_token_each(
         options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in copies], max(map(len, prompts)))
         place = {row: index for index, row in enumerate(batch.rows)}
         drawn = logits[[place[row] for row, _ in copies]]
-        yield list(zip(copies, picked(drawn, options, ends, twin.tokenizer, decoding.stop), strict=True))
+        yield list(zip(copies, picked(drawn, options, ends, twin.tokenizer, decoding.stop, likeliest), strict=True))
 
 
 def _texts(
@@ -230,7 +233,8 @@ def _texts(
     No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
     the rest of its prompt, where a model with a window of attention counts it.
     """
-    steps, decoding = requests[rows[0]].max_new_tokens, requests[rows[0]].decoding
+    first = requests[rows[0]]
+    steps, decoding, likeliest = first.max_new_tokens, first.decoding, first.likeliest
     copies = _copies(requests, rows)
     prompts = [requests[row].prompt for row, _ in copies]
     own = weights[[row for row, _ in copies]]
@@ -240,9 +244,9 @@ def _texts(
         inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
         length = inputs["input_ids"].shape[1]
         options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in asked], length)
-        wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs}
+        wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs or likeliest > 0}
         output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
-        yield list(zip(asked, completed(output, length, ends, twin.tokenizer, decoding.stop), strict=True))
+        yield list(zip(asked, completed(output, length, ends, twin.tokenizer, decoding.stop, likeliest), strict=True))
 
 
 def _copies(requests: Sequence[Generate], rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -42,14 +43,16 @@ class Completion:
 
     `tokens` ends before the token that ended the text. That token is `end_token`, which is None for a text that ended
     otherwise. A text that is `stopped` ends with the token that completed a stop string. `log_probs` are natural
-    logarithms, one for each token; the list is empty if nobody asked for them. `seconds` is the text's share of the
-    time that its batch took, routing included.
+    logarithms, one for each token; the list is empty if nobody asked for them. `likeliest` are, for each token, the
+    most probable tokens at its place with their log-probabilities, the most probable one first: as many as were asked
+    for. `seconds` is the text's share of the time that its batch took, routing included.
     """
 
     tokens: list[int]
     log_probs: list[float]
     end_token: int | None = None
     stopped: bool = False
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     seconds: float = field(default=0.0, compare=False)
 
     @property
@@ -83,13 +86,15 @@ class Decoding(abc.ABC):
 class Sampling(Decoding):
     """Draws from the tempered distribution, or takes the most probable token at temperature 0.
 
-    `top_p` below 1 keeps the most probable tokens whose probabilities sum to it. `stop` are strings that end a text.
+    `top_p` below 1 keeps the most probable tokens whose probabilities sum to it. `top_k` keeps that many of the most
+    probable tokens, and 0 keeps all; it comes before `top_p`, as in transformers. `stop` are strings that end a text.
     They stay in the text. The prompt is no part of the text, so a stop string does not begin in it.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    top_k: int = 0
 
     def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
         """Return the options of transformers' `generate` for one batch: greedy, over scores that the draws decide."""
@@ -106,6 +111,8 @@ class Sampling(Decoding):
         if not self.temperature:
             return LogitsProcessorList()
         processors: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             processors.append(TopPLogitsWarper(self.top_p))
         return LogitsProcessorList([*processors, _Gumbel(seeds)])
@@ -183,7 +190,12 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
 
 
 def picked(
-    logits: Tensor, options: Mapping[str, Any], ends: Collection[int], tokenizer: Any, stop: Collection[str] = ()
+    logits: Tensor,
+    options: Mapping[str, Any],
+    ends: Collection[int],
+    tokenizer: Any,
+    stop: Collection[str] = (),
+    likeliest: int = 0,
 ) -> list[Completion]:
     """Return completions of one token, picked as `generate` would with these options.
 
@@ -193,17 +205,22 @@ def picked(
         ends: the tokens that end a text.
         tokenizer: the model's tokenizer.
         stop: the strings that end a text.
+        likeliest: the number of most probable tokens to return of each place.
     """
     scores = logits.float()
     unread: Any = torch.zeros(len(scores), 0, dtype=torch.long)  # stands for the prompts, which no processor here reads
     tokens = options.get("logits_processor", LogitsProcessorList())(unread, scores).argmax(dim=-1)
-    log_probs = torch.log_softmax(scores, dim=-1).gather(1, tokens[:, None]).tolist()
-    found = zip(tokens.tolist(), log_probs, strict=True)
-    return [_cut([token], own, ends, tokenizer, stop) for token, own in found]
+    found = zip(tokens.tolist(), *_told([scores], tokens[:, None], likeliest), strict=True)
+    return [_cut([token], own, most, ends, tokenizer, stop) for token, own, most in found]
 
 
 def completed(
-    output: Any, length: int, ends: Collection[int], tokenizer: Any, stop: Collection[str] = ()
+    output: Any,
+    length: int,
+    ends: Collection[int],
+    tokenizer: Any,
+    stop: Collection[str] = (),
+    likeliest: int = 0,
 ) -> list[Completion]:
     """Return the completions that `generate` found for a batch, each cut at its first end token or stop string.
 
@@ -216,24 +233,48 @@ def completed(
         ends: the tokens that end a text.
         tokenizer: the model's tokenizer.
         stop: the strings that end a text.
+        likeliest: the number of most probable tokens to return of each place.
     """
     new = output.sequences[:, length:]
-    log_probs: list[list[float]] = [[] for _ in new]
-    if output.logits is not None:
-        steps = [
-            torch.log_softmax(logits.float(), dim=-1).gather(1, new[:, place, None])[:, 0]
-            for place, logits in enumerate(output.logits)
-        ]
-        log_probs = torch.stack(steps, dim=1).tolist()
-    return [_cut(ids, own, ends, tokenizer, stop) for ids, own in zip(new.tolist(), log_probs, strict=True)]
+    nothing: list[list[Any]] = [[] for _ in new]
+    told = (nothing, nothing) if output.logits is None else _told(output.logits, new, likeliest)
+    found = zip(new.tolist(), *told, strict=True)
+    return [_cut(ids, own, most, ends, tokenizer, stop) for ids, own, most in found]
+
+
+def _told(
+    steps: Sequence[Tensor], tokens: Tensor, likeliest: int
+) -> tuple[list[list[float]], list[list[list[tuple[int, float]]]]]:
+    """Return, for each row and place, the log-probability of its token, and the most probable tokens with theirs.
+
+    Args:
+        steps: the logits of each place, (rows, vocabulary).
+        tokens: (rows, places).
+        likeliest: the number of most probable tokens.
+    """
+    chosen, best, values = [], [], []
+    for place, logits in enumerate(steps):
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        chosen.append(log_probs.gather(1, tokens[:, place, None])[:, 0])
+        most = log_probs.topk(min(likeliest, log_probs.shape[1]), dim=-1)
+        best.append(most.indices)
+        values.append(most.values)
+    ids, their = torch.stack(best, dim=1).tolist(), torch.stack(values, dim=1).tolist()
+    pairs = [[list(zip(*one, strict=True)) for one in zip(*row, strict=True)] for row in zip(ids, their, strict=True)]
+    return torch.stack(chosen, dim=1).tolist(), pairs
 
 
 def _cut(
-    ids: list[int], log_probs: list[float], ends: Collection[int], tokenizer: Any, stop: Collection[str]
+    ids: list[int],
+    log_probs: list[float],
+    likeliest: list[list[tuple[int, float]]],
+    ends: Collection[int],
+    tokenizer: Any,
+    stop: Collection[str],
 ) -> Completion:
     """Return the completion that new tokens begin with: up to the first stop string or before the first end token."""
     end = next((place for place, token in enumerate(ids) if token in ends), None)
     stopped = stop_length(tokenizer, ids[:end], stop)
     if stopped is not None:
-        return Completion(ids[:stopped], log_probs[:stopped], stopped=True)
-    return Completion(ids[:end], log_probs[:end], None if end is None else ids[end])
+        return Completion(ids[:stopped], log_probs[:stopped], stopped=True, likeliest=likeliest[:stopped])
+    return Completion(ids[:end], log_probs[:end], None if end is None else ids[end], likeliest=likeliest[:end])

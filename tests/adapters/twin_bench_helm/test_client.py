@@ -21,11 +21,11 @@ from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from tests.support.dense import dense
 from tests.support.models import WORDS
 from twin_bench import InputError, TwinModel
+from twin_bench.serving.engine import Engine
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.client import TwinClient
-from twin_bench_helm.engine import Engine
 
 pytestmark = pytest.mark.versions
 

@@ -23,12 +23,12 @@ from tests.support.models import WORDS, tiny_causal_tokenizer
 from twin_bench import InputError
 from twin_bench.cli import main
 from twin_bench.files import digest_file
+from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench_helm.config import deployment_entry, metadata_entry, tokenizer_entry, write_helm_config
 from twin_bench_helm.local_path import LOCK
 from twin_bench_helm.plugin import cnndm
-from twin_bench_helm.settings import TwinSettings
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.request import Request
 
 from tests.support.models import WORDS
+from twin_bench.serving.engine import Engine
 from twin_bench_helm import client as module
 from twin_bench_helm.client import BatchExecutor, TwinClient
-from twin_bench_helm.engine import Engine
 
 pytestmark = pytest.mark.versions
 

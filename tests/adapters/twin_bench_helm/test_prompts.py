@@ -14,8 +14,9 @@ from tokenizers import processors
 
 from tests.support.models import WORDS
 from twin_bench import InputError
+from twin_bench.serving.prompts import encoded
 from twin_bench_helm.client import TwinClient
-from twin_bench_helm.prompts import encoded, in_template, surrounding_tokens
+from twin_bench_helm.prompts import in_template, surrounding_tokens
 
 pytestmark = pytest.mark.versions
 

@@ -62,9 +62,15 @@ def test_what_the_wheel_holds(wheel):
     shipped = {f"twin_bench/tasks/{folder}/twin_{task}.yaml" for folder, tasks in TASKS.items() for task in tasks}
     assert shipped <= set(names)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"twin_bench", "twin_bench_helm", "twin_bench_lm_eval", "twin_bench_lm_eval.pth"}
+    assert tops == {
+        "twin_bench",
+        "twin_bench_helm",
+        "twin_bench_inspect",
+        "twin_bench_lm_eval",
+        "twin_bench_lm_eval.pth",
+    }
     assert {f"twin_bench/tasks/helm/{file}" for file in ("paper.conf", "small.conf", "schema_twin.yaml")} <= set(names)
-    assert {f"{package}/py.typed" for package in ("twin_bench", "twin_bench_helm", "twin_bench_lm_eval")} <= set(names)
+    assert {f"{package}/py.typed" for package in tops - {"twin_bench_lm_eval.pth"}} <= set(names)
     assert not [name for name in names if name.endswith(".pyc")]
 
 

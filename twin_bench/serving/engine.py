@@ -1,4 +1,4 @@
-"""The engine: one twin for the whole process. It answers together what HELM's threads ask at the same time.
+"""The engine: one twin for the whole process. It answers together what a harness's threads ask at the same time.
 
 The answer to a request depends only on the request. It does not depend on the batch, because each row has its own
 fusion weights, or on the number of threads. A sampled answer depends on the request's seed and not on earlier draws.
@@ -13,17 +13,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from twin_bench.errors import InputError, NotFiniteError, first_line
+from twin_bench.errors import InputError, NotFiniteError, RefusedError, first_line
+from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
 from twin_bench.twin.sampling import Completion, Sampling
-from twin_bench_helm.errors import RefusedError
-from twin_bench_helm.settings import TwinSettings
 
 GATHER_SECONDS = 0.01
 """The time for which the engine waits for another request before it answers those it has."""
@@ -36,9 +36,10 @@ Answer = list[Completion] | RefusedError
 
 @dataclass(frozen=True)
 class Ask:
-    """One request of HELM's: the prompt's tokens, and how to continue them.
+    """One request of a harness: the prompt's tokens, and how to continue them.
 
-    `max_tokens` 0 asks for the log-probabilities of the prompt's own tokens.
+    `max_tokens` 0 asks for the log-probabilities of the prompt's own tokens. `likeliest` is how many of the most
+    probable tokens are returned of each place of a completion.
     """
 
     prompt: tuple[int, ...]
@@ -48,6 +49,8 @@ class Ask:
     completions: int
     stop: tuple[str, ...]
     seed: str
+    top_k: int = 0
+    likeliest: int = 0
 
 
 class Engine:
@@ -62,6 +65,17 @@ class Engine:
         self._waiting: queue.SimpleQueue[tuple[Ask, Future[list[Completion]]]] = queue.SimpleQueue()
         self._lock, self._starting = threading.Lock(), threading.Lock()
         self._server: threading.Thread | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides an answer beside the request: a cache's key holds it, or another twin's answers are served."""
+        return {
+            "digests": self.twin.digests,
+            "protocol": self.twin.protocol,
+            "tolerance": self.twin.tolerance,
+            "sensitivity": self.twin.sensitivity,
+            "dtype": str(self.twin.model.dtype),
+        }
 
     def ask(self, request: Ask) -> list[Completion]:
         """Return the completions of one request. Requests of other threads may share its batches.
@@ -173,16 +187,17 @@ class Engine:
         return Generate(
             prompt=request.prompt,
             max_new_tokens=request.max_tokens,
-            decoding=Sampling(request.temperature, request.top_p, request.stop),
+            decoding=Sampling(request.temperature, request.top_p, request.stop, request.top_k),
             completions=request.completions,
             seed=request.seed,
+            likeliest=request.likeliest,
             task=self._task,
         )
 
     def _score(self, request: Ask) -> Score:
-        """Return the request for a prompt's own log-probabilities. By HELM's convention the first token's is 0.
+        """Return the request for a prompt's own log-probabilities. The first token has none, which counts as 0.
 
-        HELM does not say where the context ends in such a prompt, so the router reads the whole prompt.
+        No harness says where the context ends in such a prompt, so the router reads the whole prompt.
         """
         return Score(request.prompt[:1], request.prompt[1:], routed_on=request.prompt, task=self._task)
 
@@ -265,5 +280,5 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
         tolerance=settings.tolerance,
     )
     if not isinstance(twin, TwinCausalLM):
-        raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")
+        raise InputError(f"{directory}: a classifier twin does not generate text, which is what is asked for here")
     return Engine(twin, settings.batch_size)

@@ -1,4 +1,4 @@
-"""How HELM's client runs a twin: the settings that `twin-bench helm-config` writes and the client reads."""
+"""How a harness runs a twin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twin_bench.merging.registry import ProtocolName
 
 
 class TwinSettings(Settings):
-    """The settings of a twin that answers HELM.
+    """The settings of a twin that answers a harness.
 
     `device` is where it runs. None is the fastest device there is, and `auto` becomes None. `dtype` is what it computes
     in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits (see
@@ -26,7 +26,7 @@ class TwinSettings(Settings):
     @field_validator("device")
     @classmethod
     def _named(cls, device: str | None) -> str | None:
-        """Refuse what names no device. HELM may run on another machine, so the device need not be here."""
+        """Refuse what names no device. The settings may be another machine's, so the device need not be here."""
         import torch
 
         from twin_bench.twin.device import AUTO

@@ -1,4 +1,4 @@
-"""The engine: HELM's asks, translated to the scheduler's requests and back in order."""
+"""The engine: a harness's asks, translated to the scheduler's requests and back in order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from twin_bench import InputError, TwinModel
-from twin_bench_helm.engine import Ask, Engine
-from twin_bench_helm.errors import RefusedError
+from twin_bench.errors import RefusedError
+from twin_bench.serving.engine import Ask, Engine
 
 pytestmark = pytest.mark.versions
 
@@ -47,7 +47,7 @@ def test_a_list_of_all_kinds_is_answered_in_order(directory: Path) -> None:
 
 
 def test_a_prompt_is_scored_under_the_weights_of_all_of_it(directory: Path) -> None:
-    """HELM does not say where in it the context ends. The first token has no probability, which HELM writes as 0."""
+    """No harness says where in it the context ends. The first token has no probability, which counts as 0."""
     twin = TwinModel.from_pretrained(directory)
     for request in ASKED:
         if not request.max_tokens:
