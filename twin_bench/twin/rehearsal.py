@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.encoded import tokens
 from twin_bench.twin.plan import Group
 from twin_bench.twin.prefix import WORTHWHILE_TOKENS
 from twin_bench.twin.requests import Score

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
-from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.encoded import packed
+from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.encoded import packed, tokens
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
