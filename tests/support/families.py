@@ -91,3 +91,16 @@ def built(recipe: Mapping[str, Any], directory: Path) -> Path:
     """Build the twin of a recipe in `directory`, and return that."""
     build_twin(Recipe.model_validate(recipe), directory)
     return directory
+
+
+def alone(family: Family, root: Path) -> Path:
+    """Build a twin of one expert, at full rank, in `root`: its router can say nothing but 1."""
+    lines = (family.root / "router.jsonl").read_text().splitlines()
+    (root / "rows.jsonl").write_text("\n".join(line for line in lines if '"mmlu"' in line))
+    recipe = {
+        **family.recipe,
+        "experts": {"mmlu": family.recipe["experts"]["mmlu"]},
+        "exclusive": {"density": 1.0},
+        "router": {"data": str(root / "rows.jsonl"), "epochs": 1},
+    }
+    return built(recipe, root / "twin")

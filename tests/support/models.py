@@ -134,7 +134,7 @@ def tiny_causal(kind: str, seed: int = 0, like: Any = None, noise: float = 0.1) 
 
 
 def tiny_seq2seq_config(kind: str) -> Any:
-    """Return the config of an encoder-decoder of two and three blocks: t5, flan-t5 (gated), mt5 or bart."""
+    """Return the config of an encoder-decoder with two and three blocks in its halves: t5, flan-t5, mt5 or bart."""
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "vocab_size": CAUSAL_VOCABULARY}
     if kind == "bart":
         return transformers.BartConfig(
@@ -156,8 +156,8 @@ def tiny_seq2seq_config(kind: str) -> Any:
         d_model=24,
         d_kv=6,
         d_ff=40,
-        num_layers=2,
-        num_decoder_layers=3,
+        num_layers=3,
+        num_decoder_layers=2,
         num_heads=4,
         relative_attention_num_buckets=8,
         relative_attention_max_distance=16,
