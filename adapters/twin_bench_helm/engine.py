@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from twin_bench.errors import InputError, NotFiniteError, first_line
-from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
@@ -265,5 +265,5 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
         tolerance=settings.tolerance,
     )
     if not isinstance(twin, TwinCausalLM):
-        raise InputError(f"{directory}: a classifier twin does not generate text; HELM asks for text")
+        raise InputError(f"{directory}: {NOT_CAUSAL[twin.task_type]}; HELM asks for text")
     return Engine(twin, settings.batch_size)

@@ -21,6 +21,8 @@ from tests.support.models import CAUSAL_VOCABULARY as VOCABULARY
 from tests.support.models import tiny_seq2seq_tokenizer
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.factors import Factors
+from twin_bench.merging.export import merge_to_directory
+from twin_bench.merging.recipe import MergeRecipe
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.layers import install
 from twin_bench.twin.seq2seq import TwinSeq2Seq
@@ -230,6 +232,28 @@ def test_lora_experts_come_back_at_weight_one(
         adapted = peft.PeftModel.from_pretrained(shared, str(directory / "experts" / name)).eval()
         with torch.no_grad():
             torch.testing.assert_close(adapted(ids, labels=target).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_experts_merge_to_one_adapter(seq2seq_families: Any, tmp_path: Path) -> None:
+    family = seq2seq_families("t5")
+    experts, merged = adapters(family, tmp_path, r=2, target_modules=["q", "wo"])
+    recipe = {"base_model": family.recipe["base_model"], "experts": experts, "merge": {"method": "average"}}
+    merge_to_directory(MergeRecipe.model_validate({**recipe, "as_adapter": True}), tmp_path / "adapter")
+    merge_to_directory(MergeRecipe.model_validate(recipe), tmp_path / "merged")
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(family.base), str(tmp_path / "adapter")).eval()
+    whole = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    mean = copy.deepcopy(family.base)
+    states = [dict(model.named_parameters()) for model in merged.values()]
+    mean.load_state_dict({n: torch.stack([s[n] for s in states]).mean(dim=0) for n in states[0]}, strict=False)
+    given = {"input_ids": sources(2)["input_ids"], "labels": targets(2)}
+    with torch.no_grad():
+        expected = mean(**given).logits
+        torch.testing.assert_close(adapted(**given).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole(**given).logits, expected, rtol=1e-4, atol=1e-4)
+    on_table, _ = adapters(family, tmp_path / "tied", r=2, target_modules=["shared"])
+    wrong = MergeRecipe.model_validate({**recipe, "experts": on_table, "as_adapter": True})
+    with pytest.raises(InputError, match=r"shared\.weight is tied to .*, which an adapter does not change"):
+        merge_to_directory(wrong, tmp_path / "wrong")
 
 
 def test_protocol_paper_fuses_a_and_b_separately(seq2seq_families: Any, tmp_path: Path) -> None:

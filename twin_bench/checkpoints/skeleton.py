@@ -76,7 +76,8 @@ def skeleton_of(config: Any, task_type: TaskType, untied: Collection[str] = ()) 
         _require_text_to_text(model)
     prefix = f"{model.base_model_prefix}."
     first: dict[int, str] = {}
-    every = dict(model.named_parameters(remove_duplicate=False))
+    computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # Marian's positions: no checkpoint has them
+    every = {name: one for name, one in model.named_parameters(remove_duplicate=False) if name not in computed}
     tied = {name: first[id(one)] for name, one in every.items() if first.setdefault(id(one), name) != name}
     parameters = {name: one.shape for name, one in every.items() if name not in tied or name in untied}
     head = frozenset(n for n in parameters if task_type == "sequence_classification" and not n.startswith(prefix))
@@ -101,14 +102,19 @@ def skeleton_of(config: Any, task_type: TaskType, untied: Collection[str] = ()) 
 
 
 def _require_text_to_text(model: Any) -> None:
-    """Raise an InputError for a model that is no encoder and decoder of one config, as T5 and BART are."""
+    """Raise an InputError that names the class of an encoder-decoder which twins can't fuse per row."""
     config = model.config
+    whole = getattr(config, "is_encoder_decoder", False) and hasattr(model.get_encoder(), "config")
     sizes = (getattr(config, name, None) for name in ("vocab_size", "num_hidden_layers"))
-    if not getattr(config, "is_encoder_decoder", False) or not all(isinstance(size, int) for size in sizes):
-        raise InputError(
-            f"{type(model).__name__} can't be served: twins of encoder-decoders read a text and have one config for "
-            "both halves, as T5 and BART"
-        )
+    reasons = {
+        "it has no encoder and decoder of one config, as T5 and BART have": not whole
+        or not all(isinstance(size, int) for size in sizes),
+        "its layers are mixtures of experts": bool(getattr(config, "num_experts", 0)),
+        "its attention has rows in the place of tokens": hasattr(config, "attention_window"),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"{type(model).__name__} can't be served: {reason}")
 
 
 def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:

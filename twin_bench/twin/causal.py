@@ -25,6 +25,12 @@ from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
 from twin_bench.twin.plan import Group, batches
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_prefixes
 
+NOT_CAUSAL: dict[TaskType, str] = {
+    "sequence_classification": "a classifier twin does not generate text",
+    "seq2seq_lm": "an encoder-decoder's twin does not generate text behind a prompt (lm-eval serves it)",
+}
+"""Why a twin of another kind can't stand for a causal language model, to begin an error message."""
+
 
 class TwinCausalLM(TwinLanguageModel):
     """A twin of causal language models. What a protocol means for it: TwinLanguageModel."""

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, first_line
 from twin_bench.twin.arguments import checked_batch, checked_target
 from twin_bench.twin.encoded import Encoded, packed, tokens
 from twin_bench.twin.fusion import Fusion
@@ -35,11 +35,13 @@ class TwinSeq2Seq(TwinLanguageModel):
     task_type: ClassVar[TaskType] = "seq2seq_lm"
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
-        if getattr(model.config, "decoder_start_token_id", None) is None:
+        try:
+            _behind_start(model, torch.tensor([[1]], device=model.device))
+        except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{type(model).__name__}: its config names no decoder_start_token_id, with which a decoder begins; "
-                "add it to the base model's config.json"
-            )
+                f"{type(model).__name__}: its config does not say with which token a decoder begins "
+                f"({first_line(error)}); add decoder_start_token_id to the base model's config.json"
+            ) from None
         output, table = model.get_output_embeddings(), model.get_input_embeddings()
         if output is not None and output.weight is not table.weight:
             # transformers 5 says that every T5 is tied, and lm-eval would have it tie this one.
@@ -94,7 +96,7 @@ class TwinSeq2Seq(TwinLanguageModel):
         inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
         target = checked_target(decoder_input_ids, labels, inputs["input_ids"], self.model)
         weights = self._weights_of(inputs, fusion_weights, task)
-        read = target if labels is None else self._behind_start(target)
+        read = target if labels is None else _behind_start(self.model, target)
         length = input_ids.shape[1] + target.shape[1]
         given = {**_padded_right(inputs), "decoder_input_ids": read}
         return Seq2SeqLMOutput(logits=self._grouped_logits(given, weights, length, None))
@@ -184,8 +186,9 @@ class TwinSeq2Seq(TwinLanguageModel):
             hidden = self.backbone(**inputs).last_hidden_state
         every = torch.tensor(places, device=self.device)
         longest = max(map(len, targets))
-        padded = [[*target, *[self._padding] * (longest - len(target))] for target in targets]
-        read = self._behind_start(torch.tensor(padded, device=self.device))
+        padding = _padding(self.model)
+        padded = [[*target, *[padding] * (longest - len(target))] for target in targets]
+        read = _behind_start(self.model, torch.tensor(padded, device=self.device))
         with self.fused(group, weights):
             logits: Tensor = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden[every]),
@@ -201,7 +204,9 @@ class TwinSeq2Seq(TwinLanguageModel):
         sources = [row["input_ids"] for row in encoded]
         found: dict[int, Tensor] = {}
         for batch in self.planned(weights, [len(ids) for ids in sources], PROBE_BATCH):
-            first = [[self._padding]] * len(batch.rows)  # A target's own token is not read before its logits.
+            first = [[int(_padding(self.model) == 0)]] * len(
+                batch.rows
+            )  # any token but padding: its logits don't read it
             logits = self.logits([sources[row] for row in batch.rows], first, batch, weights)
             found.update(zip(batch.rows, logits[:, 0].cpu(), strict=True))
         return [found[row] for row in range(len(encoded))]
@@ -214,15 +219,21 @@ class TwinSeq2Seq(TwinLanguageModel):
                 f"{steps} tokens to generate behind {length}; the decoder's window is {window}: give max_new_tokens"
             )
 
-    @property
-    def _padding(self) -> int:
-        """The token that fills a target. No token before it reads it."""
-        return int(self.model.config.pad_token_id or 0)
 
-    def _behind_start(self, target: Tensor) -> Tensor:
-        """Return what the decoder reads to give the logits of a target's tokens, (batch, length)."""
-        read: Tensor = self.model.prepare_decoder_input_ids_from_labels(labels=target)
+def _padding(model: Any) -> int:
+    """Return the token that fills a target. No token before it reads it."""
+    return int(model.config.pad_token_id or 0)
+
+
+def _behind_start(model: Any, target: Tensor) -> Tensor:
+    """Return what a decoder reads to give the logits of a target's tokens, (batch, length)."""
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        read: Tensor = own(labels=target)
         return read
+    start = torch.full_like(target[:, :1], model.config.decoder_start_token_id)
+    read = torch.cat([start, target[:, :-1]], dim=1)
+    return read.masked_fill(read == -100, _padding(model))
 
 
 def _padded_right(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,12 @@ class TwinEmbedding(TwinLayer):
         return broadcastable(self.fusion.weights[:, self.owner].to(self.A), dims)
 
     def looked_up(self, ids: Tensor) -> Tensor:
-        """Return the fused table's rows (batch, length, width) of token ids (batch, length), before they are scaled."""
+        """Return the fused table's rows (batch, length, width) of token ids (batch, length), before they are scaled.
+
+        Ids (length,) are those of every row of the batch.
+        """
+        if ids.ndim == 1 and self.fusion.mode == "rows":
+            ids = ids[None]
         embedded = F.embedding(ids, self.weight)
         if self.fusion.mode != "shared" and len(self.owner):
             embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A

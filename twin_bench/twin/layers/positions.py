@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,10 @@ class TwinLearnedPositions(TwinEmbedding):
     """Learned embeddings of positions with exclusive vectors: any nn.Embedding named ...LearnedPositionalEmbedding.
 
     BART's and OPT's compute the positions themselves, each in another way. So the original module looks them up, in
-    its table and in the factor B. Its result may have one row for the whole batch.
+    its table and in the factor B. Its result may have one row for the whole batch, or no dimension for rows at all.
     """
+
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     @classmethod
     def stands_for(cls, layer: nn.Module, parent: nn.Module) -> bool:
@@ -43,7 +45,7 @@ class TwinLearnedPositions(TwinEmbedding):
     def _read(self, table: Tensor, *args: Any, **options: Any) -> Tensor:
         self.layer.weight = table.detach()
         found: Tensor = self.layer(*args, **options)
-        return found
+        return found[None] if found.ndim == 2 else found
 
 
 BIAS_METHODS = ("compute_bias", "compute_position_bias")
