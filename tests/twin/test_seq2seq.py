@@ -348,3 +348,23 @@ def test_a_shared_weight_that_is_no_table_is_refused() -> None:
     model = nn.ModuleDict({"first": first, "second": second})
     with pytest.raises(InputError, match="second is a Linear that shares its weight with another layer"):
         install(model, {"one": Exclusive({"first.weight": Factors(torch.ones(3, 1), torch.ones(1, 3))}, {})})
+
+
+def test_mpnets_biases_are_each_rows_own_as_t5s_are() -> None:
+    """As many rows as tokens: a table that is looked up without rows would be fused by the wrong ones in silence."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    config = transformers.MPNetConfig(vocab_size=40, max_position_embeddings=40, **shape)
+    model = transformers.MPNetForSequenceClassification(config).eval().double()
+    name = "mpnet.encoder.relative_attention_bias.weight"
+    own = [Factors(torch.randn(32, 2).double(), torch.randn(2, 2).double()) for _ in range(2)]
+    twin = copy.deepcopy(model)
+    fusion = install(twin, {str(index): Exclusive({name: factors}, {}) for index, factors in enumerate(own)})
+    ids, weights = torch.tensor([[5, 6, 7], [8, 9, 5], [7, 7, 6]]), torch.tensor([[0.3, 0.7], [1.0, 0.0], [-0.5, 2.0]])
+    with torch.no_grad(), fusion.per_row(weights.double()):
+        found = twin(ids).logits
+    for row, mix in enumerate(weights.tolist()):
+        merged = copy.deepcopy(model)
+        with torch.no_grad():
+            merged.get_parameter(name).add_(sum(w * B @ A for w, (B, A) in zip(mix, own, strict=True)))
+            torch.testing.assert_close(found[row], merged(ids[row : row + 1]).logits[0], rtol=1e-6, atol=1e-9)
