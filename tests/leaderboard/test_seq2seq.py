@@ -11,7 +11,8 @@ import torch
 import twin_bench
 from tests.support.lm_eval_requests import generated, scored
 from tests.support.merges import EXPERTS, STATIC
-from tests.support.rows import write_generative_rows
+from tests.support.rows import task_rows, write_generative_rows
+from tests.support.suites import rows_of, run
 from twin_bench import InputError, TwinModel
 from twin_bench.bench.run import bench
 from twin_bench.checkpoints.sources import open_sources
@@ -39,7 +40,7 @@ def context(seq2seq_families: Any, tmp_path_factory: pytest.TempPathFactory) -> 
         sources = open_sources(family.recipe["base_model"], paths)
         base = family.recipe["base_model"]
         settings = {**find_method(name).defaults, **(options or {})}
-        return Context(name, settings, "standard", tuple(paths), base, paths, sources, data, root / name)
+        return Context(name, settings, "standard", tuple(task_rows(data, *paths)), base, paths, sources, root / name)
 
     return of
 
@@ -55,7 +56,7 @@ def test_static_methods_merge_all_of_a_model(context: Any, seq2seq_families: Any
     asked = context(name, {"steps": 3} if name == "wudi" else {}, EXPERTS.get(name, 3))
     merged = merge_lazily(name, asked.sources.base, asked.sources.experts, **asked.settings)
     tensors = {key: tensor.detach() for key, tensor in family.base.named_parameters()}
-    tuned = {task: dict(family.experts[task].named_parameters()) for task in asked.tasks}
+    tuned = {task: dict(family.experts[task].named_parameters()) for task in asked.experts}
     expected = twin_bench.merge(name, tensors, tuned, **asked.settings)
     assert merged.keys() == expected.keys() >= {"lm_head.weight", "shared.weight"}
     for key, tensor in expected.items():
@@ -100,4 +101,21 @@ def test_bounds_and_twins_answer_as_their_models(context: Any, seq2seq_families:
     with pytest.raises(InputError, match=says):
         engine(str(directory), TwinSettings())
     with pytest.raises(InputError, match=says):
-        bench(directory, asked.data)
+        bench(directory, tmp_path)
+
+
+def test_a_suite_takes_encoder_decoders_where_it_takes_language_models(seq2seq_families: Any, tmp_path: Path) -> None:
+    recipe = seq2seq_families("bart").recipe
+    suite = {
+        "name": "tiny-seq2seq",
+        "base_model": recipe["base_model"],
+        "experts": recipe["experts"],
+        "data": str(write_generative_rows(tmp_path / "data")),
+        "tasks": ["mmlu", "cnn_dailymail"],
+        "protocol": ["standard", "routed"],
+        "rows": 2,
+        "methods": ["task_arithmetic", {"twin": {"router": {"epochs": 1}}}],
+    }
+    assert run(suite, tmp_path) == 0
+    found = {(method, task) for protocol, method, task in rows_of(tmp_path) if protocol == "standard"}
+    assert found >= {(method, task) for method in ("experts", "task_arithmetic", "twin") for task in suite["tasks"]}
