@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils import collect_env
 
-from tests.support.families import Family, built, make_causal_family, make_family
+from tests.support.families import Family, built, make_causal_family, make_family, make_seq2seq_family
 from tests.support.models import tiny_causal_tokenizer
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -45,6 +45,18 @@ def twins(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def causal_twins(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from kind of language model to the directory of its family's twin, likewise."""
     return functools.cache(lambda kind: built(causal_families(kind).recipe, tmp_path_factory.mktemp("twin") / "twin"))
+
+
+@pytest.fixture(scope="session")
+def seq2seq_families(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from kind to its family of encoder-decoders, each made once."""
+    return functools.cache(lambda kind: make_seq2seq_family(tmp_path_factory.mktemp(kind), kind))
+
+
+@pytest.fixture(scope="session")
+def seq2seq_twins(seq2seq_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function from kind of encoder-decoder to the directory of its family's twin, likewise."""
+    return functools.cache(lambda kind: built(seq2seq_families(kind).recipe, tmp_path_factory.mktemp("twin") / "twin"))
 
 
 @pytest.fixture(scope="session", autouse=True)

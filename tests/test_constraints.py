@@ -24,7 +24,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def requirements(*extras: str) -> dict[str, Requirement]:
     """Return what the project and some of its extras require, by name, with what those extras name of the others."""
     found: dict[str, Requirement] = {}
-    waiting = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
+    waiting = [
+        *PROJECT["dependencies"],
+        *(line for extra in extras for line in PROJECT["optional-dependencies"][extra]),
+    ]
     for one in map(Requirement, waiting):
         found |= {canonicalize_name(one.name): one} if one.name != "twin-bench" else requirements(*one.extras)
     return found

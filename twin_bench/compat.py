@@ -16,8 +16,20 @@ import transformers
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Conv1D", "cache_argument", "own_names", "pattern_of", "prefix_argument", "say_once", "selects_logits"]
+__all__ = [
+    "LOADS_UNTIED",
+    "Conv1D",
+    "cache_argument",
+    "own_names",
+    "pattern_of",
+    "prefix_argument",
+    "say_once",
+    "selects_logits",
+    "seq2seq_classes",
+]
 
+LOADS_UNTIED = int(transformers.__version__.partition(".")[0]) >= 5
+"""Whether transformers leaves tied parameters untied that a checkpoint stores with different values."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """transformers 5.24 renamed the second to the first: its signatures show the first, and it warns of the second."""
 
@@ -51,6 +63,14 @@ def selects_logits(model: Any) -> bool:
         return True
     say_once(f"{_named(model)} takes no logits_to_keep: the logits of all tokens are computed, which takes memory")
     return False
+
+
+def seq2seq_classes() -> set[str]:
+    """Return the names of the encoder-decoders of texts that transformers knows, older names of theirs included."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    listed = [names if isinstance(names, tuple | list) else (names,) for names in NAMES.values()]
+    return {"T5WithLMHeadModel", *(name for names in listed for name in names)}
 
 
 def own_names(model: Any) -> Callable[[str], str]:

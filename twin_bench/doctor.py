@@ -241,6 +241,14 @@ def environment(variables: Mapping[str, str]) -> list[Finding]:
     return findings
 
 
+KINDS = {
+    "causal_lm": "a language model",
+    "seq2seq_lm": "an encoder-decoder",
+    "sequence_classification": "a classifier",
+}
+"""What a twin of each task type is."""
+
+
 def twin(directory: Path) -> list[Finding]:
     """Return what a twin is made of and what it can do, once all its files' checksums are verified.
 
@@ -257,13 +265,13 @@ def twin(directory: Path) -> list[Finding]:
 
     manifest = read_manifest(directory)
     parts = load_parts(directory)
-    kind = {"causal_lm": "language model", "sequence_classification": "classifier"}[manifest["task_type"]]
+    kind = KINDS[manifest["task_type"]]
     experts = ", ".join(manifest["experts"]) or "none, it is a static merge"
     return [
         Finding("ok", f"the checksums of its {len(manifest['files'])} files match"),
         Finding(
             "ok",
-            f"format {manifest['format_version']}, a {kind}, built by twin-bench {manifest.get('twin_bench', '?')}",
+            f"format {manifest['format_version']}, {kind}, built by twin-bench {manifest.get('twin_bench', '?')}",
         ),
         Finding("ok", f"experts: {experts}"),
         Finding("ok", f"protocols: {', '.join(protocols(manifest['task_type'], parts))}"),
@@ -274,9 +282,9 @@ def twin(directory: Path) -> list[Finding]:
 
 def protocols(task_type: str, parts: Parts) -> list[str]:
     """Return the protocols that a twin of these parts serves."""
-    causal, paper = task_type == "causal_lm", parts.paper
-    has_paper = paper is not None and (paper.factors is not None or not causal)
-    routed = causal or parts.router is not None
+    headless, paper = task_type != "sequence_classification", parts.paper
+    has_paper = paper is not None and (paper.factors is not None or not headless)
+    routed = headless or parts.router is not None
     served = {"standard": True, "paper": has_paper or not parts.exclusive, "routed": routed}
     return [name for name, serves in served.items() if serves]
 

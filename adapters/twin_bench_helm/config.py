@@ -13,6 +13,7 @@ from twin_bench.checkpoints.skeleton import context_window, read_config
 from twin_bench.config import parse
 from twin_bench.errors import InputError
 from twin_bench.serving.settings import TwinSettings
+from twin_bench.twin.causal import NOT_CAUSAL
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench_helm.compat import require_plugins
 from twin_bench_helm.local_path import Entry, add
@@ -91,7 +92,7 @@ def _served(twin: Path, settings: TwinSettings) -> dict[str, Any]:
     """Return what twin.json holds. Raise an InputError for a twin that can't be served with these settings."""
     manifest = read_manifest(twin)
     if manifest["task_type"] != "causal_lm":
-        raise InputError(f"{twin}: a classifier twin does not generate text, which is what HELM asks for")
+        raise InputError(f"{twin}: {NOT_CAUSAL[manifest['task_type']]}, which is what HELM asks for")
     parts = load_parts(twin)
     if not parts.exclusive:
         return manifest

@@ -33,7 +33,7 @@ from twin_bench.files import digest, digest_file, read_record, write_bytes, writ
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.serving.engine import hold
-from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench_helm.prompts import surrounding_tokens
 
 SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail": "test"}
@@ -82,7 +82,10 @@ class Helm(Harness):
 
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""
-        assert isinstance(contender.twin, TwinCausalLM)
+        if not isinstance(contender.twin, TwinCausalLM):
+            raise InputError(
+                f"suite {job.suite.name}: {NOT_CAUSAL[contender.twin.task_type]}; leave --harness helm out"
+            )
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             scored = evaluate(
                 contender.twin,

@@ -29,7 +29,7 @@ _REASONS: Mapping[str, Collection[str]] = {
     ),
     "a twin has the precision `dtype`": ("mixed_precision_dtype", "torch_dtype"),
     "a twin's log-softmax is in float32": ("softmax_dtype",),
-    "a twin is a decoder": ("backend",),
+    "a twin's kind is in its twin.json": ("backend",),
 }
 REFUSED = {name: reason for reason, names in _REASONS.items() for name in names}
 """Arguments of HFLM and of transformers' `from_pretrained` that can't hold for a twin, and why."""
@@ -49,17 +49,18 @@ _DEFAULTS = {
     for name, parameter in inspect.signature(HFLM.__init__).parameters.items()
     if name not in ("self", "kwargs")
 }
-_SAME = {"softmax_dtype": ("float32", torch.float32), "backend": ("causal",)}
+_SAME: Mapping[str, Collection[Any]] = {"softmax_dtype": ("float32", torch.float32)}
 """Values of refused arguments that ask for what a twin does anyway."""
 
 
-def checked(options: Mapping[str, Any], config: Any, own: Collection[str]) -> dict[str, Any]:
+def checked(options: Mapping[str, Any], config: Any, own: Collection[str], backend: str) -> dict[str, Any]:
     """Return the options that HFLM is given, without those that change nothing.
 
     Args:
         options: HFLM's options by name, and those that it passes on to `from_pretrained`.
         config: the transformers config of the shared expert, whose attributes are options of `from_pretrained`.
         own: the names of the twin's own arguments, which may have been meant.
+        backend: HFLM's name for the kind of twin.
 
     Raises:
         InputError: an option that can't hold for a twin, with the reason, or an unknown one.
@@ -68,10 +69,8 @@ def checked(options: Mapping[str, Any], config: Any, own: Collection[str]) -> di
     taken: dict[str, Any] = {}
     for name, value in options.items():
         if name in REFUSED:
-            without_effect = (None, False, _DEFAULTS.get(name))
-            if not any(value is one or value == one for one in without_effect) and str(value) not in _SAME.get(
-                name, ()
-            ):
+            without_effect = (None, False, _DEFAULTS.get(name), *({**_SAME, "backend": (backend,)}.get(name, ())))
+            if not any(value is one or value == one for one in without_effect):
                 raise InputError(f"twin_merged: {name}={value}: {REFUSED[name]}; leave {name} out")
         elif name in _DEFAULTS or name in LOADING or name in attributes:
             taken[name] = value

@@ -1,4 +1,4 @@
-"""The base class of the two models that lm-eval is given, and checks of their arguments."""
+"""The base class of the models that lm-eval is given, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twin_bench.twin.model import TwinModel
 
 
 class ServedTwin(LM):  # type: ignore[misc]
-    """A twin as an lm-eval model: a `ClassifierTwin` or a `CausalTwin`."""
+    """A twin as an lm-eval model: a `ClassifierTwin`, a `CausalTwin` or a `Seq2SeqTwin`."""
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Raise an InputError: a twin can't be used with --use_cache.

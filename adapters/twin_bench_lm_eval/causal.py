@@ -1,171 +1,30 @@
-"""A language model's twin as an lm-eval model: HFLM whose requests are each answered with their own fusion weights."""
+"""A causal language model's twin as an lm-eval model."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
-import torch
-from accelerate import find_executable_batch_size  # type: ignore[import-untyped]
-from lm_eval.models.huggingface import HFLM, eval_logger
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.models.huggingface import eval_logger
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
 
-from twin_bench.checkpoints.dtypes import known_dtype
-from twin_bench.checkpoints.skeleton import context_window, read_config
-from twin_bench.errors import InputError, first_line, nearest
-from twin_bench.twin.cache import named_directory
-from twin_bench.twin.causal import TwinCausalLM
-from twin_bench.twin.directory import load_parts, read_manifest
-from twin_bench.twin.parts import PROTOCOLS, ProtocolName
+from twin_bench.checkpoints.skeleton import context_window
+from twin_bench.data.task import TaskType
+from twin_bench.errors import InputError
 from twin_bench.twin.rehearsal import rehearse_generation, rehearse_score
-from twin_bench.twin.requests import Generate, Score, generate, score
-from twin_bench.twin.sampling import Completion, Decoding
-from twin_bench_lm_eval.arguments import checked, loading
-from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
-
-CPU_BATCH = 16
-"""The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
-
-Request = tuple[Any, list[int], list[int]]
+from twin_bench.twin.requests import Generate, Score, Scored, generate, score
+from twin_bench.twin.sampling import Completion
+from twin_bench_lm_eval.language import HFLMDecoding, LanguageTwin, Request
 
 
-@dataclass(frozen=True, eq=False)
-class HFLMDecoding(Decoding):
-    """The generation arguments of some requests, applied as HFLM applies them.
+class CausalTwin(LanguageTwin):
+    """A twin of causal language models. Its lists are answered by `twin_bench.twin.requests`."""
 
-    `until` are the strings that end a text. `arguments` are the other ones: options of transformers' `generate`.
-    """
+    kind: ClassVar[TaskType] = "causal_lm"
+    hflm_backend: ClassVar[Literal["causal", "seq2seq"]] = "causal"
 
-    until: tuple[str, ...]
-    arguments: Mapping[str, Any]
-
-    def options(self, tokenizer: Any, seeds: Sequence[str], length: int) -> dict[str, Any]:
-        """Return the options of transformers' `generate` for one batch. The seeds are not used, as in HFLM."""
-        options = {"use_cache": True, **self.arguments}
-        temperature = options.setdefault("temperature", 0.0)
-        if temperature == 0.0 and options.get("do_sample") is None:
-            options["do_sample"] = False
-        if temperature == 0.0 and options["do_sample"] is False:
-            del options["temperature"]
-        criteria = stop_sequences_criteria(tokenizer, list(self.until), length, len(seeds))
-        return {**options, "stopping_criteria": criteria}
-
-
-class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
-    """Serves any lm-eval task that HFLM serves, and takes HFLM's options.
-
-    The router reads a request's context. It does not read the continuation that is scored, or padding. A list of
-    requests is answered as a whole by `twin_bench.twin.requests`. `loglikelihood_rolling` has no context, so the router
-    reads the prefix token, and one set of weights scores a whole document.
-    """
-
-    def __init__(
-        self,
-        pretrained: str | Path | None = None,
-        *,
-        twin: TwinCausalLM | None = None,
-        task: str | None = None,
-        device: str | None = None,
-        batch_size: int | str | None = 1,
-        protocol: ProtocolName = "standard",
-        tolerance: float | None = None,
-        fusion: str = "exact",
-        data: str | Path | None = None,
-        split: str | None = None,
-        shots: int | None = None,
-        **options: Any,
-    ) -> None:
-        """Load a twin directory, or serve a twin in memory.
-
-        Args:
-            pretrained: the twin's directory.
-            twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
-            task: the task of all requests. It is needed only where the twin's routing is `task`.
-            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
-                device that the machine does not have.
-            batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
-            protocol: standard (the default), paper or routed: see docs/protocols.md.
-            tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
-            fusion: exact is the only mode.
-            data: where this project's tasks find their rows. The model does not use it.
-            split: the split of those rows. The model does not use it.
-            shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
-            **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
-                transformers (attn_implementation, attributes of the model's config, ...).
-
-        Raises:
-            InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
-        """
-        if fusion != "exact":
-            raise InputError(f"twin_merged: fusion={fusion}; known: exact")
-        if protocol not in PROTOCOLS:
-            raise InputError(f"twin_merged: protocol={protocol}{nearest(protocol, PROTOCOLS)}")
-        if not str(batch_size).startswith("auto"):
-            positive("batch_size", batch_size)
-        self._task, self._protocol, self._tolerance = task, protocol, tolerance
-        self._loading: dict[str, Any] = {}
-        if twin is None:
-            self._load(pretrained, device, batch_size, options)
-        else:
-            self.twin = twin
-            taken = checked(options, twin.model.config, _own_arguments())
-            super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
-        self.twin.tokenizer = self.tokenizer
-
-    def _load(
-        self, pretrained: str | Path | None, device: str | None, batch_size: int | str | None, options: dict[str, Any]
-    ) -> None:
-        """Have HFLM load the shared expert and its tokenizer. `_create_model` then adds the experts and the router."""
-        if pretrained is None:
-            raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
-        directory = Path(str(pretrained))
-        read_manifest(directory)
-        trusted = bool(options.get("trust_remote_code"))
-        config = read_config(directory / "model", trust_remote_code=trusted)
-        options = checked(options, config, _own_arguments())
-        self._loading = loading(options)
-        self._parts = load_parts(directory, trust_remote_code=trusted)
-        options["dtype"] = known_dtype(options.get("dtype")) or "auto"
-        options["max_length"] = _window(options.get("max_length") or self._parts.max_length, config)
-        given = {"device": usable(device), "batch_size": batch_size}
-        super().__init__(pretrained=str(directory / "model"), **given, **options)
-
-    def _create_model(self, pretrained: str, **options: Any) -> None:
-        try:
-            super()._create_model(pretrained, **options)
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:
-            if not self._loading:
-                raise
-            given = ",".join(f"{name}={value}" for name, value in self._loading.items())
-            raise InputError(f"twin_merged: the model can't be loaded with {given}: {first_line(error)}") from error
-        model: PreTrainedModel = self._model
-        self.twin = TwinCausalLM(model, self.tokenizer, self._parts, protocol=self._protocol, tolerance=self._tolerance)
-        self.twin.feature_cache = named_directory()
-        self.twin.to(self._device)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return each document's log-likelihood. The windows of all documents are answered as one list."""
-        windows: list[Request] = []
-        counts: list[int] = []
-        for request in requests:
-            (document,) = request.args
-            rolled = get_rolling_token_windows(
-                self.tok_encode(document), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-            )
-            own = [(None, *make_disjoint_window(window)) for window in rolled]
-            windows += own
-            counts.append(len(own))
-        answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
-        return [sum(answer for answer, _ in itertools.islice(answers, count)) for count in counts]
+    def _window(self, config: Any) -> int | None:
+        return context_window(config)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -173,76 +32,26 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Return (log-likelihood, whether it is the greedy answer) of (key, context, continuation) requests."""
         for _, context, continuation in requests:
             _warn_of_truncation(len(context), len(continuation), self.max_length)
-        asked = [self._score(request) for request in requests]
-        batch_size = override_bs or self._rows_a_batch(lambda: self._detect_batch_size(_longest_first(requests)))
-        with self._bar(len(requests), disable_tqdm) as bar:
-            scores = score(self.twin, asked, batch_size=batch_size, max_length=self.max_length, progress=bar.update)
-        return [(float(one.log_probs.sum()), one.greedy) for one in scores]
+        return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
 
-    def _score(self, request: Request) -> Score:
-        key, context, continuation = request
-        return Score(context, continuation, [self.prefix_token_id] if key is None else context, self._task)
+    def _scores(self, asked: Sequence[Score], **options: Any) -> list[Scored]:
+        return score(self.twin, asked, **options)
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the generated texts, in order: those that HFLM generates with each prompt's own fused model."""
-        decodings: dict[str, HFLMDecoding] = {}
-        asked, ends = [], []
-        for request in requests:
-            prompt, decoding, limit = self._translated(request)
-            decoding = decodings.setdefault(repr((decoding.until, sorted(decoding.arguments.items()))), decoding)
-            asked.append(Generate(prompt, limit, decoding, task=self._task))
-            ends.append(decoding.until)
-        beams = max((int(one.arguments.get("num_beams") or 1) for one in decodings.values()), default=1)
-        batch_size = self._rows_a_batch(lambda: self._texts_that_fit(asked, beams))
-        with self._bar(len(requests), disable_tqdm) as bar:
-            answers = generate(
-                self.twin,
-                asked,
-                batch_size=batch_size,
-                max_length=self.max_length,
-                log_probs=False,
-                progress=bar.update,
-            )
-        return [self._text(found, until) for (found,), until in zip(answers, ends, strict=True)]
+    def _completions(self, asked: Sequence[Generate], **options: Any) -> list[list[Completion]]:
+        return generate(self.twin, asked, **options)
 
-    def _bar(self, requests: int, disabled: bool) -> Any:
-        """Return the bar of a request list. Each request takes two steps: it is routed, and it is answered."""
-        return tqdm(total=2 * requests, disable=disabled or self.rank != 0, desc="Running the twin", unit="step")
-
-    def _translated(self, request: Any) -> tuple[list[int], HFLMDecoding, int]:
-        """Return a request's prompt, how to decode, and the number of tokens to generate, as HFLM reads them.
+    def _prompt(self, context: str, arguments: dict[str, Any], limit: int) -> tuple[list[int], int]:
+        """Return a prompt's tokens, and the number of tokens to generate.
 
         HFLM counts the option `max_length` with the padding of its batch. Here it counts the prompt's own tokens.
         """
-        context, given = request.args
-        task = request.task_name
         if not context:
-            raise InputError(f"task {task!r}: an empty context; nothing to continue or to route on")
-        arguments: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        until = tuple(handle_stop_sequences(arguments.pop("until", None), eos=end))
-        limit = int(arguments.pop("max_gen_toks"))
+            raise InputError("an empty context; nothing to continue or to route on")
         if limit >= self.max_length:
-            raise InputError(f"task {task!r}: max_gen_toks {limit} leaves no room in a window of {self.max_length}")
-        if int(arguments.get("num_return_sequences") or 1) > 1:
-            raise InputError(f"task {task!r}: num_return_sequences: lm-eval takes one text a request; leave it out")
+            raise InputError(f"max_gen_toks {limit} leaves no room in a window of {self.max_length}")
         ids, _ = self.tok_batch_encode([context], left_truncate_len=self.max_length - limit, truncation=self.truncation)
-        prompt = ids[0].tolist()
-        if "max_length" in arguments:
-            limit = int(arguments.pop("max_length")) - len(prompt)
-        return prompt, HFLMDecoding(until, arguments), limit
-
-    def _text(self, found: Completion, until: Sequence[str]) -> str:
-        """Return a completion as text, cut where HFLM cuts it."""
-        ids = found.tokens if found.end_token is None else [*found.tokens, found.end_token]
-        think_end = self.think_end_token
-        if isinstance(think_end, int) and think_end in ids:
-            ids = ids[len(ids) - ids[::-1].index(think_end) :]
-        text = self.tok_decode(ids)
-        if isinstance(think_end, int):
-            text = text.lstrip()
-        cut: str = postprocess_generated_text(text, list(until), think_end if isinstance(think_end, str) else None)
-        return cut
+        prompt: list[int] = ids[0].tolist()
+        return prompt, int(arguments.pop("max_length")) - len(prompt) if "max_length" in arguments else limit
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return the logits (batch, length, vocabulary) of a batch. The router reads each whole row.
@@ -290,75 +99,6 @@ class CausalTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
         length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
         return self._most_rows(lambda rows: rehearse_generation(self.twin, length, rows * beams))
-
-    def _most_rows(self, rehearse: Callable[[int], None]) -> int:
-        """Return the largest number of rows, `max_batch_size` at most, for which `rehearse` does not run out of memory.
-
-        It is the least of all processes' numbers. So all must ask equally often: once for each request list.
-        """
-        found = CPU_BATCH
-
-        def rehearsed(rows: int) -> int:
-            rehearse(rows)
-            return rows
-
-        if self.device.type != "cpu":
-            try:
-                found = find_executable_batch_size(rehearsed, starting_batch_size=self.max_batch_size)()
-            except RuntimeError as error:
-                if "No executable batch size found" not in str(error):
-                    raise
-                found = 1
-        if self.world_size > 1:
-            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
-        clear_torch_cache()
-        self.batch_sizes[len(self.batch_sizes)] = found  # lm-eval prints and stores them
-        return found
-
-    def _rows_a_batch(self, detect: Callable[[], int]) -> int:
-        return detect() if self.batch_size == "auto" else int(self.batch_size)
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the tokenizer's chat template. Raise an InputError if one is asked for and there is none."""
-        if chat_template and not self.tokenizer.chat_template:
-            raise InputError(
-                "twin_merged: this model's tokenizer has no chat template; leave out --apply_chat_template"
-            )
-        chosen: str | None = super().chat_template(chat_template)
-        return chosen
-
-    def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes into the results' config: everything that the scores depend on."""
-        return {
-            "model_num_parameters": self.twin.model.num_parameters(),
-            "model_dtype": str(self.twin.model.dtype),
-            **provenance(self.twin),
-            "tolerance": self.twin.tolerance,
-            "sensitivity": self.twin.sensitivity,
-            "routing": self.twin.routing,
-            "fusion": "exact",
-            "max_length": self.max_length,
-            "loaded_with": {name: str(value) for name, value in self._loading.items() if name != "token"},
-            "digests": dict(self.twin.digests),
-        }
-
-
-def _own_arguments() -> set[str]:
-    return inspect.signature(CausalTwin.__init__).parameters.keys() - {"self", "twin", "task", "options"}
-
-
-def _window(max_length: Any, config: Any) -> int | None:
-    """Return `max_length` as a number, None for the model's window. Raise an InputError for more than that."""
-    if max_length is None:
-        return None
-    window = context_window(config)
-    if positive("max_length", max_length) > window:
-        raise InputError(f"twin_merged: max_length={max_length}; the model's window is {window}")
-    return int(max_length)
-
-
-def _longest_first(requests: Sequence[Request]) -> list[Request]:
-    return sorted(requests, key=lambda request: -len(request[1]) - len(request[2]))
 
 
 def _warn_of_truncation(context: int, continuation: int, window: int) -> None:

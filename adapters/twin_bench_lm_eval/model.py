@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import LM
 
+from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.model import TwinModel
@@ -24,16 +26,10 @@ class TwinMerged(LM):  # type: ignore[misc]
     """
 
     def __new__(cls, pretrained: str | Path | None = None, **arguments: Any) -> ServedTwin:  # type: ignore[misc]
-        """Return a ClassifierTwin or a CausalTwin of the twin in `pretrained`. The arguments are that class's."""
+        """Return a ClassifierTwin, CausalTwin or Seq2SeqTwin of `pretrained`. The arguments are that class's."""
         if pretrained is None:
             raise InputError("twin_merged: name a twin directory: --model_args pretrained=MY_TWIN")
-        if read_manifest(Path(str(pretrained)))["task_type"] == "sequence_classification":
-            from twin_bench_lm_eval.classifier import ClassifierTwin
-
-            return ClassifierTwin(pretrained, **arguments)
-        from twin_bench_lm_eval.causal import CausalTwin
-
-        return CausalTwin(pretrained, **arguments)
+        return _class_for(read_manifest(Path(str(pretrained)))["task_type"])(pretrained, **arguments)
 
     @classmethod
     def create_from_arg_obj(
@@ -51,12 +47,19 @@ class TwinMerged(LM):  # type: ignore[misc]
 
 def serving(twin: TwinModel, *, task: str | None, batch_size: int | str, max_length: int | None) -> ServedTwin:
     """Return the lm-eval model of a twin in memory. `task` is the expert of all its requests, if one is."""
-    from twin_bench.twin.causal import TwinCausalLM
-    from twin_bench.twin.classifier import TwinClassifier
-    from twin_bench_lm_eval.causal import CausalTwin
-    from twin_bench_lm_eval.classifier import ClassifierTwin
+    told = {} if twin.task_type == "sequence_classification" else {"task": task}  # a classifier's rows name it
+    served: ServedTwin = _class_for(twin.task_type)(twin=twin, batch_size=batch_size, max_length=max_length, **told)
+    return served
 
-    if isinstance(twin, TwinClassifier):
-        return ClassifierTwin(twin=twin, batch_size=batch_size, max_length=max_length)
-    assert isinstance(twin, TwinCausalLM)
-    return CausalTwin(twin=twin, task=task, batch_size=batch_size, max_length=max_length)
+
+def _class_for(task_type: TaskType) -> Any:
+    """Return the class that serves a kind of twin. The other kinds are not imported."""
+    module, name = _CLASSES[task_type]
+    return getattr(importlib.import_module(f"twin_bench_lm_eval.{module}"), name)
+
+
+_CLASSES: dict[TaskType, tuple[str, str]] = {
+    "sequence_classification": ("classifier", "ClassifierTwin"),
+    "causal_lm": ("causal", "CausalTwin"),
+    "seq2seq_lm": ("seq2seq", "Seq2SeqTwin"),
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.families import built
+from tests.support import families
 
 collect_ignore = [] if importlib.util.find_spec("inspect_ai") else ["twin_bench_inspect"]
 """Inspect can't be installed beside HELM: `make test-inspect` has an environment of its own."""
@@ -21,14 +21,5 @@ def three(causal_twins: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a twin of one expert, at full rank: its router can say nothing but 1."""
-    family, root = causal_families("llama"), tmp_path_factory.mktemp("alone")
-    lines = (family.root / "router.jsonl").read_text().splitlines()
-    (root / "rows.jsonl").write_text("\n".join(line for line in lines if '"mmlu"' in line))
-    recipe = {
-        **family.recipe,
-        "experts": {"mmlu": family.recipe["experts"]["mmlu"]},
-        "exclusive": {"density": 1.0},
-        "router": {"data": str(root / "rows.jsonl"), "epochs": 1},
-    }
-    return built(recipe, root / "twin")
+    """Return a twin of one expert, at full rank."""
+    return families.alone(causal_families("llama"), tmp_path_factory.mktemp("alone"))

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import twin_bench
 from tests.support.families import Family
-from tests.support.models import WORDS, tiny_causal, tiny_classifier
+from tests.support.models import WORDS, tiny_causal, tiny_classifier, tiny_seq2seq
 from tests.support.rows import task_rows, write_generative_rows
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import InputError, UnsuitedError
@@ -124,6 +124,29 @@ def test_grams_are_of_the_layers_inputs(make: Any) -> None:
         expected = sum(torch.outer(x, x) for x in seen[path]) / len(seen[path])
         torch.testing.assert_close(found.pop(name).double(), expected, rtol=1e-5, atol=1e-7)
     assert not found
+
+
+def test_an_encoder_decoders_statistics_are_of_its_prompts_and_targets(seq2seq_families: Any, tmp_path: Path) -> None:
+    """Fisher: the squared gradient of drawn targets' log-probability. Gram: cross-attention reads the encoder."""
+    recipe = seq2seq_families("flan-t5").recipe
+    sources = open_sources(recipe["base_model"], recipe["experts"])
+    data = write_generative_rows(tmp_path / "rows")
+    (row,) = calibration_examples(task_rows(data, "cnn_dailymail"), sources, rows=1, max_length=40)
+    source, target = row.inputs["input_ids"], row.inputs["labels"]
+    assert source.shape == (1, 40)
+    answer = sources.tokenizer.decode(target[0])
+    assert answer.endswith("[SEP]")
+    assert answer.removesuffix("[SEP]") in (data / "cnn_dailymail" / "train.jsonl").read_text()
+    model = tiny_seq2seq("flan-t5")
+    found = fisher_diagonals(model, [row], seed=4)
+    log_probabilities = model(input_ids=source, labels=target).logits[0].log_softmax(dim=-1)
+    drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=torch.Generator().manual_seed(4))
+    log_probabilities.gather(1, drawn).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad.square(), rtol=1e-4, atol=1e-9)
+    x = model.get_encoder()(input_ids=source).last_hidden_state[0].detach().double()
+    gram = gram_matrices(model, [row])["decoder.block.0.layer.1.EncDecAttention.k.weight"]
+    torch.testing.assert_close(gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_tied_output_layer_has_no_gram_of_its_own() -> None:

@@ -86,6 +86,22 @@ def test_a_classifier_without_head_is_a_backbone(families: Any, tmp_path: Path, 
     assert "new, untrained head" in " ".join((tmp_path / "out" / "README.md").read_text().split())
 
 
+@pytest.mark.parametrize("kind", ["flan-t5", "bart"])
+def test_an_encoder_decoder_is_the_merge_in_memory(seq2seq_families: Any, tmp_path: Path, kind: str) -> None:
+    family = seq2seq_families(kind)
+    file = write(recipe_of(family, merge={"method": "ties", "density": 0.4}), tmp_path)
+    assert main(["merge", str(file), str(tmp_path / "out")]) == 0
+    loaded, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    expected = merged_in_memory(family.base, family.experts, family.base, "ties", density=0.4)
+    with torch.no_grad():
+        found, reference = (model.eval()(input_ids=IDS, labels=IDS).logits for model in (loaded, expected))
+    assert torch.equal(found, reference)
+    output = loaded.get_output_embeddings().weight
+    assert (output is loaded.get_input_embeddings().weight) == (kind == "bart")
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_a_language_model_is_the_merge_in_memory(causal_families: Any, tmp_path: Path, kind: str) -> None:
     family = causal_families(kind)
@@ -259,7 +275,7 @@ def test_what_no_single_adapter_can_express(tmp_path: Path, families: Any, capsy
         "as_adapter: ties does not sum task vectors": {**lora, "merge": {"method": "ties"}},
         "as_adapter: expert 'c' replaces": {**lora, "merge": {"method": "average"}},
         "as_adapter: expert 'cola' is not a LoRA adapter": recipe_of(families("bert"), as_adapter=True),
-        "is tied to the output layer": {
+        "is tied to lm_head.weight": {
             **lora,
             "base_model": str(tmp_path / "causal" / "base"),
             "experts": tied,

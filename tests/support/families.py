@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.models import tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
+from tests.support.models import (
+    tiny_causal,
+    tiny_causal_tokenizer,
+    tiny_classifier,
+    tiny_seq2seq,
+    tiny_seq2seq_tokenizer,
+    tiny_tokenizer,
+)
 from tests.support.rows import write_router_rows
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
@@ -55,13 +62,20 @@ def make_family(
 
 def make_causal_family(root: Path, kind: str) -> Family:
     """Save a tiny language model, three experts, and router rows; return them with a recipe."""
-    base = tiny_causal(kind)
-    experts = {
-        task: tiny_causal(kind, seed, like=base) for seed, task in enumerate(("mmlu", "bbq", "cnn_dailymail"), 1)
-    }
+    return _language_family(root, kind, tiny_causal, tiny_causal_tokenizer())
+
+
+def make_seq2seq_family(root: Path, kind: str) -> Family:
+    """Save a tiny encoder-decoder, three experts, and router rows; return them with a recipe."""
+    return _language_family(root, kind, tiny_seq2seq, tiny_seq2seq_tokenizer())
+
+
+def _language_family(root: Path, kind: str, make: Any, tokenizer: Any) -> Family:
+    base = make(kind)
+    experts = {task: make(kind, seed, like=base) for seed, task in enumerate(("mmlu", "bbq", "cnn_dailymail"), 1)}
     for name, model in {"base": base, **experts}.items():
         model.save_pretrained(root / name)
-        tiny_causal_tokenizer().save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
     write_router_rows(root / "router.jsonl", list(experts))
     recipe = {
         "base_model": str(root / "base"),
@@ -77,3 +91,16 @@ def built(recipe: Mapping[str, Any], directory: Path) -> Path:
     """Build the twin of a recipe in `directory`, and return that."""
     build_twin(Recipe.model_validate(recipe), directory)
     return directory
+
+
+def alone(family: Family, root: Path) -> Path:
+    """Build a twin of one expert, at full rank, in `root`: its router can say nothing but 1."""
+    lines = (family.root / "router.jsonl").read_text().splitlines()
+    (root / "rows.jsonl").write_text("\n".join(line for line in lines if '"mmlu"' in line))
+    recipe = {
+        **family.recipe,
+        "experts": {"mmlu": family.recipe["experts"]["mmlu"]},
+        "exclusive": {"density": 1.0},
+        "router": {"data": str(root / "rows.jsonl"), "epochs": 1},
+    }
+    return built(recipe, root / "twin")

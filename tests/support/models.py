@@ -122,19 +122,76 @@ def tiny_causal_config(kind: str) -> Any:
 
 
 def tiny_causal(kind: str, seed: int = 0, like: Any = None, noise: float = 0.1) -> Any:
-    """Return a random language model, or one that is `like` plus noise in every parameter, biases and norms too.
-
-    Not in OPT's embeddings of positions, which are of a kind of its own.
-    """
+    """Return a random language model, or one that is `like` plus noise in every parameter, biases and norms too."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_causal_config(kind)).eval()
     if like is not None:
         model.load_state_dict(like.state_dict())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if like is None or "embed_positions" not in name:
-                parameter += noise * torch.randn_like(parameter)
+        for parameter in model.parameters():
+            parameter += noise * torch.randn_like(parameter)
     return model
+
+
+def tiny_seq2seq_config(kind: str) -> Any:
+    """Return the config of an encoder-decoder with two and three blocks in its halves: t5, flan-t5, mt5 or bart."""
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "vocab_size": CAUSAL_VOCABULARY}
+    if kind == "bart":
+        return transformers.BartConfig(
+            d_model=24,
+            encoder_layers=2,
+            decoder_layers=3,
+            encoder_attention_heads=4,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=40,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+            scale_embedding=True,
+            decoder_start_token_id=3,
+            forced_eos_token_id=None,
+            **tokens,
+        )
+    gated = kind != "t5"
+    return (transformers.MT5Config if kind == "mt5" else transformers.T5Config)(
+        d_model=24,
+        d_kv=6,
+        d_ff=40,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=not gated,
+        decoder_start_token_id=0,
+        n_positions=64,
+        **tokens,
+    )
+
+
+def tiny_seq2seq(kind: str, seed: int = 0, like: Any = None, noise: float = 0.1) -> Any:
+    """Return a random encoder-decoder, or one that is `like` plus noise in every parameter.
+
+    The output layers of flan-t5 and mt5 are their own, and no embedding table.
+    """
+    torch.manual_seed(seed)
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_config(tiny_seq2seq_config(kind)).eval()
+    if kind in ("flan-t5", "mt5"):
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    if like is not None:
+        model.load_state_dict(like.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn_like(parameter)
+    return model
+
+
+def tiny_seq2seq_tokenizer() -> Any:
+    """Return the tokenizer of `tiny_causal_tokenizer`, which ends a text as T5's does."""
+    tokenizer = tiny_causal_tokenizer()
+    ending = processors.TemplateProcessing(single="$A [SEP]", pair="$A [SEP] $B [SEP]", special_tokens=[("[SEP]", 3)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    return tokenizer
 
 
 def tiny_causal_tokenizer() -> Any:

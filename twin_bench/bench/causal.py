@@ -13,8 +13,9 @@ from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.rows import few_shot_pool, task_rows
 from twin_bench.errors import InputError
 from twin_bench.leaderboard.harness import DEFAULT, find_harness
-from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.directory import load_twin
+from twin_bench.twin.encoded import tokens
 from twin_bench.twin.requests import Score, score
 
 GENERATED = 32

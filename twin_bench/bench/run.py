@@ -20,7 +20,9 @@ import torch
 from twin_bench.bench.causal import causal_cases
 from twin_bench.bench.classifier import classifier_cases
 from twin_bench.bench.measure import measure
+from twin_bench.errors import InputError
 from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.layers import TwinLinear
@@ -50,8 +52,10 @@ def bench(
     options: Any = {"split": split, "rows": rows, "batch_size": batch_size}
     if isinstance(twin, TwinClassifier):
         cases = classifier_cases(twin, twin_directory, data, **options, merged_rows=merged_rows)
-    else:
+    elif isinstance(twin, TwinCausalLM):
         cases = causal_cases(twin, twin_directory, data, **options)
+    else:
+        raise InputError(f"{twin_directory}: {NOT_CAUSAL[twin.task_type]}; bench has no cases for it")
     measured, unsupported = measure(cases, rounds)
     return {
         "machine": {

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twin_bench import compat
 from twin_bench.checkpoints.finite import require_dtype, require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.errors import InputError, first_line
@@ -87,19 +88,18 @@ def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool =
     """Open a full Hugging Face checkpoint in safetensors format, a single file or shards.
 
     Tensors may be stored with or without the base model's prefix, so a bare backbone can be opened like a model with a
-    head. A tensor that transformers renames when it loads the checkpoint is found under its stored name. With
-    `allow_pickle` a pickle is read too, with `weights_only=True`.
+    head. A tensor that transformers renames when it loads the checkpoint is found under its stored name, and one that
+    has several names under any of them. With `allow_pickle` a pickle is read too, with `weights_only=True`.
 
     Raises:
         InputError: The directory has no weights, a tensor is missing, has another shape than the skeleton's or a dtype
             that weights don't have, or the weights are a pickle. Reading a tensor that holds NaN or inf raises one.
     """
-    found = stored_tensors(directory, "model", "pytorch_model", allow_pickle=allow_pickle)
-    stored = {**{skeleton.own_name(key): read for key, read in found.items()}, **found}
+    stored = _named(directory, skeleton, allow_pickle=allow_pickle)
 
     def find(name: str) -> Callable[[], Tensor]:
-        bare = name.removeprefix(skeleton.prefix)
-        for candidate in (name, bare, _legacy(name), _legacy(bare)):
+        names = skeleton.names(name)
+        for candidate in (*names, *map(_legacy, names)):
             if candidate in stored:
                 return stored[candidate]
         raise InputError(
@@ -113,6 +113,42 @@ def open_checkpoint(directory: Path, skeleton: Skeleton, *, allow_pickle: bool =
     for name, read in checked.items():
         require_dtype(read(), name, str(directory))  # maps the tensor into memory, and reads none of its data
     return Checkpoint(str(directory), checked, head)
+
+
+def stored_apart(directory: Path, skeleton: Skeleton, *, allow_pickle: bool = False) -> set[str]:
+    """Return the names that the model's class ties to another parameter, and a checkpoint stores with other values.
+
+    transformers 5 does not tie them when it loads that checkpoint: Flan-T5's output layer is one of them.
+    """
+    if not skeleton.tied or not compat.LOADS_UNTIED:
+        return set()
+    stored = _named(directory, skeleton, allow_pickle=allow_pickle)
+    bare = {name: name if name in stored else name.removeprefix(skeleton.prefix) for name in skeleton.backbone}
+    pairs = {name: bare.get(first, first) for name, first in skeleton.tied.items()}
+    return {
+        name
+        for name, first in pairs.items()
+        if name in stored and first in stored and not torch.equal(stored[name](), stored[first]())
+    }
+
+
+def stored_buffers(directory: Path, skeleton: Skeleton, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Return those of the model's buffers that a checkpoint stores, and that are not all zeros."""
+    if not skeleton.buffers:
+        return {}
+    stored = _named(directory, skeleton, allow_pickle=allow_pickle)
+    found = {
+        name: with_shape(stored[name], shape, name, directory)()
+        for name, shape in skeleton.buffers.items()
+        if name in stored
+    }
+    return {name: require_weights(buffer, name, str(directory)) for name, buffer in found.items() if buffer.any()}
+
+
+def _named(directory: Path, skeleton: Skeleton, *, allow_pickle: bool) -> dict[str, Callable[[], Tensor]]:
+    """Return a function that reads each of a full checkpoint's tensors, by its stored name and the model's own."""
+    found = stored_tensors(directory, "model", "pytorch_model", allow_pickle=allow_pickle)
+    return {**{skeleton.own_name(key): read for key, read in found.items()}, **found}
 
 
 def stored_tensors(

@@ -12,10 +12,17 @@ from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.hub import on_hub
 from twin_bench.checkpoints.skeleton import Skeleton
+from twin_bench.data.task import TaskType
 from twin_bench.files import read_json, write_json
 
 PREFIX = "base_model.model."
 """The beginning of every name in an adapter's file."""
+PEFT_TYPES: dict[TaskType, str] = {
+    "sequence_classification": "SEQ_CLS",
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+}
+"""PEFT's names of the task types."""
 
 
 def save_adapter(
@@ -108,7 +115,7 @@ def _save_config(
         modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
         base_model_name_or_path=model.path if model else base_model,
         revision=model.revision if model else None,
-        task_type="SEQ_CLS" if head else None if skeleton.head else "CAUSAL_LM",
+        task_type="SEQ_CLS" if head else None if skeleton.head else PEFT_TYPES[skeleton.task_type],
         inference_mode=True,
     )
     config.save_pretrained(str(folder))

@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from twin_bench.checkpoints.adapter import open_expert
-from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint, stored_apart, stored_buffers
 from twin_bench.checkpoints.hub import WHOLE_VOCABULARIES, HubId, model_directory, on_hub
 from twin_bench.checkpoints.skeleton import (
     Skeleton,
@@ -24,6 +24,7 @@ from twin_bench.checkpoints.skeleton import (
     read_config,
     skeleton_of,
 )
+from twin_bench.compat import seq2seq_classes
 from twin_bench.data.glue import GLUE
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
@@ -58,7 +59,8 @@ def require_expert_names(names: Iterable[str]) -> None:
 class Sources:
     """The opened inputs of a merge: config, tokenizer, and checkpoints whose tensors are read when asked for.
 
-    `generation` is the base model's generation config, or None if it has none.
+    `generation` is the base model's generation config, or None if it has none. `buffers` are the base model's tensors
+    that nobody trains. Every merge keeps them.
     """
 
     config: Any
@@ -67,6 +69,7 @@ class Sources:
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     generation: GenerationConfig | None = None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def open_sources(
@@ -105,7 +108,10 @@ def open_sources(
             _require_same_labels(name, configs[name], labels.get(name, ()))
         else:
             _require_same_base(name, folder, base_model)
-    skeleton = skeleton_of(config, task_type)
+    skeleton = _own_skeleton([directory, *(folders[name] for name in configs)], config, task_type, allow_pickle)
+    buffers = stored_buffers(directory, skeleton, allow_pickle=allow_pickle)
+    for name in configs:
+        _require_same_buffers(name, buffers, stored_buffers(folders[name], skeleton, allow_pickle=allow_pickle))
     base = open_checkpoint(directory, skeleton, allow_pickle=allow_pickle)
     opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
@@ -116,7 +122,24 @@ def open_sources(
         tokenizer.pad_token = tokenizer.eos_token
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    return Sources(config, tokenizer, skeleton, base, opened, _generation_config(directory))
+    return Sources(config, tokenizer, skeleton, base, opened, _generation_config(directory), buffers)
+
+
+def _own_skeleton(checkpoints: Iterable[Path], config: Any, task_type: TaskType, allow_pickle: bool) -> Skeleton:
+    """Return the skeleton of a model of `config`. What one of the full checkpoints stores apart is not tied in it."""
+    skeleton = skeleton_of(config, task_type)
+    apart = {name for each in checkpoints for name in stored_apart(each, skeleton, allow_pickle=allow_pickle)}
+    return skeleton_of(config, task_type, apart) if apart else skeleton
+
+
+def _require_same_buffers(name: str, base: Mapping[str, Tensor], expert: Mapping[str, Tensor]) -> None:
+    """Raise an InputError if an expert has another buffer than the base model: nothing says how to merge it."""
+    for key in sorted(base.keys() | expert.keys()):
+        if key not in base or key not in expert or not torch.equal(base[key], expert[key]):
+            raise InputError(
+                f"expert {name!r}: {key} differs from the base model's; it is no parameter, so it can't be merged: "
+                "give experts that leave it as it is"
+            )
 
 
 def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -151,7 +174,7 @@ def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | 
     kind = type(meta_model(sources.config, sources.skeleton.task_type, num_labels=2))
     with quiet_transformers():
         model = kind.from_pretrained(
-            None, config=sources.config, state_dict=dict(parameters.items()), dtype=_dtype(parameters)
+            None, config=sources.config, state_dict={**parameters, **sources.buffers}, dtype=_dtype(parameters)
         )
     if sources.generation is not None:
         model.generation_config = sources.generation
@@ -240,7 +263,9 @@ def _require_same_architecture(name: str, expert: Any, base: Any) -> None:
 
 COMPUTES = (
     *("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act", "vocab_size"),
-    *("layer_norm_eps", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("activation_function", "dense_act_fn", "num_decoder_layers", "decoder_layers", "decoder_attention_heads"),
+    *("relative_attention_max_distance", "scale_embedding", "scale_decoder_outputs", "decoder_start_token_id"),
 )
 """The settings of a config that decide a model's results and can differ between models with the same shapes.
 
@@ -304,21 +329,39 @@ def _task_type(name: str, folder: Path, base: Any) -> TaskType:
     if adapter.is_file():
         said = read_json(adapter).get("task_type")
         if not isinstance(said, str | None):
-            raise InputError(f"{adapter}: task_type is {said!r}; expected SEQ_CLS or CAUSAL_LM")
-        architectures = getattr(base, "architectures", None) or []
+            raise InputError(f"{adapter}: task_type is {said!r}; expected SEQ_CLS, CAUSAL_LM or SEQ_2_SEQ_LM")
+        known: dict[str, TaskType] = {
+            "SEQ_CLS": "sequence_classification",
+            "CAUSAL_LM": "causal_lm",
+            "SEQ_2_SEQ_LM": "seq2seq_lm",
+        }
         if said is None:  # PEFT allows a config without task type. Then the base model's architecture decides.
-            said = "CAUSAL_LM" if any("CausalLM" in a or "LMHead" in a for a in architectures) else "SEQ_CLS"
-        known: dict[str, TaskType] = {"SEQ_CLS": "sequence_classification", "CAUSAL_LM": "causal_lm"}
+            kind = _architecture_type(getattr(base, "architectures", None) or [])
+            kind = kind or ("seq2seq_lm" if getattr(base, "is_encoder_decoder", False) else "sequence_classification")
+            said = next(key for key, value in known.items() if value == kind)
     elif full.is_file():
         architectures = read_json(full).get("architectures") or []
         if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
             raise InputError(f"{full}: architectures is {architectures!r}; expected a list of class names")
         said = ", ".join(architectures) or "of no architecture"
-        classifies = any("ForSequenceClassification" in a for a in architectures)
-        generates = any("ForCausalLM" in a or a.endswith("LMHeadModel") for a in architectures)
-        known = {said: "sequence_classification"} if classifies else {said: "causal_lm"} if generates else {}
+        kind = _architecture_type(architectures)
+        known = {said: kind} if kind else {}
     else:
         raise InputError(f"expert {name!r}: {folder} holds no config.json and no adapter_config.json")
     if said not in known:
-        raise InputError(f"expert {name!r}: {folder} is {said}; twins are made of sequence classifiers or causal LMs")
+        raise InputError(
+            f"expert {name!r}: {folder} is {said}; twins are made of sequence classifiers, causal LMs and "
+            "encoder-decoders of texts"
+        )
     return known[said]
+
+
+def _architecture_type(architectures: Sequence[str]) -> TaskType | None:
+    """Return the task type of a model whose classes have these names, None if it is none of ours."""
+    if any("ForSequenceClassification" in name for name in architectures):
+        return "sequence_classification"
+    if seq2seq_classes().intersection(architectures):
+        return "seq2seq_lm"
+    if any("CausalLM" in name or name.endswith("LMHeadModel") for name in architectures):
+        return "causal_lm"
+    return None

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from twin_bench.errors import InputError, nearest, shown
 from twin_bench.files import digest_code
 
-TaskType = Literal["sequence_classification", "causal_lm"]
+TaskType = Literal["sequence_classification", "causal_lm", "seq2seq_lm"]
 """The kind of model that answers a task."""
 CLASSIFIERS: tuple[TaskType, ...] = ("sequence_classification",)
 """The kinds of models that answer with a label or a number."""
-LANGUAGE_MODELS: tuple[TaskType, ...] = ("causal_lm",)
+LANGUAGE_MODELS: tuple[TaskType, ...] = ("causal_lm", "seq2seq_lm")
 """The kinds of models that answer with a text."""
 Row = Mapping[str, Any]
 

@@ -35,7 +35,8 @@ ROWS = 256
 class Example(NamedTuple):
     """One training row as the model reads it: (1, length) tensors by name.
 
-    `answer` is the number of tokens at the end that are the row's answer. It is 0 for a classifier.
+    `answer` is the number of tokens that are the row's answer: the last ones, or an encoder-decoder's `labels`. It is 0
+    for a classifier.
     """
 
     inputs: Mapping[str, Tensor]
@@ -126,8 +127,8 @@ def calibration_examples(
     """Return at most `rows` training rows of one expert's tasks, drawn by the seed, as the expert reads them.
 
     A row of a generative task is its prompt, few-shot examples included, followed by its answer. If it is too long, its
-    last `max_length` tokens are kept. Raises UnsuitedError if a task has no train.jsonl, and InputError if the file is
-    malformed.
+    last `max_length` tokens are kept. An encoder-decoder reads the prompt, and the answer is its target. Raises
+    UnsuitedError if a task has no train.jsonl, and InputError if the file is malformed.
     """
     found: list[tuple[TaskRows, Row]] = []
     for own in tasks:
@@ -138,11 +139,19 @@ def calibration_examples(
     drawn = shuffled(found, seed)[:rows]
     pools = {own.task.name: own.pool() for own in tasks}
     limit = max_length or default_max_length(sources.config, sources.skeleton.task_type)
+    make = _target_example if sources.skeleton.task_type == "seq2seq_lm" else _example
     examples = []
     for own, row in drawn:
         (asked,) = own.task.inputs([row], pools[own.task.name])
-        examples.append(_example(sources.tokenizer, asked, own.task.answer(row), limit))
+        examples.append(make(sources.tokenizer, asked, own.task.answer(row), limit))
     return examples
+
+
+def _target_example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -> Example:
+    """Return a row's tokens for an encoder-decoder: its prompt's last `limit`, and the answer as the target."""
+    source = tokenizer(asked.text)["input_ids"][-limit:]
+    target = tokenizer(text_target=answer or "")["input_ids"][:limit]
+    return Example({"input_ids": torch.tensor([source]), "labels": torch.tensor([target])}, len(target))
 
 
 def _example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -> Example:
@@ -215,7 +224,7 @@ def _log_probabilities(model: Any, example: Example, generator: torch.Generator)
     """Yield pairs (weight, log-probability): a row's Fisher is the weighted sum of their squared gradients."""
     logits = model(**example.inputs).logits[0]
     if example.answer:
-        asked = logits[-example.answer - 1 : -1].log_softmax(dim=-1)
+        asked = (logits if "labels" in example.inputs else logits[-example.answer - 1 : -1]).log_softmax(dim=-1)
         drawn = torch.multinomial(asked.detach().exp(), 1, generator=generator)
         yield 1.0, asked.gather(1, drawn).sum()
     elif len(logits) == 1:

@@ -92,16 +92,17 @@ def _write_checkpoint(
     transposed = sources.skeleton.transposed
     merged = merge_lazily(recipe.merge.method, base, sources.experts, transposed=transposed, **options)
     head = sources.experts[recipe.head].head() if recipe.head else {}
+    whole = {**head, **sources.buffers}
     kept_prefix = sources.skeleton.prefix if sources.skeleton.head and not head else ""
     layouts = {
         name: Layout(wanted or sources.base.dtype(name), shape) for name, shape in sources.skeleton.backbone.items()
     }
-    layouts |= {name: Layout(wanted or tensor.dtype, tensor.shape) for name, tensor in head.items()}
+    layouts |= {name: Layout(wanted or tensor.dtype, tensor.shape) for name, tensor in whole.items()}
     dtype = layouts[next(iter(sources.skeleton.backbone))].dtype
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in progress.track(ordered(layouts), description="merging"):
-            tensor = head[name] if name in head else merged[name]
+            tensor = whole[name] if name in whole else merged[name]
             cast = require_no_overflow(tensor.to(layouts[name].dtype), name, recipe.merge.method)
             yield name.removeprefix(kept_prefix), cast
             del tensor, cast  # frees it before the next one is merged
@@ -116,11 +117,11 @@ def _write_checkpoint(
 
 def _write_adapter(recipe: MergeRecipe, sources: Sources, options: Mapping[str, Any], root: Path) -> int:
     factors = merged_adapter(recipe.merge.method, options, sources.experts, sources.skeleton)
-    tied = not sources.skeleton.head and getattr(sources.config, "tie_word_embeddings", False)
-    if tied and factors.keys() & sources.skeleton.embeddings:
+    tied = {first: name for name, first in sources.skeleton.tied.items() if name not in sources.skeleton.backbone}
+    if factors.keys() & tied:
+        table = min(factors.keys() & tied)
         raise UnsuitedError(
-            f"as_adapter: {min(factors.keys() & sources.skeleton.embeddings)} is tied to the output layer, which an "
-            "adapter does not change; leave as_adapter out"
+            f"as_adapter: {table} is tied to {tied[table]}, which an adapter does not change; leave as_adapter out"
         )
     head = sources.experts[recipe.head].head() if recipe.head else {}
     if recipe.dtype:

@@ -19,7 +19,7 @@ import torch
 
 from twin_bench.errors import InputError, NotFiniteError, RefusedError, first_line
 from twin_bench.serving.settings import TwinSettings
-from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
@@ -280,5 +280,5 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
         tolerance=settings.tolerance,
     )
     if not isinstance(twin, TwinCausalLM):
-        raise InputError(f"{directory}: a classifier twin does not generate text, which is what is asked for here")
+        raise InputError(f"{directory}: {NOT_CAUSAL[twin.task_type]}, which is what is asked for here")
     return Engine(twin, settings.batch_size)

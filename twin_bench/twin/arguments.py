@@ -66,6 +66,38 @@ def checked_batch(inputs: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     return given
 
 
+def checked_target(decoder_input_ids: Any, labels: Any, input_ids: Tensor, model: Any) -> Tensor:
+    """Return what an encoder-decoder's forward is given of the targets, (batch, target length).
+
+    Args:
+        decoder_input_ids: what the decoder reads, or None.
+        labels: the targets, in which -100 is padding, or None.
+        input_ids: the sources, (batch, length).
+        model: the transformers model that takes them.
+
+    Raises:
+        TypeError: the one that is given is no tensor.
+        InputError: both or none is given, or a shape, dtype, device or value.
+    """
+    if (decoder_input_ids is None) == (labels is None):
+        raise InputError("give decoder_input_ids, what the decoder reads, or labels, the targets: one of the two")
+    name, target = ("labels", labels) if decoder_input_ids is None else ("decoder_input_ids", decoder_input_ids)
+    require_tensor(target, name, "(batch, target length)")
+    if target.ndim != 2 or len(target) != len(input_ids) or not target.shape[1]:
+        raise InputError(f"{name} has the shape {tuple(target.shape)}, not ({len(input_ids)}, target length)")
+    if target.dtype not in WHOLE or target.device != model.device:
+        kind = str(target.dtype).removeprefix("torch.")
+        raise InputError(f"{name} is {kind} on {target.device}, not int64 on {model.device}")
+    require_in_window(target.shape[1], model.config, f"{name} of {target.shape[1]} tokens;")
+    size = vocabulary_size(model.config)
+    low, high = torch.stack((target if labels is None else target.masked_fill(target == -100, 0)).aminmax()).tolist()
+    if low < 0 or (size is not None and high >= size):
+        wrong = low if low < 0 else high
+        raise InputError(f"token {wrong} in {name}: the model's vocabulary has {size} tokens")
+    found: Tensor = target
+    return found
+
+
 def vocabulary_size(config: Any) -> int | None:
     """Return the number of tokens that a model knows, None if it has no vocabulary, as CANINE, which hashes them."""
     size: int | None = getattr(config, "vocab_size", None)

@@ -65,16 +65,16 @@ def cached(
     return [found[layer] for layer in layers]
 
 
-def backbone_digest(model: Any, overrides: Mapping[str, Tensor]) -> str:
-    """Return a digest of everything in a transformers model that its hidden states depend on.
+def backbone_digest(backbone: Any, overrides: Mapping[str, Tensor]) -> str:
+    """Return a digest of everything in a transformers model without a head that its hidden states depend on.
 
     `overrides` replace the backbone's parameters of the same names. Tensors that only fusion uses are not in the state
     dict and not in the digest.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    modules = [(path, type(module).__name__) for path, module in model.base_model.named_modules()]
-    plain = [config, model.config._attn_implementation, modules]
-    return digest([plain, digest_tensors({**model.base_model.state_dict(), **overrides})])
+    config = {name: value for name, value in backbone.config.to_dict().items() if name != "_name_or_path"}
+    modules = [(path, type(module).__name__) for path, module in backbone.named_modules()]
+    plain = [config, backbone.config._attn_implementation, modules]
+    return digest([plain, digest_tensors({**backbone.state_dict(), **overrides})])
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

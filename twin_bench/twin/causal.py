@@ -10,67 +10,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench import compat
-from twin_bench.checkpoints.finite import all_finite
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError, first_line
-from twin_bench.twin.arguments import (
-    checked_batch,
-    require_count,
-    require_ids,
-    require_texts,
-    tasks_of,
-    vocabulary_size,
-)
-from twin_bench.twin.encoded import Encoded, Text
+from twin_bench.errors import InputError
+from twin_bench.twin.arguments import checked_batch
+from twin_bench.twin.encoded import Encoded, tokens
 from twin_bench.twin.features import hidden_states, pool
-from twin_bench.twin.finite import peaks, require_finite_logits
-from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.model import TwinModel
-from twin_bench.twin.paper import install_paper_layers
-from twin_bench.twin.parts import Parts
-from twin_bench.twin.plan import Group, batches, plan
+from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
+from twin_bench.twin.plan import Group, batches
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_prefixes
 
-PROBE_BATCH = 8
-"""The number of rows in a forward of `probe`."""
+NOT_CAUSAL: dict[TaskType, str] = {
+    "sequence_classification": "a classifier twin does not generate text",
+    "seq2seq_lm": "an encoder-decoder's twin does not generate text behind a prompt (lm-eval serves it)",
+}
+"""Why a twin of another kind can't stand for a causal language model, to begin an error message."""
 
-DEFAULT_LENGTH = 20
-"""The number of tokens that transformers' `generate` adds where nothing says how many."""
 
-
-class TwinCausalLM(TwinModel):
-    """A twin of causal language models.
-
-    The router reads only the *context*: never the text that is scored, and never padding. A language model has no head
-    per task, so the protocol `routed` is the same as `standard`. Under `paper` the experts' LoRA factors A and B are
-    merged, truncated and fused separately (`twin_bench.twin.paper`), and the router is the one chosen on test rows.
-    """
+class TwinCausalLM(TwinLanguageModel):
+    """A twin of causal language models. What a protocol means for it: TwinLanguageModel."""
 
     task_type: ClassVar[TaskType] = "causal_lm"
-
-    def _complete(self, parts: Parts) -> None:
-        self.max_length = parts.max_length or context_window(self.model.config)
-        if self.protocol == "paper" and parts.paper is not None:
-            self.router = parts.paper.router
-        output = self.model.get_output_embeddings()
-        if output is not None:
-            output.register_forward_pre_hook(_contiguous)
-
-    def _install(self, model: Any, parts: Parts) -> Fusion:
-        if self.protocol != "paper" or not parts.exclusive:
-            return super()._install(model, parts)
-        if parts.paper is None or parts.paper.factors is None:
-            raise InputError(
-                "protocol paper adds the factors of LoRA adapters: build the twin from adapters of one rank on the "
-                "same matrices, with shared: task_arithmetic"
-            )
-        return install_paper_layers(model, parts.paper.factors)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
@@ -92,7 +57,7 @@ class TwinCausalLM(TwinModel):
                 ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
                 kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}
                 with self.fusion.shared():
-                    begun = [pool(state, None) * shared.length for state in hidden_states(self.model, kept, layers)]
+                    begun = [pool(state, None) * shared.length for state in hidden_states(self.backbone, kept, layers)]
             lengths = {row: len(inputs[row]) - shared.length for row in shared.rows}
             for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
                 rest = [tokens(inputs[row][shared.length :]) for row in batch.rows]
@@ -100,7 +65,7 @@ class TwinCausalLM(TwinModel):
                 count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
                 with self.fusion.shared():
-                    own = [pool(state, mask) * count for state in hidden_states(self.model, given, layers)]
+                    own = [pool(state, mask) * count for state in hidden_states(self.backbone, given, layers)]
                 total = shared.length + count
                 yield batch.rows, [(before + after) / total for before, after in zip(begun, own, strict=True)]
 
@@ -119,14 +84,6 @@ class TwinCausalLM(TwinModel):
             self._prefix_argument: prefix.copies(len(mask)),
             "use_cache": False,
         }
-
-    def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
-        """Tokenise texts without padding. Of a text that is too long, the last `max_length` tokens are kept."""
-        require_texts(texts)
-        limit = self.max_length if max_length is None else max_length
-        limit = require_count(limit, "max_length")
-        ids = [self.tokenizer(text if pair is None else f"{text}\n{pair}")["input_ids"] for text, pair in texts]
-        return [tokens(row[-limit:]) for row in ids]
 
     @torch.no_grad()
     def forward(
@@ -156,21 +113,8 @@ class TwinCausalLM(TwinModel):
         """
         inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
         weights = self._weights_of(inputs, fusion_weights, task)
-        positions = _positions(input_ids, attention_mask)
-        inputs["position_ids"] = positions
-        groups = plan(weights, [input_ids.shape[1]] * len(input_ids), self.costs)
-        logits: Tensor | None = None
-        for group in groups:
-            rows = torch.tensor(group.rows, device=input_ids.device)
-            with self.fused(group, weights):
-                out = self.model(**{name: tensor[rows] for name, tensor in inputs.items()}, use_cache=False).logits
-            self._require_finite(out, None if attention_mask is None else attention_mask[rows], group, weights)
-            if len(groups) == 1:  # the rows are in order, and a copy of all logits would take memory
-                return CausalLMOutput(logits=out)
-            if logits is None:
-                logits = out.new_empty(len(input_ids), *out.shape[1:])
-            logits[rows] = out
-        return CausalLMOutput(logits=logits)
+        inputs["position_ids"] = _positions(input_ids, attention_mask)
+        return CausalLMOutput(logits=self._grouped_logits(inputs, weights, input_ids.shape[1], attention_mask))
 
     @torch.no_grad()
     def generate(
@@ -206,19 +150,8 @@ class TwinCausalLM(TwinModel):
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise InputError("prompts to generate from are padded on the left")
         weights = self._weights_of(inputs, fusion_weights, task)
-        rows, length = input_ids.shape
         options = {name: value for name, value in options.items() if value is not None}
-        steps = self._new_tokens(length, options)
-        options = {**options, "max_new_tokens": steps}
-        options.pop("max_length", None)  # its value is in `steps`
-        groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows)
-        group = groups[0] if len(groups) == 1 else Group(tuple(range(rows)), None)
-        try:
-            generated: Tensor = self.generate_batch(inputs, group, weights, **options)
-        except InputError:
-            raise
-        except ValueError as error:  # of an option, by transformers
-            raise InputError(f"generate: {first_line(error)}") from error
+        generated: Tensor = self._generated(inputs, weights, self._new_tokens(input_ids.shape[1], options), options)
         return generated
 
     @torch.no_grad()
@@ -235,29 +168,9 @@ class TwinCausalLM(TwinModel):
             What `generate` returns.
         """
         options.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        copies = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
-        if group.weights is None and copies > 1:
-            weights = weights[list(group.rows)].repeat_interleave(copies, dim=0)
-            group = Group(tuple(range(len(weights))), None)
-
-        steps: list[Tensor] = []
-
-        def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-            last = output.logits[:, -1:]
-            steps.append(peaks(last))
-            # The check comes after the last token, and a draw from what is not finite ends a GPU's process.
-            last.masked_fill_(~torch.isfinite(steps[-1])[..., None], 0)
-
-        with self.fused(group, weights):
-            hook = self.model.register_forward_hook(watch)
-            try:
-                output = self.model.generate(**inputs, **options)
-            finally:
-                hook.remove()
-        if not all_finite(torch.cat(steps)):  # the device is asked once, and not at each token
-            for found in steps:
-                require_finite_logits(found, group.rows, weights, self.expert_names, self.model.dtype)
-        return output
+        group, weights = self._by_sequence(group, weights, options)
+        with self.fused(group, weights), self._finite_steps(group, weights):
+            return self.model.generate(**inputs, **options)
 
     @torch.no_grad()
     def logits(
@@ -337,22 +250,9 @@ class TwinCausalLM(TwinModel):
         """Whether the model can compute logits at given positions only. All of them would take most of its memory."""
         return compat.selects_logits(self.model)
 
-    def _require_finite(self, logits: Tensor, mask: Tensor | None, group: Group, weights: Tensor) -> None:
-        """Raise an InputError if logits (batch, length, vocabulary) are not finite where a mask is not 0."""
-        found = peaks(logits)
-        found = found if mask is None else found.masked_fill(mask == 0, 0)
-        require_finite_logits(found, group.rows, weights, self.expert_names, self.model.dtype)
-
     def _new_tokens(self, length: int, options: Mapping[str, Any]) -> int:
         """Return the largest number of tokens that `generate` adds with these options. It is bounded by the window."""
-        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences"):
-            if name in options:
-                require_count(options[name], name)
-        config = options.get("generation_config") or self.model.generation_config
-        total = options.get("max_length") or getattr(config, "max_length", None) or DEFAULT_LENGTH
-        steps = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
-        if steps is None:
-            steps = DEFAULT_LENGTH if total == DEFAULT_LENGTH and "max_length" not in options else total - length
+        steps, total = self._asked_tokens(options, length)
         window = context_window(self.model.config)
         if steps < 1:
             raise InputError(f"max_length {total}: the prompts have {length} tokens; give max_new_tokens")
@@ -361,35 +261,7 @@ class TwinCausalLM(TwinModel):
                 f"prompts of {length} tokens and {steps} to generate; the model's window is {window}: give "
                 "max_new_tokens"
             )
-        return int(steps)
-
-    def _weights_of(
-        self, inputs: Mapping[str, Tensor], fusion_weights: Tensor | None, task: str | Sequence[str] | None
-    ) -> Tensor:
-        """Return the fusion weights of a batch: the given ones, or those that `routing` asks for."""
-        rows = len(inputs["input_ids"])
-        if fusion_weights is not None:
-            return self.checked_weights(fusion_weights, rows)
-        if self.routing == "router" and self.expert_names:
-            return self.simplest(self._routed_batch(inputs))
-        return self.route_all([{}] * rows, None if task is None else tasks_of(task, rows))
-
-    def check_tokens(self, ids: Sequence[int], what: str = "context") -> None:
-        """Raise an error that names `what` unless `ids` is a list of tokens of the vocabulary, and not empty."""
-        require_ids(ids, what, vocabulary_size(self.model.config))
-
-
-def tokens(ids: Sequence[int]) -> Encoded:
-    """Return token ids as an encoded row without padding."""
-    return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
-
-
-def _contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copy the output layer's input if it is a slice.
-
-    On a CPU, torch 2.13 multiplies a slice of a bfloat16 batch's positions a hundred times slower than a copy of it.
-    """
-    return tuple(argument.contiguous() if isinstance(argument, Tensor) else argument for argument in args)
+        return steps
 
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

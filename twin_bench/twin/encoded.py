@@ -17,6 +17,11 @@ def packed(ids: Sequence[int]) -> bytes:
     return np.array(ids, dtype=">u4").tobytes()
 
 
+def tokens(ids: Sequence[int]) -> Encoded:
+    """Return token ids as an encoded row without padding."""
+    return {"input_ids": list(ids), "attention_mask": [1] * len(ids)}
+
+
 def identity(encoded: Encoded) -> bytes:
     """Return a key that is equal for two encoded rows if and only if they are the same input.
 

@@ -15,17 +15,17 @@ from twin_bench.errors import InputError
 
 @torch.no_grad()
 def hidden_states(
-    model: Any,
+    backbone: Any,
     inputs: Mapping[str, Any],
     layers: Sequence[int],
     *,
     overrides: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """Return the backbone's hidden states at each of `layers`, (batch, length, width) each, in the model's dtype.
+    """Return a backbone's hidden states at each of `layers`, (batch, length, width) each, in the model's dtype.
 
     Args:
-        model: a transformers model.
-        inputs: the arguments of the backbone's forward.
+        backbone: a transformers model without a head.
+        inputs: the arguments of its forward.
         layers: 0 is the output of the embeddings, k that of block k, and -1 the last one with the final norm, if the
             model has one. Blocks above the highest of `layers` are not run.
         overrides: tensors to use in place of the backbone's parameters of the same names.
@@ -33,8 +33,7 @@ def hidden_states(
     Raises:
         InputError: a layer that the model does not have.
     """
-    backbone = model.base_model
-    blocks = blocks_of(backbone, model.config.num_hidden_layers)
+    blocks = blocks_of(backbone, backbone.config.num_hidden_layers)
     if any(not -1 <= layer <= len(blocks) for layer in layers):
         raise InputError(f"router: layer must be -1 to {len(blocks)}, not {sorted(layers)}")
     seen: dict[int, Tensor] = {}

@@ -39,7 +39,7 @@ class TwinModel(nn.Module, abc.ABC):
     """A model that computes theta_s + sum_t w_t(x) v_t for every row of a batch.
 
     The fusion is exact, or within a tolerance of the logits. `from_pretrained` returns the kind of twin that a
-    directory holds: a TwinClassifier or a TwinCausalLM. Each of the two documents what a protocol means for it.
+    directory holds: a TwinClassifier, a TwinCausalLM or a TwinSeq2Seq. Each documents what a protocol means for it.
 
     `routing` names the source of the fusion weights that a caller does not give:
 
@@ -167,6 +167,11 @@ class TwinModel(nn.Module, abc.ABC):
         return device
 
     @property
+    def backbone(self) -> Any:
+        """The part of the model whose hidden states the router reads."""
+        return self.model.base_model
+
+    @property
     def batch_overhead(self) -> float:
         """The fixed cost of a batch, in tokens of the plain forward."""
         return BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
@@ -197,7 +202,7 @@ class TwinModel(nn.Module, abc.ABC):
         """Return the features that a router on each of `layers` reads: (batch, width) means over each row's tokens."""
         overrides = {name: tensor.to(self.device, self.model.dtype) for name, tensor in self.router_overrides.items()}
         with self.fusion.shared():
-            states = hidden_states(self.model, inputs, layers, overrides=overrides)
+            states = hidden_states(self.backbone, inputs, layers, overrides=overrides)
         return [pool(state, inputs.get("attention_mask")) for state in states]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
@@ -307,7 +312,7 @@ class TwinModel(nn.Module, abc.ABC):
             "rows": [digest(identity(row).hex()) for row in rows],
             "batch_size": batch_size,
         }
-        last = self.model.config.num_hidden_layers
+        last = self.backbone.config.num_hidden_layers
         return cached(self.feature_cache, decisive, [last if layer == -1 else layer for layer in layers], compute)
 
     def _feature_batches(
@@ -322,7 +327,7 @@ class TwinModel(nn.Module, abc.ABC):
     @functools.cached_property
     def _backbone_digest(self) -> str:
         """The digest of what the router's features depend on. It is taken once, because the parameters never change."""
-        return backbone_digest(self.model, self.router_overrides)
+        return backbone_digest(self.backbone, self.router_overrides)
 
     def planned(
         self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int] | None = None

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twin_bench.twin.causal import TwinCausalLM, tokens
+from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.encoded import tokens
+from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.plan import Group
 from twin_bench.twin.prefix import WORTHWHILE_TOKENS
 from twin_bench.twin.requests import Score
+from twin_bench.twin.seq2seq import TwinSeq2Seq
 
 
 @torch.no_grad()
@@ -54,7 +57,34 @@ def rehearse_generation(twin: TwinCausalLM, length: int, rows: int) -> None:
         twin.generate_batch(inputs, group, weights, max_new_tokens=1, do_sample=False)
 
 
-def _ways(twin: TwinCausalLM, rows: int) -> tuple[Tensor, list[Group]]:
+@torch.no_grad()
+def rehearse_targets(twin: TwinSeq2Seq, requests: Sequence[Score], rows: int, *, max_length: int | None = None) -> None:
+    """Run one batch of log-likelihoods of an encoder-decoder. The arguments are those of `rehearse_score`.
+
+    Every row gets a source of its own, because equal ones are encoded once.
+    """
+    batch = list(itertools.islice(itertools.cycle(requests), rows))
+    window = max_length or twin.max_length
+    sources = [[row % twin.model.config.vocab_size, *one.context[-window:][1:]] for row, one in enumerate(batch)]
+    weights, groups = _ways(twin, rows)
+    for group in groups:
+        twin.logits(sources, [one.continuation for one in batch], group, weights)
+
+
+@torch.no_grad()
+def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> None:
+    """Run one batch of texts of `steps` tokens, all but the last one, that are generated from sources of `length`.
+
+    The keys and values of a whole text are in memory then.
+    """
+    inputs = twin.collate([tokens([0] * length)] * rows)
+    begun = torch.zeros(rows, max(1, steps - 1), dtype=torch.long, device=twin.device)
+    weights, groups = _ways(twin, rows)
+    for group in groups:
+        twin.generate_batch(inputs, group, weights, decoder_input_ids=begun, max_new_tokens=1, num_beams=1)
+
+
+def _ways(twin: TwinLanguageModel, rows: int) -> tuple[Tensor, list[Group]]:
     """Return fusion weights (rows, experts) that use all experts, and the groups that run a batch with them."""
     experts = len(twin.expert_names)
     weights = torch.full((rows, experts), 1 / max(1, experts), device=twin.device)

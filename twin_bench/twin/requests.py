@@ -18,8 +18,9 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
-from twin_bench.twin.causal import TwinCausalLM, tokens
-from twin_bench.twin.encoded import packed
+from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.encoded import packed, tokens
+from twin_bench.twin.model import TwinModel
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
@@ -110,8 +111,9 @@ def score(
             twin.check_tokens(request.routed_on)
         if len(request.continuation) > window:
             raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
-    contexts = [request.context if request.routed_on is None else request.routed_on for request in requests]
-    weights = _routed(twin, [_last(ids, window) for ids in contexts], requests, fusion_weights, batch_size, progress)
+    read = [request.context if request.routed_on is None else request.routed_on for request in requests]
+    contexts = [last_tokens(ids, window) for ids in read]
+    weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     inputs = [request.tokens(window) for request in requests]
     asked = [len(request.continuation) for request in requests]
     askers = _same(inputs, weights)
@@ -127,7 +129,7 @@ def score(
             length = len(inputs[row])
             for asker in askers[row]:
                 at = [place[position] for position in range(length - asked[asker], length)]
-                scores[asker] = _scored(row_logits[at], requests[asker].continuation)
+                scores[asker] = scored(row_logits[at], requests[asker].continuation)
             if progress:
                 progress(len(askers[row]))
     return [scores[row] for row in range(len(requests))]
@@ -164,8 +166,8 @@ def generate(
     for request in requests:
         check_generate(twin, request, window)
     begun = time.perf_counter()
-    prompts = [_last(request.prompt, window) for request in requests]
-    weights = _routed(twin, prompts, requests, fusion_weights, batch_size, progress)
+    prompts = [last_tokens(request.prompt, window) for request in requests]
+    weights = routed(twin, prompts, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
     kinds: dict[tuple[int, Decoding, int], list[int]] = {}
     for row, request in enumerate(requests):
@@ -178,7 +180,7 @@ def generate(
             if steps == 1 and largest
             else _texts(twin, requests, rows, weights, batch_size, log_probs)
         )
-        for (row, number), completion in _timed(found):
+        for (row, number), completion in timed(found):
             answers[row][number] = replace(completion, seconds=completion.seconds + routing)
             if progress and len(answers[row]) == requests[row].completions:
                 progress(1)
@@ -189,7 +191,7 @@ Text = tuple[tuple[int, int], Completion]
 """A request's place in its list, the number of one of its completions, and that completion."""
 
 
-def _timed(found: Iterator[Sequence[Text]]) -> Iterator[Text]:
+def timed(found: Iterator[Sequence[Text]]) -> Iterator[Text]:
     """Yield the texts of batches. The time that a batch took is shared equally by its texts."""
     begun = time.perf_counter()
     for batch in found:
@@ -213,8 +215,8 @@ def _one_token_each(
     limits = {row: len(prompts[row]) - 1 for row in rows}
     for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
         logits = twin.last_logits([prompts[row][prefix.length :] for row in batch.rows], batch, weights, prefix)
-        copies = _copies(requests, batch.rows)
-        options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in copies], max(map(len, prompts)))
+        copies = copies_of(requests, batch.rows)
+        options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in copies], max(map(len, prompts)))
         place = {row: index for index, row in enumerate(batch.rows)}
         drawn = logits[[place[row] for row, _ in copies]]
         yield list(zip(copies, picked(drawn, options, ends, twin.tokenizer, decoding.stop, likeliest), strict=True))
@@ -235,7 +237,7 @@ def _texts(
     """
     first = requests[rows[0]]
     steps, decoding, likeliest = first.max_new_tokens, first.decoding, first.likeliest
-    copies = _copies(requests, rows)
+    copies = copies_of(requests, rows)
     prompts = [requests[row].prompt for row, _ in copies]
     own = weights[[row for row, _ in copies]]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
@@ -243,18 +245,19 @@ def _texts(
         asked = [copies[place] for place in batch.rows]
         inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
         length = inputs["input_ids"].shape[1]
-        options = decoding.options(twin.tokenizer, [_seed(requests, copy) for copy in asked], length)
+        options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in asked], length)
         wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs or likeliest > 0}
         output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
         yield list(zip(asked, completed(output, length, ends, twin.tokenizer, decoding.stop, likeliest), strict=True))
 
 
-def _copies(requests: Sequence[Generate], rows: Sequence[int]) -> list[tuple[int, int]]:
+def copies_of(requests: Sequence[Generate], rows: Sequence[int]) -> list[tuple[int, int]]:
     """Return (row, number) of each completion of some requests."""
     return [(row, number) for row in rows for number in range(requests[row].completions)]
 
 
-def _seed(requests: Sequence[Generate], copy: tuple[int, int]) -> str:
+def seed_of(requests: Sequence[Generate], copy: tuple[int, int]) -> str:
+    """Return the seed of the completion (row, number) of some requests."""
     row, number = copy
     return f"{requests[row].seed}/{number}"
 
@@ -280,8 +283,8 @@ def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None
         )
 
 
-def _routed(
-    twin: TwinCausalLM,
+def routed(
+    twin: TwinModel,
     contexts: Sequence[list[int]],
     requests: Sequence[Score] | Sequence[Generate],
     given: Tensor | None,
@@ -299,7 +302,7 @@ def _routed(
     return twin.route_all([{"input_ids": ids} for ids in contexts], named, batch_size=batch_size, progress=progress)
 
 
-def _last(ids: Sequence[int], window: int) -> list[int]:
+def last_tokens(ids: Sequence[int], window: int) -> list[int]:
     """Return the last tokens of a text as a list: no copy where `ids` is that list."""
     return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])
 
@@ -347,7 +350,7 @@ def _prefixed(
                 yield batch, prefix
 
 
-def _scored(logits: Tensor, continuation: Sequence[int]) -> Scored:
+def scored(logits: Tensor, continuation: Sequence[int]) -> Scored:
     """Return the score of a continuation under the logits (tokens, vocabulary) that predict it."""
     asked = torch.tensor(list(continuation), device=logits.device)
     exact = torch.promote_types(logits.dtype, torch.float32)

@@ -25,7 +25,7 @@ from transformers.generation.logits_process import (
 
 HARMLESS_SETTINGS = frozenset(
     {
-        *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
         *("temperature", "top_k", "top_p", "min_p", "typical_p"),
         *("use_cache", "output_attentions", "output_hidden_states", "transformers_version", "_from_model_config"),
     }

@@ -4,20 +4,24 @@
 """
 
 from twin_bench.twin.layers.base import TwinLayer, by_row
-from twin_bench.twin.layers.embedding import TiedLinear, TwinEmbedding
+from twin_bench.twin.layers.embedding import TiedEmbedding, TiedLinear, TwinEmbedding
 from twin_bench.twin.layers.kinds import TWINS, install
 from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
 from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
+from twin_bench.twin.layers.positions import TwinLearnedPositions, TwinRelativeBias
 
 __all__ = [
     "TWINS",
+    "TiedEmbedding",
     "TiedLinear",
     "TwinConv1D",
     "TwinEmbedding",
     "TwinLayer",
     "TwinLayerNorm",
+    "TwinLearnedPositions",
     "TwinLinear",
     "TwinRMSNorm",
+    "TwinRelativeBias",
     "by_row",
     "install",
 ]

@@ -40,8 +40,11 @@ class TwinLayer(nn.Module):
     owner: Tensor
 
     @classmethod
-    def stands_for(cls, layer: nn.Module) -> bool:
-        """Return whether this kind replaces `layer`: whether its class is in `replaces`, subclasses not included."""
+    def stands_for(cls, layer: nn.Module, parent: nn.Module) -> bool:
+        """Return whether this kind replaces `layer`, an attribute of `parent`.
+
+        By default it replaces the classes in `replaces`, subclasses not included.
+        """
         return type(layer) in cls.replaces
 
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
@@ -56,6 +59,9 @@ class TwinLayer(nn.Module):
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
         fusion.layers.append(self)
+
+    def placed(self, parent: nn.Module) -> None:
+        """Do what is to be done once this layer is an attribute of `parent`. By default this is nothing."""
 
     def _register_factors(self, factors: list[Factors | None]) -> None:
         given = [f for f in factors if f is not None]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,23 +18,22 @@ class TwinEmbedding(TwinLayer):
 
     Only the rows of the tokens in a batch are fused, in every mode. A token then costs R * width multiplications;
     a fused copy of the table would cost that for every token of the vocabulary.
-    transformers' scaled embeddings (Gemma's) multiply the result by `embed_scale`.
+    transformers' scaled embeddings (Gemma's, BART's) multiply the result by `embed_scale`.
     """
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
-    embed_scale: Tensor | None
+    embed_scale: Tensor | float | None
 
     @classmethod
-    def stands_for(cls, layer: nn.Module) -> bool:
+    def stands_for(cls, layer: nn.Module, parent: nn.Module) -> bool:
         """Return whether `layer` is an nn.Embedding or one of transformers' scaled embeddings."""
         scaled = isinstance(layer, nn.Embedding) and type(layer).__name__.endswith("ScaledWordEmbedding")
-        return scaled or super().stands_for(layer)
+        return scaled or super().stands_for(layer, parent)
 
     def __init__(self, layer: nn.Embedding, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
         self.padding_idx = layer.padding_idx
-        scale = getattr(layer, "embed_scale", None)
-        self.register_buffer("embed_scale", None if scale is None else torch.as_tensor(scale), persistent=False)
+        _keep_scale(self, layer)
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Store the weights (experts,) of the factors' columns. `forward` fuses the rows of the table that it reads."""
@@ -48,12 +46,39 @@ class TwinEmbedding(TwinLayer):
         assert self.fusion.weights is not None
         return broadcastable(self.fusion.weights[:, self.owner].to(self.A), dims)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings (batch, length, width) of token ids (batch, length)."""
+    def looked_up(self, ids: Tensor) -> Tensor:
+        """Return the fused table's rows (batch, length, width) of token ids (batch, length), before they are scaled.
+
+        Ids (length,) are those of every row of the batch.
+        """
+        if ids.ndim == 1 and self.fusion.mode == "rows":
+            ids = ids[None]
         embedded = F.embedding(ids, self.weight)
         if self.fusion.mode != "shared" and len(self.owner):
             embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A
-        return embedded if self.embed_scale is None else embedded * self.embed_scale.to(embedded)
+        return embedded
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (batch, length, width) of token ids (batch, length)."""
+        return _scaled(self.looked_up(ids), self.embed_scale)
+
+
+class TiedEmbedding(nn.Module):
+    """An embedding whose weight is another's table: an encoder's and a decoder's are. It is fused from its factors."""
+
+    weight: Tensor
+    embed_scale: Tensor | float | None
+
+    def __init__(self, layer: nn.Module, table: TwinEmbedding) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer._parameters["weight"])
+        _keep_scale(self, layer)
+        self._table = (table,)  # The model owns the table. The tuple keeps it from being registered here as well.
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (batch, length, width) of token ids (batch, length)."""
+        (table,) = self._table
+        return _scaled(table.looked_up(ids), self.embed_scale)
 
 
 class TiedLinear(nn.Module):
@@ -75,3 +100,18 @@ class TiedLinear(nn.Module):
         if table.fusion.mode == "shared" or not len(table.owner):
             return y
         return y + F.linear(F.linear(x, table.A) * table.scale(x.ndim), table.B)
+
+
+def _keep_scale(twin: Any, layer: nn.Module) -> None:
+    """Give `twin` the number that `layer` multiplies its result by. Gemma's is a tensor, BART's a float."""
+    scale = getattr(layer, "embed_scale", None)
+    if isinstance(scale, Tensor):
+        twin.register_buffer("embed_scale", scale, persistent=False)
+    else:
+        twin.embed_scale = scale
+
+
+def _scaled(embedded: Tensor, scale: Tensor | float | None) -> Tensor:
+    if isinstance(scale, Tensor):
+        scale = scale.to(embedded)
+    return embedded if scale is None else embedded * scale

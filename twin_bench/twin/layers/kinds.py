@@ -10,11 +10,15 @@ from twin_bench.errors import InputError
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers.base import TwinLayer
-from twin_bench.twin.layers.embedding import TiedLinear, TwinEmbedding
+from twin_bench.twin.layers.embedding import TiedEmbedding, TiedLinear, TwinEmbedding
 from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
 from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
+from twin_bench.twin.layers.positions import TwinLearnedPositions, TwinRelativeBias
 
-TWINS: tuple[type[TwinLayer], ...] = (TwinLinear, TwinConv1D, TwinEmbedding, TwinLayerNorm, TwinRMSNorm)
+TWINS: tuple[type[TwinLayer], ...] = (
+    *(TwinLinear, TwinConv1D, TwinRelativeBias, TwinLearnedPositions, TwinEmbedding),
+    *(TwinLayerNorm, TwinRMSNorm),
+)
 """The kinds of layers that a twin can fuse. A layer is replaced by the first kind that `stands_for` it."""
 
 
@@ -29,20 +33,34 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
         InputError: An expert changes a parameter that the model lacks, or one of a layer that can't be fused per row.
     """
     fusion = Fusion(len(exclusive))
-    modules = dict(model.named_modules())
-    tied = {id(layer.weight): path for path, layer in modules.items() if type(layer) is nn.Linear}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, list[str]] = {}
+    for path, layer in modules.items():
+        places.setdefault(id(layer._parameters.get("weight")), []).append(path)
     for path, names in _changed_layers(exclusive).items():
         layer = modules.get(path)
         if layer is None or any(name.rpartition(".")[2] not in layer._parameters for name in names):
             raise InputError(f"the model has no parameter {names[0]}, which an expert changes")
-        kind = _kind_for(layer, names[0])
-        table = layer._parameters["weight"]
+        kind = _kind_for(layer, modules[path.rpartition(".")[0]], names[0])
+        sharing = places[id(layer._parameters["weight"])]
         twin = kind(layer, fusion, path, exclusive)
-        model.set_submodule(path, twin)
-        if isinstance(twin, TwinEmbedding) and id(table) in tied:
-            output = tied[id(table)]
-            model.set_submodule(output, TiedLinear(modules[output], twin))
+        for place in sharing:
+            parent = model.get_submodule(place.rpartition(".")[0])
+            model.set_submodule(place, twin if modules[place] is layer else _tied(modules[place], twin, place))
+            twin.placed(parent)
     return fusion
+
+
+def _tied(layer: nn.Module, twin: TwinLayer, path: str) -> nn.Module:
+    """Return what replaces `layer`, whose weight is also that of the layer that `twin` has replaced."""
+    if isinstance(twin, TwinEmbedding) and type(layer) is nn.Linear:
+        return TiedLinear(layer, twin)
+    if isinstance(twin, TwinEmbedding) and TwinEmbedding.stands_for(layer, layer):
+        return TiedEmbedding(layer, twin)
+    raise InputError(
+        f"{path} is a {type(layer).__name__} that shares its weight with another layer, and twins fuse shared weights "
+        "of embeddings and output layers alone; give experts that leave it unchanged"
+    )
 
 
 def _changed_layers(exclusive: Mapping[str, Exclusive]) -> dict[str, list[str]]:
@@ -53,12 +71,12 @@ def _changed_layers(exclusive: Mapping[str, Exclusive]) -> dict[str, list[str]]:
     return changed
 
 
-def _kind_for(layer: nn.Module, name: str) -> type[TwinLayer]:
+def _kind_for(layer: nn.Module, parent: nn.Module, name: str) -> type[TwinLayer]:
     """Return the kind that replaces `layer`, which holds the parameter `name`. InputError if there is none."""
-    kind = next((kind for kind in TWINS if kind.stands_for(layer)), None)
+    kind = next((kind for kind in TWINS if kind.stands_for(layer, parent)), None)
     if kind is None:
         known = ", ".join(module.__name__ for kind in TWINS for module in kind.replaces)
-        raise InputError(f"{name} belongs to a {type(layer).__name__}: twins fuse {known} and RMS norms")
+        raise InputError(f"{name} belongs to a {type(layer).__name__}: twins fuse {known}, positions and RMS norms")
     if "experts" in name.split(".")[:-1]:
         raise InputError(
             f"{name} belongs to one expert of a mixture of experts, whose input does not say which row a token is "

@@ -33,17 +33,17 @@ class TwinLayerNorm(TwinLayer):
 
 
 class TwinRMSNorm(TwinLayer):
-    """An RMS norm with exclusive vectors: any module named ...RMSNorm whose one parameter is a weight (n,).
+    """An RMS norm with exclusive vectors: a ...RMSNorm or ...T5LayerNorm whose one parameter is a weight (n,).
 
-    Llama's, Qwen's and Gemma's norms differ in how they apply the weight, so the original module computes the
+    Llama's, Qwen's, Gemma's and T5's norms differ in how they apply the weight, so the original module computes the
     result. Its weight is replaced before each forward; a weight per row is broadcast over the row's tokens.
     """
 
     @classmethod
-    def stands_for(cls, layer: nn.Module) -> bool:
-        """Return whether `layer` is named ...RMSNorm and has one parameter, a weight of one dimension."""
+    def stands_for(cls, layer: nn.Module, parent: nn.Module) -> bool:
+        """Return whether `layer` is named so and has one parameter, a weight of one dimension."""
         parameters = [(name, weight.ndim) for name, weight in layer._parameters.items() if weight is not None]
-        return parameters == [("weight", 1)] and type(layer).__name__.endswith("RMSNorm")
+        return parameters == [("weight", 1)] and type(layer).__name__.endswith(("RMSNorm", "T5LayerNorm"))
 
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
