@@ -147,3 +147,39 @@ def test_what_helm_lacks_is_named(
     ):
         assert run({**suite, **changes}, tmp_path, "--harness", "helm") == 2
         assert says in capsys.readouterr().err
+
+
+def test_any_run_entry_is_a_task(suite: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of MMLU with one subject it is the built-in task; an entry that needs no raw file is nobody's here."""
+    subject = tmp_path / "raw"
+    for file in Path(suite["helm"]).rglob("anatomy*.csv"):
+        copy = subject / file.relative_to(suite["helm"])
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    asked = {**suite, "helm": str(subject), "methods": ["average"], "rows": None}
+    assert run({**asked, "tasks": ["mmlu"]}, tmp_path / "built-in", "--harness", "helm", "--limit", "4") == 0
+    entries = {
+        "anatomy": {"expert": "mmlu", "helm": "mmlu:subject=anatomy,eval_split=test", "metric": "exact_match"},
+        "pattern": {"expert": None, "helm": "synthetic_reasoning:mode=pattern_match"},
+    }
+    own = {**asked, "tasks": entries, "data": None, "experts": {"mmlu": suite["experts"]["mmlu"]}}
+    own = {key: value for key, value in own.items() if value is not None}
+    assert run(own, tmp_path / "own", "--harness", "helm", "--limit", "4") == 0
+    built_in, found = rows_of(tmp_path / "built-in"), rows_of(tmp_path / "own")
+    for method in ("pretrained", "experts"):
+        for field in ("score", "stderr", "n"):
+            known = built_in["standard", method, "mmlu"][field]
+            assert found["standard", method, "anatomy"][field] == known
+    pattern = found["standard", "average", "pattern"]
+    assert (pattern["metric"], pattern["normalized"], pattern["expert"]) == ("exact_match", None, None)
+    assert 0 < pattern["n"] < 4  # HELM draws four of its valid and test rows, and the test rows are scored
+    assert ("standard", "experts", "pattern") not in found
+    for changes, says in (
+        ({"metric": "exactmatch"}, "HELM has no metric 'exactmatch'; did you mean 'exact_match'"),
+        ({"few_shot": 2}, "few_shot: HELM's run entry says it"),
+    ):
+        changed = {**own, "tasks": {"anatomy": {**entries["anatomy"], **changes}}}
+        assert run(changed, tmp_path / "wrong", "--harness", "helm", "--limit", "2") == 2
+        assert says in capsys.readouterr().err
+    assert run({**own, "tasks": {"anatomy": {"expert": "mmlu"}}}, tmp_path / "wrong", "--harness", "helm") == 2
+    assert "task 'anatomy' is lm-eval's; for --harness helm give helm: a run entry" in capsys.readouterr().err
