@@ -110,4 +110,4 @@ def test_experts_of_another_kind_than_the_tasks(
         "experts": {"mmlu": bert["experts"]["cola"]},
     }
     assert run(changed, tmp_path) == 2
-    assert "mmlu needs causal_lm experts, these are sequence_classification" in capsys.readouterr().err
+    assert "mmlu needs causal_lm or seq2seq_lm experts, these are sequence_classification" in capsys.readouterr().err

@@ -25,7 +25,9 @@ from twin_bench.merging.export import merge_to_directory
 from twin_bench.merging.recipe import MergeRecipe
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.layers import install
+from twin_bench.twin.requests import Generate
 from twin_bench.twin.seq2seq import TwinSeq2Seq
+from twin_bench.twin.seq2seq_requests import generate
 
 pytestmark = pytest.mark.versions
 
@@ -97,6 +99,28 @@ def test_texts_are_the_dense_models_own(seq2seq_families: Any, seq2seq_twins: An
         assert texts[row, : len(expected)].tolist() == expected.tolist()
         assert set(texts[row, len(expected) :].tolist()) <= {twin.tokenizer.pad_token_id}
     assert len({tuple(text) for text in texts.tolist()}) > 1
+
+
+def test_lists_give_each_text_its_own_length_and_log_probabilities(seq2seq_families: Any, seq2seq_twins: Any) -> None:
+    """Greedy texts of any length share a batch, and are cut where each alone would end."""
+    twin: Any = TwinModel.from_pretrained(seq2seq_twins("flan-t5"))
+    prompts = [unpadded(sources(4), row)[0].tolist() for row in range(4)]
+    asked = [Generate(prompt, length, likeliest=2) for prompt, length in zip(prompts, (2, 9, 5, 7), strict=True)]
+    found = generate(twin, asked, batch_size=4, fusion_weights=MIXES["mixed"])
+    for request, (text,), reference in zip(asked, found, references(seq2seq_families, "flan-t5", "mixed"), strict=True):
+        source = torch.tensor([request.prompt])
+        expected = reference.generate(source, max_new_tokens=request.max_new_tokens, do_sample=False)[0, 1:]
+        assert text.tokens == [token for token in expected.tolist() if token != twin.tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = reference(input_ids=source, labels=expected[None]).logits[0, : len(text.tokens)]
+        log_probs = logits.log_softmax(dim=-1)
+        own = log_probs[range(len(text.tokens)), text.tokens]
+        torch.testing.assert_close(torch.tensor(text.log_probs), own.float(), rtol=1e-4, atol=1e-4)
+        most = log_probs.topk(2, dim=-1).indices.tolist()
+        assert [[token for token, _ in place] for place in text.likeliest] == most
+        assert len(text.tokens) + (text.end_token is not None) <= request.max_new_tokens
+    with pytest.raises(InputError, match="an empty prompt"):
+        generate(twin, [Generate([], 3)])
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
