@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from twin_bench_helm.engine import engine
-from twin_bench_helm.settings import TwinSettings
 
 import twin_bench
 from tests.support.lm_eval_requests import generated, scored
@@ -22,6 +20,8 @@ from twin_bench.contenders import Context, contenders, rehearse
 from twin_bench.doctor import twin as examined
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.registry import find_method
+from twin_bench.serving.engine import engine
+from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.seq2seq import TwinSeq2Seq
 from twin_bench_helm.config import write_helm_config
 from twin_bench_lm_eval.model import serving

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor
 
-from twin_bench.checkpoints.skeleton import context_window
+from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
@@ -160,8 +160,8 @@ def _require_writable(directory: Path) -> None:
 def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
     config, router = sources.config, recipe.router
-    window = context_window(config)
-    if recipe.max_length and recipe.max_length > window:
+    window = position_limit(config)
+    if recipe.max_length and window is not None and recipe.max_length > window:
         raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")
     if router is None:
         return

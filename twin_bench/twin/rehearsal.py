@@ -73,15 +73,20 @@ def rehearse_targets(twin: TwinSeq2Seq, requests: Sequence[Score], rows: int, *,
 
 @torch.no_grad()
 def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> None:
-    """Run one batch of texts of `steps` tokens, all but the last one, that are generated from sources of `length`.
+    """Run one batch of texts of `steps` tokens that are generated from sources of `length`.
 
-    The keys and values of a whole text are in memory then.
+    The decoder reads a whole text at once, so that all its keys and values are in memory then.
     """
     inputs = twin.collate([tokens([0] * length)] * rows)
-    begun = torch.zeros(rows, max(1, steps - 1), dtype=torch.long, device=twin.device)
+    texts = torch.zeros(rows, steps, dtype=torch.long, device=twin.device)
     weights, groups = _ways(twin, rows)
     for group in groups:
-        twin.generate_batch(inputs, group, weights, decoder_input_ids=begun, max_new_tokens=1, num_beams=1)
+        with twin.fused(group, weights):
+            read = {
+                "encoder_hidden_states": twin.backbone(**inputs).last_hidden_state,
+                "encoder_attention_mask": inputs["attention_mask"],
+            }
+            twin.model.get_decoder()(input_ids=texts, use_cache=True, **read)
 
 
 def _ways(twin: TwinLanguageModel, rows: int) -> tuple[Tensor, list[Group]]:

@@ -132,11 +132,11 @@ def generate(
     sources = [last_tokens(request.prompt, window) for request in requests]
     weights = routed(twin, sources, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
-    kinds: dict[tuple[int, Decoding], list[int]] = {}
+    kinds: dict[tuple[int, Decoding, int], list[int]] = {}
     for row, request in enumerate(requests):
         options = request.decoding.options(twin.tokenizer, [""], START_TOKENS)
-        any_length = takes_largest(options, twin.model.generation_config)
-        kinds.setdefault((0 if any_length else request.max_new_tokens, request.decoding), []).append(row)
+        steps = 0 if takes_largest(options, twin.model.generation_config) else request.max_new_tokens
+        kinds.setdefault((steps, request.decoding, request.likeliest), []).append(row)
     answers: list[dict[int, Completion]] = [{} for _ in requests]
     for rows in kinds.values():
         for (row, number), completion in timed(_texts(twin, requests, rows, sources, weights, batch_size, log_probs)):
@@ -169,7 +169,7 @@ def _texts(
     log_probs: bool,
 ) -> Iterator[list[Text]]:
     """Yield batches of some requests' completions. All `rows` have the same decoding."""
-    decoding = requests[rows[0]].decoding
+    decoding, likeliest = requests[rows[0]].decoding, requests[rows[0]].likeliest
     copies = copies_of(requests, rows)
     own = weights[[row for row, _ in copies]]
     limits = [requests[row].max_new_tokens for row, _ in copies]
@@ -184,10 +184,10 @@ def _texts(
             wanted = {
                 "max_new_tokens": max(allowed),
                 "return_dict_in_generate": True,
-                "output_logits": log_probs,
+                "output_logits": log_probs or likeliest > 0,
             }
             output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
-            found = completed(output, START_TOKENS, ends, twin.tokenizer, decoding.stop)
+            found = completed(output, START_TOKENS, ends, twin.tokenizer, decoding.stop, likeliest)
             yield list(zip(asked, map(_shortened, found, allowed), strict=True))
 
 
@@ -195,4 +195,5 @@ def _shortened(found: Completion, limit: int) -> Completion:
     """Return a completion as it is if it may have `limit` tokens, its end token included: it was run for longer."""
     if len(found.tokens) + (found.end_token is not None) <= limit:
         return found
-    return replace(found, tokens=found.tokens[:limit], log_probs=found.log_probs[:limit], end_token=None, stopped=False)
+    own = found.tokens[:limit], found.log_probs[:limit]
+    return Completion(*own, likeliest=found.likeliest[:limit])

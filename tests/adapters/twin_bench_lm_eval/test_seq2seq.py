@@ -157,3 +157,30 @@ def test_arguments_and_calls_of_hflm(seq2seq_twins):
     assert torch.equal(model._model_call(source, attn_mask=torch.ones_like(source), labels=target), given)
     ids = model._model_generate(source, 8, ["dog"], do_sample=False)
     assert torch.equal(ids, twin.generate(source, task="bbq", max_length=8, do_sample=False))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_batch_size_is_that_of_the_costliest_batch(seq2seq_twins, monkeypatch, kind):
+    """Each rehearsal runs with fused weights and with each row's own; the device here has no memory for more rows."""
+    first, asked = served(seq2seq_twins(kind), batch_size=1), generated(PROMPTS[:1], num_beams=2)
+    scores, texts = first.loglikelihood(scored(PAIRS[:3])), first.generate_until(asked)
+    model = TwinMerged(pretrained=str(seq2seq_twins(kind)), device="cpu", batch_size="auto", max_batch_size=16)
+    seen = []
+
+    def watch(module, args, options):
+        seen.append((tuple(options["encoder_hidden_states"].shape[:2]), options["input_ids"].shape[1]))
+        if len(options["input_ids"]) > 8:
+            raise RuntimeError("CUDA out of memory.")
+
+    monkeypatch.setattr(Seq2SeqTwin, "device", torch.device("meta"))
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda garbage_collection=False: None)
+    model.twin.model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+    size = model._detect_batch_size([(None, [5, 6, 7], [8, 9]), (None, [5], [6])])
+    assert 6 <= size <= 8
+    assert seen[-2:] == [((size, 3), 2)] * 2
+    for (found, _), (expected, _) in zip(model.loglikelihood(scored(PAIRS[:3])), scores, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    seen.clear()
+    assert model.generate_until(asked) == texts
+    length = len(model.tok_encode(PROMPTS[0]))
+    assert any(width == length and steps == length + 11 for (_, width), steps in seen)  # a text of its whole length
