@@ -32,10 +32,7 @@ _warn_once = functools.cache(logging.getLogger(__name__).warning)
 
 
 class Options(Settings):
-    """The options of one request: those of Inspect's GenerateConfig that a twin honours, under their names there.
-
-    As with Inspect's `hf`, a token is drawn at temperature 1 where nothing else is asked.
-    """
+    """The options of one request: those of Inspect's GenerateConfig that a twin honours, under their names there."""
 
     max_tokens: int = Field(ge=1)
     temperature: float = Field(default=1.0, ge=0)

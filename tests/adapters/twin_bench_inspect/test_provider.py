@@ -25,6 +25,7 @@ from inspect_ai.model import (
     ModelOutput,
 )
 from inspect_ai.tool import ToolCall, ToolInfo
+from tokenizers import processors
 
 from tests.support.dense import dense
 from tests.support.lm_eval_requests import generated, scored
@@ -123,6 +124,8 @@ def test_a_conversation_is_asked_in_the_chat_template(
     answers(model, [turns])
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
     monkeypatch.setattr(tokenizer, "chat_template", template)
+    adds_one = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", adds_one)
     answers(model, [turns])
     plain, templated = (list(ask.prompt) for ((ask,),) in [lists[:1], lists[1:]])
     assert tokenizer.decode(plain) == "system: be quick\nuser: a cat\nassistant: x\nuser: and a dog\n"
