@@ -287,9 +287,12 @@ def _prepared(
     tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness)
     own = harness.input_digests(suite, tasks, out / harness.name)
     if any("training rows" in entry.method.sees for entry in entries):
-        run_inputs.write_training_rows(tasks.values(), harness, own)
+        run_inputs.write_prompts(tasks.values(), harness, own)
+        if "paper" in suite.protocol:
+            run_inputs.write_prompts(tasks.values(), harness, own, scored=True)
     inputs = run_inputs.input_digests(suite, tasks)
-    inputs |= {"suite_rows": inputs["rows"], "rows": {**inputs["rows"], **own}}
+    built_from = {**inputs["rows"], **run_inputs.named_digests(tasks.values(), own)}
+    inputs |= {"suite_rows": built_from, "rows": {**inputs["rows"], **own}}
     return Run(suite, out, tasks, sources, inputs, harness, rows, device, progress)
 
 
