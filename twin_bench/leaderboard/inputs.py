@@ -101,8 +101,9 @@ def named_digests(tasks: Iterable[TaskRows], digests: Mapping[str, str]) -> dict
 def input_digests(suite: Suite, tasks: Mapping[str, TaskRows]) -> dict[str, Any]:
     """Return digests of what scores depend on besides settings: weights, rows, tasks, and a router's rows."""
     # All models are downloaded before the first digest: an expert may be in a folder of the base model's repository.
-    base_model = model_directory(suite.base_model, tokenizer=True)
-    experts = {name: model_directory(path) for name, path in suite.expert_paths.items()}
+    pickle = suite.allow_pickle
+    base_model = model_directory(suite.base_model, tokenizer=True, allow_pickle=pickle)
+    experts = {name: model_directory(path, allow_pickle=pickle) for name, path in suite.expert_paths.items()}
     found: dict[str, Any] = {
         "base_model": digest_files(base_model),
         # A list: methods that draw, or that tell a first expert from a second, depend on the order.

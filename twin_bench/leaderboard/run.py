@@ -101,6 +101,7 @@ class Run:
             tasks=tuple(self.tasks.values()),
             base_model=suite.base_model,
             experts=suite.expert_paths,
+            trust=suite.trust,
             sources=self.sources,
             workspace=self.workspace,
             router=suite.router,
@@ -282,7 +283,8 @@ def _prepared(
     """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
     remove_abandoned(out)
     harness.check(suite)
-    sources = open_sources(suite.base_model, suite.expert_paths, labels=labels_of(suite.kinds.values()))
+    labels = labels_of(suite.kinds.values())
+    sources = open_sources(suite.base_model, suite.expert_paths, labels=labels, **suite.trust)
     check_kind(suite, sources.skeleton.task_type)
     tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness)
     own = harness.input_digests(suite, tasks, out / harness.name)
