@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.tasks
 import peft
 import pytest
 import torch
@@ -17,13 +18,21 @@ import yaml
 from lm_eval.tasks import TaskManager
 from scipy.stats import spearmanr
 
-from tests.support.models import WORDS, tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
+from tests.support.models import (
+    WORDS,
+    tiny_causal,
+    tiny_causal_tokenizer,
+    tiny_classifier,
+    tiny_seq2seq,
+    tiny_seq2seq_tokenizer,
+    tiny_tokenizer,
+)
 from tests.support.rows import write_generative_rows
 from tests.support.suites import rows_of, run
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.glue import GLUE
 from twin_bench.leaderboard.__main__ import main
-from twin_bench.leaderboard.suite import read_suite
+from twin_bench.leaderboard.suite import Suite, read_suite
 from twin_bench.paths import shipped_suites, tasks_directory
 
 LITERATURE = ("generative-qwen", "glue-flan-t5", "glue-flan-t5-lora", "glue-gpt2", "glue-roberta", "merge-llama")
@@ -74,6 +83,16 @@ def glue(here: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def save(model: Any, tokenizer: Any, folder: str) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_adapters(base: Any, suite: Suite, *, safe_serialization: bool = True, **options: Any) -> None:
+    """Save a random LoRA adapter on `base` under the name of each of a suite's experts."""
+    for seed, path in enumerate(suite.expert_paths.values()):
+        torch.manual_seed(seed)
+        plain = copy.deepcopy(base)
+        plain.name_or_path = suite.base_model
+        adapted = peft.get_peft_model(plain, peft.LoraConfig(r=4, init_lora_weights=False, **options))
+        adapted.save_pretrained(path, safe_serialization=safe_serialization)
 
 
 def board(name: str, out: Path, *arguments: str) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -177,14 +196,8 @@ def test_qwen_runs_on_a_tiny_model_of_its_own_code_with_pickled_adapters(
     own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
-    for seed, path in enumerate(suite.expert_paths.values()):
-        torch.manual_seed(seed)
-        lora = peft.LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        plain = copy.deepcopy(base)
-        plain.name_or_path = suite.base_model
-        adapted = peft.get_peft_model(plain, lora)
-        adapted.save_pretrained(path, safe_serialization=False)
-        assert (here / path / "adapter_model.bin").is_file()
+    save_adapters(base, suite, target_modules=["q_proj", "down_proj"], safe_serialization=False)
+    assert (here / suite.expert_paths["mmlu"] / "adapter_model.bin").is_file()
     generative_data_sets(here, tmp_path)
     rows = board("generative-qwen", tmp_path, "--methods", "task_arithmetic,twin", "--limit", "2")
     assert {(protocol, method) for protocol, method, _ in rows} == {
@@ -271,20 +284,34 @@ def test_stsb_as_text_is_spearmans_correlation_and_no_number_is_nought(flan_glue
     assert task.aggregation()["spearman"](pairs) == pytest.approx(spearmanr(references, numbers).statistic)
 
 
-def test_flan_t5_runs_on_a_causal_stand_in(causal: Any, glue: Any, tmp_path: Path) -> None:
-    suite = read_suite("glue-flan-t5")
-    causal(suite.base_model, suite.expert_paths)
-    rows = board("glue-flan-t5", tmp_path, "--methods", "ties,twin", "--limit", "2")
-    assert {method for _, method, _ in rows} == {"pretrained", "experts", "ties", "twin"}
+def test_flan_t5_runs_on_tiny_models_under_fusionbenchs_names(glue: Any, tmp_path: Path) -> None:
+    suite, tokenizer = read_suite("glue-flan-t5"), tiny_seq2seq_tokenizer()
+    base = tiny_seq2seq("flan-t5")
+    save(base, tokenizer, suite.base_model)
+    for seed, path in enumerate(suite.expert_paths.values(), 1):
+        save(tiny_seq2seq("flan-t5", seed, like=base), tokenizer, path)
+    rows = board("glue-flan-t5", tmp_path, "--methods", "twin", "--limit", "1")
+    assert {method for _, method, _ in rows} == {"pretrained", "experts", "twin"}
     assert {task: row["metric"] for (_, _, task), row in rows.items()} == {
         f"flan_glue_{name}": "spearman,none" if name == "stsb" else "exact_match,none" for name in GLUE
     }
 
 
+def test_flan_t5_runs_on_tiny_lora_adapters_under_fusionbenchs_names(glue: Any, tmp_path: Path) -> None:
+    suite = read_suite("glue-flan-t5-lora")
+    base = tiny_seq2seq("flan-t5")
+    save(base, tiny_seq2seq_tokenizer(), suite.base_model)
+    save_adapters(base, suite, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    rows = board("glue-flan-t5-lora", tmp_path, "--methods", "knots", "--limit", "1")
+    assert {method for _, method, _ in rows} == {"pretrained", "experts", "knots"}
+
+
 def test_merge_llama_names_tasks_of_lm_eval_and_runs_those_that_need_nothing_more(
     causal: Any, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suite, manager = read_suite("merge-llama"), TaskManager()
+    suite, shipped = read_suite("merge-llama"), Path(lm_eval.tasks.__file__).parent
+    folders = ("gsm8k", "hendrycks_math", "humaneval", "ifeval", "mbpp", "okapi")  # the index of all takes 8 seconds
+    manager = TaskManager(include_path=[str(shipped / folder) for folder in folders], include_defaults=False)
     assert set(suite.kinds) <= set(manager.all_tasks)
     monkeypatch.setattr("twin_bench_lm_eval.harness.find_tasks", lambda names, include_path: manager)
     causal(suite.base_model, suite.expert_paths)
@@ -308,7 +335,7 @@ def test_merge_llama_names_tasks_of_lm_eval_and_runs_those_that_need_nothing_mor
     )
     raw = yaml.safe_load(shipped_suites()["merge-llama"].read_text())
     raw["tasks"] = {task: raw["tasks"][task] for task in ("gsm8k_cot", "m_mmlu_fr", "arc_fr", "hellaswag_fr")}
-    assert run(raw, tmp_path, "--router", str(router), "--methods", "average,twin", "--limit", "2") == 0
+    assert run(raw, tmp_path, "--router", str(router), "--methods", "twin", "--limit", "2", "--batch-size", "2") == 0
     assert {row["metric"] for row in rows_of(tmp_path).values()} == {
         "exact_match,flexible-extract",
         "acc,none",
