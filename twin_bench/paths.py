@@ -15,6 +15,11 @@ def leaderboards_directory() -> Path:
     return _directory("leaderboards")
 
 
+def shipped_suites() -> dict[str, Path]:
+    """Return the file of each suite that comes with the package, by its name."""
+    return {file.stem: file for file in sorted(leaderboards_directory().glob("*.yaml"))}
+
+
 def _directory(name: str) -> Path:
     package = Path(__file__).resolve().parent
     # pyproject.toml tells a checkout from site-packages, where a directory `tasks` would be someone else's.

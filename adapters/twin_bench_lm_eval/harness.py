@@ -29,10 +29,10 @@ from twin_bench_lm_eval.named import (
     described,
     find_tasks,
     load,
+    prompts,
     quiet,
     rows_digest,
     standard_error,
-    training_rows,
 )
 from twin_bench_lm_eval.tasks import lm_eval_task
 
@@ -68,10 +68,10 @@ class LmEval(Harness):
         """Return the digest of what each of lm-eval's own tasks asks."""
         return {f"{name}/lm-eval": rows_digest(loaded) for name, loaded in self._loaded.items()}
 
-    def training_rows(self, task: Task) -> Iterable[Row]:
-        """Yield a router's rows of one of lm-eval's own tasks."""
+    def prompts(self, task: Task, *, scored: bool) -> Iterable[Row]:
+        """Return the prompts and answers of one of lm-eval's own tasks."""
         with quiet():
-            yield from list(training_rows(self._loaded[task.name]))
+            return list(prompts(self._loaded[task.name], scored=scored))
 
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""

@@ -158,14 +158,15 @@ def rows_digest(loaded: Loaded) -> str:
     return found.hexdigest()
 
 
-def training_rows(loaded: Loaded) -> Iterator[Row]:
-    """Yield {"text", "answer"} of documents that are not scored, with prompts as they are scored.
+def prompts(loaded: Loaded, *, scored: bool) -> Iterator[Row]:
+    """Yield {"text", "answer"} of documents, with prompts as they are scored: what a twin's router reads.
 
-    They are the training documents, or else the few-shot examples, or else the validation documents.
+    They are the documents that are `scored`; or else the training documents, without such the few-shot examples, and
+    without such the validation documents.
     """
     for leaf in loaded.tasks.values():
         leaf.set_fewshot_seed(FEWSHOT_SEED)
-        for doc in _unscored(leaf):
+        for doc in leaf.eval_docs if scored else _unscored(leaf):
             context = leaf.fewshot_context(doc, num_fewshot=leaf.get_config("num_fewshot"))
             asked = leaf.construct_requests(doc, context, metadata=(leaf.task_name, None, 1))
             first = asked[0] if isinstance(asked, list) else asked

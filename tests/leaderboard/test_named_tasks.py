@@ -158,6 +158,40 @@ def test_routers_read_training_rows_as_the_prompts_that_are_scored(board: Any) -
     assert rows["standard", "fisher", "letters"]["notes"]["calibration"]["rows"] == {"math": 4, "code": 4}
 
 
+def test_an_encoder_decoders_expert_scores_what_lm_evals_own_model_scores(
+    suite: dict[str, Any], seq2seq_families: Any, include_path: Path, tmp_path: Path
+) -> None:
+    experts = seq2seq_families("t5").recipe["experts"]
+    tasks = {name: suite["tasks"][name] for name in ("capitals", "letters")}
+    changed = {
+        **suite,
+        "base_model": seq2seq_families("t5").recipe["base_model"],
+        "experts": {"math": experts["mmlu"], "code": experts["bbq"]},
+        "tasks": tasks,
+        "methods": [{"twin": {"router": {"epochs": 2}}}, "ties"],
+    }
+    assert run(changed, tmp_path) == 0
+    rows, manager = rows_of(tmp_path), TaskManager(include_path=str(include_path), include_defaults=False)
+    assert len(rows) == 4 * len(tasks)
+    for task, given in tasks.items():
+        model = HFLM(changed["experts"][given["expert"]], backend="seq2seq", device="cpu", batch_size=1)
+        results = lm_eval.simple_evaluate(model, tasks=[task], task_manager=manager, bootstrap_iters=0)
+        row = rows["standard", "experts", task]
+        assert row["score"] == pytest.approx(100 * results["results"][task][row["metric"]])
+
+
+def test_scored_prompts_are_written_for_the_paper_protocol_alone(suite: dict[str, Any], tmp_path: Path) -> None:
+    changed = {**suite, "tasks": {"capitals": {"expert": "math"}}, "experts": {"math": suite["experts"]["math"]}}
+    changed["methods"] = [{"twin": {"router": {"epochs": 2}, "protocol": "standard"}}]
+    folder = tmp_path / "out" / "data" / "lm-eval" / "capitals"
+    assert run(changed, tmp_path) == 0
+    before = rows_of(tmp_path)["standard", "twin", "capitals"]["key"]
+    assert [file.name for file in folder.iterdir()] == ["train.jsonl"]
+    assert run({**changed, "protocol": ["standard", "paper"]}, tmp_path) == 0
+    assert len((folder / "validation.jsonl").read_text().splitlines()) == SPLITS["test"]
+    assert rows_of(tmp_path)["standard", "twin", "capitals"]["key"] == before
+
+
 @pytest.mark.parametrize(
     ("tasks", "says"),
     [

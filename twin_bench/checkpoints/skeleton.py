@@ -120,13 +120,15 @@ def _require_text_to_text(model: Any) -> None:
 def meta_model(config: Any, task_type: TaskType, *, num_labels: int) -> Any:
     """Return the transformers model of `config` on the meta device: its modules and shapes, without memory for weights.
 
+    Code that comes with the model is run if the config is of that code itself, which `read_config` was told to run.
     InputError if transformers has no such class for the model type, or its config makes no model.
     """
     config = copy.deepcopy(config)
     config.num_labels = num_labels
+    own_code = type(config).__module__.startswith("transformers_modules.")
     try:
         with torch.device("meta"):
-            return AUTO_MODEL[task_type].from_config(config)
+            return AUTO_MODEL[task_type].from_config(config, trust_remote_code=own_code)
     except ValueError as error:
         raise InputError(f"model type {config.model_type!r} has no {task_type} class: {first_line(error)}") from None
     except Exception as error:  # A setting is of the wrong kind or size: any line of the model's code may raise.

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from twin_bench.console import add_device, add_dtype, add_plugins
+from twin_bench.paths import shipped_suites
 
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
@@ -13,7 +14,9 @@ SUMMARY = "run a suite of merge methods and print its table; with no arguments, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "--suite", default="demo", help="a suite: a YAML file, or a name in leaderboards/ (default: demo)"
+        "--suite",
+        default="demo",
+        help=f"a suite: a YAML file, or one that comes with twin-bench: {', '.join(shipped_suites())} (default: demo)",
     )
     parser.add_argument(
         "--methods",

@@ -26,9 +26,10 @@ class Context:
     """The input of one method under one protocol.
 
     `settings` are the method's options, defaults and seed included. `tasks` are what is scored, with their rows, and
-    `experts` the path or hub id of each expert. `rows` is how many rows of each task are scored (None: all). A method
-    that learns at test time sees these rows and no others. `router` are settings of routers that a method's own options
-    do not have; with `data` among them, routers are trained on the rows there and not on the tasks' own.
+    `experts` the path or hub id of each expert. `trust` says whether their files may hold pickles and code, as keys of
+    a recipe. `rows` is how many rows of each task are scored (None: all). A method that learns at test time sees these
+    rows and no others. `router` are settings of routers that a method's own options do not have; with `data` among
+    them, routers are trained on the rows there and not on the tasks' own.
     `workspace` is a folder for what is built from the inputs; its name identifies them. `feature_cache` is the folder
     of routers' features, if they are kept. `device` is where they are computed.
     """
@@ -41,6 +42,7 @@ class Context:
     experts: Mapping[str, str]
     sources: Sources
     workspace: Path
+    trust: Mapping[str, bool] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
     rows: int | None = None
     seed: int = 0

@@ -118,7 +118,11 @@ def twin(
     manifest = read_manifest(directory)
     told = weights == "task"
     model = TwinModel.from_pretrained(
-        directory, protocol=context.protocol, routing="task" if told else "router", dtype=context.dtype
+        directory,
+        protocol=context.protocol,
+        routing="task" if told else "router",
+        dtype=context.dtype,
+        trust_remote_code=recipe.trust_remote_code,
     )
     model.feature_cache = context.feature_cache
     chosen = manifest["router"]
@@ -146,6 +150,7 @@ def _recipe(
             "seed": context.seed,
             "max_length": context.max_length,
             "dtype": context.dtype,
+            **context.trust,
         }
     )
 

@@ -22,8 +22,9 @@ LESS = re.compile(r"(\w+_)?perplexity|bits_per_byte|ter|brier_score|\w*(mse|loss
 class NamedTask(Task):
     """A task that a harness knows by its name, or by a run entry.
 
-    The harness scores it on its own rows. What a router or statistics are made from stands in {name}/train.jsonl, which
-    the harness writes: rows {"text": the prompt as it is scored, "answer": the text that is expected}.
+    The harness scores it on its own rows. What a router or statistics are made from stands in {name}/train.jsonl, and
+    under protocol paper what is scored in {name}/{split}.jsonl. The harness writes both: rows {"text": the prompt as it
+    is scored, "answer": the text that is expected}.
 
     `metric` is the harness's name of the score, and empty until the harness has chosen one. `entry` is HELM's run
     entry. `few_shot` is the number of few-shot examples, if it is not the harness's own.

@@ -78,10 +78,10 @@ class Harness(abc.ABC):
         """
         return {}
 
-    def training_rows(self, task: Task) -> Iterable[Row]:
-        """Yield a router's rows of a task that the harness brings: {"text": prompt as it is scored, "answer": text}.
+    def prompts(self, task: Task, *, scored: bool) -> Iterable[Row]:
+        """Yield rows of a task that the harness brings: {"text": prompt as it is scored, "answer": text}.
 
-        They are rows of another split than the one that is scored. There are none if the task has none.
+        They are the rows that are `scored`, or those of another split; there are none if the task has no other.
         """
         return ()
 

@@ -69,18 +69,22 @@ def _download(rows: TaskRows) -> None:
             write_record(record, known, format_number=ROWS_FORMAT)
 
 
-def write_training_rows(tasks: Iterable[TaskRows], harness: Harness, digests: Mapping[str, str]) -> None:
+def write_prompts(
+    tasks: Iterable[TaskRows], harness: Harness, digests: Mapping[str, str], *, scored: bool = False
+) -> None:
     """Write {task}/train.jsonl of the tasks that the harness brings, unless it was written of the same rows.
 
-    `digests` are those of the harness's own rows, as TASK/NAME to digest.
+    `digests` are those of the harness's own rows, as TASK/NAME to digest. With `scored`, {task}/{split}.jsonl is
+    written, which protocol paper alone may see.
     """
     for rows in tasks:
         if isinstance(rows.task, NamedTask):
-            record, name = rows.directory / "rows.json", rows.task.name
+            record, split = rows.directory / "rows.json", rows.split if scored else "train"
             known = read_record(record, format_number=ROWS_FORMAT) or {}
-            file, source = rows.file("train"), _of_task(name, digests)
+            file, name = rows.file(split), f"{rows.task.name}/{split}"
+            source = [rows.task.identity, named_digests([rows], digests)]
             if not file.is_file() or known.get(name) != [source, digest_file(file)]:
-                written = list(harness.training_rows(rows.task))
+                written = list(harness.prompts(rows.task, scored=scored))
                 file.unlink(missing_ok=True)
                 if written:
                     write_json_lines(file, written)
@@ -88,11 +92,18 @@ def write_training_rows(tasks: Iterable[TaskRows], harness: Harness, digests: Ma
                     write_record(record, known, format_number=ROWS_FORMAT)
 
 
+def named_digests(tasks: Iterable[TaskRows], digests: Mapping[str, str]) -> dict[str, str]:
+    """Return those of a harness's digests that are of tasks which it brings."""
+    named = [rows.task.name for rows in tasks if isinstance(rows.task, NamedTask)]
+    return {key: value for name in named for key, value in _of_task(name, digests).items()}
+
+
 def input_digests(suite: Suite, tasks: Mapping[str, TaskRows]) -> dict[str, Any]:
     """Return digests of what scores depend on besides settings: weights, rows, tasks, and a router's rows."""
     # All models are downloaded before the first digest: an expert may be in a folder of the base model's repository.
-    base_model = model_directory(suite.base_model, tokenizer=True)
-    experts = {name: model_directory(path) for name, path in suite.expert_paths.items()}
+    pickle = suite.allow_pickle
+    base_model = model_directory(suite.base_model, tokenizer=True, allow_pickle=pickle)
+    experts = {name: model_directory(path, allow_pickle=pickle) for name, path in suite.expert_paths.items()}
     found: dict[str, Any] = {
         "base_model": digest_files(base_model),
         # A list: methods that draw, or that tell a first expert from a second, depend on the order.

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from twin_bench.files import write_text
 from twin_bench.leaderboard.cells import Board, Cell
+from twin_bench.leaderboard.published import like_ours
 
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
 CSV_COLUMNS = (*COLUMNS, "expert", "retention")
@@ -108,9 +109,9 @@ def write_leaderboard(board: Board, out: Path) -> pd.DataFrame:
 
 
 def asides(board: Board) -> list[str]:
-    """Return a paragraph for each method that was skipped, and for what is left out."""
+    """Return a paragraph for each method that was skipped, each thing left out, and each published figure beside it."""
     skipped = [f"Skipped: {method.method} ({method.protocol}): {method.reason}." for method in board.skipped]
-    return [*skipped, *board.left_out]
+    return [*skipped, *board.left_out, *like_ours([asdict(cell) for cell in board.cells])]
 
 
 def markdown(rows: Sequence[dict[str, Any]], table: pd.DataFrame, said: Sequence[str] = ()) -> str:

@@ -101,6 +101,7 @@ class Run:
             tasks=tuple(self.tasks.values()),
             base_model=suite.base_model,
             experts=suite.expert_paths,
+            trust=suite.trust,
             sources=self.sources,
             workspace=self.workspace,
             router=suite.router,
@@ -282,14 +283,18 @@ def _prepared(
     """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
     remove_abandoned(out)
     harness.check(suite)
-    sources = open_sources(suite.base_model, suite.expert_paths, labels=labels_of(suite.kinds.values()))
+    labels = labels_of(suite.kinds.values())
+    sources = open_sources(suite.base_model, suite.expert_paths, labels=labels, **suite.trust)
     check_kind(suite, sources.skeleton.task_type)
     tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness)
     own = harness.input_digests(suite, tasks, out / harness.name)
     if any("training rows" in entry.method.sees for entry in entries):
-        run_inputs.write_training_rows(tasks.values(), harness, own)
+        run_inputs.write_prompts(tasks.values(), harness, own)
+        if "paper" in suite.protocol:
+            run_inputs.write_prompts(tasks.values(), harness, own, scored=True)
     inputs = run_inputs.input_digests(suite, tasks)
-    inputs |= {"suite_rows": inputs["rows"], "rows": {**inputs["rows"], **own}}
+    built_from = {**inputs["rows"], **run_inputs.named_digests(tasks.values(), own)}
+    inputs |= {"suite_rows": built_from, "rows": {**inputs["rows"], **own}}
     return Run(suite, out, tasks, sources, inputs, harness, rows, device, progress)
 
 

@@ -20,7 +20,7 @@ from twin_bench.leaderboard.tasks import Data, TaskSettings, task_of
 from twin_bench.merging.calibration import ROWS
 from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.registry import PROTOCOLS, Method, ProtocolName, Track, find_method, methods
-from twin_bench.paths import leaderboards_directory
+from twin_bench.paths import shipped_suites
 from twin_bench.twin.recipe import RouterSettings
 
 BOUNDS = ("pretrained", "experts")
@@ -86,6 +86,8 @@ class Suite(WithPlugins):
     - `device`: cpu, cuda, mps or `auto`, the fastest of them.
     - `batch_size`: inputs in a forward pass. `auto` finds what fits a GPU where the harness can.
     - `calibration_rows`: how many training rows of each expert's tasks may be used for statistics.
+    - `allow_pickle`: read weights from pickles too.
+    - `trust_remote_code`: let transformers run code that comes with a model.
     - `plugins`: Python files that register methods, metrics or tasks; they are imported.
     - `confirm_run_unsafe_code`: run tasks of lm-eval's that run code which the model writes.
     - `helm`: a directory of HELM's raw files as under benchmark_output/scenarios, for --harness helm.
@@ -109,6 +111,8 @@ class Suite(WithPlugins):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
     calibration_rows: int = Field(default=ROWS, ge=1)
     helm: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
     confirm_run_unsafe_code: bool = False
 
     @field_validator("protocol", mode="before")
@@ -183,6 +187,11 @@ class Suite(WithPlugins):
         return self.model_copy(update={"data": str(directory), "split": split, "tasks": tasks, "rows": None})
 
     @property
+    def trust(self) -> dict[str, bool]:
+        """What a model's files may do, as arguments of `open_sources` and keys of a recipe."""
+        return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
+
+    @property
     def classifies(self) -> bool:
         """Whether the suite compares classifiers, and not language models."""
         return next(iter(self.kinds.values())).suits == CLASSIFIERS
@@ -236,7 +245,7 @@ class Suite(WithPlugins):
 def read_suite(name_or_file: str) -> Suite:
     """Read a suite: a file, or the name of one in leaderboards/."""
     file = Path(name_or_file)
-    shipped = {path.stem: path for path in leaderboards_directory().glob("*.yaml")}
+    shipped = shipped_suites()
     if not file.is_file():
         if name_or_file not in shipped:
             raise InputError(f"no suite {name_or_file!r}: no such file{nearest(name_or_file, shipped)}")
