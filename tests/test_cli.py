@@ -328,7 +328,7 @@ def test_very_verbose_shows_why_a_command_cannot_be_loaded(tmp_path: Path) -> No
     [
         ("recipe", {"base_model", "experts"}),
         ("merge", {"base_model", "experts", "merge"}),
-        ("suite", {"name", "base_model", "experts", "data"}),
+        ("suite", {"name", "base_model", "experts"}),
     ],
 )
 def test_a_schema_names_the_keys_of_a_file(kind: str, required: set[str], capsys: pytest.CaptureFixture[str]) -> None:

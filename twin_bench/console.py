@@ -37,6 +37,20 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch_size(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --batch-size, a number of rows in a forward pass. `default` says in words what happens without it."""
+    parser.add_argument(
+        "--batch-size", metavar="N", type=positive, help=f"rows in a forward pass, at most (default: {default})"
+    )
+
+
+def positive(text: str) -> int:
+    """Return the positive whole number that an argument's text is; argparse's error for any other text."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
 def add_plugins(parser: argparse.ArgumentParser) -> None:
     """Add --plugin, which `twin_bench.merging.plugins.load_plugins` reads."""
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_device, add_dtype, add_plugins
+from twin_bench.console import add_batch_size, add_device, add_dtype, add_plugins
 
 SUMMARY = "build a twin from a recipe"
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_dtype(parser)
+    add_batch_size(parser, "as many as 8,192 tokens hold, and no more than 64")
     add_plugins(parser)
 
 
@@ -39,7 +40,12 @@ def run(options: argparse.Namespace) -> None:
     recipe = replaced(read_recipe(options.recipe), dtype=options.dtype)
     with progress_bars(options) as progress:
         settings = build_twin(
-            recipe, options.directory, device=options.device, feature_cache=named_directory(), progress=progress
+            recipe,
+            options.directory,
+            device=options.device,
+            batch_size=options.batch_size,
+            feature_cache=named_directory(),
+            progress=progress,
         )
     parameters, router = settings["parameters"], settings["router"]
     print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")

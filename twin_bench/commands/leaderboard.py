@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_device, add_dtype, add_plugins
+from twin_bench.console import add_device, add_dtype, add_plugins, positive
 from twin_bench.paths import shipped_suites
 
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="run tasks of lm-eval's that run code which the model writes",
     )
-    parser.add_argument("--limit", metavar="N", type=_positive, help="score only the first N rows of each task")
+    parser.add_argument("--limit", metavar="N", type=positive, help="score only the first N rows of each task")
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -105,11 +105,5 @@ def run(options: argparse.Namespace) -> None:
     print(f"Written to {options.out}: {', '.join(FILES)}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 def _positive_or_auto(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)

@@ -37,6 +37,7 @@ def build_twin(
     rows: RouterRows | None = None,
     labels: Labels | None = None,
     device: str | None = None,
+    batch_size: int | None = None,
     feature_cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def build_twin(
         rows: The router's rows, in place of those at the recipe's `router.data`.
         labels: The labels of each expert's task (see `open_sources`).
         device: Where the routers' features are computed: the CPU by default; `auto` is cuda, else mps, else cpu.
+        batch_size: How many rows are in a forward pass for them at most, by default what 8,192 tokens hold, up to 64.
         feature_cache: The directory in which the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
 
@@ -77,7 +79,9 @@ def build_twin(
     )
     chosen: dict[str, Any] = {}
     if recipe.router and rows:
-        training = RouterTraining(recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on)
+        training = RouterTraining(
+            recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on, batch_size
+        )
         parts, chosen = train_routers(training)
     settings = _summary(recipe, shared, parts, {"method": recipe.shared.method, **options}, chosen)
     save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.skeleton, settings)

@@ -45,7 +45,8 @@ class RouterTraining:
 
     `shared` holds the shared expert's parameters. `given` are all rows that may be used, and `rows` the sample of the
     training rows that is. `feature_cache` is the directory in which features are kept from run to run, or None.
-    `device` is where they are computed; the routers themselves are small, and trained on the CPU.
+    `device` is where they are computed, and `batch_size` the largest number of rows in a forward pass, if it is given;
+    the routers themselves are small, and trained on the CPU.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class RouterTraining:
     feature_cache: Path | None
     progress: Progress
     device: torch.device
+    batch_size: int | None = None
     rows: Sequence[TaskInput] = ()
 
     @property
@@ -113,7 +115,7 @@ def _best_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) ->
     settings, owner = training.settings, training.owners(training.rows)
     depth = training.sources.config.num_hidden_layers
     layers = list(range(depth + 1)) if settings.layer == "auto" else [settings.layer]
-    features = _features(twin, training.rows, layers, training.progress, "router features")
+    features = _features(training, twin, training.rows, layers, "router features")
     best: Trained | None = None
     accuracy: dict[str, float] = {}
     pairs = list(zip(layers, features, strict=True))
@@ -134,7 +136,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> T
     """
     twin = training.twin("paper")
     both, count = [*training.rows, *test_rows], len(training.rows)
-    hidden = _features(twin, both, [-1], training.progress, "router features (paper)")[0]
+    hidden = _features(training, twin, both, [-1], "router features (paper)")[0]
     owner = training.owners(both)
     fit, chosen = (hidden[:count], owner[:count]), (hidden[count:], owner[count:])
     config = RouterConfig(training.experts, hidden.shape[1])
@@ -142,7 +144,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> T
 
 
 def _features(
-    twin: TwinModel, rows: Sequence[TaskInput], layers: Sequence[int], progress: Progress, description: str
+    training: RouterTraining, twin: TwinModel, rows: Sequence[TaskInput], layers: Sequence[int], description: str
 ) -> list[Tensor]:
     """Return the features (rows, width) of each layer, in float32 on the CPU."""
     encoded = twin.encode([(row.text, row.text_pair) for row in rows])
@@ -152,11 +154,12 @@ def _features(
             f"router: the tokenizer makes no token of a row of {rows[lengths.index(0)].task}; correct or remove the row"
         )
     distinct_rows, place = distinct(encoded)
+    progress, fitting = training.progress, max(1, min(64, FEATURE_TOKENS // max(lengths)))
     bar = progress.add_task(description, total=len(distinct_rows))
     features = twin.features_of(
         distinct_rows,
         layers,
-        batch_size=max(1, min(64, FEATURE_TOKENS // max(lengths))),
+        batch_size=training.batch_size or fitting,
         progress=lambda done: progress.advance(bar, done),
     )
     progress.update(bar, completed=len(distinct_rows))
