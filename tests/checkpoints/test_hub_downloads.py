@@ -4,12 +4,15 @@ import json
 import os
 from pathlib import Path
 
+import peft
 import pytest
 from huggingface_hub import constants, snapshot_download
 
 from tests.support.hub import TOKEN, Hub, ask
+from tests.support.models import tiny_classifier
 from twin_bench.checkpoints import hub as module
 from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.sources import open_sources
 from twin_bench.errors import InputError
 
 WEIGHTS = os.urandom(300_000)
@@ -155,3 +158,16 @@ def test_a_copy_that_lacks_other_files_is_completed_or_used_with_a_warning(hub, 
 def test_a_hub_out_of_reach_is_one_line(hub):
     hub.__exit__()
     assert "its download failed" in refused("org/model")
+
+
+def test_an_adapter_on_another_revision_of_the_base_is_a_warning(hub, families, tmp_path, caplog):
+    hub.add("org/bert", families("bert").root / "base", names=("main", "v1", "v2"))
+    settings = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"])
+    peft.get_peft_model(tiny_classifier("bert"), settings).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    own = json.loads(file.read_text()) | {"base_model_name_or_path": "org/bert"}
+    for revision, base, warns in (("v1", "org/bert@v2", True), ("v1", "org/bert@v1", False), (None, "org/bert", False)):
+        file.write_text(json.dumps(own | {"revision": revision}))
+        caplog.clear()
+        open_sources(base, {"x": str(tmp_path / "adapter")})
+        assert ("an adapter on org/bert@v1, the base model is org/bert@v2" in caplog.text) == warns

@@ -276,9 +276,11 @@ The vocabulary's size is included for a clear error message.
 def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
     """Raise an InputError if an adapter names another model on the hub as its base.
 
-    A local path names no model. If one of both is a path that ends otherwise than the other's name, this is a warning.
+    A local path names no model. If one of both is a path that ends otherwise than the other's name, this is a warning,
+    and so is another revision: a branch and a commit may be the same.
     """
-    said = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    settings = read_json(adapter / "adapter_config.json")
+    said, revision = str(settings.get("base_model_name_or_path") or ""), settings.get("revision")
     theirs, ours = on_hub(said), on_hub(base_model)
     differ = _last_part(theirs, said) != _last_part(ours, base_model)
     if differ and all(model and "/" in model.repository and not model.folder for model in (theirs, ours)):
@@ -291,6 +293,14 @@ def _require_same_base(name: str, adapter: Path, base_model: str) -> None:
             "expert %r: an adapter on %s, the base model is %s; its shapes fit, make sure that they are the same model",
             name,
             said,
+            base_model,
+        )
+    elif ours and revision not in (None, "main", ours.revision):
+        _log.warning(
+            "expert %r: an adapter on %s@%s, the base model is %s; give base_model at that revision if they differ",
+            name,
+            said,
+            revision,
             base_model,
         )
 
