@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from tests.support.models import (
 )
 from tests.support.rows import write_generative_rows
 from tests.support.suites import rows_of, run
+from twin_bench import paths
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.glue import GLUE
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.leaderboard.suite import Suite, read_suite
-from twin_bench.paths import shipped_suites, tasks_directory
+from twin_bench.paths import leaderboards_directory, shipped_suites, tasks_directory
 
 LITERATURE = ("generative-qwen", "glue-flan-t5", "glue-flan-t5-lora", "glue-gpt2", "glue-roberta", "merge-llama")
 
@@ -123,6 +125,20 @@ def test_the_literatures_suites_need_no_environment_and_their_settings_are_the_a
     assert twin.options["exclusive"]["rank"] == 8
     assert twin.options["shared"]["scaling"] == 0.3
     assert {task.metric for task in suites["glue-gpt2"].kinds.values()} == {"acc"}
+
+
+def test_a_shipped_suites_own_tasks_are_found_in_the_checkout_and_in_the_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read_suite("glue-flan-t5").include_path
+    assert given is not None
+    assert Path(given).resolve() == tasks_directory() / "flan_glue"
+    for folder in (leaderboards_directory(), tasks_directory()):
+        shutil.copytree(folder, tmp_path / "twin_bench" / folder.name)
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "twin_bench" / "paths.py"))
+    given = read_suite("glue-flan-t5").include_path
+    assert given is not None
+    assert Path(given).resolve() == (tmp_path / "twin_bench" / "tasks" / "flan_glue").resolve()
 
 
 @pytest.fixture(scope="module")

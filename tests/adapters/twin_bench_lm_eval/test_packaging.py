@@ -61,6 +61,9 @@ def test_what_the_wheel_holds(wheel):
     assert {"twin_bench/tasks/glue/twin_glue.py", "twin_bench/tasks/glue/_twin_glue.yaml"} <= set(names)
     shipped = {f"twin_bench/tasks/{folder}/twin_{task}.yaml" for folder, tasks in TASKS.items() for task in tasks}
     assert shipped <= set(names)
+    assert {"twin_bench/leaderboards/glue-roberta.yaml", "twin_bench/leaderboards/published/glue-roberta.yaml"} <= set(
+        names
+    )
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {
         "twin_bench",
@@ -109,7 +112,8 @@ def test_an_installed_wheel_has_its_tasks_and_its_entry_point(python, installed)
     )
     directory, tasks, entry_point, helm_entry = shown.splitlines()
     assert Path(directory).is_relative_to(installed)
-    assert tasks.split() == sorted(f"twin_{task}" for group in TASKS.values() for task in group)
+    as_text = [f"flan_glue_{task}" for task in TASKS["glue"]]
+    assert tasks.split() == sorted([*as_text, *(f"twin_{task}" for group in TASKS.values() for task in group)])
     assert entry_point == "TwinMerged"
     assert helm_entry == "twin_cnndm:temperature=0.3"
 
