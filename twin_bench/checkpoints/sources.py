@@ -170,15 +170,22 @@ def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:
-    """Return a transformers model that holds `parameters`, named as in the skeleton, in `dtype` or their own dtype."""
+    """Return a transformers model that holds `parameters`, named as in the skeleton, in `dtype` or their own dtype.
+
+    It is what transformers loads in that dtype: rotary frequencies stay float32, and so do some of T5's layers in
+    float16, which `to` would round.
+    """
     kind = type(meta_model(sources.config, sources.skeleton.task_type, num_labels=2))
     with quiet_transformers():
         model = kind.from_pretrained(
-            None, config=sources.config, state_dict={**parameters, **sources.buffers}, dtype=_dtype(parameters)
+            None,
+            config=sources.config,
+            state_dict={**parameters, **sources.buffers},
+            dtype=getattr(torch, dtype) if dtype else _dtype(parameters),
         )
     if sources.generation is not None:
         model.generation_config = sources.generation
-    return model.to(getattr(torch, dtype)) if dtype else model
+    return model
 
 
 def load_expert(sources: Sources, task: str, dtype: str | None = None) -> Any:

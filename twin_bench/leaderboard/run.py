@@ -33,7 +33,7 @@ from twin_bench.twin.device import usable_device
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
 """The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
-TWINS_FORMAT = 3
+TWINS_FORMAT = 4
 """The format of the folder of twins and statistics. It is raised when what is built from the same inputs changes."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 """The version of stored features. It is raised with every change in how features are computed, or rows told apart."""
 
 _log = logging.getLogger(__name__)
