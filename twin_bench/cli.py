@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 COMMANDS: Mapping[str, str] = {
+    "init": "twin_bench.commands.init",
     "build": "twin_bench.commands.build",
     "merge": "twin_bench.commands.merge",
     "leaderboard": "twin_bench.commands.leaderboard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from twin_bench.errors import InputError, first_line, nearest, shown
+from twin_bench.errors import InputError, first_line, nearest, one_line, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LARGEST_SEED = 2**63 - 1
@@ -149,9 +150,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes what `_Loader` would not read as a text."""
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
 )
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
@@ -186,6 +195,29 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{file}: expected a mapping of keys, found {type(raw).__name__}")
     return {str(key): _expanded(value, file) for key, value in raw.items()}
+
+
+def top_level(file: Path) -> dict[str, str]:
+    """Return the keys at the top of a YAML file, with the texts that they have there; of another value, an empty text.
+
+    Tags need not be known. A file that holds no mapping of YAML has no keys.
+    """
+    try:
+        node = yaml.compose(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {str(key.value): value.value if isinstance(value, yaml.ScalarNode) else "" for key, value in pairs}
+
+
+def as_yaml(value: Any) -> str:
+    """Return plain data as YAML of one line, which `read_yaml` reads as the same value unless a text has a $ in it."""
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)[1:-2]
+
+
+def commented(text: str) -> str:
+    """Return a text as the comment that ends a line of YAML; nothing of an empty one."""
+    return f"  # {one_line(text)}" if text else ""
 
 
 def locate(path: Any, file: Path) -> Any:

@@ -330,7 +330,7 @@ def _require_same_labels(name: str, expert: Any, labels: Sequence[str | int]) ->
 
 def _common_task_type(folders: Mapping[str, Path], config: Any) -> TaskType:
     """Return the task type that all experts have. InputError if they differ."""
-    kinds = {name: _task_type(name, folder, config) for name, folder in folders.items()}
+    kinds = {name: expert_task_type(name, folder, config) for name, folder in folders.items()}
     first = next(iter(kinds))
     for name, kind in kinds.items():
         if kind != kinds[first]:
@@ -340,7 +340,7 @@ def _common_task_type(folders: Mapping[str, Path], config: Any) -> TaskType:
     return kinds[first]
 
 
-def _task_type(name: str, folder: Path, base: Any) -> TaskType:
+def expert_task_type(name: str, folder: Path, base: Any) -> TaskType:
     """Return the task type of the expert in `folder`, from its adapter's config or its architecture."""
     adapter, full = folder / "adapter_config.json", folder / "config.json"
     if adapter.is_file():

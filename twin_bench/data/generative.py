@@ -36,8 +36,8 @@ class GenerativeTask(Task):
 
     A row must have the fields `fields`, and `item` makes an Item of it. `shots` few-shot examples stand before the
     question. If `group` names a field (MMLU: the subject), they have the same value of it. `hub` is (data set,
-    configuration, split to score, split of examples) on the hub. If the split of examples is None, a tenth of the rows
-    is set aside for examples. An answer ends with one of the texts `until`, or after `max_new_tokens`.
+    configuration, split to score, split of examples) on the hub, or None if it is not there. If the split of examples
+    is None, a tenth of the rows is set aside for examples. An answer ends with one of the texts `until`, or after `max_new_tokens`.
     """
 
     name: str
@@ -45,7 +45,7 @@ class GenerativeTask(Task):
     fields: tuple[str, ...]
     item: Callable[[Row], Item]
     instructions: Callable[[Row], str]
-    hub: tuple[str, str, str, str | None]
+    hub: tuple[str, str, str, str | None] | None = None
     shots: int = 5
     group: str | None = None
     until: tuple[str, ...] = ("\n",)
@@ -110,10 +110,12 @@ class GenerativeTask(Task):
     @property
     def has_dev(self) -> bool:
         """Whether the data set on the hub has a split of few-shot examples."""
-        return self.hub[3] == "dev"
+        return self.hub is not None and self.hub[3] == "dev"
 
     def hub_split(self, split: str) -> HubSplit:
         """Return where the rows are. `train` is the split of the few-shot examples, and so is `dev` if there is one."""
+        if self.hub is None:
+            raise InputError(f"{self.name}: its rows are on no hub; give data: a directory of {{task}}/{{split}}.jsonl")
         if split not in ("train", "validation", *(["dev"] if self.has_dev else [])):
             raise InputError(
                 f"{self.name}: no split {split!r}; use validation, which is scored, or train, which has examples"
@@ -123,7 +125,7 @@ class GenerativeTask(Task):
 
     def of_hub_split(self, rows: Sequence[Row], split: str) -> list[Row]:
         """Return all rows of the split. Without a split of examples, `train` is a tenth of them, drawn by a seed."""
-        if self.hub[3] is not None:
+        if self.hub is None or self.hub[3] is not None:
             return list(rows)
         drawn = shuffled(rows)
         aside = len(drawn) // 10

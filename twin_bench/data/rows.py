@@ -35,7 +35,7 @@ def read_rows(path: Path, task: Task) -> list[Row]:
             text, or a label is not one of the task's.
     """
     rows = []
-    for where, row in _read_json_lines(path):
+    for where, row in read_json_lines(path):
         task.check(row, where)
         rows.append(row)
     return rows
@@ -104,7 +104,7 @@ class TaskRows:
 
     def training_inputs(self) -> Iterator[TaskInput]:
         """Yield the training rows as a router's inputs. Labels are not read."""
-        yield from self.task.training_inputs(_read_json_lines(self.file("train")), self.pool())
+        yield from self.task.training_inputs(read_json_lines(self.file("train")), self.pool())
 
 
 class RouterRows(NamedTuple):
@@ -172,7 +172,7 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> RouterRows:
                 f"{path}: no router rows; put {{task}}/train.jsonl in the data set's own schema there, "
                 'or .jsonl files of {"text": ..., "task": ...} rows'
             )
-        train = [_router_row(row, expert_names, where) for file in files for where, row in _read_json_lines(file)]
+        train = [_router_row(row, expert_names, where) for file in files for where, row in read_json_lines(file)]
     missing = [name for name in expert_names if name not in {row.task for row in train}]
     if missing:
         raise InputError(f"{path}: no router rows for {', '.join(missing)}; every expert needs some")
@@ -182,7 +182,7 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> RouterRows:
 
 def _texts_of(expert: str, file: Path) -> Iterator[TaskInput]:
     """Yield an expert's training rows that are texts."""
-    for where, row in _read_json_lines(file):
+    for where, row in read_json_lines(file):
         if row.get("task", expert) != expert:
             raise InputError(f"{where}: task {shown(row['task'])} in the rows of expert {expert!r}; move or remove it")
         yield _router_row({**row, "task": expert}, [expert], where)
@@ -196,7 +196,7 @@ def _router_row(row: Row, expert_names: Sequence[str], where: str) -> TaskInput:
     return TaskInput(text_field(row, "text", where), pair, task)
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield ("file, line n", row) for every line that is not blank."""
     try:
         # Not splitlines: it would also cut at U+2028, which JSON allows inside a string.
