@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twin_bench import InputError, TwinModel
+from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.twin.arguments import checked_batch, require_encoded
 from twin_bench.twin.causal import tokens
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.layers import install
 from twin_bench.twin.requests import Generate, Score, check_generate, generate, score
 
 SMALL: dict[str, Any] = {
@@ -137,3 +140,20 @@ def test_a_request_list_keeps_to_the_window(causal_twins: Any, kind: str) -> Non
         with pytest.raises(InputError, match=says):
             generate(twin, [Generate([5] * 100, 2)], **given)
         twin.max_length = 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "says"),
+    [
+        ("xlnet", "layer.0.ff.layer_1", "its layers take tokens before rows"),
+        ("deberta", "rel_embeddings", "the model reads the whole table"),
+    ],
+)
+def test_models_whose_layers_do_not_see_rows_are_refused(kind: str, changed: str, says: str) -> None:
+    """Their low-rank path gave wrong answers in silence: XLNet's where a batch had as many rows as tokens."""
+    model = transformers.AutoModelForSequenceClassification.from_config(CONFIGS[kind])
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith(f"{changed}.weight"))
+    factors = Factors(torch.ones(len(weight), 1), torch.ones(1, weight.shape[1]))
+    with pytest.raises(InputError, match=says):
+        install(model, {"a": Exclusive({name: factors}, {})})
+    install(model, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from twin_bench.errors import InputError
 from twin_bench.twin.exclusive import Exclusive
@@ -20,6 +21,10 @@ TWINS: tuple[type[TwinLayer], ...] = (
     *(TwinLayerNorm, TwinRMSNorm),
 )
 """The kinds of layers that a twin can fuse. A layer is replaced by the first kind that `stands_for` it."""
+TOKENS_FIRST = ("xlnet", "longformer")
+"""Model types whose layers take (tokens, rows, width), so that a layer can't tell which row a vector is of."""
+READ_WHOLE = ("rel_embeddings",)
+"""Embeddings whose weight the model reads itself, without calling them: DeBERTa's relative positions."""
 
 
 def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
@@ -32,6 +37,9 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
     Raises:
         InputError: An expert changes a parameter that the model lacks, or one of a layer that can't be fused per row.
     """
+    kind_of_model = model.config.model_type if isinstance(model, PreTrainedModel) else ""
+    if exclusive and kind_of_model in TOKENS_FIRST:
+        raise InputError(f"{type(model).__name__} can't be served as a twin: its layers take tokens before rows")
     fusion = Fusion(len(exclusive))
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, list[str]] = {}
@@ -41,6 +49,11 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
         layer = modules.get(path)
         if layer is None or any(name.rpartition(".")[2] not in layer._parameters for name in names):
             raise InputError(f"the model has no parameter {names[0]}, which an expert changes")
+        if path.rpartition(".")[2] in READ_WHOLE:
+            raise InputError(
+                f"{names[0]} can't be fused per row: the model reads the whole table at once; give experts that leave "
+                "it unchanged"
+            )
         kind = _kind_for(layer, modules[path.rpartition(".")[0]], names[0])
         sharing = places[id(layer._parameters["weight"])]
         twin = kind(layer, fusion, path, exclusive)
