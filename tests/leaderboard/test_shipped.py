@@ -300,6 +300,15 @@ def test_stsb_as_text_is_spearmans_correlation_and_no_number_is_nought(flan_glue
     assert task.aggregation()["spearman"](pairs) == pytest.approx(spearmanr(references, numbers).statistic)
 
 
+def test_glue_as_text_draws_training_rows_and_scores_all_others(flan_glue: Any, glue: Any) -> None:
+    (task,) = flan_glue.load(["flan_glue_qqp"])["tasks"].values()
+    for split, size in (("train", 6000), ("validation", 6001)):
+        rows = datasets.Dataset.from_dict({"idx": range(6001)}, split=split)
+        kept = task.config.process_docs(rows)["idx"]
+        assert len({*kept}) == size
+        assert (list(kept[:9]) == list(range(9))) == (split == "validation")
+
+
 def test_flan_t5_runs_on_tiny_models_under_fusionbenchs_names(glue: Any, tmp_path: Path) -> None:
     suite, tokenizer = read_suite("glue-flan-t5"), tiny_seq2seq_tokenizer()
     base = tiny_seq2seq("flan-t5")
