@@ -26,6 +26,8 @@ from twin_bench.errors import InputError, first_line, nearest
 
 FEWSHOT_SEED = 1234
 """The seed with which lm-eval's command draws few-shot examples."""
+PROMPTS = 6000
+"""The largest number of prompts of a task that a router is given. It uses 5,500 by default."""
 DRAWS = 1000
 """The number of draws of the bootstrap for a standard error that has no formula."""
 
@@ -161,18 +163,26 @@ def rows_digest(loaded: Loaded) -> str:
 def prompts(loaded: Loaded, *, scored: bool) -> Iterator[Row]:
     """Yield {"text", "answer"} of documents, with prompts as they are scored: what a twin's router reads.
 
-    They are the documents that are `scored`; or else the training documents, without such the few-shot examples, and
-    without such the validation documents.
+    They are a sample of the documents that are `scored`, or else of the training documents. A task without such gives
+    its few-shot examples, and one without those its validation documents.
     """
     for leaf in loaded.tasks.values():
         leaf.set_fewshot_seed(FEWSHOT_SEED)
-        for doc in leaf.eval_docs if scored else _unscored(leaf):
+        for doc in _sample(leaf.eval_docs if scored else _unscored(leaf)):
             context = leaf.fewshot_context(doc, num_fewshot=leaf.get_config("num_fewshot"))
             asked = leaf.construct_requests(doc, context, metadata=(leaf.task_name, None, 1))
             first = asked[0] if isinstance(asked, list) else asked
             text = first.args[0]
             if text:
                 yield {"text": text, "answer": _answer(leaf, doc)}
+
+
+def _sample(docs: Any) -> Iterator[Any]:
+    """Yield at most PROMPTS documents, drawn by a seed, in their order."""
+    docs = docs if hasattr(docs, "__getitem__") else list(docs)
+    count = len(docs)
+    for place in sorted(random.Random(FEWSHOT_SEED).sample(range(count), min(PROMPTS, count))):
+        yield docs[place]
 
 
 def _unscored(leaf: LmEvalTask) -> Iterable[Any]:
