@@ -13,8 +13,9 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/.demo ## install, then run the leaderboard on the embedded demo, offline
 	$(BIN)/python -m twin_bench.leaderboard --out results/demo
 
-test: .venv/.test ## install what the tests need, then run them
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS ?= 1
+test: .venv/.test ## install what the tests need, then run them in two processes, each of one thread
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/.test ## lint and types
 	$(BIN)/ruff check .

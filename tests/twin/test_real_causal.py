@@ -30,13 +30,6 @@ TASKS = ("mmlu", "truthfulqa", "bbq", "cnn_dailymail")
 SHORT = {"until": ["###"], "max_gen_toks": 8, "do_sample": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Any:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def build(real_data: Path, real_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that builds the twin of some tasks' experts, whole: rank 8 each, over a shared expert."""

@@ -33,7 +33,6 @@ BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 @pytest.fixture(scope="module")
 def twin_directory(real_data: Path, real_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(2)
     directory = tmp_path_factory.mktemp("real") / "twin"
     recipe = {
         "base_model": BASE,
@@ -42,8 +41,7 @@ def twin_directory(real_data: Path, real_experts: Path, tmp_path_factory: pytest
         "router": {"data": str(real_data), "layer": 1, "max_rows": 150, "paper": False},
     }
     build_twin(Recipe.model_validate(recipe), directory)
-    yield directory
-    torch.set_num_threads(1)
+    return directory
 
 
 def rows_of(data: Path, task: str, count: int) -> list[tuple[str, str | None]]:

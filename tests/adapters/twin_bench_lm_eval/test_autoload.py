@@ -64,8 +64,8 @@ def test_a_missing_package_does_not_disturb_an_interpreters_start():
 
 
 def test_the_start_imports_nothing_but_the_hook_and_costs_under_a_millisecond():
-    measure = "import os, sys, time; before = set(sys.modules); start = time.perf_counter()"
-    show = "print(time.perf_counter() - start); print(*sorted(set(sys.modules) - before))"
+    measure = "import os, sys, time; before = set(sys.modules); start = time.process_time()"
+    show = "print(time.process_time() - start); print(*sorted(set(sys.modules) - before))"
     seconds, modules = [], ""
     for _ in range(5):
         # -S: no .pth has imported anything yet; and compiled once, as in an installed package
