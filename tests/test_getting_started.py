@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ import transformers
 import yaml
 from sklearn.metrics import f1_score
 
-from tests.support.families import Family
+import twin_bench
+from tests.support.families import Family, built
+from tests.support.interpreter import ROOT
 from tests.support.models import WORDS, tiny_tokenizer
 from twin_bench import cli
+from twin_bench.data import TASKS
+from twin_bench.data.metrics import REGISTRY as METRICS
 from twin_bench.leaderboard.suite import read_suite
+from twin_bench.merging.registry import REGISTRY
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.recipe import read_recipe
 
@@ -70,11 +76,24 @@ def words() -> Callable[[int], str]:
     return lambda count: " ".join(draw.choices(WORDS, k=count))
 
 
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return a plugin's file. What it registers is taken out again."""
+    file = tmp_path_factory.mktemp("plugins") / "my_plugin.py"
+    file.write_text(PLUGIN)
+    twin_bench.methods()  # loads all others
+    registries: list[Any] = [REGISTRY, METRICS, TASKS]
+    before = [dict(registry) for registry in registries]
+    yield str(file)
+    for registry, kept in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(kept)
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return an empty working directory, with a plugin in it."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder, which is the working directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_plugin.py").write_text(PLUGIN)
     return tmp_path
 
 
@@ -86,7 +105,7 @@ def scores(out: Path = Path("results")) -> dict[tuple[str, str], float]:
     return {(row["method"], row["task"]): row["score"] for row in json.loads((out / "leaderboard.json").read_text())}
 
 
-def test_classifiers(folder: Path, families: Any, words: Callable[[int], str]) -> None:
+def test_classifiers(folder: Path, plugin: str, families: Any, words: Callable[[int], str]) -> None:
     family: Family = families("bert")
     for name, source in (("tox", "cola"), ("similar", "stsb"), ("topic", "mnli"), ("base", "base")):
         shutil.copytree(family.root / source, Path("work", "models", name))
@@ -102,7 +121,7 @@ def test_classifiers(folder: Path, families: Any, words: Callable[[int], str]) -
     write(rows / "similarity", lambda n: {"a": words(4), "b": words(4), "score": n / 3}, train=12, validation=9)
     write(rows / "topic", lambda n: {"body": words(6), "topic": n % 3}, train=12, test=9)
     write(rows / "tox_shouting", lambda n: {"said": words(3), "label": n % 2}, validation=8)
-    run("init", "work", "--plugin", "my_plugin.py")
+    run("init", "work", "--plugin", plugin)
     suite = read_suite("work/suite.yaml")
     assert {name: (t.expert, t.fields, t.label, t.labels, t.metric, t.split) for name, t in suite.kinds.items()} == {
         "similarity": ("similar", ("a", "b"), "score", (), "pearson_spearman", None),
@@ -156,7 +175,7 @@ CHOICE = {
 }
 
 
-def test_language_models(folder: Path, wide_llama: Family, words: Callable[[int], str]) -> None:
+def test_language_models(folder: Path, plugin: str, wide_llama: Family, words: Callable[[int], str]) -> None:
     shutil.copytree(wide_llama.root / "base", "models/base")
     for seed, name in enumerate(("maths", "code")):
         torch.manual_seed(seed)
@@ -176,7 +195,7 @@ def test_language_models(folder: Path, wide_llama: Family, words: Callable[[int]
         files = {split: str(rows / name / f"{split}.jsonl") for split in ("train", "test")}
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, **CHOICE}
         Path(f"work/tasks/{name}.yaml").write_text(yaml.safe_dump(task))
-    run("init", "work", "--experts", "adapters", "--plugin", "my_plugin.py")
+    run("init", "work", "--experts", "adapters", "--plugin", plugin)
     assert read_recipe(Path("work/recipe.yaml")).router is None  # nobody's rows are the expert code's
     suite = read_suite("work/suite.yaml")
     assert {name: task.expert for name, task in suite.kinds.items()} == {
@@ -190,4 +209,26 @@ def test_language_models(folder: Path, wide_llama: Family, words: Callable[[int]
     assert found.keys() == {(m, t) for m in ("pretrained", "louder", "twin") for t in suite.kinds} | {
         ("experts", task) for task in ("maths-exam", "riddles")
     }
-    print(found)
+
+
+def test_a_classifiers_own_task_file(folder: Path, families: Any, words: Callable[[int], str]) -> None:
+    """A twin of one expert, of full rank, is that expert."""
+    family: Family = families("bert")
+    text = (ROOT / "docs" / "lm-eval.md").read_text().partition("    # my-tasks/toxicity.yaml\n")[2]
+    Path("my-tasks").mkdir()
+    Path("my-tasks/toxicity.yaml").write_text(textwrap.dedent(text.partition("\n\n")[0]))
+    texts = [{"text": words(5), "task": "tox"} for _ in range(24)]
+    lines = [json.dumps(row) for row in texts]
+    answers = [int(logits.argmax()) for logits in asked(family.experts["cola"], lines, ("text",))]
+    labels = [answer if number % 4 else 1 - answer for number, answer in enumerate(answers)]
+    write(Path("my-rows"), lambda n: {**texts[n], "label": labels[n]}, toxicity=24)
+    recipe = {"base_model": family.recipe["base_model"], "experts": {"tox": family.recipe["experts"]["cola"]}}
+    router = {"data": "my-rows/toxicity.jsonl", "epochs": 1}
+    twin = built({**recipe, "exclusive": {"density": 1}, "router": router}, Path("my-twin"))
+    found = lm_eval.simple_evaluate(
+        TwinMerged(str(twin), device="cpu"),
+        tasks=["toxicity"],
+        task_manager=TaskManager(include_path="my-tasks", include_defaults=False),
+        bootstrap_iters=1,
+    )
+    assert found["results"]["toxicity"]["acc,none"] == 0.75

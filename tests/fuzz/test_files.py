@@ -71,6 +71,16 @@ SUITE = {
     "rows": 10,
     "batch_size": 8,
 }
+OWN_TASKS = {
+    **SUITE,
+    "experts": {"tox": "one", "sim": "two", "more": "three"},
+    "tasks": {
+        "toxicity": {"expert": "tox", "text": "comment", "label": "is_toxic", "labels": ["no", "yes"], "metric": "f1"},
+        "similarity": {"expert": "sim", "text": "a", "text_pair": "b", "split": "test", "cluster": "page"},
+        "cola": {"expert": "more", "data": {"hub": "glue", "config": "cola", "split": "validation"}},
+    },
+    "router": {"data": "rows.jsonl", "layer": "auto", "epochs": 3},
+}
 ROWS: dict[str, dict[str, Any]] = {
     "cola": {"sentence": "the cat", "label": 1},
     "stsb": {"sentence1": "a", "sentence2": "b", "label": 2.5},
@@ -109,7 +119,7 @@ def test_merge_recipes(file: Path, data: Any) -> None:
 
 
 @cases(200)
-@given(data=mutated(SUITE))
+@given(data=st.sampled_from([SUITE, OWN_TASKS]).flatmap(mutated))
 def test_suites(file: Path, data: Any) -> None:
     ends_well(lambda: read_suite(str(written(file, as_yaml(data)))).expert_paths)
 

@@ -37,7 +37,8 @@ class GenerativeTask(Task):
     A row must have the fields `fields`, and `item` makes an Item of it. `shots` few-shot examples stand before the
     question. If `group` names a field (MMLU: the subject), they have the same value of it. `hub` is (data set,
     configuration, split to score, split of examples) on the hub, or None if it is not there. If the split of examples
-    is None, a tenth of the rows is set aside for examples. An answer ends with one of the texts `until`, or after `max_new_tokens`.
+    is None, a tenth of the rows is set aside for examples. An answer ends with one of the texts `until`, or after
+    `max_new_tokens`.
     """
 
     name: str

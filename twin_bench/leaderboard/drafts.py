@@ -80,7 +80,7 @@ def _of_rows(folder: Path, found: Found) -> Draft:
     owner = expert.name if expert else None
     known = TASKS.get(folder.name)
     if known is not None and found.kind in known.suits and _fits(known, rows):
-        read = TaskRows(known, folder.parent, SCORED[0]).training_inputs() if "train" in rows else ()
+        read = [*TaskRows(known, folder.parent, SCORED[0]).training_inputs()] if "train" in rows else []
         settings, problem = list[Setting](), ""
         comment = f"{comment}; " * bool(comment) + "the task itself is known"
     else:
