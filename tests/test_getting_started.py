@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import peft
 import pytest
 import torch
 import transformers
 import yaml
+from lm_eval.tasks import TaskManager
 from sklearn.metrics import f1_score
 
 import twin_bench
@@ -28,6 +30,7 @@ from twin_bench.leaderboard.suite import read_suite
 from twin_bench.merging.registry import REGISTRY
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.recipe import read_recipe
+from twin_bench_lm_eval.model import TwinMerged
 
 PLUGIN = '''
 from twin_bench import Classification, GenerativeTask, Item, TaskVectors, merge_method, metric, task
