@@ -20,6 +20,7 @@ from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.encoded import packed, tokens
+from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.plan import Group, batches, plan
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
@@ -104,15 +105,7 @@ def score(
     batch_size, window = checked_run(requests, batch_size, max_length, twin)
     if not requests:
         return []
-    for request in requests:
-        twin.check_tokens(request.context)
-        twin.check_tokens(request.continuation, "continuation")
-        if request.routed_on is not None:
-            twin.check_tokens(request.routed_on)
-        if len(request.continuation) > window:
-            raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
-    read = [request.context if request.routed_on is None else request.routed_on for request in requests]
-    contexts = [last_tokens(ids, window) for ids in read]
+    contexts = [check_score(twin, request, window) for request in requests]
     weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     inputs = [request.tokens(window) for request in requests]
     asked = [len(request.continuation) for request in requests]
@@ -260,6 +253,17 @@ def seed_of(requests: Sequence[Generate], copy: tuple[int, int]) -> str:
     """Return the seed of the completion (row, number) of some requests."""
     row, number = copy
     return f"{requests[row].seed}/{number}"
+
+
+def check_score(twin: TwinLanguageModel, request: Score, window: int) -> list[int]:
+    """Return the tokens that the router reads. InputError for a request that `score` can't answer."""
+    twin.check_tokens(request.context)
+    twin.check_tokens(request.continuation, "continuation")
+    if request.routed_on is not None:
+        twin.check_tokens(request.routed_on)
+    if len(request.continuation) > window:
+        raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
+    return last_tokens(request.context if request.routed_on is None else request.routed_on, window)
 
 
 def check_generate(twin: TwinCausalLM, request: Generate, max_length: int | None = None) -> None:

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
 from twin_bench.twin.encoded import packed, tokens
 from twin_bench.twin.plan import batches, plan
@@ -24,6 +23,7 @@ from twin_bench.twin.requests import (
     Score,
     Scored,
     Text,
+    check_score,
     copies_of,
     last_tokens,
     routed,
@@ -62,17 +62,9 @@ def score(
     batch_size, window = checked_run(requests, batch_size, max_length, twin)
     if not requests:
         return []
-    for request in requests:
-        twin.check_tokens(request.context)
-        twin.check_tokens(request.continuation, "continuation")
-        if request.routed_on is not None:
-            twin.check_tokens(request.routed_on)
-        if len(request.continuation) > window:
-            raise InputError(f"a continuation of {len(request.continuation)} tokens; the model's window is {window}")
     sources = [last_tokens(request.context, window) for request in requests]
     targets = [list(request.continuation) for request in requests]
-    read = [request.context if request.routed_on is None else request.routed_on for request in requests]
-    contexts = [last_tokens(ids, window) for ids in read]
+    contexts = [check_score(twin, request, window) for request in requests]
     weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     names = [packed(ids) for ids in sources]
     askers: dict[tuple[object, ...], list[int]] = {}
