@@ -151,8 +151,9 @@ def _names_metrics_itself(leaf: LmEvalTask) -> bool:
 
 
 def rows_digest(loaded: Loaded) -> str:
-    """Return a digest of what a task asks and how it scores: its documents, few-shot examples and config."""
-    found = hashlib.sha256()
+    """Return a digest of what a task asks and how it scores: its documents, few-shot examples and configs."""
+    group = None if loaded.group is None else loaded.group.to_dict()  # its weights and metrics
+    found = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode())
     for name, leaf in loaded.tasks.items():
         examples = getattr(getattr(leaf, "sampler", None), "df", None) or []
         for part in (name, leaf.dump_config(), *leaf.eval_docs, "examples", *examples):

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 from pathlib import Path
@@ -193,3 +194,13 @@ def test_real_rows(task):
     assert all(text and (pair is None) == (len(task.fields) == 1) for text, pair in (task.texts(r) for r in rows))
     router_rows = read_router_rows(data, [task.name]).train
     assert len(router_rows) == len(read_rows(split_path(data, task.name, "train"), task))
+
+
+def test_the_code_of_a_plugins_kind_of_task_stands_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my_kind_of_task.py"
+    file.write_text("from twin_bench.data.classification import Classification\nclass Mine(Classification): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = importlib.import_module("my_kind_of_task").Mine("mine", ("text",), "acc", ("no", "yes"))
+    before = task.identity
+    file.write_text(file.read_text() + "# changed\n")
+    assert task.identity != before

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from tests.support.families import Family
 from tests.support.models import WORDS
 from tests.support.suites import rows_of, run
+from twin_bench.data.named import NamedTask
 
 SPLITS = {"train": 9, "test": 7}
 CHOICE = {
@@ -218,3 +219,24 @@ def test_what_is_wrong_with_a_task_is_said_before_the_first_cell(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert says in line
     assert not list((tmp_path / "out").rglob("cells*"))
+
+
+def test_another_weighting_of_a_group_is_scored_again(
+    suite: dict[str, Any], include_path: Path, tmp_path: Path
+) -> None:
+    keys = []
+    for weighted in (True, False):
+        aggregated = [{"metric": "acc", "weight_by_size": weighted}]
+        group = {"group": "weighted", "task": ["capitals", "tests_alone"], "aggregate_metric_list": aggregated}
+        (include_path / "weighted.yaml").write_text(yaml.safe_dump(group))
+        assert run({**suite, "tasks": {"weighted": {"expert": "math"}}, "methods": []}, tmp_path) == 0
+        keys.append(rows_of(tmp_path)["standard", "experts", "weighted"]["key"])
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("metric", "percent"),
+    [("rougeL_acc,none", True), ("rougeL_max,none", False), ("rouge_2", True), ("bleu_acc,none", True)],
+)
+def test_which_scores_are_fractions(metric: str, percent: bool) -> None:
+    assert NamedTask("any").scored_by(metric).percent is percent

@@ -11,7 +11,7 @@ from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput
 from twin_bench.errors import InputError
 
 NO_FRACTION = re.compile(
-    r"(\w+_)?perplexity|bits_per_byte|logprob|(bleu|chrf|chrf\+\+|ter|rouge\w*)(_max|_diff)?|\w*(mse|loss|length)"
+    r"(\w+_)?perplexity|bits_per_byte|logprob|(bleu|chrf|chrf\+\+|ter|rouge[0-9A-Za-z]*)(_max|_diff)?|\w*(mse|loss|length)"
 )
 """Harnesses' metrics that are not from 0 to 1."""
 LESS = re.compile(r"(\w+_)?perplexity|bits_per_byte|ter|brier_score|\w*(mse|loss)")

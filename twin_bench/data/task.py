@@ -67,10 +67,11 @@ class Task(abc.ABC):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What stands for the task in a key: its settings, and the code of functions that a plugin gives it."""
+        """What stands for the task in a key: its settings, and the code of a plugin's class or functions."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         code = {name: digest_code(getattr(value, "__module__", "")) for name, value in given.items() if callable(value)}
-        return {"kind": type(self).__name__, **{n: v for n, v in given.items() if n not in code}, "code": code}
+        kind = [type(self).__name__, *digest_code(type(self).__module__)]
+        return {"kind": kind, **{n: v for n, v in given.items() if n not in code}, "code": code}
 
     @abc.abstractmethod
     def check(self, row: Row, where: str) -> None:
