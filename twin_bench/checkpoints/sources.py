@@ -32,8 +32,8 @@ from twin_bench.files import read_json
 
 _log = logging.getLogger(__name__)
 
-Labels = Mapping[str, Sequence[str | int]]
-"""The labels of each expert's task, in the order of their ids, and none for a regression."""
+Labels = Mapping[str, Sequence[Sequence[str | int]]]
+"""The labels of each expert's tasks, each in the order of its ids, and none for a regression."""
 EXPERT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -95,7 +95,7 @@ def open_sources(
     """
     require_expert_names(experts)
     if labels is None:
-        labels = {name: GLUE[name].labels for name in experts if name in GLUE}
+        labels = {name: [GLUE[name].labels] for name in experts if name in GLUE}
     directory = model_directory(base_model, tokenizer=True, allow_pickle=allow_pickle)
     config = read_config(directory, trust_remote_code=trust_remote_code)
     folders = {name: model_directory(path, allow_pickle=allow_pickle) for name, path in experts.items()}
@@ -105,7 +105,8 @@ def open_sources(
         if not (folder / "adapter_config.json").is_file():
             configs[name] = read_config(folder, trust_remote_code=trust_remote_code)
             _require_same_architecture(name, configs[name], config)
-            _require_same_labels(name, configs[name], labels.get(name, ()))
+            for own in labels.get(name, ()):
+                _require_same_labels(name, configs[name], own)
         else:
             _require_same_base(name, folder, base_model)
     skeleton = _own_skeleton([directory, *(folders[name] for name in configs)], config, task_type, allow_pickle)
@@ -116,7 +117,8 @@ def open_sources(
     opened = {name: open_expert(folder, base, skeleton, allow_pickle=allow_pickle) for name, folder in folders.items()}
     for name, expert in opened.items():
         _require_head(name, expert, configs.get(name), config, skeleton)
-        _require_labels(name, expert, labels.get(name), skeleton)
+        for own in labels.get(name, ()):
+            _require_labels(name, expert, own, skeleton)
     tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:  # GPT-2 and Llama have none.
         tokenizer.pad_token = tokenizer.eos_token
@@ -244,9 +246,9 @@ def _require_head(name: str, expert: Checkpoint, own: Any, config: Any, skeleton
         )
 
 
-def _require_labels(name: str, expert: Checkpoint, expected: Sequence[str | int] | None, skeleton: Skeleton) -> None:
+def _require_labels(name: str, expert: Checkpoint, expected: Sequence[str | int], skeleton: Skeleton) -> None:
     """Raise an InputError unless a classifier's head has as many labels as its task, and one for a regression."""
-    if expected is None or skeleton.head_output is None:
+    if skeleton.head_output is None:
         return
     labels, said = expert.head()[skeleton.head_output].shape[0], len(expected) or 1
     if said != labels:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from twin_bench.data.metrics import find_metric
-from twin_bench.data.task import CLASSIFIERS, HubSplit, Row, Task, TaskInput, TaskType, require_cluster, text_field
+from twin_bench.data.task import (
+    CLASSIFIERS,
+    Asking,
+    HubSplit,
+    Row,
+    Task,
+    TaskInput,
+    TaskType,
+    require_cluster,
+    text_field,
+)
 from twin_bench.errors import InputError, nearest, shown
 
 LARGEST_LABEL = 1e30
@@ -61,6 +72,18 @@ class Classification(Task):
         """What stands for the task in a key: its settings, and the code of a metric that a plugin gives it."""
         return {**super().identity, "metric": find_metric(self.metric).identity}
 
+    def asked(self, asking: Asking) -> Classification:
+        """Return the task with the expert, split, metric, cluster and data set that a suite gives it."""
+        if asking.few_shot is not None:
+            raise InputError("few_shot: a classifier reads a row's own text and nothing else; leave it out")
+        changes: dict[str, Any] = {"expert": asking.expert, "split": asking.split, "cluster": asking.cluster}
+        if asking.metric is not None:
+            find_metric(asking.metric).require(self.num_labels, "metric")
+            changes["metric"] = find_metric(asking.metric).name
+        if asking.hub is not None and not _same_data(asking.hub, self.hub):
+            changes |= {"hub": asking.hub, "hub_splits": {}}
+        return dataclasses.replace(self, **changes)
+
     def check(self, row: Row, where: str) -> None:
         """Raise an InputError that begins with `where` unless `row` has the task's texts and one of its labels."""
         self.texts(row, where)
@@ -86,8 +109,8 @@ class Classification(Task):
 
     @property
     def _has_ids(self) -> bool:
-        """Whether a row may name its label by the id."""
-        return all(isinstance(label, str) for label in self.labels)
+        """Whether a row may name its label by the id: not if the labels are numbers themselves, also as texts."""
+        return all(isinstance(label, str) and not label.strip("+-. ").isdecimal() for label in self.labels)
 
     @property
     def _wanted(self) -> str:
@@ -117,18 +140,31 @@ class Classification(Task):
         return HubSplit(*self.hub, self.hub_splits.get(split, split))
 
 
-def labels_of(tasks: Iterable[Task]) -> dict[str, tuple[str | int, ...]]:
-    """Return the labels of each expert's tasks, which are none for a regression. Tasks of language models have none.
+def _same_data(asked: tuple[str, str | None], own: tuple[str, str | None] | None) -> bool:
+    """Whether a suite names the data set that the task has anyway, with its configuration or without."""
+    return own is not None and asked[0] == own[0] and asked[1] in (None, own[1])
 
-    Raises InputError if two tasks of one expert, which has one head, have different labels.
+
+def labels_of(tasks: Iterable[Task]) -> dict[str, list[tuple[str | int, ...]]]:
+    """Return the different labels of each expert's tasks, which are none for a regression.
+
+    Tasks of language models have no labels. Raises InputError if two tasks of one expert, which has one head, have
+    labels that can't both be its head's: another number of them, or the same ones in another order.
     """
-    found: dict[str, Classification] = {}
+    found: dict[str, list[Classification]] = {}
     for task in tasks:
-        if isinstance(task, Classification) and task.expert is not None:
-            first = found.setdefault(task.expert, task)
-            if len(first.labels) != len(task.labels):
+        if not isinstance(task, Classification) or task.expert is None:
+            continue
+        for other in found.setdefault(task.expert, []):
+            reordered = task.labels != other.labels and set(task.labels) == set(other.labels)
+            if len(other.labels) != len(task.labels) or reordered:
                 raise InputError(
-                    f"tasks {first.name} and {task.name} are both of expert {task.expert!r}, whose head has one set of "
-                    f"labels: {first.num_labels} and {task.num_labels} do not fit"
+                    f"tasks {other.name} and {task.name} are both of expert {task.expert!r}, whose head has one set of "
+                    f"labels in one order: {_listed(other)} and {_listed(task)} do not fit"
                 )
-    return {name: task.labels for name, task in found.items()}
+        found[task.expert].append(task)
+    return {name: list(dict.fromkeys(task.labels for task in own)) for name, own in found.items()}
+
+
+def _listed(task: Classification) -> str:
+    return ", ".join(map(str, task.labels)) or "a number"

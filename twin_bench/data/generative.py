@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
-from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput, TaskType, require_cluster
+from twin_bench.data.task import LANGUAGE_MODELS, Asking, HubSplit, Row, Task, TaskInput, TaskType, require_cluster
 from twin_bench.errors import InputError, first_line, nearest, shown
 
 Drawn = TypeVar("Drawn")
@@ -72,6 +72,20 @@ class GenerativeTask(Task):
             if any(other[field] != row[field] for field in self.fields):
                 picked.append(other)
         return picked
+
+    def asked(self, asking: Asking) -> GenerativeTask:
+        """Return the task with the expert, split, number of examples and cluster that a suite gives it."""
+        if asking.metric not in (None, self.metric):
+            raise InputError(
+                f"metric {asking.metric!r}: {self.name} is scored by {self.metric} alone; leave metric out"
+            )
+        if asking.hub is not None and (self.hub is None or asking.hub[0] != self.hub[0]):
+            raise InputError(
+                f"{self.name}: its rows are those of {self.hub[0] if self.hub else 'no data set'} on the hub, not "
+                f"{asking.hub[0]}; write data: hub, or give a directory"
+            )
+        shots = self.shots if asking.few_shot is None else asking.few_shot
+        return replace(self, expert=asking.expert, shots=shots, split=asking.split, cluster=asking.cluster)
 
     def check(self, row: Row, where: str) -> None:
         """Raise an InputError that begins with `where` unless `row` has the task's form."""

@@ -35,6 +35,20 @@ class HubSplit(NamedTuple):
     split: str
 
 
+class Asking(NamedTuple):
+    """What a suite says of a known task. None leaves a value as the task has it.
+
+    `hub` is another data set on the hub: its id and configuration.
+    """
+
+    expert: str | None
+    split: str | None = None
+    metric: str | None = None
+    few_shot: int | None = None
+    cluster: str | None = None
+    hub: tuple[str, str | None] | None = None
+
+
 class Task(abc.ABC):
     """One task. A new kind of task implements this class, and no other code changes.
 
@@ -72,6 +86,17 @@ class Task(abc.ABC):
         code = {name: digest_code(getattr(value, "__module__", "")) for name, value in given.items() if callable(value)}
         kind = [type(self).__name__, *digest_code(type(self).__module__)]
         return {"kind": kind, **{n: v for n, v in given.items() if n not in code}, "code": code}
+
+    def asked(self, asking: Asking) -> Task:
+        """Return the task as a suite asks for it. InputError for a setting that this kind of task does not take.
+
+        A kind that takes more than an expert and a split overrides this.
+        """
+        for key in ("metric", "few_shot", "cluster", "hub"):
+            value = getattr(asking, key)
+            if value is not None and value != getattr(self, key, None):
+                raise InputError(f"{key} {shown(value)}: {self.name} takes none; leave it out")
+        return dataclasses.replace(self, expert=asking.expert, split=asking.split)  # type: ignore[type-var]
 
     @abc.abstractmethod
     def check(self, row: Row, where: str) -> None:

@@ -31,16 +31,18 @@ def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     normalized = 100 * score / the score of the task's expert under the same protocol (the paper's equation 4). It is
     None if the expert's score is not above 0, and for a task that is nobody's. Such a task has retention = 100 * score
     / the score of the base model, which is None for all other tasks. Where less is better, both are turned round: 100 *
-    the reference's score / score. Negative values are kept.
+    the reference's score / score, and None for all methods where one scores 0. Negative values are kept.
     """
     references = {
         (cell.protocol, cell.task): cell.score
         for cell in cells
         if cell.method == ("pretrained" if cell.expert is None else "experts")
     }
+    perfect = {(cell.protocol, cell.task) for cell in cells if not cell.higher_is_better and cell.score <= 0}
     rows = []
     for cell in cells:
-        relative = _relative(cell, references.get((cell.protocol, cell.task)))
+        place = cell.protocol, cell.task
+        relative = None if place in perfect else _relative(cell, references.get(place))
         fields = asdict(cell)
         own = {"normalized": None if cell.expert is None else relative}
         first = {column: own[column] if column in own else fields.pop(column) for column in COLUMNS}
@@ -49,9 +51,10 @@ def leaderboard_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _relative(cell: Cell, reference: float | None) -> float | None:
-    """Return 100 * score / reference, or its inverse where less is better; None where that says nothing."""
-    above, below = (cell.score, reference) if cell.higher_is_better else (reference, cell.score)
-    return 100 * above / below if above is not None and below is not None and below > 0 else None
+    """Return 100 * score / reference, or its inverse where less is better; None unless the reference is above 0."""
+    if reference is None or reference <= 0:
+        return None
+    return 100 * cell.score / reference if cell.higher_is_better else 100 * reference / cell.score
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -194,7 +197,8 @@ def _tasks_left_out(rows: Sequence[dict[str, Any]]) -> list[str]:
     )
     if not tasks:
         return []
-    return [f"Not in the normalized mean, because the expert's score is not above 0: {', '.join(tasks)}."]
+    reason = "because the expert's score is not above 0, or a score is 0 where less is better"
+    return [f"Not in the normalized mean, {reason}: {', '.join(tasks)}."]
 
 
 def _adapted(note: Mapping[str, Any]) -> str:

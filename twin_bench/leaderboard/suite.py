@@ -25,8 +25,10 @@ from twin_bench.twin.recipe import RouterSettings
 
 BOUNDS = ("pretrained", "experts")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-TASK = LABEL
-"""Tasks and labels are names of folders and files."""
+TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+()-]*")
+"""Tasks and labels are names of folders and files. Some of lm-eval's tasks have parentheses."""
+COLUMNS = ("protocol", "method", "track", "normalized", "stderr", "retention", "parameters", "build", "build_seconds")
+"""The columns of the table beside the tasks' own."""
 NAME = re.compile(r"[^\W_][\w .,:()/+-]{0,99}")
 """A suite's name stands in tables, pages and spreadsheets, where markup or a formula would act."""
 MethodItem = str | dict[str, dict[str, Any] | None]
@@ -142,7 +144,9 @@ class Suite(WithPlugins):
     def _plain(cls, tasks: Any) -> Any:
         for name in tasks:
             if not TASK.fullmatch(name):
-                raise InputError(f"task {name[:80]!r}: letters, digits, '-', '_', '.' and '+' only")
+                raise InputError(f"task {name[:80]!r}: letters, digits, '-', '_', '.', '+', '(' and ')' only")
+            if name in COLUMNS:
+                raise InputError(f"task {name!r}: a column of the table has this name; give the task another")
         return tasks
 
     @field_validator("router")
@@ -254,7 +258,7 @@ def read_suite(name_or_file: str) -> Suite:
     for block in (raw, raw.get("router"), *_blocks(raw.get("tasks"))):
         if isinstance(block, dict):
             for key in ("experts", "data", "helm", "include_path"):  # experts: one folder for all tasks
-                if key in block:
+                if key in block and not (key == "helm" and block is not raw):  # a task's is a run entry
                     block[key] = locate(block[key], file)
     suite = parse(Suite, raw, str(file))
     for part, check in (("tasks", lambda: suite.kinds), ("methods", suite.entries)):

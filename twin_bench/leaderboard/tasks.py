@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -10,10 +9,9 @@ from pydantic import Field, field_validator
 from twin_bench.config import Settings
 from twin_bench.data import TASKS
 from twin_bench.data.classification import Classification
-from twin_bench.data.generative import GenerativeTask
 from twin_bench.data.metrics import find_metric
 from twin_bench.data.named import NamedTask
-from twin_bench.data.task import Task
+from twin_bench.data.task import Asking, Task
 from twin_bench.errors import InputError
 
 EMBEDDED = "embedded"
@@ -102,7 +100,8 @@ def task_of(name: str, given: TaskSettings, data: Data | None) -> Task:
         if getattr(given, key) is not None:
             raise InputError(f"{key} without text: name the field of a row that holds its text")
     if given.helm is None and name in TASKS and data is not None:
-        return _of_data(_known(TASKS[name], given, expert, split), data)
+        hub = (data.hub, data.config) if isinstance(data, HubRows) else None
+        return TASKS[name].asked(Asking(expert, split, given.metric, given.few_shot, given.cluster, hub))
     if given.cluster is not None:
         raise InputError("cluster: the rows of this task are the harness's own; leave it out")
     return NamedTask(
@@ -126,33 +125,6 @@ def _own(name: str, given: TaskSettings, expert: str | None, split: str | None, 
         cluster=given.cluster,
         hub=(data.hub, data.config) if isinstance(data, HubRows) else None,
     )
-
-
-def _known(task: Task, given: TaskSettings, expert: str | None, split: str | None) -> Task:
-    if isinstance(task, Classification):
-        if given.few_shot is not None:
-            raise InputError("few_shot: a classifier reads a row's own text and nothing else; leave it out")
-        metric = task.metric if given.metric is None else _metric(given.metric, task.labels)
-        return dataclasses.replace(task, expert=expert, metric=metric, split=split, cluster=given.cluster)
-    assert isinstance(task, GenerativeTask)
-    if given.metric not in (None, task.metric):
-        raise InputError(f"metric {given.metric!r}: {task.name} is scored by {task.metric} alone; leave metric out")
-    shots = task.shots if given.few_shot is None else given.few_shot
-    return dataclasses.replace(task, expert=expert, shots=shots, split=split, cluster=given.cluster)
-
-
-def _of_data(task: Task, data: Data) -> Task:
-    """Return a known task with its rows on the data set that the suite names, if that is not the task's own."""
-    assert isinstance(task, Classification | GenerativeTask)
-    own = task.hub or ("", None)
-    if not isinstance(data, HubRows) or (data.hub == own[0] and data.config in (None, own[1])):
-        return task
-    if isinstance(task, GenerativeTask):
-        raise InputError(
-            f"{task.name}: its rows are those of {own[0]} on the hub, not {data.hub}; write data: hub, or give a "
-            "directory"
-        )
-    return dataclasses.replace(task, hub=(data.hub, data.config), hub_splits={})
 
 
 def _metric(name: str, labels: tuple[str | int, ...]) -> str:
