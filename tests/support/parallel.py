@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import torch
 from lm_eval.tasks import TaskManager
 
 from twin_bench.paths import tasks_directory
@@ -50,6 +51,9 @@ def main(twin: str, data: str, out: str) -> None:
     model, found = answers(Path(twin), Path(data))
     if not model.rank:
         Path(out).write_text(json.dumps({"processes": model.world_size, "answers": found}))
+    # A process that ends while the other still talks to it ends both with an abort.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from twin_bench import InputError, TwinModel
+from twin_bench.data.generative import GENERATIVE
 from twin_bench_helm import harness
 
 pytestmark = pytest.mark.versions
@@ -41,9 +42,9 @@ def test_rows_that_were_set_aside_are_named(three: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(harness, "run_benchmarking", run)
     monkeypatch.setattr(harness, "run_entries_to_run_specs", lambda *_, **__: [SimpleNamespace(name="one")])
     twin = TwinModel.from_pretrained(three)
-    found = harness.evaluate(twin, "t", "cnn_dailymail", "rouge_2", workspace=tmp_path, rows=2, batch_size=2)
+    found = harness.evaluate(twin, "t", GENERATIVE["cnn_dailymail"], workspace=tmp_path, rows=2, batch_size=2)
     assert found.values == [0.5, 0.0]
     assert found.set_aside == ["id1: a prompt of 70 tokens"]
     results["id0"] = "logits in float16: row 0 not finite"
     with pytest.raises(InputError, match="t on cnn_dailymail: HELM has no answer to any row; id0: logits in float16"):
-        harness.evaluate(twin, "t", "cnn_dailymail", "rouge_2", workspace=tmp_path, rows=2, batch_size=2)
+        harness.evaluate(twin, "t", GENERATIVE["cnn_dailymail"], workspace=tmp_path, rows=2, batch_size=2)
