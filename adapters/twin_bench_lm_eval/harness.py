@@ -26,6 +26,7 @@ from twin_bench_lm_eval.named import (
     DRAWS,
     FEWSHOT_SEED,
     Loaded,
+    code_digest,
     described,
     find_tasks,
     load,
@@ -66,7 +67,11 @@ class LmEval(Harness):
 
     def input_digests(self, suite: Suite, tasks: Mapping[str, TaskRows], workspace: Path) -> dict[str, str]:
         """Return the digest of what each of lm-eval's own tasks asks."""
-        return {f"{name}/lm-eval": rows_digest(loaded) for name, loaded in self._loaded.items()}
+        if not self._loaded:
+            return {}
+        code = code_digest(suite.include_path)
+        with quiet():
+            return {f"{name}/lm-eval": rows_digest(loaded, code) for name, loaded in self._loaded.items()}
 
     def prompts(self, task: Task, *, scored: bool) -> Iterable[Row]:
         """Return the prompts and answers of one of lm-eval's own tasks."""

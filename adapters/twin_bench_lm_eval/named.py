@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from lm_eval.tasks import TaskManager
 from twin_bench.data.named import NamedTask
 from twin_bench.data.task import Row
 from twin_bench.errors import InputError, first_line, nearest
+from twin_bench.files import digest, digest_code, digest_file
 
 FEWSHOT_SEED = 1234
 """The seed with which lm-eval's command draws few-shot examples."""
 PROMPTS = 6000
 """The largest number of prompts of a task that a router is given. It uses 5,500 by default."""
+CODE = (".py", ".yaml")
+"""The suffixes of the files in a user's folder that can decide a score."""
 DRAWS = 1000
 """The number of draws of the bootstrap for a standard error that has no formula."""
 
@@ -150,13 +154,29 @@ def _names_metrics_itself(leaf: LmEvalTask) -> bool:
     return any(callable(one.get("metric")) for one in listed)
 
 
-def rows_digest(loaded: Loaded) -> str:
-    """Return a digest of what a task asks and how it scores: its documents, few-shot examples and configs."""
+def code_digest(include_path: str | None) -> str:
+    """Return a digest of lm-eval's version and of the code and task files in the user's folder and below it.
+
+    A task's config holds the functions that it names, and neither what they call nor its filters' code.
+    """
+    files = [] if include_path is None else sorted(file for file in Path(include_path).rglob("*") if file.is_file())
+    own = {str(file.relative_to(str(include_path))): digest_file(file) for file in files if file.suffix in CODE}
+    return digest([version("lm_eval"), own])
+
+
+def rows_digest(loaded: Loaded, code: str) -> str:
+    """Return a digest of what a task asks and how it scores.
+
+    It holds the documents that are scored, those that training prompts are made of, few-shot examples, configs, the
+    classes' code, and `code_digest`.
+    """
     group = None if loaded.group is None else loaded.group.to_dict()  # its weights and metrics
-    found = hashlib.sha256(json.dumps(group, sort_keys=True, default=str).encode())
+    found = hashlib.sha256(json.dumps([code, group], sort_keys=True, default=str).encode())
     for name, leaf in loaded.tasks.items():
         examples = getattr(getattr(leaf, "sampler", None), "df", None) or []
-        for part in (name, leaf.dump_config(), *leaf.eval_docs, "examples", *examples):
+        training = (doc for _, doc in _sample(_unscored(leaf)))
+        own = (name, leaf.dump_config(), digest_code(type(leaf).__module__))
+        for part in (*own, *leaf.eval_docs, "examples", *examples, "training", *training):
             found.update(json.dumps(part, sort_keys=True, default=str).encode())
     return found.hexdigest()
 
@@ -165,30 +185,60 @@ def prompts(loaded: Loaded, *, scored: bool) -> Iterator[Row]:
     """Yield {"text", "answer"} of documents, with prompts as they are scored: what a twin's router reads.
 
     They are a sample of the documents that are `scored`, or else of the training documents. A task without such gives
-    its few-shot examples, and one without those its validation documents.
+    its few-shot examples, and one without those its validation documents. If few-shot examples are rows that are
+    scored, training prompts have none. A task that scores whole texts has no prompts.
+
+    Raises InputError for a document that the task can't read.
     """
-    for leaf in loaded.tasks.values():
+    for name, leaf in loaded.tasks.items():
         leaf.set_fewshot_seed(FEWSHOT_SEED)
-        for doc in _sample(leaf.eval_docs if scored else _unscored(leaf)):
-            context = leaf.fewshot_context(doc, num_fewshot=leaf.get_config("num_fewshot"))
-            asked = leaf.construct_requests(doc, context, metadata=(leaf.task_name, None, 1))
-            first = asked[0] if isinstance(asked, list) else asked
-            text = first.args[0]
+        shots = leaf.get_config("num_fewshot") if scored or _examples_split(leaf) != _scored_split(leaf) else 0
+        for number, doc in _sample(leaf.eval_docs if scored else _unscored(leaf)):
+            try:
+                context = leaf.fewshot_context(doc, num_fewshot=shots)
+                asked = leaf.construct_requests(doc, context, metadata=(leaf.task_name, None, 1))
+                first = asked[0] if isinstance(asked, list) else asked
+                text, answer = first.args[0], _answer(leaf, doc)
+            except Exception as error:  # what a task's own code raises
+                kind = "scored" if scored else "training"
+                raise InputError(
+                    f"task {name!r}: {kind} document {number}: {type(error).__name__}: {first_line(error)}; mend or "
+                    "remove this row"
+                ) from error
             if text:
-                yield {"text": text, "answer": _answer(leaf, doc)}
+                yield {"text": text, "answer": answer}
 
 
-def _sample(docs: Any) -> Iterator[Any]:
-    """Yield at most PROMPTS documents, drawn by a seed, in their order."""
+def _sample(docs: Any) -> Iterator[tuple[int, Any]]:
+    """Yield at most PROMPTS documents, drawn by a seed, in their order, each with its number."""
     docs = docs if hasattr(docs, "__getitem__") else list(docs)
     count = len(docs)
     for place in sorted(random.Random(FEWSHOT_SEED).sample(range(count), min(PROMPTS, count))):
-        yield docs[place]
+        yield place, docs[place]
+
+
+def _scored_split(leaf: LmEvalTask) -> str | None:
+    split: str | None = leaf.get_config("test_split") or leaf.get_config("validation_split")
+    return split
+
+
+def _examples_split(leaf: LmEvalTask) -> str | None:
+    """Return the split that few-shot examples are taken from; None if the config lists them itself."""
+    given = getattr(leaf, "fewshot_cfg", None)
+    split: str | None = getattr(given, "split", None)
+    if split is None and getattr(given, "samples", None) is None:
+        split = leaf.get_config("training_split") or leaf.get_config("validation_split") or _scored_split(leaf)
+    return split
 
 
 def _unscored(leaf: LmEvalTask) -> Iterable[Any]:
-    """Return documents of another split than the one that is scored; none if there is no other."""
-    scored = leaf.get_config("test_split") or leaf.get_config("validation_split")
+    """Return documents of another split than the one that is scored; none if there is no other.
+
+    A task that scores whole texts has none: its prompts are empty.
+    """
+    scored = _scored_split(leaf)
+    if _scores_texts(leaf):
+        return ()
     if leaf.has_training_docs() and leaf.get_config("training_split") != scored:
         return leaf.training_docs()
     examples = getattr(getattr(leaf, "fewshot_cfg", None), "split", None)
@@ -199,12 +249,20 @@ def _unscored(leaf: LmEvalTask) -> Iterable[Any]:
     return ()
 
 
+def _scores_texts(leaf: LmEvalTask) -> bool:
+    """Whether a task asks for the likelihood of whole texts, without prompts and answers."""
+    return bool(leaf.OUTPUT_TYPE == "loglikelihood_rolling")
+
+
 def _answer(leaf: LmEvalTask, doc: Any) -> str:
     """Return the text that is expected: of several the first, and of options the right one."""
     target = leaf.doc_to_target(doc)
     target = target[0] if isinstance(target, list) and target else target
     if isinstance(target, int) and leaf.get_config("doc_to_choice") is not None:
-        target = leaf.doc_to_choice(doc)[target]
+        options = leaf.doc_to_choice(doc)
+        if not 0 <= target < len(options):
+            raise IndexError(f"the right option is {target} of 0 to {len(options) - 1}")
+        target = options[target]
     return str(target).strip()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tests.support.families import Family
 from tests.support.models import WORDS
 from tests.support.suites import rows_of, run
 from twin_bench.data.named import NamedTask
+from twin_bench.errors import InputError
+from twin_bench_lm_eval.named import Loaded, code_digest, load, prompts, rows_digest
 
 SPLITS = {"train": 9, "test": 7}
 CHOICE = {
@@ -240,3 +243,70 @@ def test_another_weighting_of_a_group_is_scored_again(
 )
 def test_which_scores_are_fractions(metric: str, percent: bool) -> None:
     assert NamedTask("any").scored_by(metric).percent is percent
+
+
+def own_task(folder: Path, name: str, config: dict[str, Any], answer: int = 1) -> None:
+    """Write a task of train, dev and test rows, of which each names its split. `!function` stays a tag in YAML."""
+    files = {}
+    for split, size in {"train": 9, "dev": 4, "test": 7}.items():
+        files[split] = str(folder / f"{name}-{split}.jsonl")
+        rows = [{"question": f"{split} {row}", "options": ["A", "B", "C"], "answer": answer} for row in range(size)]
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+    text = yaml.safe_dump({**given, **config})
+    (folder / f"{name}.yaml").write_text(re.sub(r"'(!function [\w.]+)'", r"\1", text))
+
+
+def loaded(folder: Path, name: str, **settings: Any) -> Loaded:
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return load(NamedTask(name, **settings), manager, unsafe_code=False, include_path=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("splits", "settings", "trained"),
+    [
+        ({"training_split": "train", "fewshot_split": "test"}, {}, "train"),
+        ({"training_split": "train", "validation_split": "dev", "fewshot_split": "train"}, {"split": "train"}, "dev"),
+        ({"training_split": "train", "validation_split": "dev"}, {"split": "train"}, "dev"),
+        ({"training_split": "test"}, {}, None),
+        ({"validation_split": "dev", "fewshot_split": "dev"}, {}, "dev"),
+    ],
+)
+def test_training_prompts_hold_no_row_that_is_scored(
+    tmp_path: Path, splits: dict[str, str], settings: dict[str, str], trained: str | None
+) -> None:
+    own_task(tmp_path, "own", {**CHOICE, **splits, "num_fewshot": 2})
+    texts = [row["text"] for row in prompts(loaded(tmp_path, "own", **settings), scored=False)]
+    assert len(texts) == {"train": 9, "dev": 4, None: 0}[trained]
+    named = {word for text in texts for word in text.split() if word in ("train", "dev", "test")}
+    assert named == ({trained} if trained else set())
+    shown = 2 if trained and splits.get("fewshot_split") == trained else 0
+    assert all(text.count(" :") == 1 + shown for text in texts)
+
+
+def test_what_is_changed_beside_a_task_changes_its_digest(tmp_path: Path) -> None:
+    """A helper that a scoring function calls, and the training rows, stand in no config of lm-eval's."""
+    own_task(tmp_path, "own", {**CHOICE, "training_split": "train", "fewshot_split": "dev"})
+    (tmp_path / "helpers.py").write_text("def inner(): return 0.0\n")
+
+    def now() -> str:
+        return rows_digest(loaded(tmp_path, "own"), code_digest(str(tmp_path)))
+
+    first = now()
+    assert now() == first
+    (tmp_path / "helpers.py").write_text("def inner(): return 1.0\n")
+    second = now()
+    assert second != first
+    rows = tmp_path / "own-train.jsonl"
+    rows.write_text(rows.read_text().replace("train 3", "changed"))
+    assert now() != second
+
+
+def test_a_training_row_that_the_task_cannot_read_is_named(tmp_path: Path) -> None:
+    own_task(tmp_path, "own", {**CHOICE, "training_split": "train"})
+    rows = tmp_path / "own-train.jsonl"
+    lines = rows.read_text().splitlines()
+    for wrong in (7, -1):
+        rows.write_text("\n".join([*lines[:2], lines[2].replace('"answer": 1', f'"answer": {wrong}'), *lines[3:]]))
+        with pytest.raises(InputError, match=f"'own': training document 2: .*the right option is {wrong} of 0 to 2"):
+            list(prompts(loaded(tmp_path, "own"), scored=False))
