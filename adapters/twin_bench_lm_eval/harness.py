@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from twin_bench.contenders import Contender
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, Task
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, NotFiniteError, first_line
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.paths import tasks_directory
@@ -84,7 +85,10 @@ class LmEval(Harness):
         limits: dict[str, Any] = {"batch_size": suite.batch_size, "max_length": suite.max_length}
         served = partial(serving, contender.twin, task=task.expert, **limits)
         loaded, seed = self._asked(job.asked), suite.seed
-        results = _evaluate(served, loaded, limit=job.rows, seed=seed, errors=isinstance(task, NamedTask))
+        try:
+            results = _evaluate(served, loaded, limit=job.rows, seed=seed, errors=isinstance(task, NamedTask))
+        except OverflowError as overflow:  # of a perplexity
+            raise NotFiniteError(f"{task.metric}: {first_line(overflow)}") from overflow
         scores = results["results"][task.name]
         metric, _, kind = task.metric.partition(",")
         key = f"{metric},{kind or 'none'}"
@@ -92,12 +96,12 @@ class LmEval(Harness):
             found = ", ".join(name for name in scores if "," in name and "_stderr" not in name)
             raise InputError(f"task {task.name!r}: no metric {task.metric!r}; it has: {found}")
         error = scores.get(f"{metric}_stderr,{kind or 'none'}")
-        if not isinstance(error, float):  # "N/A"
+        if not isinstance(error, float) or not math.isfinite(error):  # "N/A"
             values = [row[metric] for row in results["samples"].get(task.name, []) if row["filter"] == (kind or "none")]
             leaf = loaded.tasks.get(task.name)
             error = None if leaf is None else standard_error(leaf, metric, values, seed)
         return Evaluated(
-            score=float(scores[key]),
+            score=task.finite(scores[key]) if isinstance(task, NamedTask) else float(scores[key]),
             stderr=error,
             n=scores["sample_len"],
             notes={"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {},

@@ -93,20 +93,27 @@ def load(task: NamedTask, manager: TaskManager, *, unsafe_code: bool, include_pa
                 f"task {name!r} runs code that the model writes; if you trust it on this machine, give "
                 "--confirm-run-unsafe-code"
             )
-        _set_few_shot(leaf, task)
         if task.split is not None:
             _set_split(leaf, task)
+        _set_few_shot(leaf, task)
     return loaded
 
 
 def _set_few_shot(leaf: LmEvalTask, task: NamedTask) -> None:
     own = leaf.get_config("num_fewshot")
-    if task.few_shot is not None and own != task.few_shot:
-        if own == 0:
-            raise InputError(f"task {task.name!r}: few_shot {task.few_shot}; lm-eval's {leaf.task_name} has always 0")
-        if task.few_shot and not getattr(getattr(leaf, "sampler", None), "df", None):
-            raise InputError(f"task {task.name!r}: few_shot {task.few_shot}; {leaf.task_name} has no examples")
-    leaf.set_config(key="num_fewshot", value=own or 0 if task.few_shot is None else task.few_shot)
+    if task.few_shot and own == 0:
+        raise InputError(f"task {task.name!r}: few_shot {task.few_shot}; lm-eval's {leaf.task_name} has always 0")
+    shots = own or 0 if task.few_shot is None else task.few_shot
+    if shots:
+        said = f"task {task.name!r}: few_shot {shots}"
+        if _scores_texts(leaf):
+            raise InputError(f"{said}; {leaf.task_name} scores whole texts, without examples before them")
+        pool = getattr(getattr(leaf, "sampler", None), "df", None) or []
+        given = getattr(leaf, "fewshot_cfg", None)
+        apart = given is not None and given.split == leaf.get_config("test_split")  # lm-eval draws one more
+        if hasattr(leaf, "sampler") and len(pool) < shots + apart:
+            raise InputError(f"{said}; {leaf.task_name} has {len(pool) - apart if pool else 'no'} examples")
+    leaf.set_config(key="num_fewshot", value=shots)
 
 
 def _set_split(leaf: LmEvalTask, task: NamedTask) -> None:
@@ -119,18 +126,24 @@ def _set_split(leaf: LmEvalTask, task: NamedTask) -> None:
 def described(task: NamedTask, loaded: Loaded) -> NamedTask:
     """Return a task with its metric, which has its filter's name after a comma, and how the score is read.
 
-    Without a metric in the suite it is the first that lm-eval lists, with its first filter.
+    Without a metric in the suite it is the first that lm-eval lists, and without a filter it has the task's first.
 
     Raises:
-        InputError: a metric that the task does not have, or a group without a score of its own.
+        InputError: a metric or a filter that the task does not have, no metric where a function of the task's own names
+            the scores, or a group without a score of its own.
     """
     known = _metrics(task, loaded)
-    metric = task.metric or next(iter(known))
+    free = loaded.group is None and any(map(_names_metrics_itself, loaded.tasks.values()))
+    if free and not task.metric:
+        raise InputError(f"task {task.name!r}: give metric: a function of the task's own names its scores")
+    metric = task.metric or known[0]
     if "," not in metric:
-        metric = next((key for key in known if key.partition(",")[0] == metric), f"{metric},none")
-    free = any(map(_names_metrics_itself, loaded.tasks.values()))
-    if metric not in known and not free:
-        raise InputError(f"task {task.name!r}: no metric {task.metric!r}; it has: {', '.join(known)}")
+        first = known[0].partition(",")[2] if free else "none"
+        metric = next((key for key in known if key.partition(",")[0] == metric), f"{metric},{first}")
+    filters = {key.partition(",")[2] for key in known}
+    if metric not in known and (not free or metric.partition(",")[2] not in filters):
+        listed = f"its filters: {', '.join(sorted(filters))}" if free else f"it has: {', '.join(known)}"
+        raise InputError(f"task {task.name!r}: no metric {task.metric!r}; {listed}")
     leaf = next(iter(loaded.tasks.values()))
     return task.scored_by(metric, higher_is_better=leaf.higher_is_better().get(metric.partition(",")[0]))
 
@@ -140,7 +153,10 @@ def _metrics(task: NamedTask, loaded: Loaded) -> list[str]:
     filters = list(dict.fromkeys(f.name for leaf in loaded.tasks.values() for f in leaf._filters))
     if loaded.group is None:
         return [
-            f"{metric},{name}" for leaf in loaded.tasks.values() for metric in leaf.aggregation() for name in filters
+            f"{getattr(metric, '__name__', metric)},{name}"
+            for leaf in loaded.tasks.values()
+            for metric in leaf.aggregation()
+            for name in filters
         ]
     listed = loaded.group.aggregate_metric_list
     if not listed:

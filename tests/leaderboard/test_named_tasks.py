@@ -19,7 +19,7 @@ from tests.support.models import WORDS
 from tests.support.suites import rows_of, run
 from twin_bench.data.named import NamedTask
 from twin_bench.errors import InputError
-from twin_bench_lm_eval.named import Loaded, code_digest, load, prompts, rows_digest
+from twin_bench_lm_eval.named import Loaded, code_digest, described, load, prompts, rows_digest
 
 SPLITS = {"train": 9, "test": 7}
 CHOICE = {
@@ -239,7 +239,10 @@ def test_another_weighting_of_a_group_is_scored_again(
 
 @pytest.mark.parametrize(
     ("metric", "percent"),
-    [("rougeL_acc,none", True), ("rougeL_max,none", False), ("rouge_2", True), ("bleu_acc,none", True)],
+    [
+        *[("rougeL_acc,none", True), ("rougeL_max,none", False), ("rouge_2", True), ("bleu_acc,none", True)],
+        *[("pass@1,create_test", True), ("prompt_level_strict_acc,none", True), ("acc_norm", True), ("score", False)],
+    ],
 )
 def test_which_scores_are_fractions(metric: str, percent: bool) -> None:
     assert NamedTask("any").scored_by(metric).percent is percent
@@ -310,3 +313,75 @@ def test_a_training_row_that_the_task_cannot_read_is_named(tmp_path: Path) -> No
         rows.write_text("\n".join([*lines[:2], lines[2].replace('"answer": 1', f'"answer": {wrong}'), *lines[3:]]))
         with pytest.raises(InputError, match=f"'own': training document 2: .*the right option is {wrong} of 0 to 2"):
             list(prompts(loaded(tmp_path, "own"), scored=False))
+
+
+FUNCTIONS = """
+def process(doc, results): return {"acc": 1.0, "points": 1.0, "gone": 1.0}
+def hundred(values): return 57.0
+def nothing(values): return float("nan")
+def named(*given, **kept): return {"hits": 1.0}
+"""
+
+
+def test_a_score_that_a_table_cannot_show_is_refused(
+    suite: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A score of 57 whose name says that it is a fraction would be 5,700 points."""
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    metrics = {"acc": "hundred", "points": "hundred", "gone": "nothing"}
+    listed = [{"metric": m, "aggregation": f"!function functions.{f}"} for m, f in metrics.items()]
+    listed = [{**one, "higher_is_better": True} for one in listed]
+    own_task(tmp_path, "own", {**TEXT, "process_results": "!function functions.process", "metric_list": listed})
+
+    def scored(metric: str) -> int:
+        tasks = {"own": {"expert": "math", "metric": metric}}
+        return run({**suite, "include_path": str(tmp_path), "tasks": tasks, "methods": []}, tmp_path)
+
+    for metric, says in (
+        ("acc", "task 'own': acc,whole is 57, and a score of this name is read as a fraction"),
+        ("gone", "own: gone,whole is nan"),
+    ):
+        assert scored(metric) == 2
+        assert says in capsys.readouterr().err
+        assert not list((tmp_path / "out").rglob("cells*/**/*.json"))
+    assert scored("points") == 0
+    assert rows_of(tmp_path)["standard", "experts", "own"]["score"] == 57
+
+
+def test_a_task_whose_function_names_its_scores_needs_one_with_its_filter(tmp_path: Path) -> None:
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+    own_task(tmp_path, "own", {**TEXT, "metric_list": [{"metric": "!function functions.named", "aggregation": "mean"}]})
+
+    def metric_of(metric: str) -> str:
+        given = loaded(tmp_path, "own")
+        return described(NamedTask("own", metric=metric), given).metric
+
+    assert metric_of("hits") == "hits,whole"
+    assert metric_of("hits,first") == "hits,first"
+    with pytest.raises(InputError, match="task 'own': give metric: a function of the task's own names its scores"):
+        metric_of("")
+    with pytest.raises(InputError, match="no metric 'hits,last'; its filters: first, whole"):
+        metric_of("hits,last")
+
+
+@pytest.mark.parametrize(
+    ("config", "shots", "says"),
+    [
+        ({**CHOICE, "fewshot_split": "train"}, 10, "few_shot 10; own has 9 examples"),
+        ({**CHOICE, "fewshot_split": "test"}, 7, "few_shot 7; own has 6 examples"),
+        (TASKS["prose"], 2, "few_shot 2; own scores whole texts, without examples"),
+    ],
+)
+def test_more_examples_than_there_are_is_said_at_once(
+    tmp_path: Path, config: dict[str, Any], shots: int, says: str
+) -> None:
+    own_task(tmp_path, "own", config)
+    with pytest.raises(InputError, match=f"task 'own': {says}"):
+        loaded(tmp_path, "own", few_shot=shots)
+    if config is not TASKS["prose"]:
+        assert list(prompts(loaded(tmp_path, "own", few_shot=shots - 1), scored=True))
+
+
+def test_whole_texts_are_no_training_prompts(tmp_path: Path) -> None:
+    own_task(tmp_path, "own", {**TASKS["prose"], "training_split": "train"})
+    assert not list(prompts(loaded(tmp_path, "own"), scored=False))

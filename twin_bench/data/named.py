@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput, TaskType, text_field
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, NotFiniteError, shown
 
-NO_FRACTION = re.compile(
-    r"(\w+_)?perplexity|bits_per_byte|logprob|(bleu|chrf|chrf\+\+|ter|rouge[0-9A-Za-z]*)(_max|_diff)?|\w*(mse|loss|length)"
+FRACTION = re.compile(
+    r"(\w+_)?(acc|accuracy|exact|em|match|f1|fscore|mcc|precision|recall|mrr|rate|frac|pct|correctness|equiv|verify|pass)"
+    r"([_@]\w+)?|r@\d+|(rouge|bleu)_[0-9lL]|pearsonr|spearmanr"
 )
-"""Harnesses' metrics that are not from 0 to 1."""
+"""Names of scores that are fractions, and are shown times 100. A score of any other name is shown as it is.
+
+A harness does not say which unit its scores have."""
 LESS = re.compile(r"(\w+_)?perplexity|bits_per_byte|ter|brier_score|\w*(mse|loss)")
 """Harnesses' metrics of which less is better. Some tasks do not say so."""
 
@@ -47,7 +51,27 @@ class NamedTask(Task):
         """
         name = metric.partition(",")[0]
         better = not LESS.fullmatch(name) if higher_is_better is None else higher_is_better
-        return replace(self, metric=metric, higher_is_better=better, percent=not NO_FRACTION.fullmatch(name))
+        return replace(self, metric=metric, higher_is_better=better, percent=FRACTION.fullmatch(name) is not None)
+
+    def finite(self, score: Any) -> float:
+        """Return a harness's score as a number, if a table can show it.
+
+        Raises:
+            NotFiniteError: NaN or inf.
+            InputError: no number, or one above 1 (or below -1) of a score that is read as a fraction.
+        """
+        try:
+            found = float(score)
+        except (TypeError, ValueError):
+            raise InputError(f"task {self.name!r}: {self.metric} is {shown(score)}; expected a number") from None
+        if not math.isfinite(found):
+            raise NotFiniteError(f"{self.metric} is {found}; the answers or the task's own function overflow")
+        if self.percent and abs(found) > 1 + 1e-9:
+            raise InputError(
+                f"task {self.name!r}: {self.metric} is {found:g}, and a score of this name is read as a fraction from "
+                "0 to 1; let the task return a fraction, or give its score another name"
+            )
+        return found
 
     def check(self, row: Row, where: str) -> None:
         """Raise an InputError that begins with `where` unless `row` holds a prompt and an answer."""
