@@ -95,9 +95,10 @@ class Helm(Harness):
                 rows=job.rows,
                 batch_size=32 if job.suite.batch_size == "auto" else job.suite.batch_size,  # halved where it must be
             )
+        task, score = job.asked.task, mean(scored.values)
         return Evaluated(
-            score=mean(scored.values),
-            stderr=mean_standard_error(scored.values),
+            score=task.finite(score) if isinstance(task, NamedTask) else score,
+            stderr=mean_standard_error(scored.values) if scored.of_rows else None,
             n=len(scored.values),
             notes={
                 "harness": f"crfm-helm {version('crfm-helm')}",
@@ -110,12 +111,14 @@ class Helm(Harness):
 class HelmScores:
     """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows.
 
-    `set_aside` says why some rows could not be answered. HELM scores them as empty answers.
+    `set_aside` says why some rows could not be answered. HELM scores them as empty answers. A metric that HELM computes
+    of all rows at once, such as a corpus's BLEU, has no value of a row: not `of_rows`, and each row has HELM's mean.
     """
 
     values: list[float]
     means: dict[str, tuple[float, int]]
     set_aside: list[str]
+    of_rows: bool = True
 
 
 def _entry(task: NamedTask) -> NamedTask:
@@ -291,6 +294,7 @@ def _read(runs: Sequence[Path], metric: str, split: str | None) -> HelmScores:
     values: list[float] = []
     means: dict[str, tuple[float, int]] = {}
     set_aside: list[str] = []
+    of_rows = True
     for run in runs:
         stats = json.loads((run / "stats.json").read_text())
         of_splits = {stat["name"].get("split"): stat["mean"] for stat in stats if _is_plain(stat["name"], metric)}
@@ -305,12 +309,16 @@ def _read(runs: Sequence[Path], metric: str, split: str | None) -> HelmScores:
             for stat in instance["stats"]
             if stat["name"]["name"] == metric and stat["name"].get("split") == scored
         ]
+        states = json.loads((run / "scenario_state.json").read_text())["request_states"]
+        if not own:
+            of_rows = False
+            instances = [state["instance"] for state in states if state["instance"]["split"] == scored]
+            own = [of_splits[scored]] * len({one["id"] for one in instances if not one.get("perturbation")})
         values += own
         means[run.name] = of_splits[scored], len(own)
-        states = json.loads((run / "scenario_state.json").read_text())["request_states"]
         set_aside += [
             f"{state['instance']['id']}: {state['result']['error']}"
             for state in states
             if not state["result"]["success"]
         ]
-    return HelmScores(values, means, set_aside)
+    return HelmScores(values, means, set_aside, of_rows)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helm.benchmark.adaptation.request_state import RequestState
+from helm.benchmark.metrics.evaluate_instances_metric import EvaluateInstancesMetric
+from helm.benchmark.metrics.metric import MetricSpec
+from helm.benchmark.metrics.metric_name import MetricName
+from helm.benchmark.metrics.statistic import Stat
+from helm.benchmark.run_spec import RunSpec, run_spec_function
+from helm.benchmark.run_specs.classic_run_specs import get_synthetic_reasoning_spec
 from lm_eval.api.instance import Instance
 
 from tests.support.families import Family
@@ -18,6 +26,22 @@ from twin_bench_helm.harness import copy_scenarios
 from twin_bench_lm_eval.causal import CausalTwin
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")
+
+
+class Together(EvaluateInstancesMetric):  # type: ignore[misc]
+    """A metric of all rows at once, as a corpus's BLEU is: it has no value of a row."""
+
+    def evaluate_instances(self, request_states: list[RequestState], eval_cache_path: str) -> list[Stat]:
+        return [Stat(MetricName("bleu")).add(40.0 + len(request_states))]
+
+
+@run_spec_function("together")  # type: ignore[untyped-decorator]
+def together() -> RunSpec:
+    return dataclasses.replace(
+        get_synthetic_reasoning_spec(mode="pattern_match"),
+        name="together:",
+        metric_specs=[MetricSpec(class_name=f"{__name__}.Together")],
+    )
 
 
 def raw_files(root: Path) -> Path:
@@ -161,6 +185,7 @@ def test_any_run_entry_is_a_task(suite: dict[str, Any], tmp_path: Path, capsys: 
     entries = {
         "anatomy": {"expert": "mmlu", "helm": "mmlu:subject=anatomy,eval_split=test", "metric": "exact_match"},
         "pattern": {"expert": None, "helm": "synthetic_reasoning:mode=pattern_match"},
+        "together": {"expert": None, "helm": "together", "metric": "bleu"},
     }
     own = {**asked, "tasks": entries, "data": None, "experts": {"mmlu": suite["experts"]["mmlu"]}}
     own = {key: value for key, value in own.items() if value is not None}
@@ -174,6 +199,8 @@ def test_any_run_entry_is_a_task(suite: dict[str, Any], tmp_path: Path, capsys: 
     assert (pattern["metric"], pattern["normalized"], pattern["expert"]) == ("exact_match", None, None)
     assert 0 < pattern["n"] < 4  # HELM draws four of its valid and test rows, and the test rows are scored
     assert ("standard", "experts", "pattern") not in found
+    corpus = found["standard", "average", "together"]
+    assert (corpus["score"], corpus["stderr"], corpus["n"]) == (40 + pattern["n"], None, pattern["n"])
     for changes, says in (
         ({"metric": "exactmatch"}, "HELM has no metric 'exactmatch'; did you mean 'exact_match'"),
         ({"few_shot": 2}, "few_shot: HELM's run entry says it"),
