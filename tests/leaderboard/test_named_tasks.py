@@ -205,7 +205,7 @@ def test_scored_prompts_are_written_for_the_paper_protocol_alone(suite: dict[str
         ({"capitals": {"expert": "math", "split": "dev"}}, "task 'capitals': no split 'dev'"),
         ({"a_tag": {"expert": "math"}}, "task 'a_tag' is a tag of lm-eval's, which has no score of its own"),
         ({"capitals": {"expert": "maths"}}, "no expert is named 'maths'; did you mean 'math'"),
-        ({"tests_alone": {"expert": "math"}}, "no router rows for expert 'math'"),
+        ({"tests_alone": {"expert": "math"}}, "for expert 'math': tests_alone has no rows but those that are scored"),
         ({"capitals": {"expert": "math", "helm": "mmlu:subject=anatomy"}}, "it is HELM's: --harness helm"),
         ({"prose": {"expert": None, "text": "question"}}, "expert: null, but a classifier's answer"),
     ],

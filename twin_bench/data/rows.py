@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
+from twin_bench.data.named import NamedTask
 from twin_bench.data.task import Row, Task, TaskInput, text_field
 from twin_bench.errors import InputError, first_line, nearest, shown
 
@@ -134,11 +135,17 @@ def router_rows(tasks: Iterable[TaskRows], expert_names: Sequence[str]) -> Route
     trained = {row.task for row in train}
     for name in expert_names:
         if name not in trained:
-            files = ", ".join(str(rows.file("train")) for rows in owned if rows.task.expert == name)
+            own = [rows for rows in owned if rows.task.expert == name]
+            named = ", ".join(rows.task.name for rows in own if isinstance(rows.task, NamedTask))
+            files = ", ".join(str(rows.file("train")) for rows in own)
+            why = f"no {files}; add it" if files else "no task is its"
+            if named:
+                why = (
+                    f"{named} has no rows but those that are scored, or asks for whole texts; name another task of its"
+                )
             raise InputError(
-                f"no router rows for expert {name!r}: "
-                + (f"no {files}; add it" if files else "no task is its")
-                + ', or give router: {data: FILE} with rows {"text": ..., "task": EXPERT}'
+                f"no router rows for expert {name!r}: {why}"
+                ', or give router: {data: FILE} with rows {"text": ..., "task": EXPERT}'
             )
     return RouterRows(train, owned if all(rows.file(rows.split).is_file() for rows in owned) else ())
 
