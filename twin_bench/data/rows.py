@@ -140,9 +140,7 @@ def router_rows(tasks: Iterable[TaskRows], expert_names: Sequence[str]) -> Route
             files = ", ".join(str(rows.file("train")) for rows in own)
             why = f"no {files}; add it" if files else "no task is its"
             if named:
-                why = (
-                    f"{named} has no rows but those that are scored, or asks for whole texts; name another task of its"
-                )
+                why = f"{named} has no rows but those that are scored, or scores whole texts; give it another task"
             raise InputError(
                 f"no router rows for expert {name!r}: {why}"
                 ', or give router: {data: FILE} with rows {"text": ..., "task": EXPERT}'
