@@ -241,7 +241,12 @@ def test_another_weighting_of_a_group_is_scored_again(
     ("metric", "percent"),
     [
         *[("rougeL_acc,none", True), ("rougeL_max,none", False), ("rouge_2", True), ("bleu_acc,none", True)],
-        *[("pass@1,create_test", True), ("prompt_level_strict_acc,none", True), ("acc_norm", True), ("score", False)],
+        *[
+            ("pass@1,create_test", True),
+            ("prompt_level_strict_acc,none", True),
+            ("spearman,none", True),
+            ("score", False),
+        ],
     ],
 )
 def test_which_scores_are_fractions(metric: str, percent: bool) -> None:

@@ -12,8 +12,8 @@ from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput
 from twin_bench.errors import InputError, NotFiniteError, shown
 
 FRACTION = re.compile(
-    r"(\w+_)?(acc|accuracy|exact|em|match|f1|fscore|mcc|precision|recall|mrr|rate|frac|pct|correctness|equiv|verify|pass)"
-    r"([_@]\w+)?|r@\d+|(rouge|bleu)_[0-9lL]|pearsonr|spearmanr"
+    r"(\w+_)?(acc|accuracy|exact|em|match|f1|fscore|mcc|precision|recall|mrr|rate|frac|pct|correctness|equiv|verify|pass|"
+    r"pearsonr?|spearmanr?)([_@]\w+)?|r@\d+|(rouge|bleu)_[0-9lL]"
 )
 """Names of scores that are fractions, and are shown times 100. A score of any other name is shown as it is.
 
