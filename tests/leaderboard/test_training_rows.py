@@ -67,3 +67,31 @@ def test_some_scored_rows_among_a_routers_are_counted(
     assert "7 of 30 rows of mnli's split validation are among the training rows of twin." in legend
     assert run({**suite, "methods": ["average"]}, tmp_path / "free") == 0
     assert "are among the training rows" not in (tmp_path / "free" / "out" / "leaderboard.md").read_text()
+
+
+def test_an_expert_with_one_training_row(
+    tiny: dict[str, Any], copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nine cells were scored first: one row can't both be trained on and held out. A twin that is told needs two."""
+    file = copied / "cola" / "train.jsonl"
+    file.write_text(lines(file)[0])
+    told = {"told": {"method": "twin", "weights": "task"}}
+    said = refused({**tiny, "data": str(copied), "methods": ["average", told]}, tmp_path, capsys)
+    assert f"{file}: expert 'cola' has 1 rows; it needs two, one of them held out" in said
+
+
+def test_a_routers_file_that_is_not_there(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "none.jsonl"
+    said = refused({**tiny, "router": {"data": str(file)}, "methods": [TWIN]}, tmp_path, capsys)
+    assert f'{file}: no such file; router.data is a file of rows {{"text": ..., "task": EXPERT}}, or a folder' in said
+
+
+def test_an_empty_file_of_training_rows_matters_where_they_are_read(
+    tiny: dict[str, Any], copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "cola" / "train.jsonl").write_text("\n")
+    suite = {**tiny, "tasks": ["cola"], "data": str(copied)}
+    assert run({**suite, "methods": ["average"]}, tmp_path / "free") == 0
+    assert "cola/train.jsonl: empty" in refused({**suite, "methods": ["fisher"]}, tmp_path / "made", capsys)

@@ -16,7 +16,7 @@ FORMAT = 4
 """The format of a cell's file. It is raised when a cell's fields, their meaning or the file's name change."""
 
 
-PACKAGES = ("twin-bench", "torch", "transformers", "peft", "lm-eval", "crfm-helm")
+PACKAGES = ("twin-bench", "torch", "transformers", "peft", "lm-eval", "crfm-helm", "scikit-learn", "scipy")
 """The packages that take part in a score."""
 
 

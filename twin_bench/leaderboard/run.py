@@ -21,11 +21,11 @@ from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions, left_out
-from twin_bench.leaderboard.checks import check_kind, check_options, check_rows
+from twin_bench.leaderboard.checks import check_kind, check_names, check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import FILES
 from twin_bench.leaderboard.suite import Entry, Suite, entry_of
-from twin_bench.leaderboard.training import Working, check_routers, check_training, shared_rows
+from twin_bench.leaderboard.training import Working, check_routers, check_training, reads_own_rows, shared_rows
 from twin_bench.leaderboard.tune import chosen, keep, to_tune, tuned, with_tuned
 from twin_bench.merging.registry import ProtocolName, methods
 from twin_bench.twin.device import usable_device
@@ -154,6 +154,7 @@ def run_suite(
             known.
     """
     asked = suite.entries(None if only is None else list(only))
+    check_names(suite.kinds)
     suite = run_inputs.located(suite)
     scorer, device = find_harness(harness), str(usable_device(device))
     if tune and scorer.scores_own_rows:
@@ -252,7 +253,7 @@ def _check(run: Run, entries: Sequence[Entry]) -> None:
     """Raise an InputError for anything wrong with rows, options and output files. Scoring can take hours."""
     for file in FILES:
         require_writable(run.out / file)
-    check_rows(run.tasks.values())
+    check_rows(run.tasks.values(), trained=any(reads_own_rows(entry, run.suite) for entry in entries))
     working = _working(run, entries)
     for entry, context in working:
         check_options(entry, context)
@@ -286,7 +287,8 @@ def _prepared(
     labels = labels_of(suite.kinds.values())
     sources = open_sources(suite.base_model, suite.expert_paths, labels=labels, **suite.trust)
     check_kind(suite, sources.skeleton.task_type)
-    tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness)
+    trained = any(reads_own_rows(entry, suite) for entry in entries)
+    tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness, trained=trained)
     own = harness.input_digests(suite, tasks, out / harness.name)
     if any("training rows" in entry.method.sees for entry in entries):
         run_inputs.write_prompts(tasks.values(), harness, own)
