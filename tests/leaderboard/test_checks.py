@@ -88,6 +88,10 @@ def test_a_file_that_cannot_be_written(refused: Any, tmp_path: Path, name: str) 
     [
         ({"methods": [{"ties": {"protocol": "paper"}}]}, "ties: protocol paper is not among the suite's (standard)"),
         ({"tasks": ["cola", "cola"]}, "'cola' is listed twice"),
+        (
+            {"tasks": {name: {"expert": "cola", "text": "sentence", "labels": ["a", "b"]} for name in ("Tox", "tox")}},
+            "two tasks are named 'Tox' and 'tox', which differ in case alone; rename one",
+        ),
         ({"protocol": ["standard", "standard"]}, "'standard' is listed twice"),
         ({"methods": ["ties", {"TIES": {"method": "average"}}]}, "'ties' and 'TIES', which differ in case alone"),
         ({"name": "[/x] \x1b[31m"}, "name '[/x] \\x1b[31m': expected a letter or digit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.support.suites import rows_of, run
 from twin_bench.paths import tasks_directory
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")
+TWO = {"epochs": 2}
+BOUNDS = ("pretrained", "experts")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,6 @@ def test_an_expert_scores_what_lm_evals_own_model_scores(board: Any, wide_llama:
         ({"tasks": ["mmlu", "cola"]}, "one of mmlu and cola needs a classifier"),
         ({"tasks": ["mmul"]}, "did you mean 'mmlu'"),
         ({"dtype": "bfloat"}, "dtype"),
-        ({"protocol": "paper", "methods": ["task_arithmetic"]}, "protocol paper adds A and B of LoRA adapters"),
     ],
 )
 def test_suites_that_cannot_be_run(
@@ -111,3 +113,15 @@ def test_experts_of_another_kind_than_the_tasks(
     }
     assert run(changed, tmp_path) == 2
     assert "mmlu needs causal_lm or seq2seq_lm experts, these are sequence_classification" in capsys.readouterr().err
+
+
+def test_methods_that_do_not_suit_protocol_paper_are_skipped(suite: dict[str, Any], tmp_path: Path) -> None:
+    """Whole checkpoints have no A and B. The run stopped after the cells of the first protocol."""
+    changed = {**suite, "protocol": ["standard", "paper"], "methods": ["task_arithmetic", {"twin": {"router": TWO}}]}
+    assert run({**changed, "rows": 1}, tmp_path) == 0
+    rows = rows_of(tmp_path)
+    assert {method for protocol, method, _ in rows if protocol == "standard"} == {*BOUNDS, "task_arithmetic", "twin"}
+    assert {method for protocol, method, _ in rows if protocol == "paper"} == set(BOUNDS)
+    reasons = {one["method"]: one["reason"] for one in json.loads((tmp_path / "out" / "skipped.json").read_text())}
+    assert "protocol paper adds A and B of LoRA adapters" in reasons["task_arithmetic"]
+    assert "build the twin from adapters of one rank" in reasons["twin"]

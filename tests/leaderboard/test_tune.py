@@ -172,3 +172,9 @@ def test_language_models_are_tuned_through_the_same_tasks(
     tuned = row["notes"]["tuned"]
     assert tuned["rows"] == {"bbq": 5}  # as many as are scored
     assert row["settings"] == {"scaling": GRID[tuned["normalized"].index(max(tuned["normalized"]))]}
+    (tmp_path / "data" / "mmlu" / "train.jsonl").unlink()  # a task that is nobody's has no part in the choice
+    nobodys = {**suite, "tasks": {"bbq": None, "mmlu": {"expert": None, "few_shot": 0}}}
+    assert run(nobodys, tmp_path / "nobodys", "--tune") == 0
+    rows = rows_of(tmp_path / "nobodys")
+    assert rows["standard", "task_arithmetic+tuned", "bbq"]["notes"]["tuned"] == tuned
+    assert rows["standard", "task_arithmetic+tuned", "mmlu"]["settings"] == row["settings"]

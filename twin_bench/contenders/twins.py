@@ -32,6 +32,7 @@ from twin_bench.twin.builder import build_twin, check_limits, merge_options
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
+from twin_bench.twin.router_training import require_two
 
 SUITE_ROWS = "the suite's training rows"
 """A suite's recipe has it in place of `router.data`."""
@@ -156,10 +157,21 @@ def _recipe(
 
 
 def rows_for_routers(context: Context) -> RouterRows:
-    """Return the rows of the suite's routers: those that `router.data` names, or else its tasks' own."""
+    """Return the rows of the suite's routers: those that `router.data` names, or else its tasks' own.
+
+    Raises InputError for an expert with fewer than two, or a malformed row.
+    """
+    names = list(context.experts)
     if "data" in context.router:
-        return read_router_rows(Path(context.router["data"]), list(context.experts))
-    return router_rows(context.tasks, list(context.experts))
+        file = Path(context.router["data"])
+        found = read_router_rows(file, names)
+        require_two(found.train, names, str(file))
+        return found
+    found = router_rows(context.tasks, names)
+    for name in names:
+        files = [str(rows.file("train")) for rows in context.tasks if rows.task.expert == name]
+        require_two(found.train, [name], ", ".join(files))
+    return found
 
 
 def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:

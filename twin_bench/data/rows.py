@@ -42,14 +42,23 @@ def read_rows(path: Path, task: Task) -> list[Row]:
     return rows
 
 
+class NoSplitError(InputError):
+    """The data set on the hub has no split of the name that was asked for."""
+
+
 def hub_rows(task: Task, split: str) -> list[Row]:
-    """Read a task's rows from the hub. If it can't be reached, an InputError names the remedy."""
+    """Read a task's rows from the hub. If it can't be reached, an InputError names the remedy.
+
+    Raises NoSplitError, an InputError, if the data set has no such split.
+    """
     import datasets
 
     source = task.hub_split(split)
     try:
         rows = list(datasets.load_dataset(source.dataset, source.configuration, split=source.split))
     except Exception as error:  # datasets and the hub's client raise many kinds: offline, refused, cut, no such split
+        if str(error).startswith("Unknown split"):
+            raise NoSplitError(f"{task.name}: the hub's {source.dataset}: {first_line(error)}") from error
         raise InputError(
             f"{task.name}: the hub's {source.dataset} cannot be read ({first_line(error)}); run again, log in if it is "
             "private or gated (`hf auth login`, or set HF_TOKEN), or give a directory of TASK/SPLIT.jsonl "
@@ -98,6 +107,11 @@ class TaskRows:
     def pool(self) -> list[Row]:
         """Return the rows that few-shot examples are taken from."""
         return few_shot_pool(self.task, self.directory)
+
+    @property
+    def examples_from_train(self) -> bool:
+        """Whether few-shot examples are taken from the training rows: the task has some, and no rows of split dev."""
+        return bool(self.task.shots) and not self.file("dev").is_file()
 
     def scored_inputs(self, limit: int | None) -> list[TaskInput]:
         """Return a model's inputs for the first `limit` rows that are scored (None: all), in the order of scoring."""
@@ -159,8 +173,13 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> RouterRows:
             is in the directory, these are the test rows.
 
     Raises:
-        InputError: an expert without rows, a row of an unknown task, or a malformed row.
+        InputError: nothing is at `path`, an expert has no rows, or a row is malformed or of an unknown task.
     """
+    if not path.exists():
+        raise InputError(
+            f'{path}: no such file; router.data is a file of rows {{"text": ..., "task": EXPERT}}, or a folder of '
+            "EXPERT/train.jsonl"
+        )
     known = {name: TaskRows(TASKS[name], path, "validation") for name in expert_names if name in TASKS}
     train_files = {name: split_path(path, name, "train") for name in expert_names}
     if any(file.is_file() for file in train_files.values()):

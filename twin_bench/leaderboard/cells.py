@@ -16,7 +16,7 @@ FORMAT = 4
 """The format of a cell's file. It is raised when a cell's fields, their meaning or the file's name change."""
 
 
-PACKAGES = ("twin-bench", "torch", "transformers", "peft", "lm-eval", "crfm-helm")
+PACKAGES = ("twin-bench", "torch", "transformers", "peft", "lm-eval", "crfm-helm", "scikit-learn", "scipy")
 """The packages that take part in a score."""
 
 
@@ -76,11 +76,21 @@ def installed_versions() -> Mapping[str, str]:
 
 
 class Board(NamedTuple):
-    """The result of a suite: its cells, the methods that were skipped, and sentences on what the table lacks."""
+    """The result of a suite: its cells, the methods that were skipped, and sentences to be read with the table."""
 
     cells: Sequence[Cell]
     skipped: Sequence[Skipped] = ()
     left_out: Sequence[str] = ()
+
+
+def left_out(missing: Sequence[str], idle: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return a sentence for each kind of row that a table lacks."""
+    sentences = {
+        "Not run on these rows: {}. A run without --methods adds them.": missing,
+        "Under none of the suite's protocols: {}.": idle,
+        "The directory also holds cells of other rows, limits, weights, options or versions: {}.": others,
+    }
+    return [sentence.format(", ".join(names)) for sentence, names in sentences.items() if names]
 
 
 class Cells:

@@ -16,11 +16,24 @@ from twin_bench.leaderboard.suite import Entry, Suite
 _log = logging.getLogger(__name__)
 
 
-def check_rows(tasks: Iterable[TaskRows]) -> None:
-    """Raise an InputError that names file and line for a row that its task cannot use."""
+def check_names(tasks: Iterable[str]) -> None:
+    """Raise an InputError for two tasks whose names differ in case alone: some file systems ignore case."""
+    first: dict[str, str] = {}
+    for name in tasks:
+        if (other := first.setdefault(name.lower(), name)) != name:
+            raise InputError(f"two tasks are named {other!r} and {name!r}, which differ in case alone; rename one")
+
+
+def check_rows(tasks: Iterable[TaskRows], *, trained: bool) -> None:
+    """Raise an InputError that names file and line for a row that its task cannot use.
+
+    An empty train.jsonl is passed over where nothing reads it. `trained` says that training rows are read.
+    """
     for rows in tasks:
         for split in dict.fromkeys((rows.split, "train", "dev")):
-            if rows.file(split).is_file():
+            file = rows.file(split)
+            unread = split == "train" != rows.split and not (trained or rows.examples_from_train)
+            if file.is_file() and not (unread and not file.read_bytes().strip()):
                 rows.read(split)
 
 

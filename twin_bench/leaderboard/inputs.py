@@ -9,7 +9,7 @@ from typing import Any
 from twin_bench import demo
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.data.named import NamedTask
-from twin_bench.data.rows import TaskRows, hub_rows
+from twin_bench.data.rows import NoSplitError, TaskRows, hub_rows
 from twin_bench.data.task import Task
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_file, digest_files, read_record, write_json_lines, write_record
@@ -31,10 +31,12 @@ def located(suite: Suite) -> Suite:
     return suite.model_copy(update={"experts": str(demo.experts_directory())})
 
 
-def rows_of(suite: Suite, tasks: Mapping[str, Task], out: Path, harness: Harness) -> dict[str, TaskRows]:
+def rows_of(
+    suite: Suite, tasks: Mapping[str, Task], out: Path, harness: Harness, *, trained: bool
+) -> dict[str, TaskRows]:
     """Return each task with the directory of its rows, generated or downloaded to `out` where the suite says so.
 
-    Raises InputError for a task without a file of rows.
+    `trained` says that the tasks' training rows are read. Raises InputError for a task without a file of rows.
     """
     found: dict[str, TaskRows] = {}
     for name, task in tasks.items():
@@ -47,7 +49,7 @@ def rows_of(suite: Suite, tasks: Mapping[str, Task], out: Path, harness: Harness
                 demo.write_data(found[name].directory)  # of the seed that the shipped experts were trained on
         elif data == HUB or isinstance(data, HubRows):
             found[name] = TaskRows(task, out / "data" / HUB, split)
-            _download(found[name])
+            _download(found[name], trained=trained)
         else:
             assert isinstance(data, str)
             found[name] = TaskRows(task, Path(data), split)
@@ -57,14 +59,29 @@ def rows_of(suite: Suite, tasks: Mapping[str, Task], out: Path, harness: Harness
     return found
 
 
-def _download(rows: TaskRows) -> None:
-    """Download the rows that the directory lacks, or holds with another checksum than they were written with."""
+def _download(rows: TaskRows, *, trained: bool) -> None:
+    """Download the rows that the directory lacks, or holds with another checksum than they were written with.
+
+    The training rows are downloaded where the data set has some, also if nothing reads them: a later run with a method
+    that does then finds the cells of this one.
+    """
     task, record = rows.task, rows.directory / "rows.json"
     known = read_record(record, format_number=ROWS_FORMAT) or {}
-    for split in ("train", rows.split, *(["dev"] if task.has_dev else [])):
+    for split in dict.fromkeys((*(["dev"] if task.has_dev else []), rows.split, "train")):
         file, source = rows.file(split), list(task.hub_split(split))
         if not file.is_file() or known.get(f"{task.name}/{split}") != [*source, digest_file(file)]:
-            write_json_lines(file, hub_rows(task, split))
+            try:
+                found = hub_rows(task, split)
+            except NoSplitError as error:
+                if split != "train" or rows.split == "train":
+                    raise
+                if trained or rows.examples_from_train:
+                    reader = "a method is made from training rows" if trained else "few-shot examples are training rows"
+                    raise InputError(
+                        f"{error}; {reader}: leave it out, or give data: a directory of {{task}}/{{split}}.jsonl"
+                    ) from None
+                continue
+            write_json_lines(file, found)
             known[f"{task.name}/{split}"] = [*source, digest_file(file)]
             write_record(record, known, format_number=ROWS_FORMAT)
 

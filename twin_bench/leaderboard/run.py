@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from rich.progress import Progress
 
 from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.contenders import Contender, Context, contenders
-from twin_bench.contenders.twins import rows_for_routers
 from twin_bench.data.classification import labels_of
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import TaskRows
@@ -21,11 +20,12 @@ from twin_bench.data.task import Task
 from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
-from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions
-from twin_bench.leaderboard.checks import check_kind, check_options, check_rows
+from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions, left_out
+from twin_bench.leaderboard.checks import check_kind, check_names, check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import FILES
 from twin_bench.leaderboard.suite import Entry, Suite, entry_of
+from twin_bench.leaderboard.training import Working, check_routers, check_training, reads_own_rows, shared_rows
 from twin_bench.leaderboard.tune import chosen, keep, to_tune, tuned, with_tuned
 from twin_bench.merging.registry import ProtocolName, methods
 from twin_bench.twin.device import usable_device
@@ -154,6 +154,7 @@ def run_suite(
             known.
     """
     asked = suite.entries(None if only is None else list(only))
+    check_names(suite.kinds)
     suite = run_inputs.located(suite)
     scorer, device = find_harness(harness), str(usable_device(device))
     if tune and scorer.scores_own_rows:
@@ -214,7 +215,9 @@ def _board(run: Run, asked: Sequence[Entry], cells: Mapping[Row, Sequence[Cell]]
                 missing.append(f"{entry.label} ({protocol})")
     others = run.cells.others(cell for own in rows.values() for cell in own)
     shown = [dataclasses.replace(cell, protocol=protocol) for (protocol, _), own in rows.items() for cell in own]
-    return Board(shown, skipped, _left_out(missing, idle, others))
+    labels = {label for _, label in rows} if not run.harness.scores_own_rows else ()
+    shared = shared_rows(_working(run, [entry for entry in listed if entry.label in labels]))
+    return Board(shown, skipped, [*left_out(missing, idle, others), *shared])
 
 
 def _listed(suite: Suite, asked: Sequence[Entry], found: Sequence[str]) -> list[Entry]:
@@ -246,29 +249,27 @@ def _finished(run: Run, entry: Entry, listed: ProtocolName) -> list[Cell]:
     return found if len(found) == len(cells) else []
 
 
-def _left_out(missing: Sequence[str], idle: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Return a sentence for each kind of row that the table lacks."""
-    sentences = {
-        "Not run on these rows: {}. A run without --methods adds them.": missing,
-        "Under none of the suite's protocols: {}.": idle,
-        "The directory also holds cells of other rows, limits, weights, options or versions: {}.": others,
-    }
-    return [sentence.format(", ".join(names)) for sentence, names in sentences.items() if names]
-
-
 def _check(run: Run, entries: Sequence[Entry]) -> None:
     """Raise an InputError for anything wrong with rows, options and output files. Scoring can take hours."""
     for file in FILES:
         require_writable(run.out / file)
-    check_rows(run.tasks.values())
-    for entry in entries:
-        protocols = [protocol for protocol in run.suite.protocol if entry.runs_under(protocol)]
-        if protocols:
-            check_options(entry, run.context(entry, protocols[0]))
-    for entry in entries:
-        if "training rows" in entry.method.sees and entry.track == "per-input":
-            rows_for_routers(run.context(entry, run.suite.protocol[0]))
-            break
+    check_rows(run.tasks.values(), trained=any(reads_own_rows(entry, run.suite) for entry in entries))
+    working = _working(run, entries)
+    for entry, context in working:
+        check_options(entry, context)
+    check_routers(working)
+    if not run.harness.scores_own_rows:
+        check_training(working)
+
+
+def _working(run: Run, entries: Iterable[Entry]) -> list[Working]:
+    """Return each entry with its context, under each protocol under which it is computed."""
+    return [(e, run.context(e, protocol)) for e in entries for protocol in _protocols(run.suite, e)]
+
+
+def _protocols(suite: Suite, entry: Entry) -> list[ProtocolName]:
+    run_under = filter(entry.runs_under, suite.protocol)
+    return list(dict.fromkeys(_computed_under(entry, suite, protocol) for protocol in run_under))
 
 
 def _prepared(
@@ -286,7 +287,8 @@ def _prepared(
     labels = labels_of(suite.kinds.values())
     sources = open_sources(suite.base_model, suite.expert_paths, labels=labels, **suite.trust)
     check_kind(suite, sources.skeleton.task_type)
-    tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness)
+    trained = any(reads_own_rows(entry, suite) for entry in entries)
+    tasks = run_inputs.rows_of(suite, harness.tasks(suite), out, harness, trained=trained)
     own = harness.input_digests(suite, tasks, out / harness.name)
     if any("training rows" in entry.method.sees for entry in entries):
         run_inputs.write_prompts(tasks.values(), harness, own)

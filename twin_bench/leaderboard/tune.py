@@ -90,20 +90,27 @@ def tuned(
         entry: what to tune. Options outside the grid keep their values.
         protocol: the protocol under which the options are chosen.
         suite: its experts and seed are used, and its `rows` limit how many rows are held out.
-        tasks: its tasks, of which the rows in train.jsonl are used.
+        tasks: its tasks, of which the rows in train.jsonl are used. Those that are nobody's are left out.
         workspace: the folder for the held-out rows.
         run: runs a suite, including its bounds.
 
     Raises:
-        UnsuitedError: a task has no training rows, the method does not suit the experts, or no expert scores above 0.
+        UnsuitedError: no task has an expert, a task with one has no training rows, the method does not suit the
+            experts, or no expert scores above 0.
     """
-    rows = hold_out(tasks, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
+    owned = [rows for rows in tasks if rows.task.expert is not None]
+    if not owned:
+        raise UnsuitedError("no task has an expert; options are chosen by the experts' tasks")
+    rows = hold_out(owned, workspace, min(HELD_OUT, suite.rows or HELD_OUT), suite.seed)
     names, values = zip(*entry.method.tune.items(), strict=True)
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*values)]
     trials = {f"{entry.label}.{index}": {**entry.options, **point} for index, point in enumerate(points)}
+    held_out = suite.on_rows_of(rows, "validation")
+    listed = [own.task.name for own in owned]
     board = run(
-        suite.on_rows_of(rows, "validation").model_copy(
+        held_out.model_copy(
             update={
+                "tasks": {n: held_out.tasks[n] for n in listed} if isinstance(held_out.tasks, dict) else listed,
                 "protocol": [protocol],
                 "methods": [{label: {"method": entry.method.name, **options}} for label, options in trials.items()],
             }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twin_bench.checkpoints.finite import all_finite
 from twin_bench.checkpoints.skeleton import context_window
-from twin_bench.errors import InputError, first_line
+from twin_bench.errors import InputError, UnsuitedError, first_line
 from twin_bench.twin.arguments import require_count, require_ids, require_texts, tasks_of, vocabulary_size
 from twin_bench.twin.encoded import Encoded, Text, tokens
 from twin_bench.twin.finite import peaks, require_finite_logits
@@ -49,7 +49,7 @@ class TwinLanguageModel(TwinModel):
         if self.protocol != "paper" or not parts.exclusive:
             return super()._install(model, parts)
         if parts.paper is None or parts.paper.factors is None:
-            raise InputError(
+            raise UnsuitedError(
                 "protocol paper adds the factors of LoRA adapters: build the twin from adapters of one rank on the "
                 "same matrices, with shared: task_arithmetic"
             )

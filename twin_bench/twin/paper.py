@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from twin_bench.checkpoints.checkpoint import Checkpoint
 from twin_bench.checkpoints.factors import Factors
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.exclusive import Exclusive, exclusive_rank
@@ -87,14 +87,14 @@ def stack_adapters(experts: Mapping[str, Checkpoint]) -> dict[str, AdapterStack]
     """Return the stacked adapters of all experts, by parameter name, in float32.
 
     Raises:
-        InputError: An expert is not a pure LoRA adapter, or the experts' adapters differ in rank, scale or matrices.
+        UnsuitedError: An expert is not a pure LoRA adapter, or the experts' adapters differ in rank, scale or matrices.
             Factors of different shapes can't be added.
     """
     first = next(iter(experts.values()))
     stacks: dict[str, AdapterStack] = {}
     for task, expert in experts.items():
         if not expert.low_rank or expert.replaced or expert.low_rank.keys() != first.low_rank.keys():
-            raise InputError(
+            raise UnsuitedError(
                 f"expert {task!r}: protocol paper adds A and B of LoRA adapters; it needs adapters on the same "
                 "matrices, and nothing else trained"
             )
@@ -102,7 +102,7 @@ def stack_adapters(experts: Mapping[str, Checkpoint]) -> dict[str, AdapterStack]
         own = [expert.low_rank[name] for expert in experts.values()]
         A, B = [pair.A().float() for pair in own], [pair.B().float() for pair in own]
         if len({(a.shape, pair.scale) for a, pair in zip(A, own, strict=True)}) > 1:
-            raise InputError(f"tensor {name}: the adapters differ in rank or scale; protocol paper can't add them")
+            raise UnsuitedError(f"tensor {name}: the adapters differ in rank or scale; protocol paper can't add them")
         stacks[name] = AdapterStack(torch.stack(A), torch.stack(B), lora.scale)
     return stacks
 
@@ -112,7 +112,7 @@ def merge_lora_factors(
 ) -> dict[str, Tensor]:
     """Return the parameters of a static merge as the authors compute it: `method` merges all A and all B separately.
 
-    The result is W_0 + s B A in W_0's dtype. Raises InputError as `stack_adapters` does.
+    The result is W_0 + s B A in W_0's dtype. Raises UnsuitedError as `stack_adapters` does.
     """
     stacks = stack_adapters(experts)
     zeros = {key: torch.zeros_like(tensor[0]) for key, tensor in _sides(stacks).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,6 +197,14 @@ def _sampled(rows: Sequence[TaskInput], names: Sequence[str], limit: int, seed: 
     return sample
 
 
+def require_two(rows: Sequence[TaskInput], names: Sequence[str], where: str) -> None:
+    """Raise an InputError that begins with `where` if a task has fewer than two rows: one of them is held out."""
+    counts = Counter(row.task for row in rows)
+    for name in names:
+        if counts[name] < 2:
+            raise InputError(f"{where}: expert {name!r} has {counts[name]} rows; it needs two, one of them held out")
+
+
 def held_out_rows(rows: Sequence[TaskInput], names: Sequence[str], fraction: float, seed: int) -> Tensor:
     """Return a mask (rows,) of the rows that are held out of training, on which the router is chosen.
 
@@ -205,14 +214,13 @@ def held_out_rows(rows: Sequence[TaskInput], names: Sequence[str], fraction: flo
     Raises:
         InputError: A task has fewer than two rows.
     """
+    require_two(rows, names, "router")
     texts = sorted({(row.text, row.text_pair or "") for row in rows})
     shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     rank = dict(zip(texts, shuffled, strict=True))
     mask = torch.zeros(len(rows), dtype=torch.bool)
     for name in names:
         own = sorted((rank[row.text, row.text_pair or ""], i) for i, row in enumerate(rows) if row.task == name)
-        if len(own) < 2:
-            raise InputError(f"router: expert {name!r} has {len(own)} rows; it needs two, one of them held out")
         cut = own[max(1, int(fraction * len(own))) - 1][0]
         mask[[i for position, i in own if position <= cut]] = True
     return mask
