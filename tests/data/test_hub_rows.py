@@ -54,7 +54,8 @@ def test_a_download_of_rows_that_fails_leaves_nothing_half_written(hub, monkeypa
     assert "500" in refused(GLUE["cola"], "train")
     assert "closed connection" in refused(GLUE["cola"], "train")
     assert hub_rows(GLUE["cola"], "train") == ROWS
-    assert "Unknown split" in refused(GLUE["cola"], "test")
+    with pytest.raises(NoSplitError, match='cola: the hub\'s nyu-mll/glue: Unknown split "test"'):
+        hub_rows(GLUE["cola"], "test")
 
 
 def test_rows_that_are_damaged_on_the_hub_are_one_line(hub):

@@ -105,7 +105,6 @@ def cell(method: str, task: str, score: float, *, less: bool = False, expert: st
         "protocol": "standard",
         "track": "bound",
         "metric": "m",
-        "stderr": 1.0,
         "n": 9,
     }
     costs: dict[str, Any] = {"seconds": 1.0, "build_seconds": None, "parameters": 5, "settings": {}, "notes": {}}

@@ -58,7 +58,9 @@ def hub_rows(task: Task, split: str) -> list[Row]:
         rows = list(datasets.load_dataset(source.dataset, source.configuration, split=source.split))
     except Exception as error:  # datasets and the hub's client raise many kinds: offline, refused, cut, no such split
         if str(error).startswith("Unknown split"):
-            raise NoSplitError(f"{task.name}: the hub's {source.dataset}: {first_line(error)}") from error
+            raise NoSplitError(
+                f"{task.name}: the hub's {source.dataset}: {first_line(error)}; name another split"
+            ) from error
         raise InputError(
             f"{task.name}: the hub's {source.dataset} cannot be read ({first_line(error)}); run again, log in if it is "
             "private or gated (`hf auth login`, or set HF_TOKEN), or give a directory of TASK/SPLIT.jsonl "
