@@ -7,7 +7,7 @@ from tests.support.hub import TOKEN, Hub, ask
 from tests.support.hub_datasets import card, parquet
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.glue import GLUE
-from twin_bench.data.rows import few_shot_pool, hub_rows
+from twin_bench.data.rows import NoSplitError, few_shot_pool, hub_rows
 from twin_bench.errors import InputError
 
 COLA = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
