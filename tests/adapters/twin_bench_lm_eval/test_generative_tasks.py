@@ -183,5 +183,5 @@ def test_mmlus_examples_are_the_first_of_dev_on_disk_and_on_the_hub(hub, tmp_pat
 
 def test_a_leaderboard_of_the_hubs_rows_keeps_the_examples_too(hub, tmp_path):
     suite = SimpleNamespace(data_of=lambda task: "hub", split="validation")
-    rows = rows_of(suite, {"mmlu": GENERATIVE["mmlu"]}, tmp_path, LmEval())["mmlu"]
+    rows = rows_of(suite, {"mmlu": GENERATIVE["mmlu"]}, tmp_path, LmEval(), trained=True)["mmlu"]
     assert rows.pool() == few_shot_pool(GENERATIVE["mmlu"], None) == hub["dev"]
