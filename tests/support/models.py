@@ -134,12 +134,12 @@ def tiny_causal(kind: str, seed: int = 0, like: Any = None, noise: float = 0.1) 
 
 
 def tiny_seq2seq_config(kind: str) -> Any:
-    """Return the config of an encoder-decoder with two and three blocks in its halves: t5, flan-t5, mt5 or bart."""
+    """Return the config of a t5, flan-t5 or mt5 with three and two blocks, or of a bart with three in each half."""
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "vocab_size": CAUSAL_VOCABULARY}
     if kind == "bart":
         return transformers.BartConfig(
             d_model=24,
-            encoder_layers=2,
+            encoder_layers=3,  # transformers 4.56 can't generate with more blocks in the decoder
             decoder_layers=3,
             encoder_attention_heads=4,
             decoder_attention_heads=2,
