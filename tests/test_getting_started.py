@@ -24,8 +24,8 @@ from tests.support.families import Family, built
 from tests.support.interpreter import ROOT
 from tests.support.models import WORDS, tiny_tokenizer
 from twin_bench import cli
-from twin_bench.data import TASKS
 from twin_bench.data.metrics import REGISTRY as METRICS
+from twin_bench.data.registry import TASKS
 from twin_bench.leaderboard.suite import read_suite
 from twin_bench.merging.registry import REGISTRY
 from twin_bench.twin.directory import read_manifest

@@ -21,7 +21,7 @@ from tests.support.interpreter import python
 from tests.support.rows import write_router_rows
 from tests.support.suites import score_alone
 from twin_bench.__main__ import main
-from twin_bench.data import TASKS
+from twin_bench.data.registry import TASKS
 
 pytestmark = pytest.mark.slow
 

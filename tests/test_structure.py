@@ -63,9 +63,11 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def modules_imported(tree: ast.Module) -> set[str]:
-    """Return which modules of ours a module imports."""
-    names = {name if name in SOURCES else name.rpartition(".")[0] for name in imported(tree)}
-    return names & SOURCES.keys()
+    """Return which modules of ours a module imports. `from PACKAGE import MODULE` runs the package's own file too."""
+    names = imported(tree)
+    packages = {name.rpartition(".")[0] for name in names if name not in SOURCES}
+    packages |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return (names | packages) & SOURCES.keys()
 
 
 def package_of(module: str) -> str:

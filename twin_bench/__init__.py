@@ -14,10 +14,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing takes longer than everything else here, and an interrupt may fall into it
     from typing import Any
 
-    from twin_bench.data import task
     from twin_bench.data.classification import Classification
     from twin_bench.data.generative import GenerativeTask, Item
     from twin_bench.data.metrics import metric
+    from twin_bench.data.registry import task
     from twin_bench.errors import InputError
     from twin_bench.merging.by_name import merge
     from twin_bench.merging.registry import merge_method, methods
@@ -49,7 +49,7 @@ _HOMES = {
     "merge_method": "twin_bench.merging.registry",
     "methods": "twin_bench.merging.registry",
     "metric": "twin_bench.data.metrics",
-    "task": "twin_bench.data",
+    "task": "twin_bench.data.registry",
 }
 
 

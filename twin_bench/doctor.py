@@ -203,12 +203,12 @@ def fast_paths() -> list[Finding]:
     try:
         from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-        from twin_bench import compat
+        from twin_bench.compat import cache_argument
     except Exception as error:
         says = f"transformers can't be imported ({first_line(error)})"
         return [Finding("problem", says, "install it again: pip install --force-reinstall --no-deps transformers")]
     forward = LlamaForCausalLM.forward
-    return allowed_paths(compat.cache_argument(forward), "logits_to_keep" in inspect.signature(forward).parameters)
+    return allowed_paths(cache_argument(forward), "logits_to_keep" in inspect.signature(forward).parameters)
 
 
 def allowed_paths(cache: str | None, takes_logits_to_keep: bool) -> list[Finding]:

@@ -17,7 +17,7 @@ from twin_bench import cli
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import open_checkpoint
 from twin_bench.checkpoints.skeleton import read_config, skeleton_of
-from twin_bench.data import TASKS
+from twin_bench.data.registry import TASKS
 from twin_bench.data.rows import read_router_rows, read_rows
 from twin_bench.leaderboard.suite import read_suite
 from twin_bench.merging.export import read_merge_recipe

@@ -2,7 +2,7 @@
 
 import pytest
 
-from twin_bench.data import TASKS
+from twin_bench.data.registry import TASKS
 from twin_bench.errors import InputError
 from twin_bench.leaderboard.tasks import HubRows, TaskSettings, task_of
 

@@ -20,7 +20,7 @@ from torch.utils import collect_env
 
 from tests.support.interpreter import START
 from twin_bench.__main__ import main
-from twin_bench.data import TASKS
+from twin_bench.data.registry import TASKS
 from twin_bench.data.rows import hub_rows
 from twin_bench.paths import tasks_directory
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.support.models import WORDS
-from twin_bench.data import TASKS as KNOWN
+from twin_bench.data.registry import TASKS as KNOWN
 from twin_bench.data.rows import TaskRows
 
 TASKS = ("cola", "stsb", "mnli")

@@ -17,7 +17,7 @@ from tests.support.families import Family
 from tests.support.models import CAUSAL_VOCABULARY
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.sources import open_sources
-from twin_bench.data import TASKS
+from twin_bench.data.registry import TASKS
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.paper import AdapterStack, PaperFactors, authors_rank, install_paper_layers, merge_lora_factors
 from twin_bench.twin.recipe import Recipe

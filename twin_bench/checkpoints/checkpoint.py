@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twin_bench import compat
 from twin_bench.checkpoints.finite import require_dtype, require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
+from twin_bench.compat import LOADS_UNTIED
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
 
@@ -120,7 +120,7 @@ def stored_apart(directory: Path, skeleton: Skeleton, *, allow_pickle: bool = Fa
 
     transformers 5 does not tie them when it loads that checkpoint: Flan-T5's output layer is one of them.
     """
-    if not skeleton.tied or not compat.LOADS_UNTIED:
+    if not skeleton.tied or not LOADS_UNTIED:
         return set()
     stored = _named(directory, skeleton, allow_pickle=allow_pickle)
     bare = {name: name if name in stored else name.removeprefix(skeleton.prefix) for name in skeleton.backbone}

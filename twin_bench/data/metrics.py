@@ -22,9 +22,8 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from twin_bench.data import resampling
 from twin_bench.data.metric import Answers, Function, Metric
-from twin_bench.data.resampling import Array
+from twin_bench.data.resampling import Array, accuracy, accuracy_f1, f1, matthews, pearson, pearson_spearman, spearman
 from twin_bench.errors import InputError, first_line, nearest, shown
 
 REGISTRY: dict[str, Metric] = {}
@@ -184,26 +183,26 @@ def _one_versus_rest(function: Callable[..., float]) -> Function:
 _BINARY: dict[str, Any] = {"labels": 2}
 _ERROR: dict[str, Any] = {"answers": "number", "higher_is_better": False, "percent": False}
 _BUILT_IN = (
-    Metric("mcc", _matthews_correlation, resampled=resampling.matthews),
-    Metric("acc", lambda r, a: sk.accuracy_score(r, a), resampled=resampling.accuracy, closed_form=_accuracy_error),
-    Metric("acc_f1", _mean_of_accuracy_and_f1, resampled=resampling.accuracy_f1, **_BINARY),
-    Metric("f1", lambda r, a: sk.f1_score(r == 1, a == 1, zero_division=0.0), resampled=resampling.f1, **_BINARY),
+    Metric("mcc", _matthews_correlation, resampled=matthews),
+    Metric("acc", lambda r, a: sk.accuracy_score(r, a), resampled=accuracy, closed_form=_accuracy_error),
+    Metric("acc_f1", _mean_of_accuracy_and_f1, resampled=accuracy_f1, **_BINARY),
+    Metric("f1", lambda r, a: sk.f1_score(r == 1, a == 1, zero_division=0.0), resampled=f1, **_BINARY),
     Metric("precision", lambda r, a: sk.precision_score(r == 1, a == 1, zero_division=0.0), **_BINARY),
     Metric("recall", lambda r, a: sk.recall_score(r == 1, a == 1, zero_division=0.0), **_BINARY),
     Metric("f1_macro", lambda r, a: _f1_of_classes(r, a, "macro")),
-    Metric("f1_micro", lambda r, a: sk.f1_score(r, a, average="micro"), resampled=resampling.accuracy),
+    Metric("f1_micro", lambda r, a: sk.f1_score(r, a, average="micro"), resampled=accuracy),
     Metric("f1_weighted", lambda r, a: _f1_of_classes(r, a, "weighted")),
     Metric("balanced_acc", lambda r, a: sk.recall_score(r, a, labels=np.unique(r), average="macro")),
     Metric("cohen_kappa", _kappa),
     Metric("auroc", _one_versus_rest(sk.roc_auc_score), "probabilities"),
     Metric("average_precision", _one_versus_rest(sk.average_precision_score), "probabilities"),
-    Metric("pearson", _correlation(stats.pearsonr), "number", resampled=resampling.pearson),
-    Metric("spearman", _correlation(stats.spearmanr), "number", resampled=resampling.spearman),
+    Metric("pearson", _correlation(stats.pearsonr), "number", resampled=pearson),
+    Metric("spearman", _correlation(stats.spearmanr), "number", resampled=spearman),
     Metric(
         "pearson_spearman",
         _correlation(stats.pearsonr, stats.spearmanr),
         "number",
-        resampled=resampling.pearson_spearman,
+        resampled=pearson_spearman,
     ),
     Metric("kendall", _correlation(stats.kendalltau), "number"),
     Metric("mse", lambda r, a: sk.mean_squared_error(r, a), **_ERROR),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twin_bench.data import TASKS
 from twin_bench.data.generative import shuffled
 from twin_bench.data.named import NamedTask
+from twin_bench.data.registry import TASKS
 from twin_bench.data.task import Row, Task, TaskInput, text_field
 from twin_bench.errors import InputError, first_line, nearest, shown
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable
 
 from twin_bench.contenders import Context, rehearse
-from twin_bench.data import TASKS
 from twin_bench.data.named import NamedTask
+from twin_bench.data.registry import TASKS
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import CLASSIFIERS, TaskType
 from twin_bench.errors import InputError, NotFiniteError, UnsuitedError, first_line, nearest

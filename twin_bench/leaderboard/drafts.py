@@ -9,8 +9,8 @@ from typing import Any
 
 from twin_bench.checkpoints.found import Found, FoundExpert
 from twin_bench.config import as_yaml, commented, top_level
-from twin_bench.data import TASKS
 from twin_bench.data.fields import Fields, guessed_fields
+from twin_bench.data.registry import TASKS
 from twin_bench.data.rows import TaskRows, read_json_lines, split_path
 from twin_bench.data.task import CLASSIFIERS, Row, Task, TaskInput
 from twin_bench.errors import InputError

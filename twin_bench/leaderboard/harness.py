@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from twin_bench.contenders import Contender
-from twin_bench.data import TASKS
 from twin_bench.data.named import NamedTask
+from twin_bench.data.registry import TASKS
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, Task
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from twin_bench import demo
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import NoSplitError, TaskRows, hub_rows
 from twin_bench.data.task import Task
+from twin_bench.demo import experts_directory, write_data
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_file, digest_files, read_record, write_json_lines, write_record
 from twin_bench.leaderboard.harness import Harness
@@ -28,7 +28,7 @@ def located(suite: Suite) -> Suite:
     """Return the suite with a directory in place of `experts: embedded`."""
     if suite.experts != EMBEDDED:
         return suite
-    return suite.model_copy(update={"experts": str(demo.experts_directory())})
+    return suite.model_copy(update={"experts": str(experts_directory())})
 
 
 def rows_of(
@@ -46,7 +46,7 @@ def rows_of(
         elif data == EMBEDDED:
             found[name] = TaskRows(task, out / "data" / EMBEDDED, split)
             if not any(rows.directory == found[name].directory for rows in [*found.values()][:-1]):
-                demo.write_data(found[name].directory)  # of the seed that the shipped experts were trained on
+                write_data(found[name].directory)  # of the seed that the shipped experts were trained on
         elif data == HUB or isinstance(data, HubRows):
             found[name] = TaskRows(task, out / "data" / HUB, split)
             _download(found[name], trained=trained)

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from twin_bench.config import Settings
-from twin_bench.data import TASKS
 from twin_bench.data.classification import Classification
 from twin_bench.data.metrics import find_metric
 from twin_bench.data.named import NamedTask
+from twin_bench.data.registry import TASKS
 from twin_bench.data.task import Asking, Task
 from twin_bench.errors import InputError
 

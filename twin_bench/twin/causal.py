@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
-from twin_bench import compat
 from twin_bench.checkpoints.skeleton import context_window
+from twin_bench.compat import prefix_argument, selects_logits
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_batch
@@ -243,12 +243,12 @@ class TwinCausalLM(TwinLanguageModel):
     @functools.cached_property
     def _prefix_argument(self) -> str:
         """The name under which the model takes a prefix's keys and values. It is empty if it can't share them."""
-        return compat.prefix_argument(self.model) or ""
+        return prefix_argument(self.model) or ""
 
     @functools.cached_property
     def _selects_logits(self) -> bool:
         """Whether the model can compute logits at given positions only. All of them would take most of its memory."""
-        return compat.selects_logits(self.model)
+        return selects_logits(self.model)
 
     def _new_tokens(self, length: int, options: Mapping[str, Any]) -> int:
         """Return the largest number of tokens that `generate` adds with these options. It is bounded by the window."""
