@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -169,3 +170,17 @@ def test_a_name_that_nobody_knows_needs_fields_where_experts_are_classifiers(
     assert run({**desk, "tasks": {"toxicity": {"expert": "tox"}}}, tmp_path) == 2
     assert "unknown task 'toxicity'" in (said := capsys.readouterr().err)
     assert "needs text: the field of a row that it reads" in said
+
+
+def test_a_tasks_settings_decide_its_own_cells_and_no_others(desk: dict[str, Any], tmp_path: Path) -> None:
+    keys = []
+    for changes in ({}, {"metric": "mcc"}, {"labels": ["yes", "no"]}, {"text_pair": "is_toxic"}):
+        tasks = {**desk["tasks"], "toxicity": {**desk["tasks"]["toxicity"], **changes}}
+        del tasks["rudeness"]  # of the same head, which has its labels in one order
+        assert run({**desk, "tasks": tasks, "methods": ["average"]}, tmp_path, "--limit", "4") == 0
+        keys.append({(method, task): row["key"] for (_, method, task), row in rows_of(tmp_path).items()})
+    for before, after in itertools.combinations(keys, 2):
+        assert {task for method, task in before if before[method, task] != after[method, task]} == {"toxicity"}
+        assert all(
+            before[method, "toxicity"] != after[method, "toxicity"] for method in ("pretrained", "experts", "average")
+        )
