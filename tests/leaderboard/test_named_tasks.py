@@ -19,7 +19,7 @@ from tests.support.models import WORDS
 from tests.support.suites import rows_of, run
 from twin_bench.data.named import NamedTask
 from twin_bench.errors import InputError
-from twin_bench_lm_eval.named import Loaded, code_digest, described, find_tasks, load, prompts, rows_digest
+from twin_bench_lm_eval.named import Loaded, code_digest, described, load, prompts, rows_digest
 
 SPLITS = {"train": 9, "test": 7}
 CHOICE = {
@@ -163,18 +163,11 @@ def test_routers_read_training_rows_as_the_prompts_that_are_scored(board: Any) -
 
 
 def test_prompts_are_those_that_lm_eval_asks(suite: dict[str, Any], include_path: Path) -> None:
-    """With the few-shot examples that its command draws, at every call."""
-    manager = find_tasks(["capitals"], str(include_path))
-    loaded = load(NamedTask("capitals"), manager, unsafe_code=False, include_path=str(include_path))
-    results = lm_eval.simple_evaluate(
-        HFLM(suite["base_model"], device="cpu", batch_size=3), tasks=["capitals"], task_manager=manager
-    )
-    asked = {sample["doc_id"]: sample["arguments"][0][0] for sample in results["samples"]["capitals"]}
-    for _ in range(2):
-        found = [row["text"] for row in prompts(loaded, scored=True)]
-        assert found == [asked[number] for number in range(SPLITS["test"])]
-    first, again = ([row["text"] for row in prompts(loaded, scored=False)] for _ in range(2))
-    assert first == again
+    found, model = loaded(include_path, "capitals"), HFLM(suite["base_model"], device="cpu", batch_size=3)
+    samples = lm_eval.simple_evaluate(model, tasks=[found.tasks["capitals"]])["samples"]["capitals"]
+    asked = {sample["doc_id"]: sample["arguments"][0][0] for sample in samples}
+    drawn = [[row["text"] for row in prompts(found, scored=True)] for _ in range(2)]
+    assert drawn == 2 * [[asked[number] for number in sorted(asked)]]
 
 
 def test_an_encoder_decoders_expert_scores_what_lm_evals_own_model_scores(
