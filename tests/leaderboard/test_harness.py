@@ -12,7 +12,7 @@ import pytest
 from tests.support.suites import rows_of, run
 from twin_bench.contenders import Contender
 from twin_bench.errors import InputError
-from twin_bench.leaderboard.cells import Board, Cell
+from twin_bench.results.cells import Board, Cell
 from twin_bench.leaderboard.harness import ENTRY_POINTS, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary
 from twin_bench.leaderboard.suite import Suite

@@ -13,7 +13,7 @@ from tests.support.families import Family
 from tests.support.rows import write_generative_rows
 from tests.support.suites import rows_of, run
 from twin_bench.files import write_record
-from twin_bench.leaderboard.cells import FORMAT, Cells
+from twin_bench.results.cells import FORMAT, Cells
 from twin_bench_lm_eval.harness import LmEval
 
 METHODS = ["average", "task_arithmetic", {"twin": {"router": {"epochs": 2}}}]

@@ -17,7 +17,7 @@ from tests.support.rows import TASKS
 from tests.support.suites import score_alone, with_backbone
 from twin_bench import TwinModel
 from twin_bench.leaderboard.__main__ import main
-from twin_bench.leaderboard.cells import Cell
+from twin_bench.results.cells import Cell
 from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench_lm_eval.harness import LmEval
 

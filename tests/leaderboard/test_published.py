@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import twin_bench.leaderboard.published as module
+import twin_bench.results.published as module
 from twin_bench.data.glue import GLUE
 from twin_bench.errors import InputError
-from twin_bench.leaderboard.cells import Board, Cell
-from twin_bench.leaderboard.published import like_ours, published
+from twin_bench.results.cells import Board, Cell
+from twin_bench.results.published import like_ours, published
 from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary, write_leaderboard
 from twin_bench.leaderboard.suite import read_suite
 from twin_bench.paths import leaderboards_directory, shipped_suites

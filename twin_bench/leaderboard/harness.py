@@ -16,6 +16,7 @@ from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, Task
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest
 from twin_bench.leaderboard.suite import Suite
+from twin_bench.results.samples import Samples
 
 ENTRY_POINTS = "twin_bench.harnesses"
 """The group of entry points that name a harness' class: the entry point's name is the harness' name."""
@@ -39,15 +40,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A task's score and its standard error over `n` rows, and what else is known.
+    """A task's score and its standard error over `n` rows, the rows' answers, and what else is known.
 
-    Both are in the metric's own unit: 0 to 1 where the task's score is a fraction. A score whose error is not known has
-    None.
+    Score and error are in the metric's own unit: 0 to 1 where the task's score is a fraction. A score whose error is
+    not known has None. `model_seconds` is the time that the model took, without the harness: None if nobody measured it.
     """
 
     score: float
     stderr: float | None
     n: int
+    samples: Samples
+    model_seconds: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

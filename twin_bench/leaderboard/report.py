@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from twin_bench.files import write_text
-from twin_bench.leaderboard.cells import Board, Cell
-from twin_bench.leaderboard.published import like_ours
+from twin_bench.results.cells import Board, Cell
+from twin_bench.results.published import like_ours
 
 COLUMNS = ("suite", "protocol", "method", "track", "task", "metric", "score", "normalized", "stderr", "n", "seed")
 CSV_COLUMNS = (*COLUMNS, "expert", "retention")

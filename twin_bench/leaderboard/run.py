@@ -20,7 +20,7 @@ from twin_bench.data.task import Task
 from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
 from twin_bench.files import digest, remove_abandoned, require_writable
 from twin_bench.leaderboard import inputs as run_inputs
-from twin_bench.leaderboard.cells import Board, Cell, Cells, Skipped, installed_versions, left_out
+from twin_bench.results.cells import Board, Cell, Cells, Skipped, installed_versions, left_out
 from twin_bench.leaderboard.checks import check_kind, check_names, check_options, check_rows
 from twin_bench.leaderboard.harness import DEFAULT, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.report import FILES

@@ -17,7 +17,7 @@ from twin_bench.data.generative import shuffled
 from twin_bench.data.rows import TaskRows, split_path
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, digest_files, read_record, write_record, write_text
-from twin_bench.leaderboard.cells import Board
+from twin_bench.results.cells import Board
 from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.merging.registry import ProtocolName
