@@ -44,12 +44,13 @@ class Evaluated:
 
     Score and error are in the metric's own unit: 0 to 1 where the task's score is a fraction. A score whose error is
     not known has None. `model_seconds` is the time that the model took, without the harness: None if nobody measured it.
+    A harness that gives no `samples` has intervals by its standard errors, and no paired comparisons.
     """
 
     score: float
     stderr: float | None
     n: int
-    samples: Samples
+    samples: Samples | None = None
     model_seconds: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
