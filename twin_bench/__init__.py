@@ -2,7 +2,8 @@
 
 `merge` and `methods` are the merge methods, `TwinModel` the model that fuses experts per input. `merge_method` and
 `TaskVectors` are what a new merge method is written with, `metric` a new metric, and `task` with `Classification`,
-`GenerativeTask` and `Item` a new task. A user's mistake raises `InputError`.
+`GenerativeTask` and `Item` a new task. `load_leaderboard` reads
+results as data frames, and `compare` compares methods on the same rows. A user's mistake raises `InputError`.
 
 `import twin_bench` imports no other module. A name below is imported when it is first asked for (PEP 562), because
 torch and transformers take seconds to import.
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # importing typing takes longer than everything else here, an
     from twin_bench.merging.by_name import merge
     from twin_bench.merging.registry import merge_method, methods
     from twin_bench.merging.task_vectors import TaskVectors
+    from twin_bench.results.compare import compare
+    from twin_bench.results.stored import load_leaderboard
     from twin_bench.twin.model import TwinModel
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "Item",
     "TaskVectors",
     "TwinModel",
+    "compare",
+    "load_leaderboard",
     "merge",
     "merge_method",
     "methods",
@@ -45,6 +50,8 @@ _HOMES = {
     "Item": "twin_bench.data.generative",
     "TaskVectors": "twin_bench.merging.task_vectors",
     "TwinModel": "twin_bench.twin.model",
+    "compare": "twin_bench.results.compare",
+    "load_leaderboard": "twin_bench.results.stored",
     "merge": "twin_bench.merging.by_name",
     "merge_method": "twin_bench.merging.registry",
     "methods": "twin_bench.merging.registry",

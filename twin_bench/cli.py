@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol, cast
@@ -26,6 +27,8 @@ COMMANDS: Mapping[str, str] = {
     "build": "twin_bench.commands.build",
     "merge": "twin_bench.commands.merge",
     "leaderboard": "twin_bench.commands.leaderboard",
+    "report": "twin_bench.commands.report",
+    "compare": "twin_bench.commands.compare",
     "bench": "twin_bench.commands.bench",
     "methods": "twin_bench.commands.methods",
     "tasks": "twin_bench.commands.tasks",
@@ -48,7 +51,9 @@ class Command(Protocol):
         """Add the command's arguments to its parser."""
 
     def run(self, options: argparse.Namespace) -> None:
-        """Do what is asked; InputError for a user's mistake. `options.quiet` and `options.verbose` are always set."""
+        """Do what is asked; InputError for a user's mistake. `options.quiet`,
+        `options.verbose` and `options.command_line` are always set.
+        """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,6 +133,7 @@ def _dispatch(given: Sequence[str]) -> None:
     parser.parse_args(given[place + 1 :], namespace=options)
     if options.verbose and options.quiet:
         parser.error("give -v or -q, not both")
+    options.command_line = shlex.join(["twin-bench", *given])
     _run(name, command, options)
 
 

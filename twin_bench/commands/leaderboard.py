@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from twin_bench.commands.report import add_comparison, report
 from twin_bench.console import add_device, add_dtype, add_plugins, positive
 from twin_bench.paths import shipped_suites
 
@@ -61,18 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add a row NAME+tuned: the method with options chosen on held-out training rows, never on scored ones",
     )
+    parser.add_argument(
+        "--log-samples", action="store_true", help="keep the rows' texts beside the answers in DIRECTORY/samples"
+    )
+    add_comparison(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the suite, write its results and print its table; InputError for what is wrong with the suite."""
-    from rich.console import Console
-
     from twin_bench.config import replaced
     from twin_bench.console import progress_bars
-    from twin_bench.leaderboard.report import FILES, asides, leaderboard_rows, print_leaderboard, write_leaderboard
+    from twin_bench.files import require_writable
     from twin_bench.leaderboard.run import run_suite
     from twin_bench.leaderboard.suite import read_suite
     from twin_bench.merging.plugins import load_plugins
+    from twin_bench.report.files import FILES
+    from twin_bench.results.stored import FILE, write_board
     from twin_bench.twin.device import AUTO
 
     load_plugins(options.plugin)
@@ -86,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
         confirm_run_unsafe_code=options.confirm_run_unsafe_code,
     )
     only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
+    for file in (FILE, *FILES):
+        require_writable(options.out / file)
     with progress_bars(options) as progress:
         board = run_suite(
             suite,
@@ -95,14 +102,11 @@ def run(options: argparse.Namespace) -> None:
             harness=options.harness,
             tune=options.tune,
             device=options.device or suite.device or AUTO,
+            log_texts=options.log_samples,
             progress=progress,
         )
-    table = write_leaderboard(board, options.out)
-    console = Console()
-    if console.width < 110:  # the table is 100 wide: let the terminal wrap it rather than cut figures
-        console.width = 110
-    print_leaderboard(leaderboard_rows(board.cells), table, console, asides(board))
-    print(f"Written to {options.out}: {', '.join(FILES)}")
+    write_board(board._replace(identity={**board.identity, "command": options.command_line}), options.out)
+    report(options.out, compare_to=options.compare_to, wide=options.wide)
 
 
 def _positive_or_auto(text: str) -> int | str:

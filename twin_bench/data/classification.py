@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -132,6 +133,26 @@ class Classification(Task):
         """Yield the rows' texts; labels are not read."""
         for where, row in rows:
             yield TaskInput(*self.texts(row, where), self.owner)
+
+    def expected(self, row: Row) -> int | float:
+        """Return the id of a row's label, or the number to be predicted."""
+        return self.target(row)
+
+    def constant(self, answers: Sequence[Any]) -> Any:
+        """Return the most frequent label, the mean of the numbers, or each label's share where probabilities score."""
+        kind = find_metric(self.metric).answers
+        if kind == "number":
+            return math.fsum(answers) / len(answers)
+        if kind == "probabilities":
+            return [answers.count(label) / len(answers) for label in range(self.num_labels)]
+        return super().constant(answers)
+
+    def row_score(self, answer: Any, target: Any) -> float:
+        """Return the score of one row: 1 or 0 for a label, its probability, or a number's squared error."""
+        kind = find_metric(self.metric).answers
+        if kind == "number":
+            return float((answer - target) ** 2)
+        return float(answer[target]) if kind == "probabilities" else super().row_score(answer, target)
 
     def hub_split(self, split: str) -> HubSplit:
         """Return where the rows are."""

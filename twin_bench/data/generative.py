@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
+from twin_bench.data.metrics import rouge_2
 from twin_bench.data.task import LANGUAGE_MODELS, Asking, HubSplit, Row, Task, TaskInput, TaskType, require_cluster
 from twin_bench.errors import InputError, first_line, nearest, shown
 
@@ -38,7 +39,7 @@ class GenerativeTask(Task):
     question. If `group` names a field (MMLU: the subject), they have the same value of it. `hub` is (data set,
     configuration, split to score, split of examples) on the hub, or None if it is not there. If the split of examples
     is None, a tenth of the rows is set aside for examples. An answer ends with one of the texts `until`, or after
-    `max_new_tokens`.
+    `max_new_tokens`. `article` names the field of the text that is to be summarised, if one is.
     """
 
     name: str
@@ -54,6 +55,7 @@ class GenerativeTask(Task):
     expert: str | None = None
     split: str | None = None
     cluster: str | None = None
+    article: str | None = None
     suits: ClassVar[tuple[TaskType, ...]] = LANGUAGE_MODELS
 
     def prompt(self, row: Row, examples: Sequence[Row]) -> str:
@@ -117,6 +119,15 @@ class GenerativeTask(Task):
     def answer(self, row: Row) -> str:
         """Return the text that a language model should answer."""
         return self.item(row).answer
+
+    def expected(self, row: Row) -> str | None:
+        """Return the right option's letter, or None if the answer is a free text."""
+        item = self.item(row)
+        return item.answer if item.options else None
+
+    def row_score(self, answer: Any, target: Any) -> float:
+        """Return the score of one row, 0 to 1: exact match, or ROUGE-2."""
+        return rouge_2(target, answer) if self.metric == "rouge_2" else super().row_score(answer, target)
 
     def scoring_order(self, rows: Sequence[Row]) -> list[Row]:
         """Return rows in an order drawn from a seed, so that the first N are a fair sample of them."""
@@ -240,6 +251,7 @@ GENERATIVE: dict[str, GenerativeTask] = {
             shots=0,
             until=("###",),
             max_new_tokens=128,
+            article="article",
         ),
     )
 }

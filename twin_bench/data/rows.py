@@ -119,6 +119,10 @@ class TaskRows:
         """Return a model's inputs for the first `limit` rows that are scored (None: all), in the order of scoring."""
         return self.task.inputs(self.task.scoring_order(self.read(self.split))[:limit], self.pool())
 
+    def training_answers(self) -> list[Any]:
+        """Return the expected answers of the training rows; none if the task's answers are free texts."""
+        return [answer for answer in map(self.task.expected, self.read("train")) if answer is not None]
+
     def training_inputs(self) -> Iterator[TaskInput]:
         """Yield the training rows as a router's inputs. Labels are not read."""
         yield from self.task.training_inputs(read_json_lines(self.file("train")), self.pool())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -117,6 +118,21 @@ class Task(abc.ABC):
     def answer(self, row: Row) -> str | None:
         """Return the text that a language model should answer, or None if the answer is a label."""
         return None
+
+    def expected(self, row: Row) -> Any | None:
+        """Return the label, number or option that a row expects, or None if it is a free text."""
+        return None
+
+    def constant(self, answers: Sequence[Any]) -> Any:
+        """Return the constant answer that is right most often by the training rows' answers.
+
+        Of answers that are equally frequent it is the first in order. The empty text stands for no answers.
+        """
+        return max(sorted(set(answers)), key=Counter(answers).__getitem__, default="")
+
+    def row_score(self, answer: Any, target: Any) -> float:
+        """Return the score of one row: here 1 for the expected answer, else 0."""
+        return float(answer == target)
 
     def scoring_order(self, rows: Sequence[Row]) -> list[Row]:
         """Return rows in the order in which they are scored. A limit takes the first of them."""

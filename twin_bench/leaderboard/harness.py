@@ -16,11 +16,12 @@ from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, Task
 from twin_bench.errors import OUTDATED, InputError, first_line, nearest
 from twin_bench.leaderboard.suite import Suite
+from twin_bench.results.cells import DEFAULT_HARNESS
 from twin_bench.results.samples import Samples
 
 ENTRY_POINTS = "twin_bench.harnesses"
 """The group of entry points that name a harness' class: the entry point's name is the harness' name."""
-DEFAULT = "lm-eval"
+DEFAULT = DEFAULT_HARNESS
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,14 @@ class Harness(abc.ABC):
         They are the rows that are `scored`, or those of another split; there are none if the task has no other.
         """
         return ()
+
+    def training_answers(self, task: Task) -> Sequence[Any] | None:
+        """Return the expected answers of training rows of a task that the harness brings.
+
+        They compare with the `targets` of its samples. There are none if answers are free texts. It is None if nothing
+        is known of them, so that no constant answer can be given.
+        """
+        return None
 
     @abc.abstractmethod
     def score(self, contender: Contender, job: Job) -> Evaluated:

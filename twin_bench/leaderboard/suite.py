@@ -23,7 +23,8 @@ from twin_bench.merging.registry import PROTOCOLS, Method, ProtocolName, Track, 
 from twin_bench.paths import shipped_suites
 from twin_bench.twin.recipe import RouterSettings
 
-BOUNDS = ("pretrained", "experts")
+BOUNDS = ("pretrained", "experts", "constant", "lead_3")
+"""The rows that every table begins with. `lead_3` has a score where there are articles."""
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+()-]*")
 """Tasks and labels are names of folders and files. Some of lm-eval's tasks have parentheses."""
@@ -59,6 +60,11 @@ class Entry:
         """Whether each row's task is given, so that a task that is nobody's can't be answered."""
         return "task" in self.method.sees or self.track == "task-id given"
 
+    @property
+    def draws(self) -> bool:
+        """Whether the method draws, so that its scores depend on the seed."""
+        return "seed" in self.method.needs or "seed" in self.method.defaults
+
     def settings(self, seed: int) -> dict[str, Any]:
         """Return all options as plain data, defaults included, with the suite's seed where the method draws."""
         return {**self.method.seeded(seed), **self.options}
@@ -84,6 +90,7 @@ class Suite(WithPlugins):
     - `methods`: names, or {label: {method: NAME, option: value}}. `method` may be left out if it equals the label. The
       option `protocol` restricts an entry to some of the suite's protocols.
     - `rows`: how many rows of a task are scored without --limit, by default all of them.
+    - `seeds`: how many seeds, `seed` and those after it, a method is run with if it draws.
     - `dtype`: what the models compute in, by default the base model's.
     - `device`: cpu, cuda, mps or `auto`, the fastest of them.
     - `batch_size`: inputs in a forward pass. `auto` finds what fits a GPU where the harness can.
@@ -105,6 +112,7 @@ class Suite(WithPlugins):
     methods: list[MethodItem] = Field(default_factory=lambda: list[MethodItem](methods()))
     protocol: list[ProtocolName] = Field(default=["standard"], min_length=1)
     seed: Seed = 0
+    seeds: int = Field(default=1, ge=1, le=100)
     split: str = "validation"
     max_length: int | None = Field(default=None, ge=2)
     rows: int | None = Field(default=None, ge=1)

@@ -17,10 +17,10 @@ from twin_bench.data.generative import shuffled
 from twin_bench.data.rows import TaskRows, split_path
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, digest_files, read_record, write_record, write_text
-from twin_bench.results.cells import Board
-from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.merging.registry import ProtocolName
+from twin_bench.results.cells import Board
+from twin_bench.results.scores import normalized_means
 
 HELD_OUT = 256
 """The largest number of held-out rows of a task."""
@@ -118,12 +118,12 @@ def tuned(
     )
     if len(board.skipped) == len(trials):
         raise UnsuitedError(board.skipped[0].reason)
-    table = summary(leaderboard_rows(board.cells)).set_index("method")["normalized"]
-    scored = [label for label in trials if label in table.index]  # not those whose model overflows
+    table = normalized_means(board.cells)
+    scored = [label for label in trials if label in table]  # not those whose model overflows
     if math.isnan(table[scored[0]]):
         raise UnsuitedError(f"no expert scores above 0 on the held-out training rows, {rows}")
-    normalized = [float(table[label]) if label in scored else None for label in trials]
-    best = points[list(trials).index(max(scored, key=lambda label: float(table[label])))]
+    normalized = [table[label] if label in scored else None for label in trials]
+    best = points[list(trials).index(max(scored, key=table.__getitem__))]
     counts = {cell.task: cell.n for cell in board.cells if cell.method == "experts"}
     notes = {
         "chosen": best,

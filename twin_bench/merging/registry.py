@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -283,6 +283,12 @@ def require_fraction(method: str, option: str, value: float) -> None:
     """Raise an InputError unless 0 < value <= 1."""
     if not 0 < value <= 1:
         raise InputError(f"{method}: {option} must be in (0, 1], not {value}")
+
+
+def method_header(function: Callable[..., Any], *, title: str, track: Track) -> dict[str, Any]:
+    """Return the first fields of a `Method` that has no paper and no options, by name."""
+    names = [field.name for field in fields(Method)]
+    return dict(zip(names, _header(function, title, "", track, (), {}), strict=False))
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:

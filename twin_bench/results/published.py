@@ -70,16 +70,16 @@ def published(suite: str) -> list[Published]:
     return parse(_File, read_yaml(files[suite]), str(files[suite])).figures if suite in files else []
 
 
-def like_ours(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a paragraph for each published figure that may stand beside a leaderboard's own.
+def like_ours(rows: Sequence[Mapping[str, Any]]) -> list[Published]:
+    """Return the published figures that may stand beside a leaderboard's own.
 
-    It is of the same suite and protocol, at first hand, and its tasks are among the table's, by the same metrics, the
+    Such a figure is of the same suite and protocol, at first hand, and its tasks are among the table's, by the same metrics, the
     same harness and on as many rows where it says them. A mean alone needs all tasks of the table.
 
     Args:
-        rows: the rows of a leaderboard (`leaderboard_rows`).
+        rows: the rows of a leaderboard: suite, protocol, task, metric, n and notes of each cell.
     """
-    said = []
+    found_alike = []
     for figure in published(rows[0]["suite"]) if rows else ():
         own = [row for row in rows if row["protocol"] == figure.protocol]
         found = {(row["task"], row["metric"], row["n"]) for row in own}
@@ -89,11 +89,12 @@ def like_ours(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         whole = bool(figure.scores) or figure.tasks.keys() == {row["task"] for row in own}
         same_harness = figure.harness is None or (figure.harness == "helm") == helm
         if own and alike and whole and same_harness and not figure.second_hand:
-            said.append(_sentence(figure))
-    return said
+            found_alike.append(figure)
+    return found_alike
 
 
-def _sentence(figure: Published) -> str:
+def paragraph(figure: Published) -> str:
+    """Return a published figure in words, with its source."""
     options = ", ".join(f"{option} {value}" for option, value in figure.options.items())
     scores = ", ".join(f"{task} {score:.2f}" for task, score in figure.scores.items())
     mean = None if figure.mean is None else f"mean {figure.mean:.2f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from twin_bench.data.metrics import find_metric, mean, mean_standard_error
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import write_bytes
 
@@ -44,6 +45,44 @@ class Samples:
     clusters: Sequence[str] | None = None
     weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
     texts: Sequence[str] | None = None
+
+    def score(self, metric: str) -> float:
+        """Return the task's score, made of the rows as `pooled` says, in the metric's own unit.
+
+        `metric` is the name of the task's metric. A task whose score only the harness can make has none: ValueError.
+        """
+        if self.pooled == "mean":
+            return mean(self.scores)
+        if self.pooled is None:
+            raise ValueError("the harness alone makes this score of its rows")
+        found = find_metric(metric)
+        return found.score(self.targets, self.predictions) / (100 if found.percent else 1)
+
+    def standard_error(self, metric: str) -> float:
+        """Return the standard error of `score`, over draws of the rows or of their clusters."""
+        if self.pooled == "mean":
+            return mean_standard_error(self.scores, self.clusters)
+        found = find_metric(metric)
+        error = found.standard_error(self.targets, self.predictions, clusters=self.clusters)
+        return error / (100 if found.percent else 1)
+
+    def only(self, identities: Collection[str]) -> Samples:
+        """Return the samples of those rows whose identity is among `identities`."""
+        kept = [place for place, identity in enumerate(self.identities) if identity in identities]
+
+        def taken(column: Sequence[Any]) -> list[Any]:
+            return [column[place] for place in kept]
+
+        return Samples(
+            taken(self.identities),
+            taken(self.predictions),
+            taken(self.targets),
+            taken(self.scores),
+            self.pooled,
+            None if self.clusters is None else taken(self.clusters),
+            {name: taken(own) for name, own in self.weights.items()},
+            None if self.texts is None else taken(self.texts),
+        )
 
     def without_texts(self) -> Samples:
         """Return the samples without the rows' inputs."""

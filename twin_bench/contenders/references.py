@@ -1,0 +1,73 @@
+"""Reference rows that no model answers: the best constant answer, and an article's first sentences as its summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from twin_bench.data.generative import GenerativeTask
+from twin_bench.data.rows import TaskRows
+from twin_bench.merging.registry import PROTOCOLS, Method, method_header, register
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+class Asked(NamedTuple):
+    """What a reference answers.
+
+    `rows` is the task with its rows. `targets` are the expected answers of the rows that are scored, in the order of
+    scoring, and `training` those of training rows. `training` is empty if the answers are free texts, and None if there
+    are no training rows. `own_rows` says that the scored rows are the harness's own, and not those in `rows`.
+    """
+
+    rows: TaskRows
+    targets: Sequence[Any]
+    training: Sequence[Any] | None
+    own_rows: bool
+
+
+Answerer = Callable[[Asked], Sequence[Any] | None]
+"""It returns the answers to all scored rows, or None where it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceMethod(Method):
+    """A row of the table that no model answers: `answer` returns the answers to a task's rows."""
+
+    answer: Answerer
+
+
+def reference_method(*, title: str) -> Callable[[Answerer], Answerer]:
+    """Register the decorated function as the reference row of its own name."""
+
+    def decorate(function: Answerer) -> Answerer:
+        header = method_header(function, title=title, track="bound")
+        register(ReferenceMethod(**header, protocols=PROTOCOLS, answer=function))
+        return function
+
+    return decorate
+
+
+@reference_method(title="Constant answer")
+def constant(asked: Asked) -> Sequence[Any] | None:
+    """The best constant answer by the training labels: the most frequent label or letter, or the mean of the numbers.
+
+    It is the floor of `gain`. Free texts have the empty answer, which scores 0. A task without training rows has no
+    constant answer. Where a metric is not the accuracy, another constant may score more: a metric that rewards one
+    class alone, such as F1, is best served by that class.
+    """
+    if asked.training is None:
+        return None
+    return [asked.rows.task.constant(asked.training)] * len(asked.targets)
+
+
+@reference_method(title="First three sentences")
+def lead_3(asked: Asked) -> Sequence[Any] | None:
+    """The article's first three sentences as its summary (Lead-3): a reference to read, and no floor."""
+    task = asked.rows.task
+    if not isinstance(task, GenerativeTask) or task.article is None or asked.own_rows:
+        return None
+    scored = task.scoring_order(asked.rows.read(asked.rows.split))[: len(asked.targets)]
+    return [" ".join(SENTENCE_END.split(str(row[task.article]).strip())[:3]) for row in scored]

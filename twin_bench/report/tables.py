@@ -1,0 +1,73 @@
+"""A protocol's table as text, for the terminal, Markdown and LaTeX: the ranking first, then tasks, then costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from twin_bench.report.numbers import MISSING, interval, known, points, ranks, size, times
+
+from twin_bench.results.board import Leaderboard
+
+
+def table(board: Leaderboard, protocol: str) -> pd.DataFrame:
+    """Return a protocol's table as text: bounds first, then the methods by rank, then chance if it is known.
+
+    Columns: method, rank, group, normalized and gain with intervals, retention if a task is nobody's, each task's score
+    with its standard error, track, storage and build time.
+    """
+    summary = board.summary[board.summary["protocol"] == protocol]
+    cells = board.cells[board.cells["protocol"] == protocol]
+    tasks = list(dict.fromkeys(cells["task"]))
+    scores = {(cell["method"], cell["task"]): cell for cell in cells.to_dict("records")}
+    retained = summary["retention"].notna().any()
+    lines: list[dict[str, str]] = []
+    for line in in_order(summary).to_dict("records"):
+        own = {task: _score(scores.get((line["method"], task))) for task in tasks}
+        lines.append(
+            {
+                "method": line["method"],
+                "rank": ranks(line["rank_low"], line["rank_high"]) if known(line["rank_low"]) else "",
+                "group": _group(line),
+                "normalized": interval(line["normalized"], line["ci_low"], line["ci_high"]),
+                "gain": interval(line["gain"], line["gain_ci_low"], line["gain_ci_high"]),
+                **({"retention": points(line["retention"])} if retained else {}),
+                **own,
+                "track": line["track"],
+                "storage": times(line["relative_storage"]),
+                "kept": size(line["stored_bytes"]),
+                "build": _seconds(line["build_seconds"]),
+            }
+        )
+    chances = board.tasks[(board.tasks["protocol"] == protocol) & board.tasks["chance"].notna()]
+    if len(chances):
+        lines.append({"method": "chance", **{c["task"]: f"{c['chance']:.2f}" for c in chances.to_dict("records")}})
+    return pd.DataFrame(lines).fillna("")
+
+
+def in_order(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return a protocol's lines: the bounds, the ranked methods by normalized mean, those told the task, the rest."""
+    bound, told = summary["bound"].astype(bool), summary["told_the_task"].astype(bool)
+    ranked = summary["rank_low"].notna()
+    parts = [summary[bound], summary[ranked & ~told], summary[ranked & told], summary[~bound & ~ranked]]
+    by_mean = [part.sort_values("normalized", ascending=False, kind="stable") for part in parts[1:3]]
+    return pd.concat([parts[0], *by_mean, parts[3]])
+
+
+def _group(line: dict[str, Any]) -> str:
+    """Return a tie group's letter; those of methods that are told the task are small."""
+    if not known(line["tie_group"]):
+        return ""
+    letter = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[min(int(line["tie_group"]) - 1, 25)]
+    return letter.lower() if line["told_the_task"] else letter
+
+
+def _score(cell: dict[str, Any] | None) -> str:
+    """Return a score as text, with its standard error where that is known."""
+    if cell is None:
+        return ""
+    return f"{cell['score']:.2f}" if cell["stderr"] is None else f"{cell['score']:.2f} ±{cell['stderr']:.2f}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return f"{seconds:.0f} s" if known(seconds) else MISSING

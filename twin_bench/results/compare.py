@@ -1,0 +1,141 @@
+"""Two directories of results side by side: the same methods on the same rows, paired by the rows' identities."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from twin_bench.data.metrics import find_metric
+from twin_bench.data.resampling import Array
+from twin_bench.errors import InputError
+from twin_bench.results.analysis import DRAWS, answers_of, metric_of
+from twin_bench.results.cells import Cell
+from twin_bench.results.samples import Samples, read_samples
+from twin_bench.results.stored import load_leaderboard, read_board
+from twin_bench.statistics.comparisons import difference, holm
+from twin_bench.statistics.draws import score_draws
+
+MEAN = "(mean)"
+"""The task of a line that holds the mean over a method's tasks."""
+COLUMNS = ("protocol", "method", "task", "rows", "first", "second", "difference", "ci_low", "ci_high", "p", "p_holm")
+
+
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str] | None = None,
+    *,
+    reference: str | None = None,
+    draws: int = DRAWS,
+) -> pd.DataFrame:
+    """Return paired comparisons, with 95% intervals and two-sided p, of one directory's methods or of two directories.
+
+    With one directory: `Leaderboard.comparisons`, each method against the best of its field, `reference` and the
+    constant answer, as differences of normalized means.
+
+    With two: one line for each protocol, method and task that both hold, on the `rows` that both have scored: scores in
+    points, and the difference first - second. A line with the task "(mean)" holds the mean over a method's tasks;
+    p_holm is corrected over these lines of a protocol (Holm 1979).
+
+    Args:
+        first: a directory that `twin-bench leaderboard` wrote.
+        second: another one, or None.
+        reference: the label of a row, with one directory.
+        draws: how many times the rows are drawn.
+
+    Raises:
+        InputError: no results, or no row that both have scored.
+    """
+    if second is None:
+        return load_leaderboard(first, compare_to=reference, draws=draws).comparisons
+    if reference is not None:
+        raise InputError(f"reference {reference!r}: two directories are compared method by method; leave it out")
+    found = [_scorable(Path(directory)) for directory in (first, second)]
+    lines: list[dict[str, Any]] = []
+    for protocol, method in dict.fromkeys(place[:2] for place in found[0] if place in found[1]):
+        own = [place for place in found[0] if place[:2] == (protocol, method) and place in found[1]]
+        compared = [(place[2], _paired(found[0][place], found[1][place], draws)) for place in own]
+        shared = [(task, pair) for task, pair in compared if pair is not None]
+        lines += [_line(protocol, method, task, *pair) for task, pair in shared]
+        if len(shared) > 1:
+            rows = sum(pair[0] for _, pair in shared)
+            values = [math.fsum(pair[1][side] for _, pair in shared) / len(shared) for side in (0, 1)]
+            means = [np.mean([pair[2][side] for _, pair in shared], axis=0) for side in (0, 1)]
+            lines.append(_line(protocol, method, MEAN, rows, values, means))
+    if not lines:
+        raise InputError(
+            f"{first} and {second}: no method and task of both has rows in common; compare runs of one suite's rows"
+        )
+    return pd.DataFrame(_corrected(lines), columns=list(COLUMNS))
+
+
+Pair = tuple[int, Sequence[float], Sequence[Array]]
+"""How many rows two cells share, and on them the scores and their draws, in points."""
+
+
+def _scorable(out: Path) -> dict[tuple[str, str, str], tuple[Cell, Samples]]:
+    """Return the first seed's cells that have samples which make their score."""
+    found: dict[tuple[str, str, str], tuple[Cell, Samples]] = {}
+    for cell in read_board(out).cells:
+        place = cell.protocol, cell.method, cell.task
+        if cell.samples is not None and place not in found:
+            samples = read_samples(out / cell.samples)
+            if samples.pooled is not None:
+                found[place] = cell, samples
+    return found
+
+
+def _paired(first: tuple[Cell, Samples], second: tuple[Cell, Samples], draws: int) -> Pair | None:
+    """Return two cells on the rows that both have; None if there are none, or their metrics differ."""
+    cells, samples = (first[0], second[0]), (first[1], second[1])
+    kinds = {(cell.metric, one.pooled) for cell, one in zip(cells, samples, strict=True)}
+    common = set(samples[0].identities) & set(samples[1].identities)
+    if len(kinds) > 1 or not common:
+        return None
+    kept = [one.only(common) for one in samples]
+    metric, unit = metric_of(cells[0], samples[0]), 100.0 if cells[0].percent else 1.0
+    drawn = score_draws(
+        None if metric is None else find_metric(metric),
+        {str(side): answers_of(one) for side, one in enumerate(kept)},
+        draws=draws,
+    )
+    scores = [unit * one.score(cells[0].metric) for one in kept]
+    return len(kept[0].identities), scores, [unit * drawn["0"], unit * drawn["1"]]
+
+
+def _line(
+    protocol: str, method: str, task: str, rows: int, scores: Sequence[float], draws: Sequence[Array]
+) -> dict[str, Any]:
+    found = difference(draws[0], draws[1], scores[0], scores[1])
+    return {
+        "protocol": protocol,
+        "method": method,
+        "task": task,
+        "rows": rows,
+        "first": scores[0],
+        "second": scores[1],
+        "difference": found.difference,
+        "ci_low": found.ci_low,
+        "ci_high": found.ci_high,
+        "p": found.p,
+    }
+
+
+def _corrected(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines with p_holm: of the means over tasks, or of single tasks for methods that share one alone."""
+    several = {(line["protocol"], line["method"]) for line in lines if line["task"] == MEAN}
+    whole = [
+        index
+        for index, line in enumerate(lines)
+        if line["task"] == MEAN or (line["protocol"], line["method"]) not in several
+    ]
+    adjusted: dict[int, float] = {}
+    for protocol in dict.fromkeys(line["protocol"] for line in lines):
+        own = [index for index in whole if lines[index]["protocol"] == protocol]
+        adjusted |= dict(zip(own, map(float, holm([lines[index]["p"] for index in own])), strict=True))
+    return [{**line, "p_holm": adjusted.get(index)} for index, line in enumerate(lines)]
