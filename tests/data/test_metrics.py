@@ -103,15 +103,27 @@ def test_metrics_of_labels_on_any_rows(rows):
             assert metric.score(references, answers) == pytest.approx(0.0 if np.isnan(expected) else expected)
 
 
-@pytest.mark.parametrize("metric", AT_ONCE)
+def value(metric, references, answers):
+    """The score, NaN where the metric is undefined."""
+    try:
+        return score(metric, references, answers)
+    except InputError:
+        return np.nan
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("rows", "classes"), [(2, 2), (7, 2), (40, 3), (300, 4)])
 def test_all_draws_at_once_are_the_scores_of_each_draw(metric, rows, classes):
     references, predictions = drawn(metric, rows, rows, classes=METRICS[metric].labels or classes)
     draws = np.random.default_rng(1).integers(0, rows, (50, rows))
-    weights = np.stack([np.bincount(draw, minlength=rows) for draw in draws]).astype(float)
-    at_once = METRICS[metric].resampled(np.asarray([references, predictions], dtype=float), weights)
-    each = [score(metric, references[draw], predictions[draw]) for draw in draws]
-    np.testing.assert_allclose(100 * at_once, each, atol=1e-9)
+    weights = np.stack([np.bincount(draw, minlength=rows) for draw in draws], axis=1).astype(float)
+    _, others = drawn(metric, rows, rows + 1, classes=METRICS[metric].labels or classes)
+    at_once = METRICS[metric].over_draws(references, [predictions, others])(weights)
+    points = 100 if METRICS[metric].percent else 1
+    for answers, found in zip([predictions, others], at_once, strict=True):
+        each = [value(metric, references[draw], answers[draw]) for draw in draws]
+        np.testing.assert_allclose(points * found, each, atol=1e-9)
 
 
 def test_an_answer_that_is_no_label_is_wrong():

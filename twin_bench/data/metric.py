@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from twin_bench.data.resampling import Array, Resampled
+from twin_bench.data.resampling import Array, OfDraws, Resampled
 from twin_bench.errors import InputError, first_line, shown
 from twin_bench.files import digest_code
 
@@ -20,6 +20,8 @@ Answers = Literal["label", "probabilities", "number"]
 """What is compared with the references: predicted labels, the labels' probabilities, or predicted numbers."""
 Function = Callable[[Array, Array], float]
 LARGEST_LABEL = 2**31
+LARGEST_WEIGHTS = 2**22
+"""How many numbers the weights of the draws that are computed at once may be: 32 MiB."""
 ROUNDING = 1e-4
 """By how much a probability may leave the range from 0 to 1: a model's may be float16."""
 
@@ -83,15 +85,33 @@ class Metric:
         rng = np.random.default_rng(seed)
         order = np.lexsort(np.vstack([references_, answers_.T]))  # the draws must not depend on the rows' order
         references_, answers_ = references_[order], answers_[order]
+        if clusters is None and self.closed_form is not None:
+            return self._points(self.closed_form(references_, answers_))
+        self._value(references_, answers_)  # says why where no draw can have a value
         if clusters is not None:
             _, source = np.unique(np.asarray(clusters, dtype=str)[order], return_inverse=True)
             values = self._of_clusters(references_, answers_, source, rng, resamples)
-        elif self.closed_form is not None:
-            return self._points(self.closed_form(references_, answers_))
+        elif self.resampled is not None:
+            values = self._of_all_draws(references_, answers_, rng, resamples)
         else:
-            draws = self._of_each_draw if self.resampled is None else self._of_all_draws
-            values = draws(references_, answers_, rng, resamples)
-        return self._points(float(np.std(values, ddof=1)))
+            draws = (rng.integers(0, rows, rows) for _ in range(resamples))
+            values = self._of_each_draw(references_, answers_, draws)
+        return self._points(self._deviation(values))
+
+    def over_draws(self, references: Sequence[float] | Array, answers: Sequence[Sequence[Any] | Array]) -> OfDraws:
+        """Return a function of draws of the rows, which gives the values of m models that answered the same rows.
+
+        `references` are (n,). `answers` are m models' answers, each as `score` takes them. The function takes weights
+        (n, draws), whole numbers, which say how often each row is in each draw. It returns the values (m, draws), not
+        yet in points; NaN where the metric is undefined. Errors are those of `score`. A metric without a form for all
+        draws at once is called m times a draw.
+        """
+        prepared = [self._prepared(references, own) for own in answers]
+        if self.resampled is not None:
+            return self.resampled(prepared[0][0], np.stack([own for _, own in prepared]))
+        return lambda weights: np.stack(
+            [self._of_each_draw(*own, (_rows_of(draw) for draw in weights.T)) for own in prepared]
+        )
 
     def fits(self, labels: int) -> bool:
         """Return whether the metric is one for a task of so many labels; 1 is a number to be predicted."""
@@ -133,47 +153,45 @@ class Metric:
     def _of_all_draws(self, references: Array, answers: Array, rng: np.random.Generator, resamples: int) -> Array:
         """Return the metric's values in the draws, computed at once."""
         assert self.resampled is not None
-        samples = np.asarray([references, answers], dtype=np.float64)
         counts: Array = np.ones(len(references))
         if self.answers == "label":
             # A draw of rows is a draw of (reference, answer) cells, and there are only a few distinct ones.
-            samples, counts = np.unique(samples, axis=1, return_counts=True)
-        weights = rng.multinomial(len(references), counts / len(references), size=resamples)
-        return self.resampled(samples, weights.astype(np.float64))
+            (references, answers), counts = np.unique(np.stack([references, answers]), axis=1, return_counts=True)
+        of_draws = self.resampled(references, answers[None])
+        return np.concatenate([of_draws(weights)[0] for weights in _weights(counts, len(references), rng, resamples)])
 
     def _of_clusters(
         self, references: Array, answers: Array, source: Array, rng: np.random.Generator, resamples: int
     ) -> Array:
         """Return the metric's values in draws of whole clusters. `source` (n,) numbers each row's cluster."""
-        count = int(source.max()) + 1
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples)[:, source]
+        drawn = _weights(np.ones(int(source.max()) + 1), len(source), rng, resamples)
         if self.resampled is not None:
-            return self.resampled(np.asarray([references, answers], dtype=np.float64), weights.astype(np.float64))
-        rows = np.arange(len(references))
-        return self._defined(references, answers, (np.repeat(rows, often) for often in weights))
+            of_draws = self.resampled(references, answers[None])
+            return np.concatenate([of_draws(weights[source])[0] for weights in drawn])
+        return self._of_each_draw(references, answers, (_rows_of(draw[source]) for part in drawn for draw in part.T))
 
-    def _of_each_draw(self, references: Array, answers: Array, rng: np.random.Generator, resamples: int) -> Array:
-        """Return the metric's values in those of the draws of rows in which it is defined."""
-        rows = len(references)
-        return self._defined(references, answers, (rng.integers(0, rows, rows) for _ in range(resamples)))
+    def _of_each_draw(self, references: Array, answers: Array, draws: Iterable[Array]) -> Array:
+        """Return the metric's value in each draw of rows, NaN where it is undefined."""
 
-    def _defined(self, references: Array, answers: Array, draws: Iterable[Array]) -> Array:
-        """Return the metric's values in those of the draws in which it is defined."""
-        values: list[float] = []
-        undefined: list[InputError] = []
+        def value(rows: Array) -> float:
+            try:
+                return self._value(references[rows], answers[rows])
+            except InputError:
+                return math.nan
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a draw that lacks a label is no news
-            for drawn in draws:
-                try:
-                    values.append(self._value(references[drawn], answers[drawn]))
-                except InputError as error:
-                    undefined.append(error)
+            return np.asarray([value(rows) for rows in draws])
+
+    def _deviation(self, values: Array) -> float:
+        """Return the standard deviation of the values in the draws in which the metric is defined."""
+        undefined = int(np.isnan(values).sum())
         if undefined:
-            where = f"undefined in {len(undefined)} of {len(undefined) + len(values)} draws of the rows"
-            if len(values) < 2:
-                raise InputError(f"metric {self.name} has no standard error: it is {where}; the first: {undefined[0]}")
-            _log.warning("%s is %s, which its standard error leaves out; the first: %s", self.name, where, undefined[0])
-        return np.asarray(values)
+            where = f"undefined in {undefined} of {len(values)} draws of the rows"
+            if len(values) - undefined < 2:
+                raise InputError(f"metric {self.name} has no standard error: it is {where}; score more rows")
+            _log.warning("%s is %s, which its standard error leaves out", self.name, where)
+        return float(np.std(values[~np.isnan(values)], ddof=1))
 
     def _prepared(self, references: Any, answers: Any) -> tuple[Array, Array]:
         """Return both as the arrays that the function takes. InputError for what no metric is defined for."""
@@ -210,3 +228,19 @@ class Metric:
         if len(wrong):
             raise InputError(f"metric {self.name}: {what} {wrong[0]:g} is no label's id, which is a whole number")
         return values.astype(np.int64)
+
+
+def _weights(counts: Array, width: int, rng: np.random.Generator, draws: int) -> Iterator[Array]:
+    """Yield the weights (k, some draws) of draws of as many rows as there are; kind k has so many of them.
+
+    `width` is how many numbers a draw becomes where it is used.
+    """
+    rows, size = int(counts.sum()), max(1, LARGEST_WEIGHTS // width)
+    for start in range(0, draws, size):
+        drawn = rng.multinomial(rows, counts / rows, size=min(size, draws - start))
+        yield drawn.T.astype(np.float64)
+
+
+def _rows_of(draw: Array) -> Array:
+    """Return the rows that are in a draw, of how often each is in it (n,)."""
+    return np.repeat(np.arange(len(draw)), draw.astype(np.int64))

@@ -22,8 +22,9 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
+from twin_bench.data import resampling
 from twin_bench.data.metric import Answers, Function, Metric
-from twin_bench.data.resampling import Array, accuracy, accuracy_f1, f1, matthews, pearson, pearson_spearman, spearman
+from twin_bench.data.resampling import Array
 from twin_bench.errors import InputError, first_line, nearest, shown
 
 REGISTRY: dict[str, Metric] = {}
@@ -138,6 +139,10 @@ def _f1_of_classes(references: Array, predictions: Array, average: str) -> float
     return float(sk.f1_score(references, predictions, labels=labels[labels >= 0], average=average, zero_division=0.0))
 
 
+def _of_class_1(function: Callable[..., float]) -> Function:
+    return lambda references, predictions: function(references == 1, predictions == 1, zero_division=0.0)
+
+
 def _mean_of_accuracy_and_f1(references: Array, predictions: Array) -> float:
     f1 = sk.f1_score(references == 1, predictions == 1, zero_division=0.0)
     return (float(sk.accuracy_score(references, predictions)) + float(f1)) / 2
@@ -183,32 +188,43 @@ def _one_versus_rest(function: Callable[..., float]) -> Function:
 _BINARY: dict[str, Any] = {"labels": 2}
 _ERROR: dict[str, Any] = {"answers": "number", "higher_is_better": False, "percent": False}
 _BUILT_IN = (
-    Metric("mcc", _matthews_correlation, resampled=matthews),
-    Metric("acc", lambda r, a: sk.accuracy_score(r, a), resampled=accuracy, closed_form=_accuracy_error),
-    Metric("acc_f1", _mean_of_accuracy_and_f1, resampled=accuracy_f1, **_BINARY),
-    Metric("f1", lambda r, a: sk.f1_score(r == 1, a == 1, zero_division=0.0), resampled=f1, **_BINARY),
-    Metric("precision", lambda r, a: sk.precision_score(r == 1, a == 1, zero_division=0.0), **_BINARY),
-    Metric("recall", lambda r, a: sk.recall_score(r == 1, a == 1, zero_division=0.0), **_BINARY),
-    Metric("f1_macro", lambda r, a: _f1_of_classes(r, a, "macro")),
-    Metric("f1_micro", lambda r, a: sk.f1_score(r, a, average="micro"), resampled=accuracy),
-    Metric("f1_weighted", lambda r, a: _f1_of_classes(r, a, "weighted")),
-    Metric("balanced_acc", lambda r, a: sk.recall_score(r, a, labels=np.unique(r), average="macro")),
-    Metric("cohen_kappa", _kappa),
-    Metric("auroc", _one_versus_rest(sk.roc_auc_score), "probabilities"),
-    Metric("average_precision", _one_versus_rest(sk.average_precision_score), "probabilities"),
-    Metric("pearson", _correlation(stats.pearsonr), "number", resampled=pearson),
-    Metric("spearman", _correlation(stats.spearmanr), "number", resampled=spearman),
+    Metric("mcc", _matthews_correlation, resampled=resampling.matthews),
+    Metric("acc", lambda r, a: sk.accuracy_score(r, a), closed_form=_accuracy_error, resampled=resampling.accuracy),
+    Metric("acc_f1", _mean_of_accuracy_and_f1, resampled=resampling.accuracy_f1, **_BINARY),
+    Metric("f1", _of_class_1(sk.f1_score), resampled=resampling.f1, **_BINARY),
+    Metric("precision", _of_class_1(sk.precision_score), resampled=resampling.precision, **_BINARY),
+    Metric("recall", _of_class_1(sk.recall_score), resampled=resampling.recall, **_BINARY),
+    Metric("f1_macro", lambda r, a: _f1_of_classes(r, a, "macro"), resampled=resampling.f1_macro),
+    Metric("f1_micro", lambda r, a: sk.f1_score(r, a, average="micro"), resampled=resampling.accuracy),
+    Metric("f1_weighted", lambda r, a: _f1_of_classes(r, a, "weighted"), resampled=resampling.f1_weighted),
+    Metric(
+        "balanced_acc",
+        lambda r, a: sk.recall_score(r, a, labels=np.unique(r), average="macro"),
+        resampled=resampling.balanced_accuracy,
+    ),
+    Metric("cohen_kappa", _kappa, resampled=resampling.kappa),
+    Metric("auroc", _one_versus_rest(sk.roc_auc_score), "probabilities", resampled=resampling.auroc),
+    Metric(
+        "average_precision",
+        _one_versus_rest(sk.average_precision_score),
+        "probabilities",
+        resampled=resampling.average_precision,
+    ),
+    Metric("pearson", _correlation(stats.pearsonr), "number", resampled=resampling.pearson),
+    Metric("spearman", _correlation(stats.spearmanr), "number", resampled=resampling.spearman),
     Metric(
         "pearson_spearman",
         _correlation(stats.pearsonr, stats.spearmanr),
         "number",
-        resampled=pearson_spearman,
+        resampled=resampling.pearson_spearman,
     ),
     Metric("kendall", _correlation(stats.kendalltau), "number"),
-    Metric("mse", lambda r, a: sk.mean_squared_error(r, a), **_ERROR),
-    Metric("rmse", lambda r, a: sk.root_mean_squared_error(r, a), **_ERROR),
-    Metric("mae", lambda r, a: sk.mean_absolute_error(r, a), **_ERROR),
-    Metric("r2", lambda r, a: sk.r2_score(r, a), "number"),
+    Metric("mse", lambda r, a: sk.mean_squared_error(r, a), resampled=resampling.mean_squared_error, **_ERROR),
+    Metric(
+        "rmse", lambda r, a: sk.root_mean_squared_error(r, a), resampled=resampling.root_mean_squared_error, **_ERROR
+    ),
+    Metric("mae", lambda r, a: sk.mean_absolute_error(r, a), resampled=resampling.mean_absolute_error, **_ERROR),
+    Metric("r2", lambda r, a: sk.r2_score(r, a), "number", resampled=resampling.r2),
 )
 for _one in _BUILT_IN:
     _register(_one)
