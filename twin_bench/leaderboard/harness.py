@@ -88,6 +88,15 @@ class Harness(abc.ABC):
         """
         return ()
 
+    def training_answers(self, task: Task) -> Sequence[str | int] | None:
+        """Return the expected answers of training documents of a task that the harness brings.
+
+        They compare with the samples' targets: the index of the right option, or a text. None says that no constant
+        answer can be scored by comparing it with the targets, or that one would say nothing: free texts, likelihoods of
+        whole texts, scores of which less is better, one answer that is always right, no training documents.
+        """
+        return None
+
     @abc.abstractmethod
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""
