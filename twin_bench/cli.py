@@ -51,8 +51,9 @@ class Command(Protocol):
         """Add the command's arguments to its parser."""
 
     def run(self, options: argparse.Namespace) -> None:
-        """Do what is asked; InputError for a user's mistake. `options.quiet`,
-        `options.verbose` and `options.command_line` are always set.
+        """Do what is asked; InputError for a user's mistake.
+
+        `options.quiet`, `options.verbose` and `options.command_line` are always set.
         """
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from lm_eval.api.model import LM
@@ -14,8 +17,45 @@ from twin_bench.twin.device import AUTO, fastest_device
 from twin_bench.twin.model import TwinModel
 
 
+class Request(Protocol):
+    """The attributes of an lm-eval Instance that are used here."""
+
+    args: tuple[Any, ...]
+    doc: dict[str, Any]
+    task_name: str | None
+    doc_id: int | None
+
+
+Document = tuple[str | None, int | None]
+"""The name of an lm-eval task, and the number of one of its documents."""
+
+
 class ServedTwin(LM):  # type: ignore[misc]
-    """A twin as an lm-eval model: a `ClassifierTwin`, a `CausalTwin` or a `Seq2SeqTwin`."""
+    """A twin as an lm-eval model: a `ClassifierTwin`, a `CausalTwin` or a `Seq2SeqTwin`.
+
+    It keeps what lm-eval's results do not have. `fusion_weights` are those of each document's first request, one for
+    each expert. `model_seconds` is the time that the twin has taken: to route, to run and, a classifier's, to encode.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        """Make a model that has answered nothing. The options are those of lm-eval's model."""
+        super().__init__(**options)
+        self.fusion_weights: dict[Document, tuple[float, ...]] = {}
+        self.model_seconds = 0.0
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time that passes to `model_seconds`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.model_seconds += time.perf_counter() - begun
+
+    def keep(self, requests: Iterable[Request], weights: Iterable[tuple[float, ...]]) -> None:
+        """Keep the fusion weights of requests. Of a document's requests the first ones' are kept."""
+        for request, own in zip(requests, weights, strict=True):
+            self.fusion_weights.setdefault((request.task_name, request.doc_id), own)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Raise an InputError: a twin can't be used with --use_cache.

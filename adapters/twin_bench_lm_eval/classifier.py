@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -14,15 +14,7 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
-
-
-class Request(Protocol):
-    """The attributes of an lm-eval Instance that are used here."""
-
-    args: tuple[Any, ...]
-    doc: dict[str, Any]
-    task_name: str | None
+from twin_bench_lm_eval.base import Request, ServedTwin, positive, provenance, usable
 
 
 class ClassifierTwin(ServedTwin):
@@ -142,9 +134,8 @@ class ClassifierTwin(ServedTwin):
         inputs = [self._input(request) for request in requests]
         # They are sorted, so that not even the last bit of an answer depends on the order of the requests.
         distinct = sorted(set(inputs), key=lambda row: (row.task, row.text, row.text_pair or ""))
-        with tqdm(
-            total=2 * len(distinct), desc="Running the twin", unit="step", disable=None
-        ) as bar:  # routed, answered
+        steps = 2 * len(distinct)  # routed, answered
+        with tqdm(total=steps, desc="Running the twin", unit="step", disable=None) as bar, self.timed():
             predictions = self.twin.classify(
                 [(row.text, row.text_pair) for row in distinct],
                 [row.task for row in distinct],
@@ -152,8 +143,10 @@ class ClassifierTwin(ServedTwin):
                 max_length=self.max_length,
                 progress=bar.update,
             )
-        answers = dict(zip(distinct, predictions, strict=True))
-        return [answers[row] for row in inputs]
+        by_input = dict(zip(distinct, predictions, strict=True))
+        answers = [by_input[row] for row in inputs]
+        self.keep(requests, (answer.weights for answer in answers))
+        return answers
 
     def _input(self, request: Request) -> TaskInput:
         """Return the text and the task of a request. Raise an InputError if its row does not name them."""

@@ -35,7 +35,9 @@ from twin_bench_lm_eval.named import (
     quiet,
     rows_digest,
     standard_error,
+    training_answers,
 )
+from twin_bench_lm_eval.samples import samples_of
 from twin_bench_lm_eval.tasks import lm_eval_task
 
 
@@ -79,6 +81,13 @@ class LmEval(Harness):
         with quiet():
             return list(prompts(self._loaded[task.name], scored=scored))
 
+    def training_answers(self, task: Task) -> Sequence[str | int] | None:
+        """Return the expected answers of documents that are not scored, of one of lm-eval's own tasks."""
+        if not isinstance(task, NamedTask):
+            return None
+        with quiet():
+            return training_answers(task, self._loaded[task.name])
+
     def score(self, contender: Contender, job: Job) -> Evaluated:
         """Score a contender on one task."""
         suite, task = job.suite, job.asked.task
@@ -86,7 +95,7 @@ class LmEval(Harness):
         served = partial(serving, contender.twin, task=task.expert, **limits)
         loaded, seed = self._asked(job.asked), suite.seed
         try:
-            results = _evaluate(served, loaded, limit=job.rows, seed=seed, errors=isinstance(task, NamedTask))
+            model, results = _evaluate(served, loaded, limit=job.rows, seed=seed, errors=isinstance(task, NamedTask))
         except OverflowError as overflow:  # of a perplexity
             raise NotFiniteError(f"{task.metric}: {first_line(overflow)}") from overflow
         scores = results["results"][task.name]
@@ -100,10 +109,13 @@ class LmEval(Harness):
             values = [row[metric] for row in results["samples"].get(task.name, []) if row["filter"] == (kind or "none")]
             leaf = loaded.tasks.get(task.name)
             error = None if leaf is None else standard_error(leaf, metric, values, seed)
+        score = task.finite(scores[key]) if isinstance(task, NamedTask) else float(scores[key])
         return Evaluated(
-            score=task.finite(scores[key]) if isinstance(task, NamedTask) else float(scores[key]),
+            score=score,
             stderr=error,
             n=scores["sample_len"],
+            samples=samples_of(task, loaded, results["samples"], model, score),
+            model_seconds=model.model_seconds,
             notes={"chance": 100 * scores["chance,none"]} if "chance,none" in scores else {},
         )
 
@@ -151,10 +163,12 @@ def load_own(names: Sequence[str], data: Path, split: str) -> Loaded:
         return Loaded(manager.load(list(names))["tasks"], None)
 
 
-def _evaluate(make: Callable[[], Any], loaded: Loaded, *, limit: int | None, seed: int, errors: bool) -> dict[str, Any]:
+def _evaluate(
+    make: Callable[[], Any], loaded: Loaded, *, limit: int | None, seed: int, errors: bool
+) -> tuple[Any, dict[str, Any]]:
     """Run lm-eval on a model that `make` returns, in this process, without its bars: errors still raise.
 
-    With `errors`, lm-eval computes standard errors, and the results hold its documents' values.
+    Return the model and lm-eval's results. With `errors`, lm-eval computes standard errors.
     """
     random.seed(seed)
     numpy.random.seed(seed)
@@ -163,12 +177,12 @@ def _evaluate(make: Callable[[], Any], loaded: Loaded, *, limit: int | None, see
         task.set_fewshot_seed(FEWSHOT_SEED)
     with quiet():
         # Not simple_evaluate: after each evaluation it describes the machine and asks git, which takes over a second.
+        model = make()
         results: dict[str, Any] = evaluate(
-            make(),
+            model,
             loaded.task_dict,
             limit=limit,
             bootstrap_iters=DRAWS if errors else 0,
-            log_samples=errors,
             confirm_run_unsafe_code=True,  # `load` has asked
         )
-    return results
+    return model, results

@@ -124,6 +124,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
         self._loading: dict[str, Any] = {}
+        self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
             self._load(pretrained, device, batch_size, options)
         else:
@@ -204,6 +205,12 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self.twin.feature_cache = named_directory()
         self.twin.to(self._device)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether it is the greedy answer) of (context, continuation) requests."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        self.keep(requests, self._used)
+        return answers
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return each document's log-likelihood. The windows of all documents are answered as one list."""
         windows: list[Request] = []
@@ -217,6 +224,8 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             windows += own
             counts.append(len(own))
         answers = iter(self._loglikelihood_tokens(windows, disable_tqdm))
+        starts = itertools.accumulate([0, *counts[:-1]])
+        self.keep(requests, (self._used[start] if count else () for start, count in zip(starts, counts, strict=True)))
         return [sum(answer for answer, _ in itertools.islice(answers, count)) for count in counts]
 
     def _loglikelihood_tokens(
@@ -225,8 +234,9 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Return (log-likelihood, whether it is the greedy answer) of (key, context, continuation) requests."""
         asked = [self._score(request) for request in requests]
         batch_size = override_bs or self._rows_a_batch(lambda: self._detect_batch_size(longest_first(requests)))
-        with self._bar(len(requests), disable_tqdm) as bar:
+        with self._bar(len(requests), disable_tqdm) as bar, self.timed():
             scores = self._scores(asked, batch_size=batch_size, max_length=self.max_length, progress=bar.update)
+        self._used = [one.weights for one in scores]
         return [(float(one.log_probs.sum()), one.greedy) for one in scores]
 
     def _score(self, request: Request) -> Score:
@@ -244,10 +254,11 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             ends.append(decoding.until)
         beams = max((int(one.arguments.get("num_beams") or 1) for one in decodings.values()), default=1)
         batch_size = self._rows_a_batch(lambda: self._texts_that_fit(asked, beams))
-        with self._bar(len(requests), disable_tqdm) as bar:
+        with self._bar(len(requests), disable_tqdm) as bar, self.timed():
             answers = self._completions(
                 asked, batch_size=batch_size, max_length=self.max_length, log_probs=False, progress=bar.update
             )
+        self.keep(requests, (found.weights for (found,) in answers))
         return [self._text(found, until) for (found,), until in zip(answers, ends, strict=True)]
 
     def _bar(self, requests: int, disabled: bool) -> Any:

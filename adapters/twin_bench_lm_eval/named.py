@@ -32,6 +32,10 @@ PROMPTS = 6000
 """The largest number of prompts of a task that a router is given. It uses 5,500 by default."""
 CODE = (".py", ".yaml")
 """The suffixes of the files in a user's folder that can decide a score."""
+OPTIONS = frozenset(("acc", "acc_norm", "acc_bytes", "acc_mutual_info"))
+"""lm-eval's metrics of tasks with options that are 1 where one option is the right one."""
+LETTERS = 26
+"""The largest number of different answers of which one makes sense as the answer to every question."""
 DRAWS = 1000
 """The number of draws of the bootstrap for a standard error that has no formula."""
 
@@ -210,19 +214,78 @@ def prompts(loaded: Loaded, *, scored: bool) -> Iterator[Row]:
         leaf.set_fewshot_seed(FEWSHOT_SEED)
         shots = leaf.get_config("num_fewshot") if scored or _examples_split(leaf) != _scored_split(leaf) else 0
         for number, doc in _sample(leaf.eval_docs if scored else _unscored(leaf)):
-            try:
+            with _reading(f"task {name!r}: {'scored' if scored else 'training'} document {number}"):
                 context = leaf.fewshot_context(doc, num_fewshot=shots)
                 asked = leaf.construct_requests(doc, context, metadata=(leaf.task_name, None, 1))
                 first = asked[0] if isinstance(asked, list) else asked
                 text, answer = first.args[0], _answer(leaf, doc)
-            except Exception as error:  # what a task's own code raises
-                kind = "scored" if scored else "training"
-                raise InputError(
-                    f"task {name!r}: {kind} document {number}: {type(error).__name__}: {first_line(error)}; mend or "
-                    "remove this row"
-                ) from error
             if text:
                 yield {"text": text, "answer": answer}
+
+
+@contextlib.contextmanager
+def _reading(document: str) -> Iterator[None]:
+    """Raise an InputError that names the document for whatever a task's own code raises."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{document}: {type(error).__name__}: {first_line(error)}; mend or remove this row") from error
+
+
+def training_answers(task: NamedTask, loaded: Loaded) -> list[str | int] | None:
+    """Return what `expected` says of documents that are not scored; none where answers are free texts.
+
+    It is None where a constant answer makes no sense. That is where it can't be scored by comparing it: less is better, the score is no fraction, whole texts or single
+    continuations are scored, or a function of the task's own scores the options. So it is where all expected answers
+    are the same (many tasks list the right option first, or last), or there are none. Texts are free if more than 26
+    are different.
+
+    Raises InputError for a document that the task can't read.
+    """
+    leaves = loaded.tasks
+    (kind, *others) = {leaf.OUTPUT_TYPE for leaf in leaves.values()}
+    choice = kind == "multiple_choice"
+    if others or not (choice or kind == "generate_until") or not (task.higher_is_better and task.percent):
+        return None
+    own = any(callable(leaf.get_config("process_results")) for leaf in leaves.values())
+    if choice and (own or task.metric.partition(",")[0] not in OPTIONS):
+        return None
+    found = []
+    for name, leaf in leaves.items():
+        for number, doc in _sample(_unscored(leaf)):
+            with _reading(f"task {name!r}: training document {number}"):
+                found.append(expected(leaf, doc))
+    if len(set(found)) > LETTERS and not choice:
+        return []
+    return found if 1 < len(set(found)) <= LETTERS else None
+
+
+def expected(leaf: LmEvalTask, doc: Any) -> str | int:
+    """Return the expected answer: the index of the right option, or the text; of several the first.
+
+    A task that scores whole texts expects none, which is an empty text. A right option that is not there is -1.
+    """
+    if _scores_texts(leaf):
+        return ""
+    if leaf.OUTPUT_TYPE != "multiple_choice":
+        return _answer(leaf, doc)
+    target = leaf.doc_to_text(doc) if leaf.multiple_input else leaf.doc_to_target(doc)
+    target = target[0] if isinstance(target, list) and target else target
+    options = leaf.doc_to_choice(doc)
+    if isinstance(target, str):
+        return options.index(target) if target in options else -1
+    return int(target)
+
+
+def scored_options(leaf: LmEvalTask, doc: Any, log_likelihoods: Sequence[float], metric: str) -> Any:
+    """Return what a metric takes the largest of, (options,): the options' log-likelihoods, as lm-eval scales them."""
+    options = leaf.doc_to_choice(doc)
+    given = numpy.asarray(log_likelihoods[: len(options)])
+    if metric == "acc_mutual_info":
+        return given - numpy.asarray(log_likelihoods[len(options) :])
+    if metric == "acc_norm":
+        return given / [len(option) for option in options]
+    return given / [len(option.encode()) for option in options] if metric == "acc_bytes" else given
 
 
 def _sample(docs: Any) -> Iterator[tuple[int, Any]]:

@@ -165,6 +165,7 @@ def text_documents(
         item = task.item(row)
         documents.append(
             {
+                "question": item.question,
                 "prompt": task.prompt(row, task.examples(row, pool, shots)),
                 "answer": item.answer,
                 "options": item.options,

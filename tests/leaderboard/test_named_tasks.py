@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,12 @@ from lm_eval.tasks import TaskManager
 from tests.support.families import Family
 from tests.support.models import WORDS
 from tests.support.suites import rows_of, run
+from tests.support.task_files import CHOICE, TEXT, loaded, own_task
 from twin_bench.data.named import NamedTask
 from twin_bench.errors import InputError
-from twin_bench_lm_eval.named import Loaded, code_digest, described, load, prompts, rows_digest
+from twin_bench_lm_eval.named import code_digest, described, prompts, rows_digest
 
 SPLITS = {"train": 9, "test": 7}
-CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}} :",
-    "doc_to_choice": "{{options}}",
-    "doc_to_target": "answer",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-}
-TEXT = {
-    "output_type": "generate_until",
-    "doc_to_text": "{{question}} :",
-    "doc_to_target": "{{options[answer]}}",
-    "generation_kwargs": {"until": ["the"], "max_gen_toks": 4},
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    "filter_list": [
-        {"name": "whole", "filter": [{"function": "take_first"}]},
-        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"(\w)"}, {"function": "take_first"}]},
-    ],
-}
 TASKS: dict[str, dict[str, Any]] = {
     "capitals": {**CHOICE, "training_split": "train", "fewshot_split": "train", "num_fewshot": 2},
     "rivers": {**CHOICE, "fewshot_split": "train", "num_fewshot": 1},
@@ -259,23 +241,6 @@ def test_another_weighting_of_a_group_is_scored_again(
 )
 def test_which_scores_are_fractions(metric: str, percent: bool) -> None:
     assert NamedTask("any").scored_by(metric).percent is percent
-
-
-def own_task(folder: Path, name: str, config: dict[str, Any], answer: int = 1) -> None:
-    """Write a task of train, dev and test rows, of which each names its split. `!function` stays a tag in YAML."""
-    files = {}
-    for split, size in {"train": 9, "dev": 4, "test": 7}.items():
-        files[split] = str(folder / f"{name}-{split}.jsonl")
-        rows = [{"question": f"{split} {row}", "options": ["A", "B", "C"], "answer": answer} for row in range(size)]
-        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
-    text = yaml.safe_dump({**given, **config})
-    (folder / f"{name}.yaml").write_text(re.sub(r"'(!function [\w.]+)'", r"\1", text))
-
-
-def loaded(folder: Path, name: str, **settings: Any) -> Loaded:
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return load(NamedTask(name, **settings), manager, unsafe_code=False, include_path=str(folder))
 
 
 @pytest.mark.parametrize(

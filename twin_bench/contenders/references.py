@@ -52,7 +52,7 @@ def reference_method(*, title: str) -> Callable[[Answerer], Answerer]:
 
 @reference_method(title="Constant answer")
 def constant(asked: Asked) -> Sequence[Any] | None:
-    """The best constant answer by the training labels: the most frequent label or letter, or the mean of the numbers.
+    """Give the best constant answer by the training labels: the most frequent one, or the mean of numbers.
 
     It is the floor of `gain`. Free texts have the empty answer, which scores 0. A task without training rows has no
     constant answer. Where a metric is not the accuracy, another constant may score more: a metric that rewards one
@@ -65,7 +65,7 @@ def constant(asked: Asked) -> Sequence[Any] | None:
 
 @reference_method(title="First three sentences")
 def lead_3(asked: Asked) -> Sequence[Any] | None:
-    """The article's first three sentences as its summary (Lead-3): a reference to read, and no floor."""
+    """Take an article's first three sentences as its summary (Lead-3): a reference to read, and no floor."""
     task = asked.rows.task
     if not isinstance(task, GenerativeTask) or task.article is None or asked.own_rows:
         return None

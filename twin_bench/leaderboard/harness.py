@@ -44,8 +44,8 @@ class Evaluated:
     """A task's score and its standard error over `n` rows, the rows' answers, and what else is known.
 
     Score and error are in the metric's own unit: 0 to 1 where the task's score is a fraction. A score whose error is
-    not known has None. `model_seconds` is the time that the model took, without the harness: None if nobody measured it.
-    A harness that gives no `samples` has intervals by its standard errors, and no paired comparisons.
+    not known has None. `model_seconds` is the time that the model took, without the harness: None if nobody measured
+    it. A harness that gives no `samples` has intervals by its standard errors, and no paired comparisons.
     """
 
     score: float
@@ -90,11 +90,12 @@ class Harness(abc.ABC):
         """
         return ()
 
-    def training_answers(self, task: Task) -> Sequence[Any] | None:
-        """Return the expected answers of training rows of a task that the harness brings.
+    def training_answers(self, task: Task) -> Sequence[str | int] | None:
+        """Return the expected answers of training documents of a task that the harness brings.
 
-        They compare with the `targets` of its samples. There are none if answers are free texts. It is None if nothing
-        is known of them, so that no constant answer can be given.
+        They compare with the samples' targets: the index of the right option, or a text. There are none if answers are
+        free texts. None says that no constant answer can be scored by comparing it with the targets: likelihoods of
+        whole texts, scores of which less is better, one answer that is always right, no training documents.
         """
         return None
 

@@ -31,14 +31,14 @@ class Cell:
     `expert` is the task's expert, or None if the task is nobody's. `score` and `stderr` are in points (0 to 100,
     correlations down to -100), or in the metric's own unit where it is no fraction, over `n` rows; `stderr` is None
     where it is not known. `higher_is_better` and `percent` say how the score is read: whether more is better, and
-    whether it is a fraction, shown times 100. `seconds` is the wall time of the evaluation,
-    the harness included, `model_seconds` the model's own time of it, and `build_seconds` the time of the merge or build.
-    `model_seconds` is None where nobody measured it or the machine was busy with something else. `build_peak_bytes` is
-    how much more memory the build held at its peak than the process before it. `parameters` and `stored_bytes` are what
-    the method keeps for inference, and `relative_storage` is the latter over the bytes of one model. `measured` is when
-    the run that computed the cell began. `device` is the kind of device that answered, and `versions` are those of the
-    packages that took part. `key` is a digest of everything that decides the score. `samples` is the file of the rows'
-    answers, as a path in the leaderboard's directory, or None if the harness gives none.
+    whether it is a fraction, shown times 100. `seconds` is the wall time of the evaluation, the harness included,
+    `model_seconds` the model's own time of it, and `build_seconds` the time of the merge or build. `model_seconds` is
+    None where nobody measured it or the machine was busy with something else. `build_peak_bytes` is how much more
+    memory the build held at its peak than the process before it. `parameters` and `stored_bytes` are what the method
+    keeps for inference, and `relative_storage` is the latter over the bytes of one model. `measured` is when the run
+    that computed the cell began. `device` is the kind of device that answered, and `versions` are those of the packages
+    that took part. `key` is a digest of everything that decides the score. `samples` is the file of the rows' answers,
+    as a path in the leaderboard's directory, or None if the harness gives none.
     """
 
     suite: str

@@ -73,8 +73,8 @@ def published(suite: str) -> list[Published]:
 def like_ours(rows: Sequence[Mapping[str, Any]]) -> list[Published]:
     """Return the published figures that may stand beside a leaderboard's own.
 
-    Such a figure is of the same suite and protocol, at first hand, and its tasks are among the table's, by the same metrics, the
-    same harness and on as many rows where it says them. A mean alone needs all tasks of the table.
+    Such a figure is of the same suite and protocol, at first hand, and its tasks are among the table's, by the same
+    metrics, the same harness and on as many rows where it says them. A mean alone needs all tasks of the table.
 
     Args:
         rows: the rows of a leaderboard: suite, protocol, task, metric, n and notes of each cell.

@@ -22,7 +22,7 @@ from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.requests import Generate, Progress, Score, check_generate, generate, score
+from twin_bench.twin.requests import Generate, Progress, Score, Scored, check_generate, generate, score
 from twin_bench.twin.sampling import Completion, Sampling
 
 GATHER_SECONDS = 0.01
@@ -175,12 +175,13 @@ class Engine:
         )
         seconds = (time.perf_counter() - begun) / max(sum(len(request.prompt) for request in scored), 1)
         answers = dict(zip(continued, completions, strict=True))
-        after = {request: found.log_probs.tolist() for request, found in zip(scored, scores, strict=True)}
+        after = dict(zip(scored, scores, strict=True))
         for request in requests:
             if not request.max_tokens:
                 ids = list(request.prompt)
-                log_probs = [0.0, *after.get(request, [])]
-                answers[request] = [Completion(ids, log_probs, seconds=seconds * len(ids))]
+                found = after.get(request, Scored(torch.empty(0), greedy=True))
+                log_probs = [0.0, *found.log_probs.tolist()]
+                answers[request] = [Completion(ids, log_probs, seconds=seconds * len(ids), weights=found.weights)]
         return [answers[request] for request in requests]
 
     def _generate(self, request: Ask) -> Generate:

@@ -26,10 +26,14 @@ from twin_bench.twin.plan import Costs, Group, plan
 
 
 class Prediction(NamedTuple):
-    """A classifier's answer for one input: the name of the head, and its logits (labels,), float32 on the CPU."""
+    """A classifier's answer for one input: the name of the head, and its logits (labels,), float32 on the CPU.
+
+    `weights` are the input's fusion weights, one for each expert.
+    """
 
     head: str
     logits: Tensor
+    weights: tuple[float, ...] = ()
 
 
 class TwinClassifier(TwinModel):
@@ -163,6 +167,7 @@ class TwinClassifier(TwinModel):
             weights = self.route_all(encoded, tasks, batch_size=batch_size, progress=progress)
         heads = self._heads_of(weights, list(tasks))
         keys = self._fusion_keys(weights, heads)
+        used = [tuple(row) for row in weights.tolist()]
         lengths = [len(row["input_ids"]) for row in encoded]
         answers: dict[int, Prediction] = {}
         first: dict[tuple[Any, ...], int] = {}
@@ -175,7 +180,7 @@ class TwinClassifier(TwinModel):
             names = [heads[row] for row in batch.rows]
             logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
             for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
-                answers[row] = Prediction(name, row_logits[: self.num_labels[name]])
+                answers[row] = Prediction(name, row_logits[: self.num_labels[name]], used[row])
             if progress:
                 progress(len(batch.rows))
         if progress and len(copies) > len(distinct):

@@ -52,11 +52,13 @@ class Scored(NamedTuple):
     """The answer to a `Score`.
 
     `log_probs` are the natural logarithms of the continuation's token probabilities, (tokens,) on the CPU: float32, or
-    float64 where the model is. `greedy` says whether every token is the most probable one.
+    float64 where the model is. `greedy` says whether every token is the most probable one. `weights` are the request's
+    fusion weights, one for each expert.
     """
 
     log_probs: Tensor
     greedy: bool
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def score(
     weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     inputs = [request.tokens(window) for request in requests]
     asked = [len(request.continuation) for request in requests]
-    askers = _same(inputs, weights)
+    used = [tuple(row) for row in weights.tolist()]
+    askers = _same(inputs, used)
     # A prefix ends before the first position whose logits some request needs.
     starts = {row: len(inputs[row]) - max(asked[asker] for asker in own) for row, own in askers.items()}
     scores: dict[int, Scored] = {}
@@ -122,7 +125,7 @@ def score(
             length = len(inputs[row])
             for asker in askers[row]:
                 at = [place[position] for position in range(length - asked[asker], length)]
-                scores[asker] = scored(row_logits[at], requests[asker].continuation)
+                scores[asker] = scored(row_logits[at], requests[asker].continuation, used[asker])
             if progress:
                 progress(len(askers[row]))
     return [scores[row] for row in range(len(requests))]
@@ -162,6 +165,7 @@ def generate(
     prompts = [last_tokens(request.prompt, window) for request in requests]
     weights = routed(twin, prompts, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
+    used = [tuple(row) for row in weights.tolist()]
     kinds: dict[tuple[int, Decoding, int], list[int]] = {}
     for row, request in enumerate(requests):
         kinds.setdefault((request.max_new_tokens, request.decoding, request.likeliest), []).append(row)
@@ -174,7 +178,7 @@ def generate(
             else _texts(twin, requests, rows, weights, batch_size, log_probs)
         )
         for (row, number), completion in timed(found):
-            answers[row][number] = replace(completion, seconds=completion.seconds + routing)
+            answers[row][number] = replace(completion, seconds=completion.seconds + routing, weights=used[row])
             if progress and len(answers[row]) == requests[row].completions:
                 progress(1)
     return [[own[number] for number in range(len(own))] for own in answers]
@@ -311,11 +315,11 @@ def last_tokens(ids: Sequence[int], window: int) -> list[int]:
     return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])
 
 
-def _same(inputs: Sequence[Sequence[int]], weights: Tensor) -> dict[int, list[int]]:
+def _same(inputs: Sequence[Sequence[int]], weights: Sequence[tuple[float, ...]]) -> dict[int, list[int]]:
     """Return, for the first row with each combination of input and weights, all rows with that combination."""
     found: dict[tuple[Any, ...], list[int]] = {}
-    for row, key in enumerate(weights.tolist()):
-        found.setdefault((packed(inputs[row]), tuple(key)), []).append(row)
+    for row, key in enumerate(weights):
+        found.setdefault((packed(inputs[row]), key), []).append(row)
     return {rows[0]: rows for rows in found.values()}
 
 
@@ -354,9 +358,9 @@ def _prefixed(
                 yield batch, prefix
 
 
-def scored(logits: Tensor, continuation: Sequence[int]) -> Scored:
-    """Return the score of a continuation under the logits (tokens, vocabulary) that predict it."""
+def scored(logits: Tensor, continuation: Sequence[int], weights: tuple[float, ...]) -> Scored:
+    """Return the score of a continuation under the logits (tokens, vocabulary) that predict it, with these weights."""
     asked = torch.tensor(list(continuation), device=logits.device)
     exact = torch.promote_types(logits.dtype, torch.float32)
     log_probs = torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, asked[:, None])[:, 0]
-    return Scored(log_probs.cpu(), bool((logits.argmax(dim=-1) == asked).all()))
+    return Scored(log_probs.cpu(), bool((logits.argmax(dim=-1) == asked).all()), weights)

@@ -45,7 +45,8 @@ class Completion:
     otherwise. A text that is `stopped` ends with the token that completed a stop string. `log_probs` are natural
     logarithms, one for each token; the list is empty if nobody asked for them. `likeliest` are, for each token, the
     most probable tokens at its place with their log-probabilities, the most probable one first: as many as were asked
-    for. `seconds` is the text's share of the time that its batch took, routing included.
+    for. `seconds` is the text's share of the time that its batch took, routing included. `weights` are its request's
+    fusion weights, one for each expert.
     """
 
     tokens: list[int]
@@ -54,6 +55,7 @@ class Completion:
     stopped: bool = False
     likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
     seconds: float = field(default=0.0, compare=False)
+    weights: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def finish_reason(self) -> Literal["stop", "length", "endoftext"]:

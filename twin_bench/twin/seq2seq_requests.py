@@ -69,8 +69,9 @@ def score(
     names = [packed(ids) for ids in sources]
     askers: dict[tuple[object, ...], list[int]] = {}
     longest: dict[bytes, int] = {}
-    for row, own in enumerate(weights.tolist()):
-        askers.setdefault((names[row], packed(targets[row]), tuple(own)), []).append(row)
+    used = [tuple(row) for row in weights.tolist()]
+    for row, own in enumerate(used):
+        askers.setdefault((names[row], packed(targets[row]), own), []).append(row)
         longest[names[row]] = max(longest.get(names[row], 0), len(targets[row]))
     # Rows of one context have the same length here, so that they come into the same batches.
     lengths = [len(ids) + longest[name] for ids, name in zip(sources, names, strict=True)]
@@ -80,7 +81,7 @@ def score(
         own_targets = [targets[row] for row in batch.rows]
         logits = twin.logits([sources[row] for row in batch.rows], own_targets, batch, weights)
         for row, target, row_logits in zip(batch.rows, own_targets, logits, strict=True):
-            answer = scored(row_logits[: len(target)], target)
+            answer = scored(row_logits[: len(target)], target, used[row])
             scores |= dict.fromkeys(same[row], answer)
             if progress:
                 progress(len(same[row]))
@@ -124,6 +125,7 @@ def generate(
     sources = [last_tokens(request.prompt, window) for request in requests]
     weights = routed(twin, sources, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
+    used = [tuple(row) for row in weights.tolist()]
     kinds: dict[tuple[int, Decoding, int], list[int]] = {}
     for row, request in enumerate(requests):
         options = request.decoding.options(twin.tokenizer, [""], START_TOKENS)
@@ -132,7 +134,7 @@ def generate(
     answers: list[dict[int, Completion]] = [{} for _ in requests]
     for rows in kinds.values():
         for (row, number), completion in timed(_texts(twin, requests, rows, sources, weights, batch_size, log_probs)):
-            answers[row][number] = replace(completion, seconds=completion.seconds + routing)
+            answers[row][number] = replace(completion, seconds=completion.seconds + routing, weights=used[row])
             if progress and len(answers[row]) == requests[row].completions:
                 progress(1)
     return [[own[number] for number in range(len(own))] for own in answers]

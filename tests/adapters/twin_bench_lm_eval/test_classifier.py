@@ -154,13 +154,13 @@ def test_routed_answers_of_other_tasks_heads(served, fake_twin, ask):
     model = served(fake_twin)
     seen = set()
     for n in range(60):
-        head, logits = fake_twin.answer(f"t {n}", "u", "mnli")
+        head, logits, _ = fake_twin.answer(f"t {n}", "u", "mnli")
         answers = model.loglikelihood([ask("mnli", f"t {n}", "u", f" {label}") for label in range(3)])
         held = 0 if head == "stsb" else len(logits)
         assert [greedy for _, greedy in answers] == [held > 0 and label == logits.argmax() for label in range(3)]
         assert [value == -math.inf for value, _ in answers] == [label >= held for label in range(3)]
         text = model.generate_until([ask("stsb", f"t {n}", "v")])[0]
-        other_head, other_logits = fake_twin.answer(f"t {n}", "v", "stsb")
+        other_head, other_logits, _ = fake_twin.answer(f"t {n}", "v", "stsb")
         assert text == repr(float(other_logits[0])) if other_head == "stsb" else str(int(other_logits.argmax()))
         seen |= {head, other_head}
     assert seen == set(fake_twin.expert_names)
