@@ -235,10 +235,10 @@ def _reading(document: str) -> Iterator[None]:
 def training_answers(task: NamedTask, loaded: Loaded) -> list[str | int] | None:
     """Return what `expected` says of documents that are not scored; none where answers are free texts.
 
-    It is None where a constant answer makes no sense. That is where it can't be scored by comparing it: less is better, the score is no fraction, whole texts or single
-    continuations are scored, or a function of the task's own scores the options. So it is where all expected answers
-    are the same (many tasks list the right option first, or last), or there are none. Texts are free if more than 26
-    are different.
+    Texts are free if more than 26 are different. It is None where a constant answer makes no sense. That is where it
+    can't be scored by comparing it: less is better, the score is no fraction, whole texts or single continuations are
+    scored, or a function of the task's own scores the options. So it is where all expected answers are the same (many
+    tasks list the right option first, or last), or there are none.
 
     Raises InputError for a document that the task can't read.
     """

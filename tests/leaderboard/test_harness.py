@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary
 
 from tests.support.suites import rows_of, run
 from twin_bench.contenders import Contender
 from twin_bench.errors import InputError
-from twin_bench.results.cells import Board, Cell
 from twin_bench.leaderboard.harness import ENTRY_POINTS, Evaluated, Harness, Job, find_harness
-from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary
 from twin_bench.leaderboard.suite import Suite
+from twin_bench.results.cells import Board, Cell
 from twin_bench_lm_eval.harness import LmEval
 
 COLA, MRPC = ("cola", "cola", "mcc", True), ("mrpc", "mrpc", "acc_f1", True)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from twin_bench.leaderboard.report import leaderboard_rows, summary
 
 import twin_bench
 from tests.support.families import Family
@@ -18,7 +19,6 @@ from tests.support.suites import score_alone, with_backbone
 from twin_bench import TwinModel
 from twin_bench.leaderboard.__main__ import main
 from twin_bench.results.cells import Cell
-from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench_lm_eval.harness import LmEval
 
 

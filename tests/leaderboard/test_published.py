@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary, write_leaderboard
 
 import twin_bench.results.published as module
 from twin_bench.data.glue import GLUE
 from twin_bench.errors import InputError
-from twin_bench.results.cells import Board, Cell
-from twin_bench.results.published import like_ours, published
-from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary, write_leaderboard
 from twin_bench.leaderboard.suite import read_suite
 from twin_bench.paths import leaderboards_directory, shipped_suites
+from twin_bench.results.cells import Board, Cell
+from twin_bench.results.published import like_ours, published
 
 SUITES = sorted(file.stem for file in (leaderboards_directory() / "published").glob("*.yaml"))
 ROWS = {"cola": 1001, "sst2": 872, "mrpc": 408, "stsb": 1001, "qqp": 1001, "mnli": 1001, "qnli": 1001, "rte": 277}

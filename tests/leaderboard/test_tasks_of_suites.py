@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+from twin_bench.leaderboard.report import leaderboard_rows, summary
 
 from twin_bench import Classification, InputError, task
 from twin_bench.config import parse
 from twin_bench.data.classification import labels_of
 from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput, TaskType
-from twin_bench.results.cells import Cell
-from twin_bench.leaderboard.report import leaderboard_rows, summary
 from twin_bench.leaderboard.suite import Suite
+from twin_bench.results.cells import Cell
 
 
 def suite(tasks: Any) -> Suite:

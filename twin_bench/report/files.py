@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from twin_bench.report.page import page
 
 from twin_bench.files import write_text
 from twin_bench.report.latex import latex
 from twin_bench.report.markdown import markdown
+from twin_bench.report.page import page
 from twin_bench.results.board import Leaderboard
 
 FILES = (

@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from twin_bench.report.numbers import known
-
 from twin_bench.report.tables import in_order
 from twin_bench.results.board import Leaderboard
 

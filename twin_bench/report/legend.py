@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twin_bench.report.numbers import known
-
 from twin_bench.results.board import Leaderboard
 
 FIGURES = (
     "Normalized is the mean over tasks of 100 x score / the expert's score on that task, under the same protocol. Gain "
     "is the mean of 100 x (score - floor) / (expert - floor), where the floor is the best constant answer by the "
     "training labels. Both stand with their 95% interval: in each of 10,000 draws of the rows the same rows serve "
-    "every method, the experts and the floor. A rank's range holds all ranks that the rows allow. Scores on tasks are in "
-    "points, ± one standard error. Speed as a fair ratio is measured by twin-bench bench, not here."
+    "every method, the experts and the floor. A rank's range holds all ranks that the rows allow. Scores on tasks are "
+    "in points, ± one standard error. Speed as a fair ratio is measured by twin-bench bench, not here."
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 
 from twin_bench.report.answer import answer
-
 from twin_bench.report.legend import legend
 from twin_bench.report.tables import table
 from twin_bench.results.board import Leaderboard

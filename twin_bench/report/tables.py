@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from twin_bench.report.numbers import MISSING, interval, known, points, ranks, size, times
 
+from twin_bench.report.numbers import MISSING, interval, known, points, ranks, size, times
 from twin_bench.results.board import Leaderboard
 
 

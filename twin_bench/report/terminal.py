@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from twin_bench.report.answer import answer
 
+from twin_bench.report.answer import answer
 from twin_bench.report.legend import legend
 from twin_bench.report.tables import table
 from twin_bench.results.board import Leaderboard

@@ -126,7 +126,7 @@ def _is_accuracy(cell: Cell, samples: Samples) -> bool:
 
 
 def _draws_of(cell: Cell, drawn: Mapping[str, Array], samples: Mapping[str, Samples], draws: int) -> Array:
-    if cell.samples in drawn:
+    if cell.samples is not None and cell.samples in drawn:
         return _unit(cell) * drawn[cell.samples]
     if cell.stderr is None:
         return np.full(draws, math.nan)
