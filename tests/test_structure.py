@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"errors", "paths", "files", "config", "compat", "console"},
     {"data"},
+    {"statistics"},
     {"checkpoints"},
     {"merging", "demo"},
     {"twin"},
