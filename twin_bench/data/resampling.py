@@ -180,16 +180,15 @@ def spearman(references: Array, answers: Array) -> OfDraws:
     own, theirs = _members(references), [_members(one) for one in answers]
 
     def of_draws(weights: Array) -> Array:
-        rows = weights.sum(axis=0)
-        counts = own @ weights
-        # Ranks are less their mean here, (rows + 1) / 2: they sum to 0, and their squares to (rows^3 - sum t^3) / 12.
-        ranked = weights * (own.T @ _centred_ranks(counts, rows))
-        spread = rows**3 - _cubes(counts)
+        rows, counts = weights.sum(axis=0), own @ weights
+        # A value's rank is the mean of its rows' places; the ranks of a draw are here less their own mean.
+        ranks = np.cumsum(counts, axis=0) - counts / 2 - rows / 2
+        ranked, spread = weights * (own.T @ ranks), _spread_of_ranks(counts, rows)
 
         def correlation(groups: sparse.csr_array) -> Array:
-            counts = groups @ weights
-            covariance = np.einsum("gd,gd->d", groups @ ranked, _centred_ranks(counts, rows))
-            return _ratio(12 * covariance, np.sqrt(spread * (rows**3 - _cubes(counts))))
+            counts, of_value = groups @ weights, groups @ ranked  # of_value sums to 0 over the values
+            covariance = _dot(of_value, np.cumsum(counts, axis=0)) - _dot(of_value, counts) / 2
+            return _ratio(covariance, np.sqrt(spread * _spread_of_ranks(counts, rows)))
 
         return np.stack([correlation(groups) for groups in theirs])
 
@@ -255,16 +254,14 @@ def _members(values: Array) -> sparse.csr_array:
     return sparse.csr_array((np.ones(rows), (group, np.arange(rows))), shape=(len(distinct), rows))
 
 
-def _centred_ranks(counts: Array, rows: Array) -> Array:
-    """Return the average rank of each value in each draw less the mean rank, (values, draws)."""
-    ranks = np.cumsum(counts, axis=0)
-    ranks -= counts / 2
-    ranks -= rows / 2
-    return ranks
+def _spread_of_ranks(counts: Array, rows: Array) -> Array:
+    """Return the sum, over a draw's rows, of the squared rank less the mean rank: (rows^3 - sum counts^3) / 12."""
+    return np.asarray((rows**3 - np.einsum("vd,vd,vd->d", counts, counts, counts)) / 12)
 
 
-def _cubes(counts: Array) -> Array:
-    return np.einsum("gd,gd,gd->d", counts, counts, counts)
+def _dot(first: Array, second: Array) -> Array:
+    """Return the sum of the products over the values, (draws,)."""
+    return np.einsum("vd,vd->d", first, second)
 
 
 def _standardised(x: Array) -> Array:

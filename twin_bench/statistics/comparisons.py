@@ -1,0 +1,117 @@
+"""Comparisons of methods whose scores are of the same draws of rows. Higher is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twin_bench.data.resampling import Array
+from twin_bench.statistics.intervals import LEVEL, percentile
+
+_ROUNDING = 1e-9
+"""A difference that is less than this part of the values is the rounding error of equal values."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference with its interval, in the values' unit, and the two-sided p that there is none."""
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p: float
+
+
+def difference(
+    first_draws: Array, second_draws: Array, first: float, second: float, level: float = LEVEL
+) -> Difference:
+    """Return how far `first` is above `second`, two values of which the draws (draws,) are of the same rows.
+
+    The interval is the percentile interval of the draws' differences. p is twice the share of the draws in which the
+    difference is zero or on the other side of zero, where the estimate counts as one draw: it is from 2 / (draws + 1)
+    to 1. Draws in which either is NaN are left out. All is NaN if none is left or a value is NaN.
+    """
+    rounding = _ROUNDING * max(abs(first), abs(second))
+    drawn = first_draws - second_draws
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn) or math.isnan(rounding):
+        return Difference(math.nan, math.nan, math.nan, math.nan)
+    drawn = np.where(np.abs(drawn) <= rounding, 0, drawn)
+    low, high = percentile(drawn, level)
+    smaller = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    estimate = first - second if abs(first - second) > rounding else 0.0
+    return Difference(estimate, low, high, min(1.0, 2 * smaller / (len(drawn) + 1)))
+
+
+def holm(p_values: Sequence[float] | Array) -> Array:
+    """Return the p-values adjusted for how many they are, in the same order (Holm 1979).
+
+    At most a share `a` of families of comparisons has an adjusted p of `a` or less where there is no difference. NaN
+    stays NaN and does not count.
+    """
+    adjusted = np.array(p_values, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(adjusted))
+    order = known[np.argsort(adjusted[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(factors * adjusted[order]), 1)
+    return adjusted
+
+
+def rank_ranges(values: Sequence[float] | Array, draws: Array, level: float = LEVEL) -> list[tuple[int, int] | None]:
+    """Return each method's best and worst rank, from 1: ranges that hold all true ranks at once with 95%.
+
+    `values` (m,) are the methods' values and `draws` (draws, m) are of the same rows. All pairs are compared at once by
+    the largest studentised difference over the draws (Mogstad, Romano, Shaikh and Wilhelm 2024, "Inference for ranks
+    with applications to mobility across neighbourhoods and academic achievement across countries"). A method's best
+    rank is 1 and one for each method that is above it for sure. Its worst rank is m less one for each that it is above
+    for sure. A method without a value has no range (None) and does not count.
+    """
+    known, above = _above(values, draws, level)
+    ranges: list[tuple[int, int] | None] = [None] * len(values)
+    for place, method in enumerate(known):
+        ranges[method] = (1 + int(above[:, place].sum()), len(known) - int(above[place].sum()))
+    return ranges
+
+
+def tie_groups(values: Sequence[float] | Array, draws: Array, level: float = LEVEL) -> list[int | None]:
+    """Return the number of each method's group, from 1: what can't be told apart from the group's best method.
+
+    A group is the best of the methods that are left and those of them that it is not above for sure, by the comparisons
+    of `rank_ranges`. So the first group holds the truly best method with 95%. Two methods of a group may differ for
+    sure, if both are tied with its best. A method without a value has no group (None).
+    """
+    known, above = _above(values, draws, level)
+    groups: list[int | None] = [None] * len(values)
+    left = sorted(range(len(known)), key=lambda place: -values[known[place]])
+    number = 0
+    while left:
+        number += 1
+        tied = [place for place in left if not above[left[0], place]]
+        for place in tied:
+            groups[known[place]] = number
+        left = [place for place in left if place not in tied]
+    return groups
+
+
+def _above(values: Sequence[float] | Array, draws: Array, level: float) -> tuple[list[int], Array]:
+    """Return which methods have a value, k of them, and whether each is above each other for sure, (k, k)."""
+    estimates = np.asarray(values, dtype=np.float64)
+    drawn = ~np.isnan(draws)
+    known = [int(one) for one in np.flatnonzero(~np.isnan(estimates) & (drawn.sum(axis=0) > 1))]
+    estimates, draws = estimates[known], draws[drawn[:, known].all(axis=1)][:, known]
+    rounding = _ROUNDING * np.abs(estimates).max(initial=0)
+    differences = estimates[:, None] - estimates
+    errors, largest = np.zeros_like(differences), np.zeros(len(draws))
+    for one in range(len(known) - 1 if len(draws) > 1 else 0):
+        deviations = draws[:, one, None] - draws[:, one + 1 :] - differences[one, one + 1 :]
+        error = deviations.std(axis=0, ddof=1)
+        errors[one, one + 1 :] = errors[one + 1 :, one] = error
+        varies = error > rounding
+        if varies.any():
+            studentised = np.abs(deviations[:, varies]) / error[varies]
+            largest = np.maximum(largest, studentised.max(axis=1))
+    critical = float(np.quantile(largest, level, method="higher")) if len(largest) else math.inf
+    return known, differences > np.where(errors > rounding, critical * errors, rounding)
