@@ -28,10 +28,16 @@ def test_the_peak_is_that_of_an_allocation_of_known_size() -> None:
 
 
 def test_its_thread_ends_also_after_an_error() -> None:
-    threads = threading.active_count()
-    with pytest.raises(ZeroDivisionError), Meter() as meter:
-        assert threading.active_count() == threads + 1
+    threads, seen = threading.active_count(), []
+
+    def fails() -> None:
+        seen.append(threading.active_count())
         raise ZeroDivisionError
+
+    meter = Meter()
+    with pytest.raises(ZeroDivisionError), meter:
+        fails()
+    assert seen == [threads + 1]
     assert threading.active_count() == threads
     assert meter.taken.seconds is not None
 
