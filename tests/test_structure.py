@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"errors", "paths", "files", "config", "compat", "console"},
+    {"errors", "paths", "files", "config", "compat", "console", "measured"},
     {"data"},
     {"statistics"},
     {"checkpoints"},

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.contenders import served
 from tests.support.dense import interpolated_logits
 from tests.support.families import Family
 from tests.support.models import WORDS
 from tests.support.rows import TASKS, task_rows
 from tests.support.suites import rows_of, run
 from twin_bench.adaptive import learning
-from twin_bench.checkpoints.sources import open_sources
-from twin_bench.contenders import Contender, Context, contenders
+from twin_bench.contenders import Contender
 from twin_bench.errors import UnsuitedError
 from twin_bench.leaderboard.inputs import cell_key, input_digests
 from twin_bench.leaderboard.suite import Suite
@@ -37,29 +37,6 @@ def suite(tiny: dict[str, Any]) -> dict[str, Any]:
         "protocol": ["standard", "routed"],
         "methods": [ADAMERGING, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}, WEMOE],
     }
-
-
-def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = None) -> Contender:
-    """Return what answers for one entry of a suite, as the leaderboard makes it."""
-    checked = Suite.model_validate(suite)
-    (entry,) = (entry for entry in checked.entries() if entry.label == label)
-    sources = open_sources(checked.base_model, checked.expert_paths)
-    context = Context(
-        name=entry.method.name,
-        settings=entry.settings(checked.seed),
-        protocol="standard",
-        tasks=tuple(task_rows(Path(str(checked.data)), *checked.tasks)),
-        base_model=checked.base_model,
-        experts=checked.expert_paths,
-        sources=sources,
-        workspace=folder,
-        rows=rows,
-        seed=checked.seed,
-        max_length=checked.max_length,
-        dtype=checked.dtype,
-    )
-    (made,) = contenders(entry.method, context)
-    return made
 
 
 def backbone(made: Contender) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -20,6 +19,7 @@ from twin_bench.adaptive.unlabelled import (
 )
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import static_contender
+from twin_bench.measured import Meter
 from twin_bench.merging.registry import served_method
 from twin_bench.merging.task_vectors import TaskVectors
 from twin_bench.twin.classifier import TwinClassifier
@@ -56,28 +56,28 @@ def adamerging(
     and FusionBench; the authors' loop takes two. No label decides anything. A regression head has no entropy, so its
     task adds no loss, and its coefficients follow the other tasks' losses. Learning runs in float32.
     """
-    started = time.perf_counter()
-    inputs = unlabelled_inputs(context)
-    learning = earlier_learning(context, inputs)
-    started -= learning.seconds
-    base = context.sources.base
-    learner = static_contender(base, context.names, context, started=started, dtype="float32").twin
-    assert isinstance(learner, TwinClassifier)
-    vectors = TaskVectors(base, context.sources.experts)
-    batches = learning_batches(
-        context, learner, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
-    )
-    coefficients = learn_coefficients(
-        vectors,
-        entropy_gradient(learner, batches),
-        scaling=scaling,
-        steps=steps,
-        learning_rate=learning_rate,
-        learning=learning,
-    )
-    merged = merge_with_coefficients(vectors, coefficients)
-    contender = static_contender(merged, context.names, context, started=started)
-    yield dataclasses.replace(contender, notes=adapted_note(inputs))
+    with Meter(context.device) as meter:
+        inputs = unlabelled_inputs(context)
+        learning = earlier_learning(context, inputs)
+        base = context.sources.base
+        learner = static_contender(base, context.names, context, dtype="float32").twin
+        assert isinstance(learner, TwinClassifier)
+        vectors = TaskVectors(base, context.sources.experts)
+        batches = learning_batches(
+            context, learner, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
+        )
+        coefficients = learn_coefficients(
+            vectors,
+            entropy_gradient(learner, batches),
+            scaling=scaling,
+            steps=steps,
+            learning_rate=learning_rate,
+            learning=learning,
+        )
+        merged = merge_with_coefficients(vectors, coefficients)
+        contender = static_contender(merged, context.names, context)
+    build = meter.taken.after(learning.earlier)
+    yield dataclasses.replace(contender, build=build, notes=adapted_note(inputs))
 
 
 def entropy_gradient(twin: TwinClassifier, batches: Iterator[Batches]) -> Gradient:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,11 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from twin_bench.adaptive.unlabelled import entropy, require_classifiers
-from twin_bench.adaptive.vectors import stored_numbers, whole_task_vector
+from twin_bench.adaptive.vectors import stored_bytes, stored_numbers, whole_task_vector
 from twin_bench.checkpoints.sources import load_model
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
+from twin_bench.contenders.storage import base_bytes, head_bytes
 from twin_bench.errors import InputError
+from twin_bench.measured import Meter
 from twin_bench.merging.registry import served_method
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.encoded import Encoded
@@ -40,15 +41,16 @@ def dawin(context: Context, *, scaling: float = 1.0) -> Iterator[Contender]:
     A regression head has one output, whose entropy is 0 under every expert. Its rows weigh all experts equally.
     """
     require_classifiers(context)
-    started = time.perf_counter()
-    sources = context.sources
-    base = dict(sources.base.items())
-    vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
-    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items()}, exclusive=vectors)
-    model = load_model(sources, base, context.dtype)
-    twin = DawinClassifier(model, sources.tokenizer, parts, scaling=scaling)
-    stored = size(base) + sum(map(stored_numbers, vectors.values()))
-    yield Contender(twin, context.names, time.perf_counter() - started, stored)
+    with Meter(context.device) as meter:
+        sources = context.sources
+        base = dict(sources.base.items())
+        vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
+        parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items()}, exclusive=vectors)
+        model = load_model(sources, base, context.dtype)
+        twin = DawinClassifier(model, sources.tokenizer, parts, scaling=scaling)
+    numbers = size(base) + sum(map(stored_numbers, vectors.values()))
+    stored = base_bytes(sources) + sum(map(stored_bytes, vectors.values())) + head_bytes(sources)
+    yield Contender(twin, context.names, meter.taken, numbers, stored)
 
 
 def confidence_weights(logits: Tensor, scaling: float = 1.0) -> Tensor:

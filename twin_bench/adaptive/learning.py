@@ -13,6 +13,7 @@ from twin_bench.checkpoints.finite import all_finite
 from twin_bench.contenders import Context
 from twin_bench.errors import InputError, NotFiniteError
 from twin_bench.files import read_tensors, write_tensors
+from twin_bench.measured import Taken
 
 FORMAT = 1
 """The format of stored learning. It is raised when the parameters or the way they are learned change."""
@@ -41,6 +42,8 @@ def require_batch_size(batch_size: int) -> None:
 class Learning:
     """Adam's state: the number of `steps` taken and the `seconds` they took, including those of earlier runs.
 
+    `earlier` is what the steps of earlier runs took, whose memory nobody has kept.
+
     If `file` is given, it is read if it exists, and written every 50 steps and after the last one. Its name must
     identify everything that the learned parameters depend on.
     """
@@ -53,6 +56,7 @@ class Learning:
         if stored is not None:
             self._state = dict(stored)
             self.steps, self.seconds = int(stored.notes["steps"]), float(stored.notes["seconds"])
+        self.earlier = Taken(self.seconds, None if self.steps else 0)
 
     def descend(
         self,

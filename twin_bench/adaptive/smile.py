@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,9 @@ from twin_bench.checkpoints.sources import load_model
 from twin_bench.compat import Conv1D
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
+from twin_bench.contenders.storage import base_bytes, head_bytes
 from twin_bench.errors import InputError
+from twin_bench.measured import Meter
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import served_method
 from twin_bench.merging.task_vectors import TaskVectors
@@ -48,15 +49,16 @@ def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int =
     singular values that are rounding error, and their singular vectors are arbitrary. These are left out of the gate
     here. FusionBench replaces nn.Linear alone; here GPT-2's Conv1D is replaced as well.
     """
-    started = time.perf_counter()
-    sources = context.sources
-    base = dict(sources.base.items())
-    model = load_model(sources, base, context.dtype)
-    vectors = TaskVectors(base, sources.experts)
-    added = install_smile(model, vectors, rank=rank, gate_rank=gate_rank, top_k=top_k)
-    parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.skeleton.head})
-    twin = twin_class(context.task_type)(model, sources.tokenizer, parts, routing="none")
-    yield Contender(twin, context.names, time.perf_counter() - started, size(base) + added)
+    with Meter(context.device) as meter:
+        sources = context.sources
+        base = dict(sources.base.items())
+        model = load_model(sources, base, context.dtype)
+        vectors = TaskVectors(base, sources.experts)
+        added = install_smile(model, vectors, rank=rank, gate_rank=gate_rank, top_k=top_k)
+        parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.skeleton.head})
+        twin = twin_class(context.task_type)(model, sources.tokenizer, parts, routing="none")
+    stored = base_bytes(sources) + added_bytes(model, base) + head_bytes(sources)
+    yield Contender(twin, context.names, meter.taken, size(base) + added, stored)
 
 
 def gate(x: Tensor, V: Tensor, owner: Tensor, experts: int, top_k: int) -> Tensor:
@@ -149,6 +151,17 @@ def install_smile(model: nn.Module, vectors: TaskVectors, *, rank: int, gate_ran
         kept = (smile.A, smile.B, smile.V, smile.bias_vectors)
         added += sum(tensor.numel() for tensor in kept if tensor is not None)
     return added
+
+
+def added_bytes(model: nn.Module, base: Mapping[str, Tensor]) -> int:
+    """Return how many bytes the experts add, in the dtypes of the base model. The gates' vectors keep their own."""
+    total = 0
+    for path, layer in model.named_modules():
+        if isinstance(layer, SmileLinear):
+            cast = (layer.A, layer.B, layer.bias_vectors)
+            numbers = sum(tensor.numel() for tensor in cast if tensor is not None)
+            total += numbers * base[f"{path}.weight"].element_size() + layer.V.nbytes
+    return total
 
 
 def _changed(vectors: TaskVectors, name: str) -> Tensor | None:

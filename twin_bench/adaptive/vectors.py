@@ -11,6 +11,7 @@ from twin_bench.checkpoints.checkpoint import Checkpoint
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.skeleton import Skeleton
 from twin_bench.contenders.context import size
+from twin_bench.contenders.storage import bytes_of
 from twin_bench.errors import InputError
 from twin_bench.twin.exclusive import Exclusive
 
@@ -58,3 +59,10 @@ def stored_numbers(vector: Exclusive) -> int:
     """Return how many numbers a task vector stores. A matrix counts as its factors or whole, whichever is smaller."""
     factors = sum(min(B.numel() + A.numel(), len(B) * A.shape[1]) for B, A in vector.factors.values())
     return factors + size(vector.vectors)
+
+
+def stored_bytes(vector: Exclusive) -> int:
+    """Return how many bytes a task vector stores, in the dtypes that it has. A matrix counts as in `stored_numbers`."""
+    pairs = vector.factors.values()
+    factors = sum(min(B.nbytes + A.nbytes, len(B) * A.shape[1] * B.element_size()) for B, A in pairs)
+    return factors + bytes_of(vector.vectors.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,12 +17,14 @@ from twin_bench.adaptive.unlabelled import (
     learning_batches,
     unlabelled_inputs,
 )
-from twin_bench.adaptive.vectors import part_of, stored_numbers, whole_task_vector
+from twin_bench.adaptive.vectors import part_of, stored_bytes, stored_numbers, whole_task_vector
 from twin_bench.checkpoints.sources import load_model
 from twin_bench.compat import Conv1D
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import size
+from twin_bench.contenders.storage import base_bytes, bytes_of, head_bytes
 from twin_bench.errors import UnsuitedError
+from twin_bench.measured import Meter
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.registry import served_method
 from twin_bench.twin.classifier import TwinClassifier
@@ -62,29 +63,29 @@ def wemoe(
     Here every input has its own weights, in learning as in scoring, and padding does not count. An answer therefore
     depends on nothing else in the batch. A regression head has no entropy, so its task adds no loss.
     """
-    started = time.perf_counter()
-    sources = context.sources
-    inputs = unlabelled_inputs(context)
-    learning = earlier_learning(context, inputs)
-    started -= learning.seconds
-    base = dict(sources.base.items())
-    merged = merge_lazily("task_arithmetic", base, sources.experts, scaling=scaling)
-    model = load_model(sources, base, "float32")
-    mixed = {f"{path}.{kind}" for layers in mlp_layers(model) for path in layers for kind in ("weight", "bias")}
-    model.load_state_dict({name: merged[name] for name in base if name not in mixed}, strict=False)
-    vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
-    gates = install_gates(model, vectors, scaling=scaling, seed=seed)
-    heads = {task: expert.head() for task, expert in sources.experts.items()}
-    twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none")
-    batches = learning_batches(
-        context, twin, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
-    )
-    learn_gates(twin, gates, batches, steps=steps, learning_rate=learning_rate, learning=learning)
-    mixed_parts = [part_of(vector, mixed) for vector in vectors.values()]
-    stored = size(base) + sum(map(stored_numbers, mixed_parts)) + sum(p.numel() for p in gates.parameters())
+    with Meter(context.device) as meter:
+        sources = context.sources
+        inputs = unlabelled_inputs(context)
+        learning = earlier_learning(context, inputs)
+        base = dict(sources.base.items())
+        merged = merge_lazily("task_arithmetic", base, sources.experts, scaling=scaling)
+        model = load_model(sources, base, "float32")
+        mixed = {f"{path}.{kind}" for layers in mlp_layers(model) for path in layers for kind in ("weight", "bias")}
+        model.load_state_dict({name: merged[name] for name in base if name not in mixed}, strict=False)
+        vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
+        gates = install_gates(model, vectors, scaling=scaling, seed=seed)
+        heads = {task: expert.head() for task, expert in sources.experts.items()}
+        twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none")
+        batches = learning_batches(
+            context, twin, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
+        )
+        learn_gates(twin, gates, batches, steps=steps, learning_rate=learning_rate, learning=learning)
+    kept, learned = [part_of(vector, mixed) for vector in vectors.values()], list(gates.parameters())
+    numbers = size(base) + sum(map(stored_numbers, kept)) + sum(parameter.numel() for parameter in learned)
+    stored = base_bytes(sources) + sum(map(stored_bytes, kept)) + bytes_of(learned) + head_bytes(sources)
     dtype = next(tensor.dtype for tensor in base.values() if tensor.is_floating_point())
     twin = twin.to(getattr(torch, context.dtype) if context.dtype else dtype)
-    yield Contender(twin, context.names, time.perf_counter() - started, stored, adapted_note(inputs))
+    yield Contender(twin, context.names, meter.taken.after(learning.earlier), numbers, stored, adapted_note(inputs))
 
 
 class Gate(nn.Module):

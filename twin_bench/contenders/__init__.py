@@ -7,10 +7,11 @@ from functools import singledispatch
 
 from twin_bench.contenders.context import Contender, Context
 from twin_bench.contenders.merged import merged_contenders
+from twin_bench.contenders.storage import base_bytes
 from twin_bench.merging.registry import MergeMethod, Method, ServedMethod
 from twin_bench.merging.rehearsal import rehearse_merge
 
-__all__ = ["Contender", "Context", "contenders", "rehearse"]
+__all__ = ["Contender", "Context", "base_bytes", "contenders", "rehearse"]
 
 
 @singledispatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from twin_bench.checkpoints.sources import Sources, load_model
+from twin_bench.contenders.storage import bytes_of, head_bytes
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import TaskType
+from twin_bench.measured import Taken
 from twin_bench.merging.registry import ProtocolName
 from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.exclusive import Exclusive
@@ -77,15 +78,28 @@ class Context:
 class Contender:
     """A model, the names of the tasks it answers, and its costs.
 
-    `parameters` counts the stored numbers, without heads. `build_seconds` is None if it was not measured. `notes` go
-    into each cell, for example how a router was chosen.
+    `build` is how long the merge or the build took, and its peak memory. `parameters` counts the stored numbers,
+    without heads. `stored_bytes` is what the *method* keeps for inference on all tasks, heads included, also where it
+    enters one model for each expert: see `twin_bench.contenders.storage`, whose `base_bytes` is the size of one model.
+    `notes` go into each cell, for example how a router was chosen.
     """
 
     twin: TwinModel
     tasks: tuple[str, ...]
-    build_seconds: float | None
+    build: Taken
     parameters: int
+    stored_bytes: int
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def build_seconds(self) -> float | None:
+        """The seconds of the build. None if they were not measured."""
+        return self.build.seconds
+
+    @property
+    def build_peak_bytes(self) -> int | None:
+        """The peak memory of the build, above what the process held before it. None if it was not measured."""
+        return self.build.peak_bytes
 
 
 def static_contender(
@@ -93,10 +107,9 @@ def static_contender(
     tasks: Sequence[str],
     context: Context,
     *,
-    started: float,
     dtype: str | None = None,
 ) -> Contender:
-    """Return a contender made of one set of parameters, with the experts' heads.
+    """Return a contender made of one set of parameters, with the experts' heads. Its build is not measured yet.
 
     Under the paper protocol each task's expert supplies the biases as well.
 
@@ -104,7 +117,6 @@ def static_contender(
         parameters: the backbone's parameters by name.
         tasks: the names of the tasks that the model answers.
         context: supplies experts, protocol and dtype.
-        started: when the merge began, by `time.perf_counter`.
         dtype: the dtype of the model, by default the context's.
     """
     sources = context.sources
@@ -128,7 +140,9 @@ def static_contender(
         protocol=context.protocol,
         routing="none",
     )
-    return Contender(twin, tuple(tasks), time.perf_counter() - started, size(parameters))
+    biases_kept = sum(bytes_of(own.vectors.values()) for own in exclusive.values())
+    model = bytes_of(parameters.values()) + bytes_of(sources.buffers.values())
+    return Contender(twin, tuple(tasks), Taken(), size(parameters), model + biases_kept + head_bytes(sources))
 
 
 def size(parameters: Mapping[str, Tensor]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from twin_bench.contenders.context import Contender, Context, static_contender
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import digest
+from twin_bench.measured import Meter
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.calibration import calibrate
 from twin_bench.merging.registry import MergeMethod, StatisticsKind
@@ -33,26 +33,32 @@ def merged_contenders(method: MergeMethod, context: Context) -> Iterator[Contend
 
 def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs: Mapping[str, Any]) -> Contender:
     """Merge and return the contender for `tasks`. `inputs` are those that the method must be given."""
-    started = time.perf_counter()
-    sources, options = context.sources, {**context.settings, **inputs}
-    merged: Mapping[str, Tensor]
-    if context.protocol == "paper" and not sources.skeleton.head:
-        merged = merge_lora_factors(method.name, sources.base, sources.experts, **options)
-    else:
-        base: Mapping[str, Tensor] = sources.base
-        if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
-            base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
-        transposed = sources.skeleton.transposed
-        merged = {
-            **sources.base,
-            **merge_lazily(method.name, base, sources.experts, transposed=transposed, **options),
-        }
-    contender = static_contender(merged, tasks, context, started=started)
+    with Meter(context.device) as meter:
+        merged = _parameters(method, context, inputs)
+        contender = static_contender(merged, tasks, context)
+    contender = dataclasses.replace(contender, build=meter.taken)
     if method.stored is None:
         return contender
-    bits = 8 * next(iter(merged.values())).element_size()
-    stored = method.stored(contender.parameters, len(sources.experts), bits)
-    return dataclasses.replace(contender, parameters=stored)
+    sources, dtype = context.sources, next(iter(merged.values())).dtype
+    stored = method.stored(contender.parameters, len(sources.experts), dtype.itemsize)
+    model = contender.parameters * dtype.itemsize
+    return dataclasses.replace(
+        contender,
+        parameters=stored // dtype.itemsize,
+        stored_bytes=contender.stored_bytes - model + stored,
+    )
+
+
+def _parameters(method: MergeMethod, context: Context, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the merged parameters of the backbone."""
+    sources, options = context.sources, {**context.settings, **inputs}
+    if context.protocol == "paper" and not sources.skeleton.head:
+        return merge_lora_factors(method.name, sources.base, sources.experts, **options)
+    base: Mapping[str, Tensor] = sources.base
+    if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
+        base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
+    transposed = sources.skeleton.transposed
+    return {**sources.base, **merge_lazily(method.name, base, sources.experts, transposed=transposed, **options)}
 
 
 def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> Contender:
@@ -75,6 +81,6 @@ def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> 
     contender = _merged(method, context, context.names, {"statistics": calibration.statistics})
     return dataclasses.replace(
         contender,
-        build_seconds=(contender.build_seconds or 0.0) + calibration.seconds,
+        build=contender.build.after(calibration.taken),
         notes={"calibration": {"statistics": kind, "split": "train", "rows": dict(calibration.rows)}},
     )

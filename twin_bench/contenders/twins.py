@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,10 +12,12 @@ from pydantic import Field
 
 from twin_bench.config import Settings, parse
 from twin_bench.contenders.context import Contender, Context
+from twin_bench.contenders.storage import twin_bytes
 from twin_bench.data.classification import labels_of
 from twin_bench.data.rows import RouterRows, read_router_rows, router_rows
 from twin_bench.errors import InputError
 from twin_bench.files import digest, read_record, write_record
+from twin_bench.measured import Meter, Taken
 from twin_bench.merging.recipe import Shared
 from twin_bench.merging.registry import (
     PROTOCOLS,
@@ -36,8 +37,8 @@ from twin_bench.twin.router_training import require_two
 
 SUITE_ROWS = "the suite's training rows"
 """A suite's recipe has it in place of `router.data`."""
-BUILD_FORMAT = 1
-"""The format of the record of how long a build took."""
+BUILD_FORMAT = 2
+"""The format of the record of what a build took."""
 
 
 class TwinOptions(Settings):
@@ -115,7 +116,7 @@ def twin(
     """
     recipe = _recipe(context, shared, exclusive, router)
     directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
-    seconds = _build(recipe, directory, context)
+    build = _build(recipe, directory, context)
     manifest = read_manifest(directory)
     told = weights == "task"
     model = TwinModel.from_pretrained(
@@ -131,8 +132,9 @@ def twin(
     yield Contender(
         model,
         context.owned if told else context.names,
-        seconds,
+        build,
         sum(manifest["parameters"].values()),
+        twin_bytes(directory, context.protocol, routed=not told),
         {"router": {key: value for key, value in notes.items() if key != "paper"}},
     )
 
@@ -174,28 +176,27 @@ def rows_for_routers(context: Context) -> RouterRows:
     return found
 
 
-def _build(recipe: Recipe, directory: Path, context: Context) -> float | None:
-    """Build the twin unless it exists. Return how long the build took, or None if nobody has measured it.
+def _build(recipe: Recipe, directory: Path, context: Context) -> Taken:
+    """Build the twin unless it exists. Return what the build took, which may have been one of an earlier run.
 
-    If another process has built the same twin first, its twin is used.
+    If another process has built the same twin first, its twin is used. Nobody may have measured that build.
     """
     record = directory.with_suffix(".json")  # beside the twin, whose own files depend on its inputs alone
     if not directory.is_dir():
-        started = time.perf_counter()
         try:
-            cache = context.feature_cache
-            build_twin(
-                recipe,
-                directory,
-                rows=rows_for_routers(context),
-                labels=labels_of(rows.task for rows in context.tasks),
-                device=context.device,
-                feature_cache=cache,
-                progress=context.progress,
-            )
-            write_record(record, {"build_seconds": time.perf_counter() - started}, format_number=BUILD_FORMAT)
+            with Meter(context.device) as meter:
+                build_twin(
+                    recipe,
+                    directory,
+                    rows=rows_for_routers(context),
+                    labels=labels_of(rows.task for rows in context.tasks),
+                    device=context.device,
+                    feature_cache=context.feature_cache,
+                    progress=context.progress,
+                )
+            write_record(record, asdict(meter.taken), format_number=BUILD_FORMAT)
         except (InputError, OSError):
             if not directory.is_dir():
                 raise
     stored = read_record(record, format_number=BUILD_FORMAT)
-    return None if stored is None else float(stored["build_seconds"])
+    return Taken() if stored is None else Taken(**stored)

@@ -6,7 +6,7 @@ is run alone, so there is no padding and no dependence on a batch. There is no d
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, TaskInput
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import StoredTensors, read_tensors, write_tensors
+from twin_bench.measured import Meter, Taken
 from twin_bench.merging.registry import Statistics, StatisticsKind
 
 FORMAT = 1
@@ -44,11 +45,14 @@ class Example(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """The experts' statistics, the number of rows that each expert was shown, and the time of the computation."""
+    """The experts' statistics, the number of rows that each expert was shown, and what computing them took.
+
+    `taken` is that of the run that computed them, if it was an earlier one. Its peak is that of the dearest expert.
+    """
 
     statistics: Statistics
     rows: Mapping[str, int]
-    seconds: float
+    taken: Taken
 
 
 def fisher_diagonals(model: Any, examples: Iterable[Example], *, seed: int = 0) -> dict[str, Tensor]:
@@ -195,14 +199,21 @@ def calibrate(
         file = folder / f"{name}.safetensors"
         found = read_tensors(file, format_number=FORMAT)
         if found is None:
-            started = time.perf_counter()
-            tensors = _statistics(kind, sources, name, shown, seed, progress)
-            took = {"rows": str(len(shown)), "seconds": str(time.perf_counter() - started)}
-            write_tensors(file, tensors, format_number=FORMAT, notes=took)
+            with Meter() as meter:
+                tensors = _statistics(kind, sources, name, shown, seed, progress)
+            took = {"seconds": str(meter.taken.seconds), "peak_bytes": str(meter.taken.peak_bytes)}
+            write_tensors(file, tensors, format_number=FORMAT, notes={"rows": str(len(shown)), **took})
             found = StoredTensors(file)
         stored[name] = found
     counts = {name: int(own.notes["rows"]) for name, own in stored.items()}
-    return Calibration(stored, counts, sum(float(own.notes["seconds"]) for own in stored.values()))
+    taken = functools.reduce(Taken.after, map(_taken, stored.values()), Taken(0.0, 0))
+    return Calibration(stored, counts, taken)
+
+
+def _taken(statistics: StoredTensors) -> Taken:
+    """Return what computing stored statistics took. Those of an earlier version say nothing of memory."""
+    peak = statistics.notes.get("peak_bytes")
+    return Taken(float(statistics.notes["seconds"]), None if peak is None else int(peak))
 
 
 def _statistics(

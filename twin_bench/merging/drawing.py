@@ -28,6 +28,10 @@ def drop_and_rescale(vectors: TaskVectors, density: float, seed: int) -> TaskVec
 
 def draws(seed: int, task: str, name: str, shape: torch.Size) -> Tensor:
     """Return uniform draws from [0, 1) that depend on these arguments alone."""
-    digest = hashlib.sha256(f"{seed}\0{task}\0{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator_of(seed, task, name))
+
+
+def generator_of(seed: int, *names: str) -> torch.Generator:
+    """Return a generator on the CPU whose draws depend on the seed and the names alone."""
+    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -31,6 +31,8 @@ PROTOCOLS: tuple[ProtocolName, ...] = ("standard", "paper", "routed")
 MergeFunction = Callable[..., Mapping[str, Tensor]]
 ServeFunction = Callable[..., Iterator[Any]]
 CheckFunction = Callable[..., None]
+StoredFunction = Callable[[int, int, int], int]
+"""A function (parameters of a model, experts, bytes of a parameter) -> bytes that are kept, without heads."""
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Expert to parameter name to a tensor computed from training inputs: see `twin_bench.merging.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
@@ -121,15 +123,15 @@ class MergeMethod(Method):
     """A method that merges weights into one set of parameters, or into one set for each task.
 
     `function` computes it. `inputs` names what a caller must pass beside weights: `task`, if each task has its own
-    parameters, or `statistics` of the kind that the field `statistics` names. `stored` computes the number of stored
-    parameters from the model's number of parameters, the number of experts and the bits of a parameter. It is None if
-    only the merged model is stored.
+    parameters, or `statistics` of the kind that the field `statistics` names. `stored` computes the bytes that are
+    stored, heads not counted, from the model's number of parameters, the number of experts and the bytes of a parameter
+    (see `StoredFunction`). It is None if only the merged model is stored.
     """
 
     function: MergeFunction
     inputs: tuple[str, ...] = ()
     statistics: StatisticsKind | None = None
-    stored: Callable[[int, int, int], int] | None = None
+    stored: StoredFunction | None = None
 
     def given(self, options: Mapping[str, Any]) -> MergeMethod:
         """Return the header for these options, with the options of the method that the option `merge` names, if any.
@@ -188,7 +190,7 @@ def merge_method(
     paper: str,
     track: Track,
     needs: tuple[str, ...] = (),
-    stored: Callable[[int, int, int], int] | None = None,
+    stored: StoredFunction | None = None,
     statistics: StatisticsKind | None = None,
     tune: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> Callable[[MergeFunction], MergeFunction]:

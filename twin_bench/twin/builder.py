@@ -21,6 +21,7 @@ from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
+from twin_bench.twin.exclusive_random import random_like
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
@@ -114,10 +115,13 @@ def merge_options(recipe: Recipe) -> dict[str, Any]:
 def _exclusive_vectors(
     recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], progress: Progress
 ) -> dict[str, Exclusive]:
-    """Return each expert's exclusive vector over the shared expert."""
-    limits = recipe.exclusive.model_dump()
+    """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
+    settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
-    return {name: exclusive_vector(expert, shared, seed=recipe.seed, **limits) for name, expert in experts}
+    for name, expert in experts:
+        own = exclusive_vector(expert, shared, density=settings.density, rank=settings.rank, seed=seed)
+        found[name] = random_like(own, name, seed=seed) if settings.random else own
+    return found
 
 
 def _stored(exclusive: Mapping[str, Exclusive]) -> int:
@@ -133,12 +137,14 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     """Return what the protocol paper needs, or None if the twin can't run under it.
 
     The protocol needs the pretrained biases of classifiers. Of causal LMs it needs LoRA experts of one rank on the
-    same nn.Linear layers, merged by task arithmetic.
+    same nn.Linear layers, merged by task arithmetic. Random exclusive vectors can't take the place of such adapters.
     """
     if sources.skeleton.head:
         biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
         return PaperParts(biases, density=recipe.exclusive.density)
-    if recipe.shared.method != "task_arithmetic" or not all(expert.low_rank for expert in sources.experts.values()):
+    if recipe.exclusive.random or recipe.shared.method != "task_arithmetic":
+        return None
+    if not all(expert.low_rank for expert in sources.experts.values()):
         return None
     adapted = {name for expert in sources.experts.values() for name in expert.low_rank}
     if adapted & (sources.skeleton.transposed | sources.skeleton.embeddings):

@@ -12,12 +12,14 @@ from twin_bench.merging.registry import merge_method
 from twin_bench.merging.task_vectors import TaskVectors
 
 
-def stored_parameters(parameters: int, experts: int, bits: int) -> int:
-    """Return how many parameters of `bits` bits are stored: theta_0, tau_uni, and a mask and a scale for each expert.
+def stored_bytes(parameters: int, experts: int, itemsize: int) -> int:
+    """Return how many bytes are stored: theta_0, tau_uni, and a mask and a scale for each expert.
 
-    theta_0 and tau_uni are both needed, because a mask acts on tau_uni alone. A mask takes one bit for each parameter.
+    theta_0 and tau_uni are both needed, because a mask acts on tau_uni alone. A mask takes one bit for each parameter,
+    and is filled up to whole numbers of `itemsize` bytes.
     """
-    return 2 * parameters + experts * (math.ceil(parameters / bits) + 1)
+    masks = experts * math.ceil(parameters / (8 * itemsize))
+    return itemsize * (2 * parameters + masks + experts)
 
 
 @merge_method(
@@ -25,7 +27,7 @@ def stored_parameters(parameters: int, experts: int, bits: int) -> int:
     paper="arXiv:2405.17461",
     track="task-id given",
     needs=("the task of each input",),
-    stored=stored_parameters,
+    stored=stored_bytes,
 )
 def emr(vectors: TaskVectors, *, task: str) -> Mapping[str, Tensor]:
     """theta_0 + scale_t * mask_t * tau_uni, the parameters of task t.
