@@ -1,24 +1,26 @@
 """The page's charts, as static SVG: no script, text that stays text, colours that are the page's CSS variables.
 
-A chart is a Vega-Lite specification of Altair's, which vl-convert draws. Each kind has a wide form and a narrow one for
+A chart is a Vega-Lite specification, which vl-convert draws. Each kind has a wide form and a narrow one for
 a phone, where the text of the wide one would be too small. Each mark says in words what it shows.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-import altair as alt
-import pandas as pd
+import vl_convert
 
 WIDE, NARROW = 640, 330
 """The width of a plot in the two forms, in pixels."""
 TONES = {"lead": "var(--lead)", "plain": "var(--plain)", "told": "var(--told)", "bound": "var(--muted)"}
 """What a method is, and the colour of it: of the leading group, another one, told the task, a bound."""
+_VEGA_LITE = "5.20"
+_TONE = {"field": "tone", "legend": None, "scale": {"domain": list(TONES), "range": list(TONES.values())}}
+_WORDS = {"field": "words"}
 _LETTER, _HEIGHT = 6.8, 14
 """The width and height of a label's letter in pixels, for labels that must not meet."""
 _LETTERS = 28
@@ -44,7 +46,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Reference:
-    """A vertical line that values are compared with. It has no label if its label is empty."""
+    """A vertical line that values are compared with."""
 
     label: str
     value: float
@@ -67,86 +69,111 @@ def intervals(lines: Sequence[Line], references: Sequence[Reference], title: str
     width, step = (NARROW, 38) if narrow else (WIDE, 23)
     values = [value for line in lines for value in (line.low, line.value, line.high)]
     domain = _padded([*values, *(reference.value for reference in references)])
-    scale, axis = alt.Scale(domain=domain, nice=False, zero=False), alt.Axis(title=title, tickCount=6)
-
-    def across(column: str) -> alt.X:
-        return alt.X(f"{column}:Q", scale=scale, axis=axis)
-
-    down = alt.Y("place:O", sort=None, axis=None, scale=alt.Scale(paddingInner=0, paddingOuter=0))
-    table = [
+    across = {
+        "type": "quantitative",
+        "scale": {"domain": domain, "nice": False, "zero": False},
+        "axis": {"title": title, "tickCount": 6},
+    }
+    data = [
         asdict(line) | {"place": place, "shade": line.band % 2, "label": _cut(line.label)}
         for place, line in enumerate(lines)
     ]
-    rows = alt.Chart(pd.DataFrame(table)).encode(y=down)
-    tone = alt.Color("tone:N", legend=None, scale=alt.Scale(domain=list(TONES), range=list(TONES.values())))
-    shape = alt.condition(alt.datum.tone == "told", alt.value("diamond"), alt.value("circle"))
-    lower = 8 if narrow else 0
-    above = -9 if narrow else 0
-    names = rows.mark_text(aria=False, align="left" if narrow else "right", dy=above)
-    notes = rows.mark_text(aria=False, align="right" if narrow else "left", dy=above, fill="var(--muted)")
+    down = {
+        "field": "place", "type": "ordinal", "sort": None, "axis": None, "scale": {"paddingInner": 0, "paddingOuter": 0}
+    }  # fmt: skip
+    lower, above = (8, -9) if narrow else (0, 0)
+    shape = {"condition": {"test": "datum.tone === 'told'", "value": "diamond"}, "value": "circle"}
     layers = [
-        rows.mark_rect(aria=False, fill="var(--band)").encode(
-            x=alt.value(0), x2=alt.value(width), opacity=alt.Opacity("shade:Q", scale=None)
+        _layer(
+            {"type": "rect", "fill": "var(--band)"},
+            x={"value": 0}, x2={"value": width}, opacity={"field": "shade", "type": "quantitative", "scale": None},
         ),
-        *_reference_lines(references, across("value"), domain, step * len(lines)),
-        rows.mark_rule(aria=False, strokeWidth=2, yOffset=lower).encode(x=across("low"), x2="high:Q", color=tone),
-        rows.mark_point(filled=True, size=70, opacity=1, yOffset=lower).encode(
-            x=across("value"), color=tone, shape=shape, description="words:N"
+        *_reference_lines(references, across, domain, step * len(lines)),
+        _layer(
+            {"type": "rule", "strokeWidth": 2, "yOffset": lower},
+            x=across | {"field": "low"}, x2={"field": "high"}, color=_TONE,
         ),
-        names.encode(x=alt.value(4 if narrow else -8), text="label:N"),
-        notes.encode(x=alt.value(width + (-4 if narrow else 8)), text="note:N"),
-    ]
-    return _svg(alt.layer(*layers).properties(width=width, height=step * len(lines)))
+        _layer(
+            {"type": "point", "filled": True, "size": 70, "opacity": 1, "yOffset": lower, "aria": True},
+            x=across | {"field": "value"}, color=_TONE, shape=shape, description=_WORDS,
+        ),
+        _layer(
+            {"type": "text", "align": "left" if narrow else "right", "dy": above},
+            x={"value": 4 if narrow else -8}, text={"field": "label"},
+        ),
+        _layer(
+            {"type": "text", "align": "right" if narrow else "left", "dy": above, "fill": "var(--muted)"},
+            x={"value": width + (-4 if narrow else 8)}, text={"field": "note"},
+        ),
+    ]  # fmt: skip
+    for layer in layers:
+        if "data" not in layer:
+            layer["encoding"]["y"] = down
+    return _svg({"data": {"values": data}, "width": width, "height": step * len(lines), "layer": layers})
 
 
 def front(points: Sequence[Point], across: str, down: str, *, narrow: bool) -> str:
     """Return a chart of cost against score, with a line along the points that no other one beats.
 
-    Those points and the bounds have their names beside them, where there is room. All others say theirs when they are
-    pointed at. The costs have a logarithmic scale where the largest is over five times the smallest.
+    Those points, the bounds and methods that are told the task have their names beside them, where there is room. All
+    others say theirs when they are pointed at. Costs have a logarithmic scale where the largest is over five times the
+    smallest.
     """
     width, height = (NARROW, 280) if narrow else (WIDE, 330)
     costs = [point.x for point in points]
-    wide_range = min(costs) > 0 and max(costs) > 5 * min(costs)
-    domain = _padded([point.y for point in points], 0.08)
-    costs_domain = [min(costs) / 1.25, max(costs) * 1.25] if wide_range else _padded(costs, 0.1)
-    kind = "log" if wide_range else "linear"
-    x = alt.X("x:Q", axis=alt.Axis(title=across, tickCount=6, format="~g"), scale=alt.Scale(
-        type=kind, domain=costs_domain, nice=False, zero=False
-    ))  # fmt: skip
-    y = alt.Y("y:Q", axis=alt.Axis(title=down, tickCount=6), scale=alt.Scale(domain=domain, nice=False, zero=False))
-    tone = alt.Color("tone:N", legend=None, scale=alt.Scale(domain=list(TONES), range=list(TONES.values())))
-    shape = alt.Shape("tone:N", legend=None, scale=alt.Scale(
-        domain=list(TONES), range=["circle", "circle", "diamond", "square"]
-    ))  # fmt: skip
-    measure = math.log if wide_range else float
-    first, last = measure(costs_domain[0]), measure(costs_domain[1])
+    logarithmic = min(costs) > 0 and max(costs) > 5 * min(costs)
+    horizontal = [min(costs) / 1.25, max(costs) * 1.25] if logarithmic else _padded(costs, 0.1)
+    vertical = _padded([point.y for point in points], 0.08)
+    x = {
+        "field": "x",
+        "type": "quantitative",
+        "axis": {"title": across, "tickCount": 6, "format": "~g"},
+        "scale": {"type": "log" if logarithmic else "linear", "domain": horizontal, "nice": False, "zero": False},
+    }
+    y = {
+        "field": "y",
+        "type": "quantitative",
+        "axis": {"title": down, "tickCount": 6, "grid": True},
+        "scale": {"domain": vertical, "nice": False, "zero": False},
+    }
+    shape = {
+        "field": "tone",
+        "legend": None,
+        "scale": {"domain": list(TONES), "range": ["circle", "circle", "diamond", "square"]},
+    }
+    dots = _layer(
+        {"type": "point", "filled": True, "size": 80, "opacity": 0.9, "aria": True},
+        x=x, y=y, color=_TONE, shape=shape, description=_WORDS,
+    )  # fmt: skip
+    steps = _layer(
+        {"type": "line", "interpolate": "step-after", "stroke": "var(--lead)", "strokeDash": [4, 3]}, x=x, y=y
+    )
+    best = [asdict(point) for point in sorted(points, key=lambda one: one.x) if point.front]
+    measure = math.log if logarithmic else float
+    first, last = map(measure, horizontal)
     places = [
-        (width * (measure(point.x) - first) / (last - first), height * (domain[1] - point.y) / (domain[1] - domain[0]))
+        (
+            width * (measure(point.x) - first) / (last - first),
+            height * (vertical[1] - point.y) / (vertical[1] - vertical[0]),
+        )
         for point in points
     ]
-    dots = alt.Chart(pd.DataFrame([asdict(point) for point in points])).encode(x=x, y=y)
-    best = pd.DataFrame([asdict(point) for point in sorted(points, key=lambda one: one.x) if point.front])
-    layers = [dots.mark_point(filled=True, size=80, opacity=0.9).encode(color=tone, shape=shape, description="words:N")]
-    if not best.empty:
-        steps = alt.Chart(best).mark_line(aria=False, interpolate="step-after", stroke="var(--lead)", strokeDash=[4, 3])
-        layers.insert(0, steps.encode(x=x, y=y))
-    labels = pd.DataFrame(_labels(points, places, width, height))
-    if not labels.empty:
-        for align, part in labels.groupby("align"):
-            named = alt.Chart(part).mark_text(aria=False, align=align)
-            layers.append(named.encode(
-                x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, width], nice=False)),
-                y=alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[height, 0], nice=False)), text="label:N",
-            ))  # fmt: skip
-    plot, text = layers[: 1 + (not best.empty)], layers[1 + (not best.empty) :]
-    together = alt.layer(alt.layer(*plot), *text).resolve_scale(x="independent", y="independent") if text else plot[0]
-    return _svg(together.properties(width=width, height=height))
+    labels = [
+        _layer(
+            {"type": "text", "align": label["align"]},
+            x={"value": label["x"]}, y={"value": label["y"]}, text={"value": label["label"]},
+        )
+        for label in _labels(points, places, width, height)
+    ]  # fmt: skip
+    data = {"values": [asdict(point) for point in points]}
+    layers = [steps | {"data": {"values": best}}, dots, *(label | {"data": {"values": [{}]}} for label in labels)]
+    return _svg({"data": data, "width": width, "height": height, "layer": layers})
 
 
 def shares(own: Sequence[int], other: Sequence[int], title: str) -> str:
     """Return a histogram of values from 0 to 1 in bins of equal width, `own` below `other` in each bar."""
     bins = len(own)
+    kinds = (("a", "on the task's own expert", own), ("b", "on another expert", other))
     bars = [
         {
             "low": place / bins,
@@ -155,25 +182,22 @@ def shares(own: Sequence[int], other: Sequence[int], title: str) -> str:
             "whose": whose,
             "words": f"{place / bins:.2f} to {(place + 1) / bins:.2f}: {rows} rows, {said}",
         }
-        for whose, said, counts in (
-            ("a", "on the task's own expert", own),
-            ("b", "on another expert", other),
-        )
+        for whose, said, counts in kinds
         for place, rows in enumerate(counts)
         if rows
     ]
-    chart = alt.Chart(pd.DataFrame(bars)).mark_bar(binSpacing=1)
-    colour = alt.Color("whose:N", legend=None, scale=alt.Scale(domain=["a", "b"], range=["var(--lead)", "var(--less)"]))
-    return _svg(
-        chart.encode(
-            x=alt.X("low:Q", bin="binned", axis=alt.Axis(title=title, tickCount=5), scale=alt.Scale(domain=[0, 1])),
-            x2="high:Q",
-            y=alt.Y("rows:Q", axis=alt.Axis(title="rows", tickCount=4)),
-            color=colour,
-            order=alt.Order("whose:N"),
-            description="words:N",
-        ).properties(width=NARROW - 40, height=150)
+    colours = {"domain": ["a", "b"], "range": ["var(--lead)", "var(--less)"]}
+    scale = {"domain": [0, 1], "nice": False}
+    layer = _layer(
+        {"type": "bar", "binSpacing": 1, "aria": True},
+        x={"field": "low", "bin": "binned", "axis": {"title": title, "tickCount": 5}, "scale": scale},
+        x2={"field": "high"},
+        y={"field": "rows", "type": "quantitative", "axis": {"title": "rows", "tickCount": 4, "grid": True}},
+        color={"field": "whose", "legend": None, "scale": colours},
+        order={"field": "whose"},
+        description=_WORDS,
     )
+    return _svg({"data": {"values": bars}, "width": NARROW - 40, "height": 150, "layer": [layer]})
 
 
 def on_the_front(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
@@ -182,24 +206,28 @@ def on_the_front(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
     return [not any(x <= cost and y >= score and (x, y) != (cost, score) for x, y in pairs) for cost, score in pairs]
 
 
+def _layer(mark: dict[str, Any], **encoding: Any) -> dict[str, Any]:
+    """Return a layer. Its marks are for the eye alone, unless `aria` is set."""
+    return {"mark": {"aria": False, **mark}, "encoding": encoding}
+
+
 def _reference_lines(
-    references: Sequence[Reference], across: alt.X, domain: Sequence[float], height: int
-) -> list[alt.Chart]:
+    references: Sequence[Reference], across: dict[str, Any], domain: Sequence[float], height: int
+) -> list[dict[str, Any]]:
     """Return the vertical lines. Their labels stand above the plot, one a line, so that none meets another."""
     edge = domain[0] + 0.7 * (domain[1] - domain[0])
     left = sorted((one for one in references if one.value <= edge), key=lambda one: -one.value)
     right = sorted((one for one in references if one.value > edge), key=lambda one: one.value)
-    charts = []
+    layers = []
     for place, reference in enumerate([*left, *right]):
-        chart = alt.Chart(pd.DataFrame([{"value": reference.value, "label": reference.label}])).encode(x=across)
-        top = -5 - 15 * place if reference.label else 0
-        rule = chart.mark_rule(aria=False, stroke="var(--muted)", strokeDash=[2, 3])
-        charts.append(rule.encode(y=alt.value(top), y2=alt.value(height)))
-        align = "right" if reference in right else "left"
-        text = chart.mark_text(aria=False, align=align, dx=-4 if align == "right" else 4, dy=5, fill="var(--muted)")
-        if reference.label:
-            charts.append(text.encode(y=alt.value(top), text="label:N"))
-    return charts
+        data = {"data": {"values": [{"value": reference.value}]}}
+        top, align, shift = -5 - 15 * place, *(("right", -4) if reference in right else ("left", 4))
+        x = across | {"field": "value"}
+        rule = {"type": "rule", "stroke": "var(--muted)", "strokeDash": [2, 3]}
+        layers.append(data | _layer(rule, x=x, y={"value": top}, y2={"value": height}))
+        text = {"type": "text", "align": align, "dx": shift, "dy": 5, "fill": "var(--muted)"}
+        layers.append(data | _layer(text, x=x, y={"value": top}, text={"value": _cut(reference.label)}))
+    return layers
 
 
 def _labels(
@@ -241,20 +269,19 @@ def _padded(values: Iterable[float], share: float = 0.03) -> list[float]:
     return [low - margin, high + margin]
 
 
-def _svg(chart: alt.Chart | alt.LayerChart) -> str:
+def _svg(chart: dict[str, Any]) -> str:
     """Return a chart as an SVG element that takes the page's font and colours and shrinks with its box."""
     line, text = "var(--line)", "var(--ink)"
-    drawn = chart.configure(
-        background="transparent", font="system-ui, sans-serif", padding={"left": 4, "top": 4, "bottom": 4, "right": 14}
-    )
-    drawn = drawn.configure_view(stroke=None).configure_text(fill=text, fontSize=12)
-    drawn = drawn.configure_axis(
-        gridColor=line, domainColor=line, tickColor=line, labelColor=text, titleColor=text, titleFontWeight="normal",
-        labelFontSize=12, titleFontSize=12, titlePadding=8,
-    ).configure_axisY(grid=False)  # fmt: skip
-    stream = io.StringIO()
-    drawn.save(stream, format="svg")
-    return _tidied(stream.getvalue())
+    axis = {"gridColor": line, "domainColor": line, "tickColor": line, "labelColor": text, "titleColor": text}
+    config = {
+        "background": "transparent",
+        "font": "system-ui, sans-serif",
+        "padding": {"left": 4, "top": 4, "bottom": 4, "right": 14},
+        "view": {"stroke": None},
+        "text": {"fill": text, "fontSize": 12},
+        "axis": axis | {"titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 12, "titlePadding": 8},
+    }
+    return _tidied(vl_convert.vegalite_to_svg(chart | {"config": config}, vl_version=_VEGA_LITE))
 
 
 _COORDINATES = re.compile(r' (?:d|transform|x|y|x1|x2|y1|y2)="[^"]*"')

@@ -21,6 +21,7 @@ class Routing:
 
     experts: list[str]
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    own_experts: dict[str, str | None] = field(default_factory=dict)
     own: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=int))
     other: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=int))
 
@@ -34,6 +35,7 @@ class Routing:
         """Count a task's rows. `expert` is the task's own."""
         weights = frame[[f"{_WEIGHT}{name}" for name in self.experts]].to_numpy(dtype=float)
         largest = weights.argmax(axis=1)
+        self.own_experts[task] = expert
         self.counts[task] = {name: int((largest == place).sum()) for place, name in enumerate(self.experts)}
         bins = np.clip((weights.max(axis=1) * BINS).astype(int), 0, BINS - 1)
         mine = np.array([self.experts[place] == expert for place in largest], dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,7 @@ class WrongRows:
                     known.setdefault(identity, len(known)),
                     answers.setdefault(prediction, len(answers)),
                     -1 if other is None else answers.setdefault(other, len(answers)),
-                    *([round(score, 3)] if wrong.graded else []),
+                    *([round(score, 3) if math.isfinite(score) else None] if wrong.graded else []),
                 ]
                 for identity, prediction, other, score in wrong.rows[:rows]
             ]
