@@ -23,6 +23,8 @@ _TONE = {"field": "tone", "legend": None, "scale": {"domain": list(TONES), "rang
 _WORDS = {"field": "words"}
 _LETTER, _HEIGHT = 6.8, 14
 """The width and height of a label's letter in pixels, for labels that must not meet."""
+_WIDER = 1.6
+"""By how many pixels a letter of a reader's font may be wider than one of the font that a chart is laid out with."""
 _LETTERS = 28
 """How much of a label is shown. The whole of it is in the words of its mark."""
 
@@ -109,7 +111,9 @@ def intervals(lines: Sequence[Line], references: Sequence[Reference], title: str
     for layer in layers:
         if "data" not in layer:
             layer["encoding"]["y"] = down
-    return _svg({"data": {"values": data}, "width": width, "height": step * len(lines), "layer": layers})
+    longest = max(len(_cut(line.label)) for line in lines), max(len(line.note) for line in lines)
+    beside = (0.0, 0.0) if narrow else (_WIDER * longest[0], _WIDER * longest[1])
+    return _svg({"data": {"values": data}, "width": width, "height": step * len(lines), "layer": layers}, *beside)
 
 
 def front(points: Sequence[Point], across: str, down: str, *, narrow: bool) -> str:
@@ -269,14 +273,17 @@ def _padded(values: Iterable[float], share: float = 0.03) -> list[float]:
     return [low - margin, high + margin]
 
 
-def _svg(chart: dict[str, Any]) -> str:
-    """Return a chart as an SVG element that takes the page's font and colours and shrinks with its box."""
+def _svg(chart: dict[str, Any], left: float = 0.0, right: float = 0.0) -> str:
+    """Return a chart as an SVG element that takes the page's font and colours and shrinks with its box.
+
+    `left` and `right` are added to its margins.
+    """
     line, text = "var(--line)", "var(--ink)"
     axis = {"gridColor": line, "domainColor": line, "tickColor": line, "labelColor": text, "titleColor": text}
     config = {
         "background": "transparent",
         "font": "system-ui, sans-serif",
-        "padding": {"left": 4, "top": 4, "bottom": 4, "right": 14},
+        "padding": {"left": 4 + left, "top": 4, "bottom": 4, "right": 14 + right},
         "view": {"stroke": None},
         "text": {"fill": text, "fontSize": 12},
         "axis": axis | {"titleFontWeight": "normal", "labelFontSize": 12, "titleFontSize": 12, "titlePadding": 8},

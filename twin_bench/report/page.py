@@ -9,7 +9,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import pandas as pd
 from markupsafe import Markup
 
 from twin_bench.report import numbers, sections
@@ -78,8 +77,10 @@ def _of_samples(board: Leaderboard) -> tuple[WrongRows, dict[tuple[str, str], Ro
             method, frame = cell["method"], frames[cell["method"]]
             candidates = [None if cell["track"] == "bound" else best[bool(told.get(method))], "experts"]
             reference = next((one for one in candidates if one in frames and one != method), None)
-            others = {} if reference is None else dict(
-                zip(frames[reference]["identity"], frames[reference]["prediction"], strict=True)
+            others = (
+                {}
+                if reference is None
+                else dict(zip(frames[reference]["identity"], frames[reference]["prediction"], strict=True))
             )
             wrong.add((protocol, method, task), frame, reference, others)
             if not told.get(method) and (routing := routings.get((protocol, method)) or Routing.of(frame)):

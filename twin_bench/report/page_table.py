@@ -73,7 +73,9 @@ def table(board: Leaderboard, samples: Mapping[Place, int]) -> Table:
                 for task in tasks
             ]
             line = {"protocol": protocol, "track": row["track"], "method": row["method"]}
-            found.lines.append(line | {"told": row["told_the_task"], "bound": row["bound"], "entries": _line(row, own, board)})
+            found.lines.append(
+                line | {"told": row["told_the_task"], "bound": row["bound"], "entries": _line(row, own, board)}
+            )
     return found
 
 
@@ -81,14 +83,14 @@ def _columns(board: Leaderboard, tasks: list[str]) -> list[Column]:
     retention = [Column("retention")] if board.summary["retention"].notna().any() else []
     return [
         Column("method", numeric=False),
-        Column("protocol", numeric=False),
-        Column("track", numeric=False),
         Column("rank"),
         Column("group", numeric=False),
         Column("normalized"),
         Column("gain"),
         *retention,
         *(Column(task, task=task) for task in tasks),
+        Column("track", numeric=False),
+        Column("protocol", numeric=False),
         Column("storage"),
         Column("bytes", shown=False),
         Column("parameters", shown=False),
@@ -104,14 +106,14 @@ def _line(row: Mapping[str, Any], scores: list[Entry], board: Leaderboard) -> li
     letter = group(row["tie_group"], told=bool(row["told_the_task"]))
     return [
         Entry(row["method"], value=row["method"]),
-        Entry(row["protocol"], value=row["protocol"]),
-        Entry(row["track"], value=row["track"]),
         Entry(place, value=_key(row["rank_low"])),
         Entry(letter, value=letter or "~"),
         _with_interval(row["normalized"], row["ci_low"], row["ci_high"]),
         _with_interval(row["gain"], row["gain_ci_low"], row["gain_ci_high"]),
         *retention,
         *scores,
+        Entry(row["track"], value=row["track"]),
+        Entry(row["protocol"], value=row["protocol"]),
         _number(row["relative_storage"], times),
         _number(row["stored_bytes"], size),
         _number(row["parameters"], parameters),

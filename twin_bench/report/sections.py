@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHADES = 9
 """How many colours a heat map has from 0 to 100."""
-REASONS = {"reference": "the reference", "best": "the best of its field"}
+REASONS = {"reference": "the reference", "best": "the best of its field", "constant": "the best constant answer"}
 """The comparisons that have a chart, in this order."""
 
 
@@ -53,7 +53,8 @@ def ranking(board: Leaderboard, protocol: str) -> dict[str, Any] | None:
         band += last is not None and last != (told, row["tie_group"])
         last = told, row["tie_group"]
         letter, place = group(row["tie_group"], told=told), ranks(row["rank_low"], row["rank_high"])
-        words = f"{row['method']}: {interval(row['normalized'], row['ci_low'], row['ci_high'])}, group {letter}, rank {place}"
+        score = interval(row["normalized"], row["ci_low"], row["ci_high"])
+        words = f"{row['method']}: {score}, group {letter}, rank {place}"
         lines.append(
             Line(
                 label=row["method"],
@@ -91,7 +92,9 @@ def costs(board: Leaderboard, protocol: str) -> list[dict[str, Any]]:
         if lines["method"].nunique() > 1:
             told = lines["told_the_task"].astype(bool)
             fronts = dict.fromkeys(lines.index, False)
-            fronts |= zip(lines.index[~told], on_the_front(lines.loc[~told, column], lines.loc[~told, score]), strict=True)
+            fronts |= zip(
+                lines.index[~told], on_the_front(lines.loc[~told, column], lines.loc[~told, score]), strict=True
+            )
             dots = [
                 Point(
                     label=row["method"],
@@ -143,9 +146,9 @@ def matrix(board: Leaderboard) -> dict[str, Any] | None:
         for task in tasks:
             row = found.get((expert, task))
             value = None if row is None else row["score"]
-            text = "" if row is None else interval(value, row.get("ci_low"), row.get("ci_high"))
+            text, _, aside = ("" if row is None else interval(value, row["ci_low"], row["ci_high"])).partition(" ")
             relative = 100 * value / best[task] if known(value) and best[task] > 0 else None
-            line.append({"text": text, "shade": shade(relative), "own": own.get(task) == expert})
+            line.append({"text": text, "aside": aside, "shade": shade(relative), "own": own.get(task) == expert})
         lines.append({"label": expert, "cells": line})
     return {"columns": tasks, "lines": lines}
 
@@ -159,11 +162,8 @@ def routers(routings: Mapping[tuple[str, str], Routing], protocol: str) -> list[
         lines = []
         for task, counts in routing.counts.items():
             rows = sum(counts.values()) or 1
-            shares_of = {expert: 100 * number / rows for expert, number in counts.items()}
-            line = [
-                {"text": f"{share:.0f}%", "shade": shade(share), "own": expert == routing.own_experts.get(task)}
-                for expert, share in shares_of.items()
-            ]
+            own_expert = routing.own_experts[task]
+            line = [_share(100 * number / rows, own=expert == own_expert) for expert, number in counts.items()]
             lines.append({"label": task, "rows": count(rows), "cells": line})
         total = int(routing.own.sum() + routing.other.sum()) or 1
         found.append(
@@ -219,7 +219,12 @@ def shade(value: float | None) -> str:
 
 
 def _heat_cell(value: float | None, *, coloured: bool) -> dict[str, Any]:
-    return {"text": points(value) if known(value) else "", "shade": shade(value) if coloured else "", "own": False}
+    shown = shade(value) if coloured else ""
+    return {"text": points(value) if known(value) else "", "aside": "", "shade": shown, "own": False}
+
+
+def _share(share: float, *, own: bool) -> dict[str, Any]:
+    return {"text": f"{share:.0f}%", "aside": "", "shade": shade(share), "own": own}
 
 
 def _tone(row: Mapping[str, Any]) -> str:

@@ -8,12 +8,12 @@ PROTOCOLS = {
         "held-out part of the training rows. Judge a method by this protocol."
     ),
     "paper": (
-        "The authors' own evaluation. It tells the model the true task's head and all biases of the true task's expert, "
-        "and it chooses the router on the rows that are scored."
+        "The authors' own evaluation. It tells the model the true task's head and all biases of the true task's "
+        "expert, and it chooses the router on the rows that are scored."
     ),
     "routed": (
-        "The head is that of the expert with the largest weight. Biases are fused like all other parameters. The router "
-        "was chosen on a held-out part of the training rows."
+        "The head is that of the expert with the largest weight. Biases are fused like all other parameters. The "
+        "router was chosen on a held-out part of the training rows."
     ),
 }
 TRACKS = {
