@@ -1,0 +1,26 @@
+"""What protocols and tracks mean, in words: docs/protocols.md, shortened."""
+
+from __future__ import annotations
+
+PROTOCOLS = {
+    "standard": (
+        "Each task is scored with its own head. Biases are fused like all other parameters. The router was chosen on a "
+        "held-out part of the training rows. Judge a method by this protocol."
+    ),
+    "paper": (
+        "The authors' own evaluation. It tells the model the true task's head and all biases of the true task's "
+        "expert, and it chooses the router on the rows that are scored."
+    ),
+    "routed": (
+        "The head is that of the expert with the largest weight. Biases are fused like all other parameters. The "
+        "router was chosen on a held-out part of the training rows."
+    ),
+}
+TRACKS = {
+    "bound": "Nothing is merged: the pretrained model, the experts, a constant answer.",
+    "data-free": "The method sees weights alone.",
+    "calibration": "The method sees statistics of training inputs.",
+    "test-time": "The method sees the unlabelled rows that are scored.",
+    "per-input": "The method sees each input, when it is answered.",
+    "task-id given": "The method is told the task of each input.",
+}
