@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from twin_bench.contenders import Contender, contenders
 from twin_bench.contenders.references import Asked, ReferenceMethod
+from twin_bench.contenders.storage import base_bytes
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import TaskRows
 from twin_bench.errors import NotFiniteError
@@ -15,6 +17,7 @@ from twin_bench.leaderboard.harness import Evaluated, Job
 from twin_bench.leaderboard.prepared import Run
 from twin_bench.leaderboard.suite import Entry, entry_of
 from twin_bench.leaderboard.tune import chosen, keep, tuned
+from twin_bench.measured import OtherWork
 from twin_bench.merging.registry import ProtocolName
 from twin_bench.results.cells import Cell, installed_versions
 from twin_bench.results.samples import Samples, read_samples
@@ -62,10 +65,10 @@ def _contended(run: Run, entry: Entry, protocol: ProtocolName, missing: Mapping[
                     "seconds": seconds,
                     "model_seconds": evaluated.model_seconds,
                     "build_seconds": contender.build_seconds,
-                    "build_peak_bytes": None,
+                    "build_peak_bytes": contender.build_peak_bytes,
                     "parameters": contender.parameters,
-                    "stored_bytes": None,
-                    "relative_storage": None,
+                    "stored_bytes": contender.stored_bytes,
+                    "relative_storage": contender.stored_bytes / base_bytes(run.sources),
                 }
                 notes = {**contender.notes, **entry.notes, **evaluated.notes}
                 yield _written(run, entry, protocol, task, missing[task], evaluated, costs, notes)
@@ -74,7 +77,10 @@ def _contended(run: Run, entry: Entry, protocol: ProtocolName, missing: Mapping[
 def _evaluated(
     run: Run, contender: Contender, entry: Entry, protocol: ProtocolName, rows: TaskRows
 ) -> tuple[Evaluated, float]:
-    """Return a task's score through the harness, and how many seconds that took."""
+    """Return a task's score through the harness, and how many seconds that took.
+
+    The model's own seconds say nothing where other processes took part of the machine, so they are left out then.
+    """
     job = Job(
         name=f"{protocol}-{entry.label}",
         asked=rows,
@@ -84,9 +90,12 @@ def _evaluated(
     )
     started = time.perf_counter()
     try:
-        evaluated = run.harness.score(contender, job)
+        with OtherWork() as others:
+            evaluated = run.harness.score(contender, job)
     except NotFiniteError as error:
         raise NotFiniteError(f"{rows.task.name}: {error}") from None
+    if others.busy:
+        evaluated = replace(evaluated, model_seconds=None)
     return evaluated, time.perf_counter() - started
 
 

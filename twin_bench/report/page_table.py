@@ -145,7 +145,7 @@ def _scored(cell: Mapping[str, Any] | None, found: Table, samples: Mapping[Place
 
 def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is said of a cell beside its settings and notes, those facts alone that are known."""
-    seeds = cell.get("seed_scores")
+    seeds = cell.get("seed_scores") or []
     drawn = f"{len(seeds)} ({', '.join(points(score) for score in seeds)})" if _several(seeds) else ""
     gain, normalized, retention = (points(cell[name]) for name in ("gain", "normalized", "retention"))
     facts = [

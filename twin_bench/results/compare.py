@@ -137,5 +137,5 @@ def _corrected(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     adjusted: dict[int, float] = {}
     for protocol in dict.fromkeys(line["protocol"] for line in lines):
         own = [index for index in whole if lines[index]["protocol"] == protocol]
-        adjusted |= dict(zip(own, map(float, holm([lines[index]["p"] for index in own])), strict=True))
+        adjusted |= dict(zip(own, holm([lines[index]["p"] for index in own]).tolist(), strict=True))
     return [{**line, "p_holm": adjusted.get(index)} for index, line in enumerate(lines)]

@@ -164,8 +164,9 @@ def _ranks(lines: Sequence[Line]) -> dict[tuple[str, str], tuple[float, float, f
         values = np.array([line.normalized.value for line in field])
         draws = np.column_stack([line.normalized.draws for line in field])
         ranges, groups = rank_ranges(values, draws), tie_groups(values, draws)
-        for line, (best, worst), group in zip(field, ranges, groups, strict=True):
-            found[line.protocol, line.method] = best, worst, group
+        for line, span, group in zip(field, ranges, groups, strict=True):
+            if span is not None and group is not None:
+                found[line.protocol, line.method] = *span, group
     return found
 
 
@@ -225,7 +226,7 @@ def _against(field: Sequence[Line], other: Line, reason: str) -> list[dict[str, 
     compared = [line for line in field if line.method != other.method]
     means = [(line.normalized, other.normalized) for line in compared]
     found = [difference(own.draws, ref.draws, own.value, ref.value) for own, ref in means]
-    corrected = holm([one.p for one in found]) if found else []
+    corrected = holm([one.p for one in found]).tolist()
     return [
         {
             "protocol": line.protocol,
@@ -236,7 +237,7 @@ def _against(field: Sequence[Line], other: Line, reason: str) -> list[dict[str, 
             "ci_low": one.ci_low,
             "ci_high": one.ci_high,
             "p": one.p,
-            "p_holm": float(adjusted),
+            "p_holm": adjusted,
         }
         for line, one, adjusted in zip(compared, found, corrected, strict=True)
     ]
