@@ -14,7 +14,7 @@ from torch import nn
 import twin_bench
 from tests.support.interpreter import ROOT
 from twin_bench.leaderboard.harness import ENTRY_POINTS, find_harness
-from twin_bench.leaderboard.run import run_suite
+from twin_bench.leaderboard.run import RunOptions, run_suite
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.merging.registry import REGISTRY
 from twin_bench.twin.exclusive import Exclusive
@@ -81,7 +81,7 @@ def test_a_harness(families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "methods": ["average"],
         }
     )
-    board = run_suite(suite, tmp_path / "out", harness="coin")
+    board = run_suite(suite, tmp_path / "out", RunOptions(harness="coin"))
     assert [(cell.method, cell.score, cell.stderr, cell.n) for cell in board.cells] == [
         (method, 50.0, 5.0, 100) for method in ("pretrained", "experts", "average")
     ]

@@ -76,6 +76,11 @@ class LmEval(Harness):
         with quiet():
             return {f"{name}/lm-eval": rows_digest(loaded, code) for name, loaded in self._loaded.items()}
 
+    def row_count(self, rows: TaskRows) -> int | None:
+        """Return how many rows of a task there are to be scored."""
+        loaded = self._loaded.get(rows.task.name)
+        return super().row_count(rows) if loaded is None else sum(len(leaf.eval_docs) for leaf in loaded.tasks.values())
+
     def prompts(self, task: Task, *, scored: bool) -> Iterable[Row]:
         """Return the prompts and answers of one of lm-eval's own tasks."""
         with quiet():

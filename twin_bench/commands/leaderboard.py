@@ -63,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add a row NAME+tuned: the method with options chosen on held-out training rows, never on scored ones",
     )
     parser.add_argument(
+        "--matrix", action="store_true", help="score every expert on every task as well, for a table of its own"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="score nothing: print cells, rows, an estimate of the time, and what difference these rows could show",
+    )
+    parser.add_argument(
         "--log-samples", action="store_true", help="keep the rows' texts beside the answers in DIRECTORY/samples"
     )
     add_comparison(parser)
@@ -73,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
     from twin_bench.config import replaced
     from twin_bench.console import progress_bars
     from twin_bench.files import require_writable
-    from twin_bench.leaderboard.run import run_suite
+    from twin_bench.leaderboard.forecast import described
+    from twin_bench.leaderboard.run import RunOptions, plan_suite, run_suite
     from twin_bench.leaderboard.suite import read_suite
     from twin_bench.merging.plugins import load_plugins
     from twin_bench.report.files import FILES
@@ -90,21 +99,25 @@ def run(options: argparse.Namespace) -> None:
         router={**suite.router, "data": options.router} if options.router else None,
         confirm_run_unsafe_code=options.confirm_run_unsafe_code,
     )
-    only = None if options.methods is None else [name.strip() for name in options.methods.split(",")]
+    wanted = RunOptions(
+        only=None if options.methods is None else [name.strip() for name in options.methods.split(",")],
+        limit=options.limit,
+        harness=options.harness,
+        tune=options.tune,
+        matrix=options.matrix,
+        device=options.device or suite.device or AUTO,
+        log_texts=options.log_samples,
+    )
     for file in (FILE, *FILES):
         require_writable(options.out / file)
     with progress_bars(options) as progress:
-        board = run_suite(
-            suite,
-            options.out,
-            only=only,
-            limit=options.limit,
-            harness=options.harness,
-            tune=options.tune,
-            device=options.device or suite.device or AUTO,
-            log_texts=options.log_samples,
-            progress=progress,
-        )
+        if options.plan:
+            planned = plan_suite(suite, options.out, wanted, progress=progress)
+        else:
+            board = run_suite(suite, options.out, wanted, progress=progress)
+    if options.plan:
+        print(described(planned, suite.name))
+        return
     write_board(board._replace(identity={**board.identity, "command": options.command_line}), options.out)
     report(options.out, compare_to=options.compare_to, wide=options.wide)
 

@@ -1,4 +1,4 @@
-"""The upper bound: every task is answered by its own fine-tuned model."""
+"""The upper bound, every task answered by its own fine-tuned model; and one expert that answers every task."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from twin_bench.contenders.context import Contender, Context, static_contender
 from twin_bench.contenders.storage import head_bytes, model_bytes
+from twin_bench.errors import InputError, nearest
 from twin_bench.measured import Meter
 from twin_bench.merging.registry import PROTOCOLS, served_method
 
@@ -25,3 +26,22 @@ def experts(context: Context) -> Iterator[Contender]:
                 contender = static_contender(expert, tasks, context)
             parameters = len(sources.experts) * contender.parameters
             yield dataclasses.replace(contender, build=meter.taken, parameters=parameters, stored_bytes=stored)
+
+
+def _known_expert(context: Context, *, expert: str) -> None:
+    """Raise an InputError unless an expert has this name."""
+    if expert not in context.sources.experts:
+        raise InputError(f"one_expert: no expert is named {expert!r}{nearest(expert, context.sources.experts)}")
+
+
+@served_method(title="One expert", paper="", track="bound", protocols=PROTOCOLS, check_options=_known_expert)
+def one_expert(context: Context, *, expert: str = "") -> Iterator[Contender]:
+    """theta_e for every task: one expert answers all tasks, a classifier under each task's own head.
+
+    `expert` is its name. --matrix of a leaderboard has a line for each expert.
+    """
+    sources = context.sources
+    with Meter(context.device) as meter:
+        contender = static_contender(sources.experts[expert], context.names, context)
+    stored = model_bytes(sources, sources.experts[expert]) + head_bytes(sources)
+    yield dataclasses.replace(contender, build=meter.taken, stored_bytes=stored)

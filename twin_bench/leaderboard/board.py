@@ -26,6 +26,11 @@ Line = tuple[ProtocolName, str]
 """A line of the table: a protocol and a label."""
 
 
+ONE_EXPERT = "one_expert"
+MATRIX_PROTOCOL: ProtocolName = "standard"
+"""The protocol under which every expert answers every task."""
+
+
 def board_of(
     run: Run, asked: Sequence[Entry], cells: Mapping[Line, Sequence[Cell]], skipped: Sequence[Skipped]
 ) -> Board:
@@ -44,13 +49,19 @@ def board_of(
                 lines[line] = sorted(found, key=lambda cell: order.index(cell.task))
             elif entry.label in own_labels and not isinstance(entry.method, ReferenceMethod):
                 missing.append(f"{entry.label} ({protocol})")
-    others = run.cells.others(cell for own in lines.values() for cell in own)
+    matrix = [cell for entry in matrix_entries(suite) for cell in _finished(run, entry, MATRIX_PROTOCOL)]
+    others = run.cells.others([*(cell for own in lines.values() for cell in own), *matrix])
     shown = [dataclasses.replace(cell, protocol=protocol) for (protocol, _), own in lines.items() for cell in own]
     labels = {label for _, label in lines}
     found_entries = [entry for entry in listed if entry.label in labels]
     shared = [] if run.harness.scores_own_rows else shared_rows(working(run, found_entries))
     headers = {entry.label: _header(entry, suite.seed) for entry in found_entries}
-    return Board(shown, skipped, [*left_out(missing, idle, others), *shared], identity_of(run), headers)
+    return Board(shown, skipped, [*left_out(missing, idle, others), *shared], identity_of(run), headers, matrix)
+
+
+def matrix_entries(suite: Suite) -> list[Entry]:
+    """Return an entry for each expert, which answers all tasks: the lines of the table of experts on tasks."""
+    return [entry_of({f"{ONE_EXPERT}.{name}": {"method": ONE_EXPERT, "expert": name}}) for name in suite.expert_paths]
 
 
 def working(run: Run, entries: Sequence[Entry]) -> list[Working]:

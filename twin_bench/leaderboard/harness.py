@@ -83,6 +83,10 @@ class Harness(abc.ABC):
         """
         return {}
 
+    def row_count(self, rows: TaskRows) -> int | None:
+        """Return how many rows of a task there are to be scored; None if that is not known before they are scored."""
+        return None if self.scores_own_rows or isinstance(rows.task, NamedTask) else len(rows.read(rows.split))
+
     def prompts(self, task: Task, *, scored: bool) -> Iterable[Row]:
         """Yield rows of a task that the harness brings: {"text": prompt as it is scored, "answer": text}.
 

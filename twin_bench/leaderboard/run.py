@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import Progress, TaskID
@@ -10,30 +11,49 @@ from rich.progress import Progress, TaskID
 from twin_bench.data.named import NamedTask
 from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
 from twin_bench.leaderboard import inputs as run_inputs
-from twin_bench.leaderboard.board import Line, board_of, working
+from twin_bench.leaderboard.board import MATRIX_PROTOCOL, Line, board_of, matrix_entries, working
 from twin_bench.leaderboard.checks import check_names, check_options, check_rows
-from twin_bench.leaderboard.harness import DEFAULT, find_harness
+from twin_bench.leaderboard.forecast import Forecast, forecast
+from twin_bench.leaderboard.harness import DEFAULT, Harness, find_harness
 from twin_bench.leaderboard.prepared import Run, prepared
 from twin_bench.leaderboard.scoring import cells_of
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.training import check_routers, check_training, reads_own_rows
 from twin_bench.leaderboard.tune import with_tuned
+from twin_bench.merging.registry import ProtocolName
 from twin_bench.results.cells import Board, Cell, Skipped
 from twin_bench.twin.device import usable_device
 
+Work = list[tuple[ProtocolName, Entry]]
+"""Entries to be computed, each under a protocol."""
 
-def run_suite(
-    suite: Suite,
-    out: Path,
-    *,
-    only: Sequence[str] | None = None,
-    limit: int | None = None,
-    harness: str = DEFAULT,
-    tune: bool = False,
-    device: str | None = None,
-    log_texts: bool = False,
-    progress: Progress | None = None,
-) -> Board:
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is wanted of a suite.
+
+    - `only`: labels or method names to run; the bounds run in any case. Other methods keep the cells that they have.
+    - `limit`: the first so many rows of each task; HELM draws as many.
+    - `harness`: the name of the harness that scores.
+    - `tune`: give each method that has a grid a second row, its options chosen on held-out training rows.
+    - `matrix`: score every expert on every task as well, for a table of its own.
+    - `device`: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
+    - `log_texts`: keep the rows' inputs in the samples.
+    """
+
+    only: Sequence[str] | None = None
+    limit: int | None = None
+    harness: str = DEFAULT
+    tune: bool = False
+    matrix: bool = False
+    device: str | None = None
+    log_texts: bool = False
+
+
+ALL = RunOptions()
+
+
+def run_suite(suite: Suite, out: Path, options: RunOptions = ALL, *, progress: Progress | None = None) -> Board:
     """Run those of a suite's cells that `out` does not hold yet; return all of the suite's cells that it then holds.
 
     A method that raises UnsuitedError, or whose model comes to NaN or inf, is skipped, with its reason: it has no cell
@@ -42,45 +62,64 @@ def run_suite(
     Args:
         suite: what to run.
         out: where cells, samples, generated rows, built twins and their routers' features go.
-        only: labels or method names to run; the bounds run in any case. Other methods keep the cells that they have.
-        limit: the first so many rows of each task; HELM draws as many.
-        harness: the name of the harness that scores.
-        tune: give each method that has a grid a second row, its options chosen on held-out training rows.
-        device: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
-        log_texts: keep the rows' inputs in the samples.
+        options: what is wanted of the suite.
         progress: where the bars go, and a line for each new cell.
 
     Raises:
         InputError: an unknown method or device, wrong rows, experts or options: before anything is run where it can be
             known.
     """
-    asked = suite.entries(None if only is None else list(only))
-    check_names(suite.kinds)
-    suite = run_inputs.located(suite)
-    scorer, device = find_harness(harness), str(usable_device(device))
-    if tune and scorer.scores_own_rows:
-        raise InputError(
-            f"--tune chooses options on held-out training rows, which --harness {harness} does not score; leave it out"
-        )
-    named = [name for name, task in suite.kinds.items() if isinstance(task, NamedTask)]
-    if tune and named:
-        raise InputError(f"--tune chooses options on held-out training rows, and {named[0]} is scored on its own alone")
-    asked = with_tuned(asked) if tune else asked
-    rows, progress = suite.rows if limit is None else limit, progress or Progress(disable=True)
-
-    def trial(held_out: Suite) -> Board:
-        return run_suite(held_out, out / "tuning", harness=harness, device=device, progress=progress)
-
-    run = prepared(suite, asked, out, scorer, rows, device, log_texts, progress, trial)
-    _check(run, asked)
-    cells, skipped = _run(run, asked)
+    run, asked, work = _ready(suite, out, options, progress)
+    cells, skipped = _run(run, work)
     return board_of(run, asked, cells, skipped)
 
 
-def _run(run: Run, asked: Sequence[Entry]) -> tuple[dict[Line, list[Cell]], list[Skipped]]:
-    """Run what was asked for. Return each line's cells and the methods that do not suit the experts."""
+def plan_suite(suite: Suite, out: Path, options: RunOptions = ALL, *, progress: Progress | None = None) -> Forecast:
+    """Return what `run_suite` would take and what its rows could show. No cell is scored. Errors are those of a run."""
+    run, _, work = _ready(suite, out, options, progress)
+    return forecast(run, work)
+
+
+def _ready(
+    suite: Suite, out: Path, options: RunOptions, progress: Progress | None
+) -> tuple[Run, Sequence[Entry], Work]:
+    """Return a run that is checked, the entries that are asked for, and what is to be computed."""
+    asked = suite.entries(None if options.only is None else list(options.only))
+    check_names(suite.kinds)
+    suite = run_inputs.located(suite)
+    scorer, device = find_harness(options.harness), str(usable_device(options.device))
+    if options.tune:
+        _check_tunable(suite, scorer)
+        asked = with_tuned(asked)
+    shown = progress or Progress(disable=True)
+
+    def trial(held_out: Suite) -> Board:
+        return run_suite(held_out, out / "tuning", RunOptions(harness=options.harness, device=device), progress=shown)
+
+    rows = suite.rows if options.limit is None else options.limit
+    run = prepared(suite, asked, out, scorer, rows, device, options.log_texts, shown, trial)
+    _check(run, asked)
+    work = [(protocol, entry) for protocol in suite.protocol for entry in asked if entry.runs_under(protocol)]
+    if options.matrix:
+        work += [(MATRIX_PROTOCOL, entry) for entry in matrix_entries(suite)]
+    return run, asked, work
+
+
+def _check_tunable(suite: Suite, harness: Harness) -> None:
+    """Raise an InputError if a harness or a task does not score held-out training rows."""
+    if harness.scores_own_rows:
+        raise InputError(
+            f"--tune chooses options on held-out training rows, which --harness {harness.name} does not score; leave "
+            "it out"
+        )
+    named = [name for name, task in suite.kinds.items() if isinstance(task, NamedTask)]
+    if named:
+        raise InputError(f"--tune chooses options on held-out training rows, and {named[0]} is scored on its own alone")
+
+
+def _run(run: Run, work: Work) -> tuple[dict[Line, list[Cell]], list[Skipped]]:
+    """Compute what is wanted. Return each line's cells and the methods that do not suit the experts."""
     suite, cells, skipped = run.suite, dict[Line, list[Cell]](), list[Skipped]()
-    work = [(p, entry) for p in suite.protocol for entry in asked if entry.runs_under(p)]
     total = sum(run.count(entry) for _, entry in work)
     bar = run.progress.add_task("cells", total=total)
     for protocol, entry in work:

@@ -1,0 +1,126 @@
+"""What a run would take and what it could show, before it starts: cells, rows, time, and the difference seen at 80%."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from twin_bench.contenders import contenders
+from twin_bench.leaderboard.harness import Job
+from twin_bench.leaderboard.prepared import Run
+from twin_bench.leaderboard.suite import Entry, entry_of
+from twin_bench.merging.registry import ProtocolName
+from twin_bench.statistics.power import DISCORDANT, detectable_difference, detectable_mean_difference
+
+PROBE_ROWS = 16
+"""How many rows of a task the base model answers to be timed, where no earlier cell says how long a row takes."""
+ROUTED = 2
+"""How much longer a row takes where it is routed as well: a forward of the router's and one of the fused model."""
+
+
+@dataclass(frozen=True)
+class TaskForecast:
+    """A task's rows (None if only the harness knows), cells to be scored, seconds, and what difference can be seen."""
+
+    task: str
+    rows: int | None
+    cells: int
+    missing: int
+    seconds: float
+    detectable: float | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The forecast of a run. `detectable` is of the normalized mean, in points; None if rows are not known."""
+
+    tasks: Sequence[TaskForecast]
+    detectable: float | None
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of all cells that are to be scored. Merges, builds and routers' training are not counted."""
+        return math.fsum(task.seconds for task in self.tasks)
+
+
+def forecast(run: Run, work: Sequence[tuple[ProtocolName, Entry]]) -> Forecast:
+    """Return what scoring `work`, entries under protocols, would take. Nothing is written.
+
+    Rows are timed with the base model, on a few rows of each task and through the harness.
+    """
+    found, seconds = [], _seconds_per_row(run)
+    for task, rows in run.tasks.items():
+        count = run.harness.row_count(rows)
+        count = count if run.rows is None or count is None else min(run.rows, count)
+        asked = [(protocol, entry) for protocol, entry in work if task in run.answered(entry)]
+        missing = {
+            own.key(entry, run.computed_under(entry, protocol), task): entry
+            for protocol, entry in asked
+            for own in run.of_each_seed(entry)
+            if not entry.to_tune
+            and own.cells.read(
+                computed := run.computed_under(entry, protocol), entry.label, task, own.key(entry, computed, task)
+            )
+            is None
+        }
+        parts = [ROUTED if entry.track == "per-input" else 1 for entry in missing.values()]
+        found.append(
+            TaskForecast(
+                task,
+                count,
+                cells=sum(run.count(entry) // max(len(run.answered(entry)), 1) for _, entry in asked),
+                missing=len(missing),
+                seconds=sum(parts) * (count or 0) * seconds[task],
+                detectable=None if count is None else 100 * detectable_difference(count),
+            )
+        )
+    counts = [one.rows for one in found if one.rows is not None and run.tasks[one.task].task.expert is not None]
+    owned = [one for one in found if run.tasks[one.task].task.expert is not None]
+    known = bool(counts) and len(counts) == len(owned)
+    return Forecast(found, detectable_mean_difference(counts) if known else None)
+
+
+def _seconds_per_row(run: Run) -> Mapping[str, float]:
+    entry = entry_of("pretrained")
+    (contender,) = contenders(entry.method, run.context(entry, "standard"))
+    contender.twin.to(run.device)
+    found = {}
+    for name, rows in run.tasks.items():
+        job = Job(f"probe-{entry.label}", rows, run.suite, run.out / run.harness.name, min(run.rows or 16, PROBE_ROWS))
+        times = []
+        for _ in range(2):  # the first has what is loaded once
+            evaluated = run.harness.score(contender, job)
+            times.append((evaluated.model_seconds or 0) / evaluated.n)
+        found[name] = median(times[1:])
+    return found
+
+
+def described(planned: Forecast, suite: str) -> str:
+    """Return a forecast in words and as a table, for a terminal."""
+    lines = [
+        f"{suite}: {sum(task.missing for task in planned.tasks)} of {sum(task.cells for task in planned.tasks)} cells "
+        f"are to be scored; about {_time(planned.seconds)} on this machine, merges, builds and routers' training not "
+        "counted.",
+        "",
+        f"{'task':<20} {'rows':>7} {'cells':>6} {'to score':>9} {'time':>8}  difference seen at 80% power",
+    ]
+    for task in planned.tasks:
+        seen = "" if task.detectable is None else f"{task.detectable:.1f} points"
+        rows = "?" if task.rows is None else f"{task.rows:,}"
+        time = _time(task.seconds)
+        lines.append(f"{task.task:<20} {rows:>7} {task.cells:>6} {task.missing:>9} {time:>8}  {seen}")
+    if planned.detectable is not None:
+        lines += ["", f"Normalized mean: a difference of {planned.detectable:.1f} points is seen at 80% power."]
+    lines.append(
+        f"It is assumed that scores are accuracies and that two methods differ on {100 * DISCORDANT:.0f}% of the rows "
+        "(two-sided, 5%). Correlations and F1 need more rows."
+    )
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
