@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
 from helm.benchmark.model_metadata_registry import ModelMetadata, register_model_metadata
@@ -28,13 +26,14 @@ from twin_bench.data.metrics import mean, mean_standard_error
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, Task
-from twin_bench.errors import InputError, nearest
+from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_file, read_record, write_bytes, write_record, written_at_once
 from twin_bench.leaderboard.harness import Evaluated, Harness, Job
 from twin_bench.leaderboard.suite import Suite
-from twin_bench.serving.engine import hold
+from twin_bench.serving.engine import Engine, hold
 from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench_helm.prompts import surrounding_tokens
+from twin_bench_helm.samples import HelmScores, KeepingEngine, read_scores, samples_of
 
 SPLITS = {"mmlu": "test", "truthfulqa": "valid", "bbq": "test", "cnn_dailymail": "test"}
 """Which of HELM's splits each task is scored on."""
@@ -87,7 +86,7 @@ class Helm(Harness):
                 f"suite {job.suite.name}: {NOT_CAUSAL[contender.twin.task_type]}; leave --harness helm out"
             )
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            scored = evaluate(
+            scored, engine = evaluate(
                 contender.twin,
                 job.name,
                 job.asked.task,
@@ -100,25 +99,13 @@ class Helm(Harness):
             score=task.finite(score) if isinstance(task, NamedTask) else score,
             stderr=mean_standard_error(scored.values) if scored.of_rows else None,
             n=len(scored.values),
+            samples=samples_of(scored, engine),
+            model_seconds=engine.seconds,
             notes={
                 "harness": f"crfm-helm {version('crfm-helm')}",
                 **({"set_aside": "; ".join(scored.set_aside)} if scored.set_aside else {}),
             },
         )
-
-
-@dataclass(frozen=True)
-class HelmScores:
-    """The rows' own scores (0 to 1) on one task, and HELM's own mean of each run entry with its number of rows.
-
-    `set_aside` says why some rows could not be answered. HELM scores them as empty answers. A metric that HELM computes
-    of all rows at once, such as a corpus's BLEU, has no value of a row: not `of_rows`, and each row has HELM's mean.
-    """
-
-    values: list[float]
-    means: dict[str, tuple[float, int]]
-    set_aside: list[str]
-    of_rows: bool = True
 
 
 def _entry(task: NamedTask) -> NamedTask:
@@ -198,8 +185,10 @@ def evaluate(
     workspace: Path,
     rows: int | None,
     batch_size: int,
-) -> HelmScores:
+) -> tuple[HelmScores, KeepingEngine]:
     """Run a task's entries on a twin, whole lists at a time and without HELM's cache, and read HELM's statistics.
+
+    Return them with the engine that answered.
 
     Args:
         twin: the twin.
@@ -215,7 +204,8 @@ def evaluate(
     logging.getLogger("helm").setLevel(logging.ERROR)
     output, full = workspace / "benchmark_output", f"twin_merged/{name}"
     entries = run_entries(task, output / "scenarios")
-    _register(twin, full, workspace, batch_size, task.expert)
+    engine = KeepingEngine(twin, batch_size, task.expert)
+    _register(engine, full, workspace)
     set_benchmark_output_path(str(output))
     each = 10**9 if rows is None else -(-rows // len(entries))
     split = SPLITS.get(task.name) if not isinstance(task, NamedTask) else None
@@ -239,15 +229,16 @@ def evaluate(
         runner_class_name="twin_bench_helm.client.BatchRunner",
         disable_cache=True,
     )
-    scores = _read([output / "runs" / "leaderboard" / spec.name for spec in specs], task.metric, split)
+    scores = read_scores([output / "runs" / "leaderboard" / spec.name for spec in specs], task.metric, split)
     if len(scores.set_aside) >= len(scores.values) > 0:
         raise InputError(f"{name} on {task.name}: HELM has no answer to any row; {scores.set_aside[0]}")
-    return scores
+    return scores, engine
 
 
-def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, task: str | None) -> None:
-    """Make a twin in memory a deployment of its own, with its tokenizer."""
-    hold(full, twin, batch_size, task)
+def _register(engine: Engine, full: str, workspace: Path) -> None:
+    """Make an engine a deployment of its own, with its twin's tokenizer."""
+    twin, batch_size = engine.twin, engine.batch_size
+    hold(full, engine)
     folder = workspace / "tokenizer"
     twin.tokenizer.save_pretrained(folder)
     end = twin.tokenizer.eos_token
@@ -279,46 +270,3 @@ def _register(twin: TwinCausalLM, full: str, workspace: Path, batch_size: int, t
             max_sequence_and_generated_tokens_length=window,
         )
     )
-
-
-def _is_plain(name: Mapping[str, Any], metric: str) -> bool:
-    """Whether a statistic is a metric's own, of no perturbation and no part of the rows."""
-    return name["name"] == metric and name.keys() <= {"name", "split"}
-
-
-def _read(runs: Sequence[Path], metric: str, split: str | None) -> HelmScores:
-    """Return the scores of some runs on one split: by default the test rows, or else the valid ones.
-
-    Raises InputError if HELM has no such statistic of them.
-    """
-    values: list[float] = []
-    means: dict[str, tuple[float, int]] = {}
-    set_aside: list[str] = []
-    of_rows = True
-    for run in runs:
-        stats = json.loads((run / "stats.json").read_text())
-        of_splits = {stat["name"].get("split"): stat["mean"] for stat in stats if _is_plain(stat["name"], metric)}
-        scored = split or next((name for name in ("test", "valid") if name in of_splits), None)
-        if scored not in of_splits:
-            known = sorted({stat["name"]["name"] for stat in stats if stat["name"].get("split") in ("test", "valid")})
-            raise InputError(f"{run.name}: HELM has no metric {metric!r}{nearest(metric, known)}")
-        own = [
-            stat["mean"]
-            for instance in json.loads((run / "per_instance_stats.json").read_text())
-            if not instance.get("perturbation")
-            for stat in instance["stats"]
-            if stat["name"]["name"] == metric and stat["name"].get("split") == scored
-        ]
-        states = json.loads((run / "scenario_state.json").read_text())["request_states"]
-        if not own:
-            of_rows = False
-            instances = [state["instance"] for state in states if state["instance"]["split"] == scored]
-            own = [of_splits[scored]] * len({one["id"] for one in instances if not one.get("perturbation")})
-        values += own
-        means[run.name] = of_splits[scored], len(own)
-        set_aside += [
-            f"{state['instance']['id']}: {state['result']['error']}"
-            for state in states
-            if not state["result"]["success"]
-        ]
-    return HelmScores(values, means, set_aside, of_rows)

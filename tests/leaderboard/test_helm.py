@@ -21,8 +21,10 @@ from lm_eval.api.instance import Instance
 from tests.support.families import Family
 from tests.support.models import WORDS
 from tests.support.rows import task_rows, write_generative_rows
+from tests.support.scored import assert_weights, found
 from tests.support.suites import rows_of, run
-from twin_bench_helm.harness import copy_scenarios
+from twin_bench.data.metrics import mean
+from twin_bench_helm.harness import Helm, copy_scenarios
 from twin_bench_lm_eval.causal import CausalTwin
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")
@@ -210,3 +212,23 @@ def test_any_run_entry_is_a_task(suite: dict[str, Any], tmp_path: Path, capsys: 
         assert says in capsys.readouterr().err
     assert run({**own, "tasks": {"anatomy": {"expert": "mmlu"}}}, tmp_path / "wrong", "--harness", "helm") == 2
     assert "task 'anatomy' is lm-eval's; for --harness helm give helm: a run entry" in capsys.readouterr().err
+
+
+def test_the_samples_of_a_cell_give_its_score(suite: dict[str, Any], tmp_path: Path) -> None:
+    tasks = {**dict.fromkeys(TASKS[:2]), "together": {"expert": None, "helm": "together", "metric": "bleu"}}
+    said = found(Helm, {**suite, "tasks": tasks, "methods": suite["methods"][:1]}, tmp_path, "--harness", "helm")
+    for (method, task), one in said.items():
+        samples, unit = one.samples, 100 if one.asked.task.percent else 1
+        assert one.evaluated.n == len(samples.identities) == len(set(samples.identities)) == one.row["n"]
+        assert samples.pooled == (None if task == "together" else "mean")
+        if task != "together":
+            rows = list(zip(samples.predictions, samples.targets, strict=True))
+            assert [float(answer == right) for answer, right in rows] == list(samples.scores)
+            assert set(samples.targets) <= set("ABCD")
+            assert unit * mean(samples.scores) == one.row["score"]
+        assert 0 < (one.evaluated.model_seconds or 0) < one.row["seconds"]
+        assert samples.identities == said["twin", task].samples.identities
+        if method == "twin":
+            assert_weights(one, [(text, None) for text in samples.texts or ()], None)
+        else:
+            assert samples.weights == {}

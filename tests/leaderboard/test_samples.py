@@ -6,67 +6,23 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.support.families import Family
 from tests.support.rows import write_generative_rows
-from tests.support.suites import rows_of, run
+from tests.support.scored import assert_weights, found
 from tests.support.task_files import CHOICE, TEXT, loaded, own_task
-from twin_bench.contenders import Contender
 from twin_bench.data.metrics import find_metric, mean
 from twin_bench.data.named import NamedTask
-from twin_bench.data.rows import TaskRows
-from twin_bench.leaderboard.harness import Evaluated, Job
 from twin_bench.results.samples import Samples, read_samples, write_samples
-from twin_bench.twin.model import TwinModel
 from twin_bench_lm_eval.harness import LmEval
 from twin_bench_lm_eval.named import described, training_answers
 
 METHODS = ["average", {"twin": {"router": {"epochs": 3}}}, {"told": {"method": "twin", "weights": "task"}}]
 EVERY = ("pretrained", "experts", "average", "twin", "told")
-
-
-class Found(NamedTuple):
-    """What the harness said of one method on one task, beside the row of the table."""
-
-    twin: TwinModel
-    asked: TaskRows
-    evaluated: Evaluated
-    row: dict[str, Any]
-
-    @property
-    def samples(self) -> Samples:
-        return self.evaluated.samples
-
-
-def found(suite: dict[str, Any], folder: Path) -> dict[tuple[str, str], Found]:
-    """Run a suite. Return what the harness said of each method on each task."""
-    kept: dict[tuple[str, str], tuple[TwinModel, TaskRows, Evaluated]] = {}
-    score = LmEval.score
-
-    def scored(self: LmEval, contender: Contender, job: Job) -> Evaluated:
-        evaluated = score(self, contender, job)
-        kept[job.name.removeprefix("standard-"), job.asked.task.name] = contender.twin, job.asked, evaluated
-        return evaluated
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LmEval, "score", scored)
-        assert run(suite, folder) == 0
-    rows = {(method, task): row for (_, method, task), row in rows_of(folder).items()}
-    return {key: Found(*told, rows[key]) for key, told in kept.items()}
-
-
-def assert_weights(one: Found, texts: list[tuple[str, str | None]], experts: list[str] | None) -> None:
-    """Assert that a row's weights are what the twin says of its text, alone, and sum to 1."""
-    alone = [one.twin.route_all(one.twin.encode([text]), experts and [experts[0]])[0].tolist() for text in texts]
-    given = list(zip(*one.samples.weights.values(), strict=True))
-    assert tuple(one.samples.weights) == one.twin.expert_names
-    for own, expected in zip(given, alone, strict=True):
-        assert own == pytest.approx(expected, abs=1e-6)
-        assert sum(own) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +41,7 @@ def classifiers(tiny: dict[str, Any], data: Path, tmp_path_factory: pytest.TempP
         "sure": {"expert": "cola", "text": "sentence", "labels": ["no", "yes"], "metric": "auroc"},
     }
     suite = {**tiny, "data": str(folder / "data"), "tasks": tasks, "methods": METHODS}
-    return suite, found(suite, folder)
+    return suite, found(LmEval, suite, folder)
 
 
 def test_the_score_of_a_classifier_is_the_metric_of_its_samples(classifiers: Any) -> None:
@@ -137,7 +93,7 @@ def test_the_order_of_the_rows_changes_no_row(classifiers: Any, tmp_path: Path) 
     file = tmp_path / "data" / "mnli" / "validation.jsonl"
     file.write_text("".join(line + "\n" for line in reversed(file.read_text().splitlines())))
     changed = {**suite, "methods": [METHODS[1]], "data": str(tmp_path / "data")}
-    other = found(changed, tmp_path)["twin", "mnli"].samples
+    other = found(LmEval, changed, tmp_path)["twin", "mnli"].samples
 
     def frame(samples: Samples) -> Any:
         return samples.frame().sort_values("identity", ignore_index=True)
@@ -199,7 +155,7 @@ def texts(wide_llama: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
         "batch_size": 3,
         "methods": METHODS[:2],
     }
-    return suite, found(suite, folder)
+    return suite, found(LmEval, suite, folder)
 
 
 def test_the_score_of_a_text_is_the_mean_of_its_samples(texts: Any) -> None:
@@ -245,7 +201,7 @@ def test_few_shot_examples_are_no_part_of_an_identity(texts: Any, tmp_path: Path
     suite, said = texts
     tasks = {"mmlu": {"few_shot": 1}, "choice": {"expert": "mmlu", "few_shot": 2}}
     fewer = {"tasks": tasks, "experts": {"mmlu": suite["experts"]["mmlu"]}, "methods": [], "rows": 4}
-    other = found({**suite, **fewer}, tmp_path)
+    other = found(LmEval, {**suite, **fewer}, tmp_path)
     for task in tasks:
         before, after = said["experts", task].samples, other["experts", task].samples
         assert list(after.identities) == list(before.identities)[:4]

@@ -232,16 +232,16 @@ _ENGINES: dict[tuple[str, TwinSettings], Engine | str] = {}
 _LOADING = threading.Lock()
 
 
-def hold(name: str, twin: TwinCausalLM, batch_size: int, task: str | None) -> None:
-    """Make `engine(name, ...)` return an engine of a twin that is in memory.
+def hold(name: str, engine: Engine) -> None:
+    """Make `engine(name, ...)` return an engine whose twin is in memory, for settings with the engine's batch size.
 
-    `name` stands in place of a directory and begins with twin_merged/. `task` is the task of all requests. Only the
-    last twin is held: a leaderboard evaluates one after the other.
+    `name` stands in place of a directory and begins with twin_merged/. Only the last engine is held: a leaderboard
+    evaluates one after the other.
     """
     with _LOADING:
         for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
             del _ENGINES[key]
-        _ENGINES[(name, TwinSettings(batch_size=batch_size))] = Engine(twin, batch_size, task)
+        _ENGINES[(name, TwinSettings(batch_size=engine.batch_size))] = engine
 
 
 def engine(directory: str, settings: TwinSettings) -> Engine:

@@ -28,11 +28,15 @@ def test_rows_that_were_set_aside_are_named(three: Path, tmp_path: Path, monkeyp
         folder = Path(output_path) / "runs" / "leaderboard" / "one"
         folder.mkdir(parents=True, exist_ok=True)
         states = [
-            {"instance": {"id": row}, "result": {"success": not error, **({"error": error} if error else {})}}
+            {
+                "instance": {"id": row},
+                "train_trial_index": 0,
+                "result": {"success": not error, **({"error": error} if error else {})},
+            }
             for row, error in results.items()
         ]
         rows = [
-            {"instance_id": row, "stats": [{"name": name, "mean": 0.0 if error else 0.5}]}
+            {"instance_id": row, "train_trial_index": 0, "stats": [{"name": name, "mean": 0.0 if error else 0.5}]}
             for row, error in results.items()
         ]
         (folder / "scenario_state.json").write_text(json.dumps({"request_states": states}))
@@ -42,7 +46,7 @@ def test_rows_that_were_set_aside_are_named(three: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(harness, "run_benchmarking", run)
     monkeypatch.setattr(harness, "run_entries_to_run_specs", lambda *_, **__: [SimpleNamespace(name="one")])
     twin = TwinModel.from_pretrained(three)
-    found = harness.evaluate(twin, "t", GENERATIVE["cnn_dailymail"], workspace=tmp_path, rows=2, batch_size=2)
+    found, _ = harness.evaluate(twin, "t", GENERATIVE["cnn_dailymail"], workspace=tmp_path, rows=2, batch_size=2)
     assert found.values == [0.5, 0.0]
     assert found.set_aside == ["id1: a prompt of 70 tokens"]
     results["id0"] = "logits in float16: row 0 not finite"
