@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def test_language_models_answer_whole_too(causal_families: Any, tmp_path: Path) 
         with torch.no_grad():
             alone = family.experts[name](torch.tensor([contexts[row]])).logits[0]
         torch.testing.assert_close(logits[-len(alone) :], alone, **EXACT)
-    with pytest.raises(InputError, match="go to several whole experts .*give the rows one by one"):
+    with pytest.raises(InputError, match=r"go to several whole experts .*give the rows one by one"):
         twin.generate(**rows, max_new_tokens=2)
 
 
@@ -138,7 +137,9 @@ def test_an_expert_that_would_be_rounded_is_refused(suite: dict[str, Any], famil
     base.save_pretrained(tmp_path / "base")
     for file in (families("bert").root / "base").glob("*token*"):
         (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UnsuitedError, match="is served in torch.float16, which rounds it; give the suite dtype: float"):
+    with pytest.raises(
+        UnsuitedError, match=r"is served in torch\.float16, which rounds it; give the suite dtype: float"
+    ):
         served({**suite, "base_model": str(tmp_path / "base")}, "routed_expert", tmp_path / "work")
 
 
