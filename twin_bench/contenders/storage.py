@@ -54,16 +54,20 @@ def twin_bytes(directory: Path, protocol: ProtocolName, *, routed: bool) -> int:
     classifier the pretrained biases as well, for a language model the experts' LoRA factors in place of the exclusive
     vectors.
     """
-    folders = [directory / "model"]
     paper = directory / "router" / "paper"
+    folders = [directory / "model"]
     if protocol != "paper" or not (paper / "lora.safetensors").is_file():
-        folders.append(directory / "experts")
-    files = [file for folder in folders for file in folder.rglob("*.safetensors")]
+        folders += (directory / "experts").iterdir()
     if protocol == "paper":
-        files += paper.glob("*.safetensors")
+        folders.append(paper)
     elif routed:
-        files += (directory / "router").glob("*.safetensors")
-    return sum(map(data_bytes, files))
+        folders.append(directory / "router")
+    return sum(map(folder_bytes, folders))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of the tensors in a folder's own safetensors files, those of its subfolders not counted."""
+    return sum(map(data_bytes, folder.glob("*.safetensors")))
 
 
 def data_bytes(file: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -41,17 +41,31 @@ BUILD_FORMAT = 2
 """The format of the record of what a build took."""
 
 
-class TwinOptions(Settings):
+class RoutedOptions(Settings):
+    """The options of an entry with a router: those that decide what the router reads, and its own."""
+
+    shared: Shared = Field(default_factory=Shared)
+    router: dict[str, Any] = Field(default_factory=dict)
+
+
+class TwinOptions(RoutedOptions):
     """A twin entry's options: those of a recipe, and which weights fuse the twin.
 
     `weights: task` gives every row the exclusive vector of its true task. It needs no router. It is the upper limit of
     every router, and it is on the track "task-id given".
     """
 
-    shared: Shared = Field(default_factory=Shared)
     exclusive: ExclusiveSettings = ExclusiveSettings(density=0.1)
-    router: dict[str, Any] = Field(default_factory=dict)
     weights: Literal["router", "task"] = "router"
+
+
+def checked_options(kind: type[RoutedOptions], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as plain data, defaults included. An InputError names the key that is wrong."""
+    settings = parse(kind, dict(options))
+    if "data" in settings.router:  # its rows would be in no key
+        raise InputError("router.data: all routers of a suite read the same rows; give router at the suite's top")
+    parse(RouterSettings, {"data": "", **settings.router}, "router")
+    return settings.model_dump(mode="json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +74,7 @@ class TwinMethod(ServedMethod):
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options as plain data, defaults included. An InputError names the key that is wrong."""
-        twin = parse(TwinOptions, dict(options))
-        if "data" in twin.router:  # its rows would be in no key
-            raise InputError("router.data: all routers of a suite read the same rows; give router at the suite's top")
-        parse(RouterSettings, {"data": "", **twin.router}, "router")
-        return twin.model_dump(mode="json")
+        return checked_options(TwinOptions, options)
 
     def track_of(self, options: Mapping[str, Any]) -> Track:
         """Return the track. A twin that is given the task is not on the routers' track."""
@@ -114,29 +124,45 @@ def twin(
     `shared` names a static merge, `exclusive` gives a density or a rank, and `router` the settings of a recipe's
     router. With `weights` "task" every row has the exclusive vector of its true task.
     """
-    recipe = _recipe(context, shared, exclusive, router)
-    directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
-    build = _build(recipe, directory, context)
-    manifest = read_manifest(directory)
+    built = built_twin(context, shared, exclusive, router)
     told = weights == "task"
     model = TwinModel.from_pretrained(
-        directory,
+        built.directory,
         protocol=context.protocol,
         routing="task" if told else "router",
         dtype=context.dtype,
-        trust_remote_code=recipe.trust_remote_code,
+        trust_remote_code=built.recipe.trust_remote_code,
     )
     model.feature_cache = context.feature_cache
-    chosen = manifest["router"]
+    chosen = built.manifest["router"]
     notes = {} if told else chosen.get("paper", {}) if context.protocol == "paper" else chosen
     yield Contender(
         model,
         context.owned if told else context.names,
-        build,
-        sum(manifest["parameters"].values()),
-        twin_bytes(directory, context.protocol, routed=not told),
+        built.build,
+        sum(built.manifest["parameters"].values()),
+        twin_bytes(built.directory, context.protocol, routed=not told),
         {"router": {key: value for key, value in notes.items() if key != "paper"}},
     )
+
+
+class Built(NamedTuple):
+    """A twin in a suite's workspace: its recipe, its directory, its twin.json, and what its build took."""
+
+    recipe: Recipe
+    directory: Path
+    manifest: Mapping[str, Any]
+    build: Taken
+
+
+def built_twin(
+    context: Context, shared: Mapping[str, Any], exclusive: Mapping[str, Any], router: Mapping[str, Any]
+) -> Built:
+    """Return the twin of these settings. It is built unless the workspace holds it."""
+    recipe = _recipe(context, shared, exclusive, router)
+    directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
+    taken = _build(recipe, directory, context)
+    return Built(recipe, directory, read_manifest(directory), taken)
 
 
 def _recipe(
