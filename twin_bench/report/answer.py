@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
 from twin_bench.report.numbers import SIGNIFICANT, interval
-
-if TYPE_CHECKING:
-    from twin_bench.results.board import Leaderboard
+from twin_bench.results.board import Leaderboard
 
 
 def answer(board: Leaderboard, protocol: str) -> list[str]:

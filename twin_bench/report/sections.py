@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -23,9 +23,7 @@ from twin_bench.report.numbers import (
     times,
 )
 from twin_bench.report.routing import Routing
-
-if TYPE_CHECKING:
-    from twin_bench.results.board import Leaderboard
+from twin_bench.results.board import Leaderboard
 
 SHADES = 9
 """How many colours a heat map has from 0 to 100."""
