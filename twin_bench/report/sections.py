@@ -86,7 +86,7 @@ def costs(board: Leaderboard, protocol: str) -> list[dict[str, Any]]:
     ):
         lines = board.summary[board.summary["protocol"] == protocol]
         lines = lines[lines[column].notna() & lines[score].notna() & (lines[column] > 0)]
-        chart: dict[str, Any] = {"title": title, "axis": axis}
+        chart: dict[str, Any] = {"title": title, "front": [], "wide": None}
         if lines["method"].nunique() > 1:
             told = lines["told_the_task"].astype(bool)
             fronts = dict.fromkeys(lines.index, False)
