@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from twin_bench.results.board import Leaderboard
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1">\'"&`'
 """Markup, the end of a script and quotes, as rows and names of strangers may hold them."""
@@ -19,21 +22,10 @@ _BOUNDS = ("pretrained", "experts", "constant")
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What `Leaderboard` is: its fields and `samples`."""
+class Drawn(Leaderboard):
+    """A leaderboard whose samples are in memory."""
 
-    directory: Path
-    identity: dict[str, Any]
-    methods: dict[str, dict[str, Any]]
-    remarks: list[str]
-    published: list[dict[str, Any]]
-    cells: pd.DataFrame
-    tasks: pd.DataFrame
-    summary: pd.DataFrame
-    comparisons: pd.DataFrame
-    matrix: pd.DataFrame | None
-    speed: dict[str, Any] | None
-    frames: dict[tuple[str, str, str], pd.DataFrame]
+    frames: Mapping[tuple[str, str, str], pd.DataFrame] = field(default_factory=dict)
 
     def samples(self, protocol: str, method: str, task: str) -> pd.DataFrame:
         return self.frames[protocol, method, task]
@@ -81,6 +73,7 @@ def drawn_board(
             "Skipped: regmean++ (standard): it needs input statistics.",
             f"A remark with <b>markup</b>. {hostile}",
         ],
+        skipped=[],
         published=[
             {
                 "method": "ties",
@@ -159,7 +152,13 @@ def _cells(frames: dict[tuple[str, str, str], pd.DataFrame]) -> list[dict[str, A
         expert = 100 * frames[protocol, "experts", task]["score"].mean()
         floor = 100 * frames[protocol, "constant", task]["score"].mean()
         error = math.sqrt(score * (100 - score) / n)
-        router = {"layer": 3, "accuracy": 0.936, "task_accuracy": {task: 0.98}, "selected_on": "held-out training rows"}
+        router = {
+            "layer": 3,
+            "accuracy": 0.936,
+            "task_accuracy": {task: 0.98},
+            "selected_on": "held-out training rows",
+            "selection_rows": 3015,
+        }
         cells.append(
             {
                 "suite": "drawn",

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pandas as pd
 
 from twin_bench.report.numbers import SIGNIFICANT, interval
-
-if TYPE_CHECKING:
-    from twin_bench.results.board import Leaderboard
+from twin_bench.results.board import Leaderboard
 
 
 def answer(board: Leaderboard, protocol: str) -> list[str]:
@@ -76,7 +72,8 @@ def _no_better(board: Leaderboard, protocol: str, methods: list[str]) -> str:
         return ""
     floored = [method for method in methods if method in found]
     if not floored:
-        return "it is better than a constant answer" if len(methods) == 1 else "all are better than a constant answer"
+        better = "it is" if len(methods) == 1 else "both are" if len(methods) == 2 else "all methods are"
+        return f"{better} better than a constant answer"
     if len(methods) == 1:
         return "it is no better than a constant answer"
     if len(floored) == len(methods):

@@ -6,20 +6,19 @@ import base64
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from twin_bench.report import numbers, sections
 from twin_bench.report.answer import answer, field
+from twin_bench.report.legend import legend
 from twin_bench.report.page_table import table
 from twin_bench.report.routing import Routing
 from twin_bench.report.words import PROTOCOLS, TRACKS
 from twin_bench.report.wrong_rows import LETTERS, ROWS, WrongRows
-
-if TYPE_CHECKING:
-    from twin_bench.results.board import Leaderboard
+from twin_bench.results.board import Leaderboard
 
 LIMIT = 3_000_000
 """A page is smaller than this, in bytes."""
@@ -99,7 +98,7 @@ def _best(board: Leaderboard, protocol: str, told: bool) -> str | None:
 
 
 def _context(board: Leaderboard, routings: dict[tuple[str, str], Routing]) -> dict[str, Any]:
-    protocols = list(dict.fromkeys(board.summary["protocol"]))
+    protocols = board.protocols
     tasks = board.identity["tasks"]
     synthetic = [task for task, one in tasks.items() if one.get("synthetic")]
     return {
@@ -122,6 +121,7 @@ def _context(board: Leaderboard, routings: dict[tuple[str, str], Routing]) -> di
             for protocol in protocols
         ],
         "score": sections.scored_by(board),
+        "legend": legend(board),
         "matrix": sections.matrix(board),
         "tracks": {track: TRACKS.get(track, "") for track in dict.fromkeys(board.summary["track"])},
         "methods": board.methods,

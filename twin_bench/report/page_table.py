@@ -6,14 +6,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twin_bench.report.numbers import count, duration, group, interval, known, parameters, points, ranks, size, times
 from twin_bench.report.sections import ordered
 from twin_bench.report.wrong_rows import Place
-
-if TYPE_CHECKING:
-    from twin_bench.results.board import Leaderboard
+from twin_bench.results.board import Leaderboard
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def table(board: Leaderboard, samples: Mapping[Place, int]) -> Table:
     tasks = list(dict.fromkeys(board.tasks["task"]))
     found = Table(_columns(board, tasks), tasks=tasks, tracks=list(dict.fromkeys(board.summary["track"])))
     cells = {(row["protocol"], row["method"], row["task"]): row for row in board.cells.to_dict("records")}
-    for protocol in dict.fromkeys(board.summary["protocol"]):
+    for protocol in board.protocols:
         for row in ordered(board, protocol).to_dict("records"):
             own = [
                 _scored(cells.get((protocol, row["method"], task)), found, samples)  # a bound may lack a task
@@ -145,8 +143,8 @@ def _scored(cell: Mapping[str, Any] | None, found: Table, samples: Mapping[Place
 
 def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is said of a cell beside its settings and notes, those facts alone that are known."""
-    seeds = cell.get("seed_scores") or []
-    drawn = f"{len(seeds)} ({', '.join(points(score) for score in seeds)})" if _several(seeds) else ""
+    seeds = list(cell["seed_scores"]) if cell["seeds"] > 1 else []
+    drawn = f"{len(seeds)} ({', '.join(map(points, seeds))})" if seeds else ""
     gain, normalized, retention = (points(cell[name]) for name in ("gain", "normalized", "retention"))
     facts = [
         ("score", interval(cell["score"], cell["ci_low"], cell["ci_high"])),
@@ -166,10 +164,6 @@ def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("digest", cell["key"]),
     ]
     return [(name, text) for name, text in facts if text]
-
-
-def _several(seeds: Any) -> bool:
-    return isinstance(seeds, list | tuple) and len(seeds) > 1
 
 
 def _with_interval(value: float, low: float, high: float) -> Entry:

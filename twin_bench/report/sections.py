@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -23,9 +23,7 @@ from twin_bench.report.numbers import (
     times,
 )
 from twin_bench.report.routing import Routing
-
-if TYPE_CHECKING:
-    from twin_bench.results.board import Leaderboard
+from twin_bench.results.board import Leaderboard
 
 SHADES = 9
 """How many colours a heat map has from 0 to 100."""
@@ -88,7 +86,7 @@ def costs(board: Leaderboard, protocol: str) -> list[dict[str, Any]]:
     ):
         lines = board.summary[board.summary["protocol"] == protocol]
         lines = lines[lines[column].notna() & lines[score].notna() & (lines[column] > 0)]
-        chart: dict[str, Any] = {"title": title, "axis": axis}
+        chart: dict[str, Any] = {"title": title, "front": [], "wide": None}
         if lines["method"].nunique() > 1:
             told = lines["told_the_task"].astype(bool)
             fronts = dict.fromkeys(lines.index, False)
