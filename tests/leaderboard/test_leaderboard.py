@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from twin_bench.leaderboard.report import leaderboard_rows, summary
+
 
 import twin_bench
 from tests.support.families import Family
