@@ -23,11 +23,11 @@ from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.skeleton import read_config
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest
+from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import twin_class
-from twin_bench.twin.parts import PROTOCOLS, ProtocolName
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading

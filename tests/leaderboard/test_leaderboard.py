@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import yaml
 
-
 import twin_bench
 from tests.support.families import Family
 from tests.support.rows import TASKS

@@ -9,7 +9,7 @@ from tests.support.rows import task_rows
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.contenders import Contender, Context, contenders
 from twin_bench.leaderboard.suite import Suite
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 
 
 def all_served(

@@ -15,7 +15,7 @@ from twin_bench.contenders.storage import bytes_of, head_bytes
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import TaskType
 from twin_bench.measured import Taken
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import TwinModel, twin_class

@@ -9,7 +9,8 @@ from twin_bench.contenders.context import Contender, Context, static_contender
 from twin_bench.contenders.storage import head_bytes, model_bytes
 from twin_bench.errors import InputError, nearest
 from twin_bench.measured import Meter
-from twin_bench.merging.registry import PROTOCOLS, served_method
+from twin_bench.merging.registry import served_method
+from twin_bench.protocols import PROTOCOLS
 
 
 @served_method(title="Individual experts", paper="", track="bound", sees=("task",), protocols=PROTOCOLS)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from twin_bench.data.generative import GenerativeTask
 from twin_bench.data.rows import TaskRows
-from twin_bench.merging.registry import PROTOCOLS, Method, method_header, register
+from twin_bench.merging.registry import Method, method_header, register
+from twin_bench.protocols import PROTOCOLS
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 

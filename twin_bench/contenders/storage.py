@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twin_bench.checkpoints.checkpoint import Checkpoint
 from twin_bench.checkpoints.sources import Sources
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, in so many bytes."""

@@ -19,16 +19,9 @@ from twin_bench.errors import InputError
 from twin_bench.files import digest, read_record, write_record
 from twin_bench.measured import Meter, Taken
 from twin_bench.merging.recipe import Shared
-from twin_bench.merging.registry import (
-    PROTOCOLS,
-    MergeMethod,
-    ProtocolName,
-    ServedMethod,
-    Track,
-    find_method,
-    served_method,
-)
+from twin_bench.merging.registry import MergeMethod, ServedMethod, find_method, served_method
 from twin_bench.merging.rehearsal import rehearse_merge
+from twin_bench.protocols import PROTOCOLS, ProtocolName, Track
 from twin_bench.twin.builder import build_twin, check_limits, merge_options
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.model import TwinModel

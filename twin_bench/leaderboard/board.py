@@ -19,7 +19,8 @@ from twin_bench.leaderboard.suite import Entry, Suite, entry_of
 from twin_bench.leaderboard.tasks import EMBEDDED, HubRows
 from twin_bench.leaderboard.training import Working, shared_rows
 from twin_bench.leaderboard.tune import chosen, to_tune
-from twin_bench.merging.registry import ProtocolName, methods
+from twin_bench.merging.registry import methods
+from twin_bench.protocols import ProtocolName
 from twin_bench.results.cells import Board, Cell, Skipped, installed_versions, left_out
 
 Line = tuple[ProtocolName, str]

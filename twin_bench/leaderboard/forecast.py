@@ -11,7 +11,7 @@ from twin_bench.contenders import contenders
 from twin_bench.leaderboard.harness import Job
 from twin_bench.leaderboard.prepared import Run
 from twin_bench.leaderboard.suite import Entry, entry_of
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.statistics.power import DISCORDANT, detectable_difference, detectable_mean_difference
 
 PROBE_ROWS = 16

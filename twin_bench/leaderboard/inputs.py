@@ -16,7 +16,7 @@ from twin_bench.files import digest, digest_file, digest_files, read_record, wri
 from twin_bench.leaderboard.harness import Harness
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.tasks import EMBEDDED, HUB, HubRows
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 
 FORMAT = 4
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""

@@ -21,7 +21,7 @@ from twin_bench.leaderboard.checks import check_kind
 from twin_bench.leaderboard.harness import Harness
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.training import reads_own_rows
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.results.cells import Board, Cells
 
 PAPER_ROWS = {"per-input": 1000}

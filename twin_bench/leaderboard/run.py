@@ -20,7 +20,7 @@ from twin_bench.leaderboard.scoring import cells_of
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.training import check_routers, check_training, reads_own_rows
 from twin_bench.leaderboard.tune import with_tuned
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.results.cells import Board, Cell, Skipped
 from twin_bench.twin.device import usable_device
 

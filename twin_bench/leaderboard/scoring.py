@@ -18,7 +18,7 @@ from twin_bench.leaderboard.prepared import Run
 from twin_bench.leaderboard.suite import Entry, entry_of
 from twin_bench.leaderboard.tune import chosen, keep, tuned
 from twin_bench.measured import OtherWork
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.results.cells import Cell, installed_versions
 from twin_bench.results.samples import Samples, read_samples
 

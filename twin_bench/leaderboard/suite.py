@@ -19,8 +19,9 @@ from twin_bench.errors import InputError, nearest
 from twin_bench.leaderboard.tasks import Data, TaskSettings, task_of
 from twin_bench.merging.calibration import ROWS
 from twin_bench.merging.plugins import WithPlugins
-from twin_bench.merging.registry import PROTOCOLS, Method, ProtocolName, Track, find_method, methods
+from twin_bench.merging.registry import Method, find_method, methods
 from twin_bench.paths import shipped_suites
+from twin_bench.protocols import PROTOCOLS, ProtocolName, Track
 from twin_bench.twin.recipe import RouterSettings
 
 BOUNDS = ("pretrained", "experts", "constant", "lead_3")

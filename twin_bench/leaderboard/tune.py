@@ -18,7 +18,7 @@ from twin_bench.data.rows import TaskRows, split_path
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.files import digest, digest_files, read_record, write_record, write_text
 from twin_bench.leaderboard.suite import Entry, Suite
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.results.cells import Board
 from twin_bench.results.scores import normalized_means
 

@@ -21,13 +21,10 @@ from twin_bench.config import LARGEST_SEED
 from twin_bench.errors import InputError, nearest, shown
 from twin_bench.files import digest_code
 from twin_bench.merging.plugins import load_methods
+from twin_bench.protocols import PROTOCOLS, TRACKS, ProtocolName, Track
 
-Track = Literal["bound", "data-free", "calibration", "test-time", "per-input", "task-id given"]
-TRACKS: tuple[Track, ...] = ("bound", "data-free", "calibration", "test-time", "per-input", "task-id given")
 Sight = Literal["training rows", "scored rows", "task"]
 """What a method sees beside weights: training rows, the scored rows without their labels, or the true task."""
-ProtocolName = Literal["standard", "paper", "routed"]
-PROTOCOLS: tuple[ProtocolName, ...] = ("standard", "paper", "routed")
 MergeFunction = Callable[..., Mapping[str, Tensor]]
 ServeFunction = Callable[..., Iterator[Any]]
 CheckFunction = Callable[..., None]

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from twin_bench.config import Settings, parse, read_yaml
 from twin_bench.errors import InputError
-from twin_bench.merging.registry import ProtocolName
 from twin_bench.paths import leaderboards_directory
+from twin_bench.protocols import ProtocolName
 
 
 class Scored(Settings):

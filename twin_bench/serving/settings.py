@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from twin_bench.config import Dtype, Settings
 from twin_bench.errors import InputError, first_line
-from twin_bench.merging.registry import ProtocolName
+from twin_bench.protocols import ProtocolName
 
 
 class TwinSettings(Settings):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest
+from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.arguments import (
     checked_batch,
     checked_length,
@@ -29,7 +30,7 @@ from twin_bench.twin.encoded import Encoded, Text, alike, distinct, identity
 from twin_bench.twin.features import hidden_states, pool
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
-from twin_bench.twin.parts import PROTOCOLS, ROUTINGS, Parts, ProtocolName, Routing
+from twin_bench.twin.parts import ROUTINGS, Parts, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
 from twin_bench.twin.router import Router
 from twin_bench.twin.tolerance import allowed_tolerance, simplified

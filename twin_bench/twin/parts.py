@@ -8,12 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from twin_bench.merging.registry import PROTOCOLS, ProtocolName
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.paper import PaperFactors
 from twin_bench.twin.router import Router
-
-__all__ = ["PROTOCOLS", "ROUTINGS", "PaperParts", "Parts", "ProtocolName", "Routing"]
 
 Routing = Literal["router", "task", "none"]
 ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")

@@ -19,9 +19,10 @@ from twin_bench.checkpoints.sources import Sources, load_model
 from twin_bench.data.rows import RouterRows
 from twin_bench.data.task import TaskInput
 from twin_bench.errors import InputError
+from twin_bench.protocols import ProtocolName
 from twin_bench.twin.encoded import Encoded, distinct
 from twin_bench.twin.model import TwinModel, twin_class
-from twin_bench.twin.parts import Parts, ProtocolName
+from twin_bench.twin.parts import Parts
 from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.router import RouterConfig, Trained, train_router
 from twin_bench.twin.tolerance import sensitivity

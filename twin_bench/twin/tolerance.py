@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.twin.parts import ProtocolName
+from twin_bench.protocols import ProtocolName
 
 STEP = 0.05
 """The change of a weight for a finite difference."""
