@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twin_bench.commands.report import add_comparison, report
 from twin_bench.console import add_device, add_dtype, add_plugins, positive
 from twin_bench.paths import shipped_suites
+
+if TYPE_CHECKING:
+    from twin_bench.results.cells import Board
 
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
 
@@ -71,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score nothing: print cells, rows, an estimate of the time, and what difference these rows could show",
     )
     parser.add_argument(
+        "--with-speed",
+        action="store_true",
+        help="also measure the twin's speed beside the plain model's, as twin-bench bench does; let nothing else run",
+    )
+    parser.add_argument(
         "--log-samples", action="store_true", help="keep the rows' texts beside the answers in DIRECTORY/samples"
     )
     add_comparison(parser)
@@ -118,8 +127,35 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         print(described(planned, suite.name))
         return
+    if options.with_speed:
+        _measure_speed(board, options.out)
     write_board(board._replace(identity={**board.identity, "command": options.command_line}), options.out)
     report(options.out, compare_to=options.compare_to, wide=options.wide)
+
+
+def _measure_speed(board: Board, out: Path) -> None:
+    """Run the benchmark on the board's first twin and the rows of its experts' tasks, and write what it measures.
+
+    Raises InputError if there is no twin, or its experts' rows are not in one folder by the experts' names.
+    """
+    from twin_bench.bench.run import bench
+    from twin_bench.errors import InputError
+    from twin_bench.files import write_json
+    from twin_bench.results.stored import SPEED
+
+    cell = next((cell for cell in board.cells if "twin" in cell.notes and cell.protocol == "standard"), None)
+    if cell is None:
+        raise InputError("--with-speed measures a twin under protocol standard, and this leaderboard has none")
+    tasks = board.identity["tasks"]
+    places = {(task["directory"], task["split"]) for task in tasks.values()}
+    named = all(task["expert"] in (None, name) for name, task in tasks.items())
+    if len(places) > 1 or not named:
+        raise InputError(
+            "--with-speed reads {expert}/{split}.jsonl of one folder, and these tasks have others; run twin-bench bench"
+        )
+    ((directory, split),) = places
+    measured = bench(out / cell.notes["twin"], Path(directory), split=split, device=board.identity["device"])
+    write_json(out / SPEED, {"method": cell.method, **measured})
 
 
 def _positive_or_auto(text: str) -> int | str:

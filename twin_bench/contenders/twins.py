@@ -135,7 +135,10 @@ def twin(
         built.build,
         sum(built.manifest["parameters"].values()),
         twin_bytes(built.directory, context.protocol, routed=not told),
-        {"router": {key: value for key, value in notes.items() if key != "paper"}},
+        {
+            "router": {key: value for key, value in notes.items() if key != "paper"},
+            "twin": built.directory.relative_to(context.workspace.parents[1]).as_posix(),
+        },
     )
 
 

@@ -104,6 +104,7 @@ def _described(suite: Suite, name: str, rows: Any) -> dict[str, Any]:
         "metric": task.metric,
         "percent": task.percent,
         "data": where,
+        "directory": str(rows.directory),
         "split": None if named and task.split is None else rows.split,
         "synthetic": data == EMBEDDED,
     }
