@@ -1,5 +1,6 @@
 """A simulation: methods with known truths, and how often the intervals hold these and the first group the best."""
 
+import functools
 from collections import defaultdict
 
 import numpy as np
@@ -65,10 +66,11 @@ def scores(metric, targets, answers):
     return {name: METRICS[metric].function(targets, own) for name, own in answers.items()}
 
 
+@functools.cache
 def truths():
-    """The scores of half a million rows."""
+    """The scores of so many rows that their error is a thirtieth of that of 200."""
     rng = np.random.default_rng(0)
-    found = {task: scores(metric, *world(rng, 500_000)) for task, (metric, world) in TASKS.items()}
+    found = {task: scores(metric, *world(rng, 200_000)) for task, (metric, world) in TASKS.items()}
     return {task: {**own, "equal": own["best"]} for task, own in found.items()}
 
 
@@ -135,9 +137,9 @@ def assert_holds(found, least, most, slack):
 
 
 def test_intervals_cover_and_the_first_group_holds_the_best():
-    assert_holds(coverage(40, draws=500), 0.91, 0.99, slack=0.08)
+    assert_holds(coverage(40, draws=400), 0.91, 0.99, slack=0.12)
 
 
 @pytest.mark.slow
 def test_intervals_cover_92_to_98_of_100_truths():
-    assert_holds(coverage(500, draws=1000), 0.92, 0.98, slack=0.015)
+    assert_holds(coverage(300, draws=1000), 0.92, 0.98, slack=0.02)

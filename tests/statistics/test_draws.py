@@ -64,6 +64,13 @@ def test_rows_are_drawn_as_often_as_with_replacement():
     assert covariance[np.triu_indices(ROWS, 1)].mean() == pytest.approx(-1 / ROWS, rel=0.05)
 
 
+def test_draws_of_other_rows_are_independent():
+    own = answered("acc", 0)
+    other = replace(own, identities=[f"another {identity}" for identity in own.identities])
+    first, second = (score_draws(METRICS["acc"], {"own": one}, draws=4000)["own"] for one in (own, other))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
+
+
 @pytest.mark.parametrize("metric", ["mcc", "pearson_spearman", "auroc", None])
 def test_neither_the_rows_order_nor_other_methods_change_a_draw(metric):
     methods = {str(seed): answered(metric, seed) for seed in range(4)}
