@@ -12,15 +12,21 @@ from twin_bench.data.resampling import Array
 LEVEL = 0.95
 
 
-def percentile(draws: Array, level: float = LEVEL) -> tuple[float, float]:
+def percentile(draws: Array, level: float = LEVEL, *, rows: int | None = None) -> tuple[float, float]:
     """Return the percentile interval of a value from its draws (draws,), in their unit (Efron 1981).
 
-    NaN draws are left out. (nan, nan) if none is left.
+    With `rows`, of how many rows (or clusters) the draws are, it holds for few of them as well: it is widened as
+    Student's t interval is against the normal one, and by the sqrt(rows / (rows - 1)) by which the spread of draws is
+    too small (the expanded percentile interval of Hesterberg 2015, "What teachers should know about the bootstrap").
+    Draws that are NaN or infinite are left out. (nan, nan) if none is left.
     """
-    known = draws[~np.isnan(draws)]
+    known = draws[np.isfinite(draws)]
     if not len(known):
         return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    tail = (1 - level) / 2
+    if rows is not None and rows > 1:
+        tail = float(stats.norm.cdf(math.sqrt(rows / (rows - 1)) * stats.t.ppf(tail, rows - 1)))
+    low, high = np.quantile(known, [tail, 1 - tail])
     return float(low), float(high)
 
 
