@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -191,18 +192,22 @@ def test_any_run_entry_is_a_task(suite: dict[str, Any], tmp_path: Path, capsys: 
     }
     own = {**asked, "tasks": entries, "data": None, "experts": {"mmlu": suite["experts"]["mmlu"]}}
     own = {key: value for key, value in own.items() if value is not None}
-    assert run(own, tmp_path / "own", "--harness", "helm", "--limit", "4") == 0
-    built_in, found = rows_of(tmp_path / "built-in"), rows_of(tmp_path / "own")
+    said = found(Helm, own, tmp_path / "own", "--harness", "helm", "--limit", "4")
+    built_in, rows = rows_of(tmp_path / "built-in"), rows_of(tmp_path / "own")
     for method in ("pretrained", "experts"):
         for field in ("score", "stderr", "n"):
             known = built_in["standard", method, "mmlu"][field]
-            assert found["standard", method, "anatomy"][field] == known
-    pattern = found["standard", "average", "pattern"]
+            assert rows["standard", method, "anatomy"][field] == known
+    pattern = rows["standard", "average", "pattern"]
     assert (pattern["metric"], pattern["normalized"], pattern["expert"]) == ("exact_match", None, None)
     assert 0 < pattern["n"] < 4  # HELM draws four of its valid and test rows, and the test rows are scored
-    assert ("standard", "experts", "pattern") not in found
-    corpus = found["standard", "average", "together"]
+    assert ("standard", "experts", "pattern") not in rows
+    corpus = rows["standard", "average", "together"]
     assert (corpus["score"], corpus["stderr"], corpus["n"]) == (40 + pattern["n"], None, pattern["n"])
+    samples = said["average", "together"].samples
+    assert samples.identities == said["average", "pattern"].samples.identities
+    assert samples.pooled is None
+    assert all(map(math.isnan, samples.scores))
     for changes, says in (
         ({"metric": "exactmatch"}, "HELM has no metric 'exactmatch'; did you mean 'exact_match'"),
         ({"few_shot": 2}, "few_shot: HELM's run entry says it"),
@@ -215,17 +220,17 @@ def test_any_run_entry_is_a_task(suite: dict[str, Any], tmp_path: Path, capsys: 
 
 
 def test_the_samples_of_a_cell_give_its_score(suite: dict[str, Any], tmp_path: Path) -> None:
-    tasks = {**dict.fromkeys(TASKS[:2]), "together": {"expert": None, "helm": "together", "metric": "bleu"}}
-    said = found(Helm, {**suite, "tasks": tasks, "methods": suite["methods"][:1]}, tmp_path, "--harness", "helm")
+    experts = {task: suite["experts"][task] for task in TASKS[:2]}
+    changed = {**suite, "tasks": [*experts], "experts": experts, "methods": suite["methods"][:1]}
+    said = found(Helm, changed, tmp_path, "--harness", "helm")
     for (method, task), one in said.items():
-        samples, unit = one.samples, 100 if one.asked.task.percent else 1
+        samples = one.samples
         assert one.evaluated.n == len(samples.identities) == len(set(samples.identities)) == one.row["n"]
-        assert samples.pooled == (None if task == "together" else "mean")
-        if task != "together":
-            rows = list(zip(samples.predictions, samples.targets, strict=True))
-            assert [float(answer == right) for answer, right in rows] == list(samples.scores)
-            assert set(samples.targets) <= set("ABCD")
-            assert unit * mean(samples.scores) == one.row["score"]
+        assert samples.pooled == "mean"
+        rows = list(zip(samples.predictions, samples.targets, strict=True))
+        assert [float(answer == right) for answer, right in rows] == list(samples.scores)
+        assert set(samples.targets) <= set("ABCD")
+        assert 100 * mean(samples.scores) == one.row["score"]
         assert 0 < (one.evaluated.model_seconds or 0) < one.row["seconds"]
         assert samples.identities == said["twin", task].samples.identities
         if method == "twin":
