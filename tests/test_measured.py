@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from twin_bench.measured import Counters, Meter, OtherWork, Taken, counters, others_share
 
@@ -25,6 +26,31 @@ def test_the_peak_is_that_of_an_allocation_of_known_size() -> None:
     assert meter.taken.peak_bytes == pytest.approx(size, rel=0.2)
     assert meter.taken.seconds is not None
     assert 0.05 <= meter.taken.seconds < 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives freed memory back")
+def test_memory_that_was_freed_before_counts_when_it_is_used_again() -> None:
+    def chunks() -> list[bytearray]:
+        return [bytearray(b"x" * 2**16) for _ in range(1600)]
+
+    freed = chunks()
+    last = bytearray(b"x" * 2**16)  # without it the heap would shrink by itself
+    del freed
+    with Meter() as meter:
+        held = chunks()
+        time.sleep(0.02)
+    assert meter.taken.peak_bytes == pytest.approx(len(held) * len(last), rel=0.2)
+
+
+def test_what_torch_allocates_on_a_gpu_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, asked = 10**12, []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 4 * held)
+    with Meter("cuda:1") as meter:
+        pass
+    assert asked == ["cuda:1"]
+    assert meter.taken.peak_bytes == pytest.approx(3 * held, rel=0.01)
 
 
 def test_its_thread_ends_also_after_an_error() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -40,8 +42,9 @@ class Meter:
     also where they came at different moments.
 
     Resident memory includes the pages of memory-mapped files, so weights of a checkpoint count once they are read, and
-    not when they are opened. Memory that an earlier block has freed and the allocator has kept is in use again without
-    being counted. A peak that lasts less than 5 ms may be missed.
+    not when they are opened. A peak that lasts less than 5 ms may be missed. Memory that was freed before the block and
+    that the C library has kept is first given back to the system, which only glibc can. Otherwise it would be used
+    again without being counted, and a method's peak would depend on what ran before it.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -52,6 +55,7 @@ class Meter:
 
     def __enter__(self) -> Self:
         """Begin: read what is held now, and start the thread."""
+        _give_back()
         self._process = psutil.Process()
         self._held = self._largest = self._process.memory_info().rss
         self._allocated = 0
@@ -80,6 +84,14 @@ class Meter:
     def _sample(self) -> None:
         while not self._ended.wait(INTERVAL):
             self._largest = max(self._largest, self._process.memory_info().rss)
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library is glibc."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class OtherWork:
