@@ -105,6 +105,7 @@ def _context(board: Leaderboard, routings: dict[tuple[str, str], Routing]) -> di
         "board": board,
         "identity": board.identity,
         "tasks": _task_lines(board),
+        "chances": bool(board.tasks["chance"].notna().any()),
         "synthetic": "all" if len(synthetic) == len(tasks) else synthetic,
         "protocols": [
             {

@@ -85,8 +85,9 @@ def costs(board: Leaderboard, protocol: str) -> list[dict[str, Any]]:
         ("model time", "model_seconds_per_row", 1000.0, "model time a row, milliseconds", duration),
     ):
         lines = board.summary[board.summary["protocol"] == protocol]
+        missing = list(lines.loc[lines[column].isna() & lines[score].notna() & ~lines["bound"].astype(bool), "method"])
         lines = lines[lines[column].notna() & lines[score].notna() & (lines[column] > 0)]
-        chart: dict[str, Any] = {"title": title, "front": [], "wide": None}
+        chart: dict[str, Any] = {"title": title, "front": [], "wide": None, "missing": missing}
         if lines["method"].nunique() > 1:
             told = lines["told_the_task"].astype(bool)
             fronts = dict.fromkeys(lines.index, False)
