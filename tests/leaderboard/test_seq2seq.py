@@ -92,7 +92,13 @@ def test_bounds_and_twins_answer_as_their_models(context: Any, seq2seq_families:
     expected = twin(source, labels=torch.tensor([ids])).logits[0].log_softmax(dim=-1)[range(len(ids)), ids].sum()
     ((found, _),) = model.loglikelihood(scored([("a dog sat", " the cat")]))
     assert found == pytest.approx(float(expected), abs=1e-5)
+    asked_once = dict(model.fusion_weights)
+    model.fusion_weights.clear()
     assert len(model.generate_until(generated(["a dog sat", "the cat"]))) == 2
+    weights = twin.route_all(twin.encode([("a dog sat", None)]))[0].tolist()
+    for own in (asked_once, model.fusion_weights):  # of the first request about the document
+        assert own == {(None, None): pytest.approx(weights, abs=1e-6)}
+    assert model.model_seconds > 0
     (directory,) = [path for path in asked.workspace.iterdir() if path.is_dir()]
     assert any("an encoder-decoder" in finding.says for finding in examined(directory))
     says = "an encoder-decoder's twin does not generate text behind a prompt"
