@@ -65,9 +65,10 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 def progress_bars(options: argparse.Namespace) -> Progress:
     """Return progress bars on stderr, which show nothing under --quiet."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import MofNCompleteColumn, Progress
 
-    return Progress(console=Console(stderr=True), disable=options.quiet)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=options.quiet)
 
 
 class Terminated(BaseException):

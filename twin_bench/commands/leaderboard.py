@@ -11,6 +11,8 @@ from twin_bench.console import add_device, add_dtype, add_plugins, positive
 from twin_bench.paths import shipped_suites
 
 if TYPE_CHECKING:
+    from twin_bench.leaderboard.run import RunOptions
+    from twin_bench.leaderboard.suite import Suite
     from twin_bench.results.cells import Board
 
 SUMMARY = "run a suite of merge methods and print its table; with no arguments, the embedded demo"
@@ -61,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run tasks of lm-eval's that run code which the model writes",
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="score only the first N rows of each task")
+    _add_more(parser)
+    add_comparison(parser)
+
+
+def _add_more(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that ask for more than the suite's cells, or for less."""
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -82,7 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-samples", action="store_true", help="keep the rows' texts beside the answers in DIRECTORY/samples"
     )
-    add_comparison(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -117,6 +124,8 @@ def run(options: argparse.Namespace) -> None:
         device=options.device or suite.device or AUTO,
         log_texts=options.log_samples,
     )
+    if options.with_speed:
+        _check_speed(suite, wanted)
     for file in (FILE, *FILES):
         require_writable(options.out / file)
     with progress_bars(options) as progress:
@@ -133,28 +142,32 @@ def run(options: argparse.Namespace) -> None:
     report(options.out, compare_to=options.compare_to, wide=options.wide)
 
 
-def _measure_speed(board: Board, out: Path) -> None:
-    """Run the benchmark on the board's first twin and the rows of its experts' tasks, and write what it measures.
-
-    Raises InputError if there is no twin, or its experts' rows are not in one folder by the experts' names.
-    """
-    from twin_bench.bench.run import bench
+def _check_speed(suite: Suite, wanted: RunOptions) -> None:
+    """Raise an InputError unless there will be a twin, and its experts' rows are in one folder by their names."""
+    from twin_bench.contenders.twins import TwinMethod
     from twin_bench.errors import InputError
-    from twin_bench.files import write_json
-    from twin_bench.results.stored import SPEED
 
-    cell = next((cell for cell in board.cells if "twin" in cell.notes and cell.protocol == "standard"), None)
-    if cell is None:
-        raise InputError("--with-speed measures a twin under protocol standard, and this leaderboard has none")
-    tasks = board.identity["tasks"]
-    places = {(task["directory"], task["split"]) for task in tasks.values()}
-    named = all(task["expert"] in (None, name) for name, task in tasks.items())
-    if len(places) > 1 or not named:
+    entries = suite.entries(None if wanted.only is None else list(wanted.only))
+    if not any(isinstance(entry.method, TwinMethod) and entry.runs_under("standard") for entry in entries):
+        raise InputError("--with-speed measures a twin under protocol standard, and none is to be run; leave it out")
+    places = {(str(suite.data_of(name)), task.split) for name, task in suite.kinds.items()}
+    named = all(task.expert in (None, name) for name, task in suite.kinds.items())
+    if len(places) > 1 or not named or suite.data is None:
         raise InputError(
             "--with-speed reads {expert}/{split}.jsonl of one folder, and these tasks have others; run twin-bench bench"
         )
-    ((directory, split),) = places
-    measured = bench(out / cell.notes["twin"], Path(directory), split=split, device=board.identity["device"])
+
+
+def _measure_speed(board: Board, out: Path) -> None:
+    """Run the benchmark on the board's first twin and the rows of its experts' tasks, and write what it measures."""
+    from twin_bench.bench.run import bench
+    from twin_bench.files import write_json
+    from twin_bench.results.stored import SPEED
+
+    cell = next(cell for cell in board.cells if "twin" in cell.notes and cell.protocol == "standard")
+    task = board.identity["tasks"][cell.task]
+    place, device = Path(task["directory"]), board.identity["device"]
+    measured = bench(out / cell.notes["twin"], place, split=task["split"], device=device)
     write_json(out / SPEED, {"method": cell.method, **measured})
 
 

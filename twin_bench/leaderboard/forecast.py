@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from twin_bench.contenders import contenders
+from twin_bench.contenders.references import ReferenceMethod
 from twin_bench.leaderboard.harness import Job
 from twin_bench.leaderboard.prepared import Run
 from twin_bench.leaderboard.suite import Entry, entry_of
@@ -48,38 +49,41 @@ class Forecast:
 def forecast(run: Run, work: Sequence[tuple[ProtocolName, Entry]]) -> Forecast:
     """Return what scoring `work`, entries under protocols, would take. Nothing is written.
 
-    Rows are timed with the base model, on a few rows of each task and through the harness.
+    Rows are timed with the base model, on a few rows of each task and through the harness. References take no time and
+    are not counted.
     """
-    found, seconds = [], _seconds_per_row(run)
+    modelled = [(protocol, entry) for protocol, entry in work if not isinstance(entry.method, ReferenceMethod)]
+    seconds, found = _seconds_per_row(run), list[TaskForecast]()
     for task, rows in run.tasks.items():
         count = run.harness.row_count(rows)
         count = count if run.rows is None or count is None else min(run.rows, count)
-        asked = [(protocol, entry) for protocol, entry in work if task in run.answered(entry)]
-        missing = {
-            own.key(entry, run.computed_under(entry, protocol), task): entry
-            for protocol, entry in asked
-            for own in run.of_each_seed(entry)
-            if not entry.to_tune
-            and own.cells.read(
-                computed := run.computed_under(entry, protocol), entry.label, task, own.key(entry, computed, task)
-            )
-            is None
-        }
-        parts = [ROUTED if entry.track == "per-input" else 1 for entry in missing.values()]
+        cells = _cells(run, modelled, task)
+        missing = [entry for entry, done in cells.values() if not done]
+        parts = sum(ROUTED if entry.track == "per-input" else 1 for entry in missing)
+        detectable = None if count is None else 100 * detectable_difference(count)
         found.append(
-            TaskForecast(
-                task,
-                count,
-                cells=sum(run.count(entry) // max(len(run.answered(entry)), 1) for _, entry in asked),
-                missing=len(missing),
-                seconds=sum(parts) * (count or 0) * seconds[task],
-                detectable=None if count is None else 100 * detectable_difference(count),
-            )
+            TaskForecast(task, count, len(cells), len(missing), parts * (count or 0) * seconds[task], detectable)
         )
-    counts = [one.rows for one in found if one.rows is not None and run.tasks[one.task].task.expert is not None]
-    owned = [one for one in found if run.tasks[one.task].task.expert is not None]
-    known = bool(counts) and len(counts) == len(owned)
-    return Forecast(found, detectable_mean_difference(counts) if known else None)
+    owned = [one.rows for one in found if run.tasks[one.task].task.expert is not None]
+    known = [rows for rows in owned if rows is not None]
+    return Forecast(found, detectable_mean_difference(known) if known and len(known) == len(owned) else None)
+
+
+def _cells(
+    run: Run, work: Sequence[tuple[ProtocolName, Entry]], task: str
+) -> dict[tuple[str, str], tuple[Entry, bool]]:
+    """Return a task's cells by label and key, each with its entry and whether it is finished.
+
+    An entry that is to be tuned has a key once its options are chosen, so it counts as not finished.
+    """
+    found: dict[tuple[str, str], tuple[Entry, bool]] = {}
+    for listed, entry in work:
+        protocol = run.computed_under(entry, listed)
+        for own in run.of_each_seed(entry) if task in run.answered(entry) else ():
+            key = own.key(entry, protocol, task)
+            done = not entry.to_tune and own.cells.read(protocol, entry.label, task, key) is not None
+            found[entry.label, key] = entry, done
+    return found
 
 
 def _seconds_per_row(run: Run) -> Mapping[str, float]:

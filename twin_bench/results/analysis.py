@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from twin_bench.data.metric import Metric
 from twin_bench.data.metrics import find_metric
 from twin_bench.data.resampling import Array
 from twin_bench.errors import InputError
@@ -70,17 +71,29 @@ def scored_cells(cells: Iterable[Cell], directory: Path, draws: int = DRAWS) -> 
     samples = {file: _read(directory / file, cell) for file, cell in files.items()}
     drawn: dict[str, Array] = {}
     for task in dict.fromkeys(cell.task for cell in files.values()):
-        own = {file: samples[file] for file, cell in files.items() if cell.task == task and samples[file].pooled}
+        own = {file: samples[file] for file, cell in files.items() if cell.task == task}
+        if not all(one.pooled for one in own.values()):  # the mean of nothing but zeros may be the score by chance
+            continue
         for metric in dict.fromkeys(metric_of(files[file], found) for file, found in own.items()):
             group = {f: answers_of(s) for f, s in own.items() if metric_of(files[f], s) == metric}
-            drawn |= score_draws(None if metric is None else find_metric(metric), group, draws=draws)
+            drawn |= score_draws(None if metric is None else _found(metric), group, draws=draws)
     return {place: _scored(own, drawn, samples, draws) for place, own in places.items()}
+
+
+def _found(metric: str) -> Metric:
+    """Return the metric of a name. InputError with the remedy for a plugin's that is not loaded."""
+    try:
+        return find_metric(metric)
+    except InputError as error:
+        raise InputError(f"{error}; if it is a plugin's, name the plugin: --plugin FILE") from None
 
 
 def _read(file: Path, cell: Cell) -> Samples:
     """Read a cell's samples. InputError if they do not make the cell's score."""
     samples = read_samples(file)
     if samples.pooled is not None:
+        if samples.pooled == "metric":
+            _found(cell.metric)
         score = _unit(cell) * samples.score(cell.metric)
         if not math.isclose(score, cell.score, rel_tol=1e-6, abs_tol=1e-6):
             raise InputError(
@@ -210,9 +223,11 @@ def task_lines(scored: Mapping[Place, Scored]) -> pd.DataFrame:
 
 
 def _weak(expert: Scored, floor: Scored) -> bool:
-    """Whether an expert is not above its floor by WEAK standard errors of their difference."""
+    """Whether an expert is not above its floor by WEAK standard errors of their difference, if that has an error."""
     sign = 1 if expert.first.higher_is_better else -1
-    spread = float(np.nanstd(expert.draws - floor.draws))
+    drawn = expert.draws - floor.draws
+    known = drawn[np.isfinite(drawn)]
+    spread = float(np.std(known)) if len(known) else 0.0
     return not sign * (expert.score - floor.score) > WEAK * spread
 
 

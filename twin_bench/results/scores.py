@@ -16,15 +16,19 @@ Number = TypeVar("Number", float, Array)
 
 def relative(score: Number, reference: Number, *, higher_is_better: bool) -> Number:
     """Return 100 * score / reference (equation 4 of the Twin-Merging paper), turned round where less is better."""
-    over, under = (score, reference) if higher_is_better else (reference, score)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 100 * np.divide(over, under)  # type: ignore[return-value]
+    return _share(score, reference) if higher_is_better else _share(reference, score)
 
 
 def gain(score: Number, floor: Number, expert: Number) -> Number:
     """Return 100 * (score - floor) / (expert - floor): 0 for the best constant answer, 100 for the expert."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 100 * np.divide(score - floor, expert - floor)  # type: ignore[return-value]
+    return _share(score - floor, expert - floor)
+
+
+def _share(part: Number, whole: Number) -> Number:
+    """Return 100 * part / whole, NaN where that is not finite."""
+    with np.errstate(all="ignore"):
+        found = 100 * np.divide(part, whole)
+        return np.where(np.isfinite(found), found, np.nan)[()]  # type: ignore[return-value]
 
 
 def normalized_means(cells: Iterable[Cell]) -> dict[str, float]:
