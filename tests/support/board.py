@@ -19,6 +19,16 @@ HOSTILE = '</script><img src=x onerror="window.hacked=1">\'"&`'
 _STATIC = ("ties", "average", "task_arithmetic", "dare_ties", "breadcrumbs", "della", "fisher", "regmean", "consensus")
 _TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 _BOUNDS = ("pretrained", "experts", "constant")
+_PUBLISHED = {
+    "method": "ties",
+    "options": {"scaling": 0.3},
+    "protocol": "standard",
+    "compares": "normalized",
+    "scores": {"cola": 60.1, "sst2": 71.0},
+    "mean": 65.5,
+    "source": "The paper, table 2",
+    "note": "Other experts.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,7 @@ def drawn_board(
     (directory / "samples").mkdir(parents=True, exist_ok=True)
     (directory / "samples" / "kept.parquet").touch()
     cells = pd.DataFrame(_cells(frames))
-    summary = pd.DataFrame([_line(cells, protocol, method) for protocol in ruled for method in answering])
-    summary = _ranked(summary)
-    matrix = cells[(cells["protocol"] == ruled[0]) & (cells["method"] == "experts")]
+    summary = _ranked(pd.DataFrame([_line(cells, protocol, method) for protocol in ruled for method in answering]))
     return Drawn(
         directory=directory,
         identity=_identity(tasked, ruled, rows),
@@ -74,36 +82,30 @@ def drawn_board(
             f"A remark with <b>markup</b>. {hostile}",
         ],
         skipped=[],
-        published=[
-            {
-                "method": "ties",
-                "protocol": "standard",
-                "compares": "normalized",
-                "scores": {"cola": 60.1, "sst2": 71.0},
-                "mean": 65.5,
-                "source": "The paper, table 2",
-                "note": "Other experts.",
-            }
-        ],
+        published=[_PUBLISHED],
         cells=cells,
         tasks=pd.DataFrame([_task(cells, protocol, task) for protocol in ruled for task in tasked]),
         summary=summary,
         comparisons=_comparisons(summary),
-        matrix=pd.DataFrame(
-            [
-                {
-                    "expert": expert,
-                    "task": task,
-                    "score": score * (1 if expert == task else 0.6),
-                    "ci_low": score * 0.55,
-                    "ci_high": score,
-                }
-                for expert in tasked
-                for task, score in zip(matrix["task"], matrix["score"], strict=True)
-            ]
-        ),
+        matrix=_matrix(cells[(cells["protocol"] == ruled[0]) & (cells["method"] == "experts")], tasked),
         speed=None,
         frames=frames,
+    )
+
+
+def _matrix(experts: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "expert": expert,
+                "task": task,
+                "score": score * (1 if expert == task else 0.6),
+                "ci_low": score * 0.55,
+                "ci_high": score,
+            }
+            for expert in tasks
+            for task, score in zip(experts["task"], experts["score"], strict=True)
+        ]
     )
 
 

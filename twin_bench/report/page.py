@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -106,18 +107,21 @@ def _context(board: Leaderboard, routings: dict[tuple[str, str], Routing]) -> di
         "identity": board.identity,
         "tasks": _task_lines(board),
         "chances": bool(board.tasks["chance"].notna().any()),
-        "synthetic": "all" if len(synthetic) == len(tasks) else synthetic,
+        "synthetic": "all" if synthetic and len(synthetic) == len(tasks) else synthetic,
         "protocols": [
             {
                 "name": protocol,
                 "words": PROTOCOLS.get(protocol, ""),
                 "answer": answer(board, protocol),
                 "ranking": sections.ranking(board, protocol),
+                "unranked": sections.unranked(board, protocol),
                 "costs": sections.costs(board, protocol),
                 "heat": sections.heat(board, protocol),
                 "routers": sections.routers(routings, protocol),
                 "differences": sections.differences(board, protocol),
-                "weak": list(board.tasks.loc[(board.tasks["protocol"] == protocol) & board.tasks["weak"], "task"]),
+                "weak": list(
+                    board.tasks.loc[(board.tasks["protocol"] == protocol) & board.tasks["weak"].astype(bool), "task"]
+                ),
             }
             for protocol in protocols
         ],
@@ -139,19 +143,26 @@ def _task_lines(board: Leaderboard) -> list[dict[str, Any]]:
     return found
 
 
-def _beside(board: Leaderboard, figure: Any) -> dict[str, Any]:
-    """Return a published figure with the figures of ours that are like it: same method, protocol and kind of score."""
-    ours = board.cells[(board.cells["protocol"] == figure["protocol"]) & (board.cells["method"] == figure["method"])]
+def _beside(board: Leaderboard, figure: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a published figure with ours of the same method, protocol and kind of score, with its options if we can.
+
+    `label` is the row of ours, None if there is none. `pairs` are a task, their score and ours.
+    """
+    options = (figure.get("options") or {}).items()
+    same = [label for label, header in board.methods.items() if header.get("method", label) == figure["method"]]
+    label = next((one for one in same if options <= board.methods[one]["options"].items()), next(iter(same), None))
+    cells = board.cells[(board.cells["protocol"] == figure["protocol"]) & (board.cells["method"] == label)]
     column = "score" if figure["compares"] == "absolute" else "normalized"
-    own = dict(zip(ours["task"], ours[column], strict=True))
-    scores = [(task, score, own.get(task)) for task, score in (figure["scores"] or {}).items()]
-    mean = None
+    own = dict(zip(cells["task"], cells[column], strict=True))
+    scores = figure["scores"] or {}
+    pairs = [(task, score, own.get(task)) for task, score in scores.items()]
     if figure["mean"] is not None:
-        named = list(figure["scores"] or own)
-        known = [own[task] for task in named if numbers.known(own.get(task))]
-        mean = sum(known) / len(known) if named and len(known) == len(named) else None
-        scores.append(("mean", figure["mean"], mean))
-    return {**figure, "pairs": scores}
+        averaged = [own.get(task) for task in scores or own]
+        known = [score for score in averaged if numbers.known(score)]
+        pairs.append(
+            ("mean", figure["mean"], sum(known) / len(known) if known and len(known) == len(averaged) else None)
+        )
+    return {**figure, "label": label if len(cells) else None, "pairs": pairs}
 
 
 def _templates() -> jinja2.Environment:

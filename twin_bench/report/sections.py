@@ -76,6 +76,12 @@ def ranking(board: Leaderboard, protocol: str) -> dict[str, Any] | None:
     return _both(intervals, lines, references, "normalized mean, points")
 
 
+def unranked(board: Leaderboard, protocol: str) -> list[str]:
+    """Return the methods that have no rank, because a score that their mean needs is missing."""
+    lines = ordered(board, protocol)
+    return list(lines.loc[lines["tie_group"].isna() & ~lines["bound"].astype(bool), "method"])
+
+
 def costs(board: Leaderboard, protocol: str) -> list[dict[str, Any]]:
     """Return the charts of score against storage and against the model's time, each with its front in words."""
     score = scored_by(board)
