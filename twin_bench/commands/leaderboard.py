@@ -123,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
         matrix=options.matrix,
         device=options.device or suite.device or AUTO,
         log_texts=options.log_samples,
+        compare_to=options.compare_to,
     )
     if options.with_speed:
         _check_speed(suite, wanted)
@@ -164,7 +165,9 @@ def _measure_speed(board: Board, out: Path) -> None:
     from twin_bench.files import write_json
     from twin_bench.results.stored import SPEED
 
-    cell = next(cell for cell in board.cells if "twin" in cell.notes and cell.protocol == "standard")
+    cell = next((cell for cell in board.cells if "twin" in cell.notes and cell.protocol == "standard"), None)
+    if cell is None:  # it was skipped, and the table says why
+        return
     task = board.identity["tasks"][cell.task]
     place, device = Path(task["directory"]), board.identity["device"]
     measured = bench(out / cell.notes["twin"], place, split=task["split"], device=device)

@@ -39,7 +39,7 @@ def board_of(
     suite, lines, missing, order = run.suite, dict[Line, Sequence[Cell]](), list[str](), list(run.tasks)
     passed_over = {(method.protocol, method.method) for method in skipped}
     idle = [entry.label for entry in asked if not any(map(entry.runs_under, suite.protocol))]
-    listed, own_labels = _listed(suite, asked, run.cells.labels()), {entry.label for entry in suite.entries()}
+    listed, own_labels = listed_entries(suite, asked, run.cells.labels()), {entry.label for entry in suite.entries()}
     for protocol in suite.protocol:
         for entry in listed:
             line = protocol, entry.label
@@ -147,7 +147,7 @@ def _commit() -> str | None:
     return f"{head}{'+' if changed else ''}" if own.is_file() else None
 
 
-def _listed(suite: Suite, asked: Sequence[Entry], found: Sequence[str]) -> list[Entry]:
+def listed_entries(suite: Suite, asked: Sequence[Entry], found: Sequence[str]) -> list[Entry]:
     """Return the entries that may have cells, each followed by its tuned row.
 
     They are the suite's, those that were asked for, and methods with their defaults whose label is among `found`.

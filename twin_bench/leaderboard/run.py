@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.progress import Progress, TaskID
 
 from twin_bench.data.named import NamedTask
-from twin_bench.errors import InputError, NotFiniteError, UnsuitedError
+from twin_bench.errors import InputError, NotFiniteError, UnsuitedError, nearest
 from twin_bench.leaderboard import inputs as run_inputs
-from twin_bench.leaderboard.board import MATRIX_PROTOCOL, Line, board_of, matrix_entries, working
+from twin_bench.leaderboard.board import MATRIX_PROTOCOL, Line, board_of, listed_entries, matrix_entries, working
 from twin_bench.leaderboard.checks import check_names, check_options, check_rows
 from twin_bench.leaderboard.forecast import Forecast, forecast
 from twin_bench.leaderboard.harness import DEFAULT, Harness, find_harness
@@ -39,6 +39,7 @@ class RunOptions:
     - `matrix`: score every expert on every task as well, for a table of its own.
     - `device`: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
     - `log_texts`: keep the rows' inputs in the samples.
+    - `compare_to`: the label of a row that the report is to compare with. The run only checks that there will be one.
     """
 
     only: Sequence[str] | None = None
@@ -48,6 +49,7 @@ class RunOptions:
     matrix: bool = False
     device: str | None = None
     log_texts: bool = False
+    compare_to: str | None = None
 
 
 ALL = RunOptions()
@@ -99,6 +101,9 @@ def _ready(
     rows = suite.rows if options.limit is None else options.limit
     run = prepared(suite, asked, out, scorer, rows, device, options.log_texts, shown, trial)
     _check(run, asked)
+    labels = [entry.label for entry in listed_entries(suite, asked, run.cells.labels())]
+    if options.compare_to not in (None, *labels):
+        raise InputError(f"--compare-to {options.compare_to}: no such row{nearest(str(options.compare_to), labels)}")
     work = [(protocol, entry) for protocol in suite.protocol for entry in asked if entry.runs_under(protocol)]
     if options.matrix:
         work += [(MATRIX_PROTOCOL, entry) for entry in matrix_entries(suite)]
