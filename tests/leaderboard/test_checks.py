@@ -14,8 +14,9 @@ import pytest
 from tests.support.models import tiny_classifier
 from tests.support.suites import rows_of, run
 from twin_bench.errors import UnsuitedError
-from twin_bench.leaderboard.report import FILES
 from twin_bench.merging.registry import REGISTRY, find_method
+from twin_bench.report.files import FILES
+from twin_bench.results.stored import FILE
 from twin_bench_lm_eval.harness import LmEval
 
 
@@ -77,7 +78,7 @@ def test_a_head_of_another_task(refused: Any, tiny: dict[str, Any], tmp_path: Pa
     assert "its head has 3 labels, GLUE has 2" in said
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", (FILE, *FILES))
 def test_a_file_that_cannot_be_written(refused: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name / "x").mkdir(parents=True)
     assert f"out/{name}: a folder stands where a file is to be written" in refused({})
@@ -106,7 +107,7 @@ def test_a_suite_that_would_lose_or_mix_up_rows(refused: Any, change: dict[str, 
 def test_a_method_under_none_of_the_protocols_is_named(tiny: dict[str, Any], tmp_path: Path) -> None:
     suite = {**tiny, "tasks": ["cola"], "protocol": "routed", "methods": ["average"]}
     assert run(suite, tmp_path) == 0
-    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts"}
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "constant"}
     assert "Under none of the suite's protocols: average." in (tmp_path / "out" / "leaderboard.md").read_text()
 
 
@@ -123,7 +124,7 @@ def test_a_reason_with_markup_or_control_characters_is_shown_as_text(
     for name in ("leaderboard.md", "index.html"):
         text = (out / name).read_text()
         assert "&lt;script&gt;" in text
-        assert "<script>" not in text
+        assert "<script>alert" not in text
         assert "\x1b" not in text
 
 
@@ -146,7 +147,7 @@ def test_a_method_that_looks_for_its_own_models_names_runs(
 def test_a_model_that_overflows_is_skipped_and_the_rest_is_scored(tiny: dict[str, Any], tmp_path: Path) -> None:
     big = {"big": {"method": "task_arithmetic", "scaling": 1e30}}
     assert run({**tiny, "methods": [big, "average"]}, tmp_path) == 0
-    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "average"}
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "constant", "average"}
     (skipped,) = json.loads((tmp_path / "out" / "skipped.json").read_text())
     assert skipped["method"] == "big"
     assert skipped["reason"].startswith("cola: logits in float32: rows ")

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary
 
+from tests.support.cells import board_of, made_cell
 from tests.support.suites import rows_of, run
 from twin_bench.contenders import Contender
 from twin_bench.errors import InputError
 from twin_bench.leaderboard.harness import ENTRY_POINTS, Evaluated, Harness, Job, find_harness
 from twin_bench.leaderboard.suite import Suite
-from twin_bench.results.cells import Board, Cell
+from twin_bench.report.markdown import markdown
+from twin_bench.results.stored import analysed
 from twin_bench_lm_eval.harness import LmEval
-
-COLA, MRPC = ("cola", "cola", "mcc", True), ("mrpc", "mrpc", "acc_f1", True)
-"""A cell's task, expert and metric, and that more is better."""
-
 
 class Counting(Harness):
     """Scores every model 0.5, and keeps the jobs."""
@@ -82,36 +79,12 @@ def test_tasks_keep_the_suites_order_when_a_cell_is_run_again(tiny: dict[str, An
     assert rows_of(tmp_path)["standard", "pretrained", tiny["tasks"][0]]["score"] == 50.0
 
 
-def test_a_build_that_nobody_timed_is_shown_as_such() -> None:
-    cells = [
-        Cell(
-            "s",
-            "standard",
-            method,
-            "bound",
-            "cola",
-            "cola",
-            "mcc",
-            True,
-            50.0,
-            1.0,
-            9,
-            0,
-            2.0,
-            seconds,
-            5,
-            {},
-            {},
-            "cpu",
-            {},
-            "k",
-        )
-        for method, seconds in (("pretrained", 1.0), ("experts", None))
-    ]
-    rows = leaderboard_rows(Board(cells).cells)
-    table = markdown(rows, summary(rows))
-    assert "nan" not in table
-    assert "n/a" in table
+def test_a_build_that_nobody_timed_is_shown_as_such(tmp_path: Path) -> None:
+    cells = [made_cell("pretrained"), made_cell("experts", build_seconds=None)]
+    table = markdown(analysed(board_of(cells), tmp_path))
+    assert "nan" not in table.lower()
+    (line,) = [line for line in table.splitlines() if line.startswith("| experts ")]
+    assert line.endswith(" n/a |")
 
 
 def test_wrong_harnesses_are_named() -> None:
@@ -121,32 +94,8 @@ def test_wrong_harnesses_are_named() -> None:
         find_harness("misnamed")
 
 
-def test_rows_without_an_answer_are_said_below_the_table() -> None:
-    cells = [
-        Cell(
-            "s",
-            "standard",
-            "pretrained",
-            "bound",
-            task,
-            task,
-            "mcc",
-            True,
-            50.0,
-            1.0,
-            9,
-            0,
-            2.0,
-            1.0,
-            5,
-            {},
-            notes,
-            "cpu",
-            {},
-            "k",
-        )
-        for task, notes in (("cola", {}), ("mrpc", {"set_aside": "id4: a prompt of 70 tokens"}))
-    ]
-    rows = leaderboard_rows(cells)
+def test_rows_without_an_answer_are_said_below_the_table(tmp_path: Path) -> None:
+    set_aside = {"set_aside": "id4: a prompt of 70 tokens"}
+    cells = [made_cell("pretrained", "cola"), made_cell("pretrained", "mrpc", notes=set_aside)]
     said = "pretrained (standard): scored without an answer on mrpc: id4: a prompt of 70 tokens."
-    assert said in markdown(rows, summary(rows))
+    assert said in markdown(analysed(board_of(cells), tmp_path))

@@ -17,11 +17,12 @@ from twin_bench.contenders import Contender
 from twin_bench.errors import InputError
 from twin_bench.files import TEMPORARY, digest_files
 from twin_bench.leaderboard.harness import Evaluated, Job
-from twin_bench.leaderboard.report import FILES, write_leaderboard
 from twin_bench.leaderboard.run import run_suite
 from twin_bench.leaderboard.suite import Suite
 from twin_bench.merging.export import merge_to_directory
 from twin_bench.merging.recipe import MergeRecipe
+from twin_bench.report.files import FILES, write_report
+from twin_bench.results.stored import load_leaderboard, write_board
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench_lm_eval.harness import LmEval
@@ -63,7 +64,8 @@ def logits_in_place_of_a_score(_: Any, contender: Contender, job: Job) -> Evalua
 
 def scores(suite: Suite, out: Path) -> dict[tuple[str, str], Any]:
     board = run_suite(suite, out)
-    write_leaderboard(board, out)
+    write_board(board, out)
+    write_report(load_leaderboard(out, draws=100), out)
     return {(cell.method, cell.task): (cell.score, cell.key, cell.settings, cell.notes) for cell in board.cells}
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twin_bench.leaderboard.report import leaderboard_rows, markdown, summary, write_leaderboard
 
 import twin_bench.results.published as module
+from tests.support.cells import board_of, made_cell
 from twin_bench.data.glue import GLUE
 from twin_bench.errors import InputError
 from twin_bench.leaderboard.suite import read_suite
 from twin_bench.paths import leaderboards_directory, shipped_suites
-from twin_bench.results.cells import Board, Cell
-from twin_bench.results.published import like_ours, published
+from twin_bench.report.files import write_report
+from twin_bench.results.cells import Cell
+from twin_bench.results.published import like_ours, paragraph, published
+from twin_bench.results.stored import analysed
 
 SUITES = sorted(file.stem for file in (leaderboards_directory() / "published").glob("*.yaml"))
 ROWS = {"cola": 1001, "sst2": 872, "mrpc": 408, "stsb": 1001, "qqp": 1001, "mnli": 1001, "qnli": 1001, "rte": 277}
@@ -52,47 +54,26 @@ def test_a_suite_without_published_figures_has_none() -> None:
     assert like_ours([]) == []
 
 
-def cells(protocol: str = "paper", rows: dict[str, int] = ROWS, **changes: Any) -> list[Cell]:
-    own = Cell(
-        suite="glue-roberta",
-        protocol=protocol,
-        method="experts",
-        track="bound",
-        task="",
-        expert="",
-        metric="",
-        higher_is_better=True,
-        score=50.0,
-        stderr=1.0,
-        n=0,
-        seed=0,
-        seconds=1.0,
-        build_seconds=1.0,
-        parameters=1,
-        settings={},
-        notes={},
-        device="cpu",
-        versions={},
-        key="",
-    )
-    return [
-        dataclasses.replace(own, task=name, expert=name, metric=GLUE[name].metric, n=n, **changes)
-        for name, n in rows.items()
-    ]
+def cells(protocol: str = "paper", rows: dict[str, int] = ROWS, method: str = "experts", **changes: Any) -> list[Cell]:
+    own = {"suite": "glue-roberta", "protocol": protocol, **changes}
+    return [made_cell(method, name, metric=GLUE[name].metric, n=n, **own) for name, n in rows.items()]
+
+
+def like(own: list[Cell]) -> list[str]:
+    return list(map(paragraph, like_ours([dataclasses.asdict(cell) for cell in own])))
 
 
 def test_what_is_alike_stands_below_the_table(tmp_path: Path) -> None:
-    own = cells()
-    write_leaderboard(Board(own), tmp_path)
+    board = analysed(board_of(cells()), tmp_path, draws=100)
+    write_report(board, tmp_path)
     for file in ("leaderboard.md", "index.html"):
         said = (tmp_path / file).read_text()
         assert "Published (paper, absolute): task_arithmetic (scaling 0.29): cola 6.68, mnli 66.23" in said
         assert "twin (" not in said  # its rows were 1,000
         assert "WUDI" not in said  # at second hand
-    both = [*own, *cells(rows=PER_INPUT, method="twin", track="per-input")]
-    (twin,) = [said for said in like_ours(leaderboard_rows(both)) if ": twin (" in said]
+    assert board.remarks == like(cells())
+    (twin,) = [said for said in like([*cells(), *cells(rows=PER_INPUT, method="twin")]) if ": twin (" in said]
     assert twin.startswith("Published (paper, normalized): twin (scaling 0.29, density 0.1): cola 101.06")
-    assert markdown(leaderboard_rows(own), summary(leaderboard_rows(own))).count("Published") == 0
 
 
 @pytest.mark.parametrize(
@@ -107,8 +88,8 @@ def test_what_is_alike_stands_below_the_table(tmp_path: Path) -> None:
     ids=["protocol", "rows", "tasks", "metric", "suite"],
 )
 def test_what_is_not_alike_is_not_set_beside(other: list[Cell]) -> None:
-    assert like_ours(leaderboard_rows(cells()))
-    assert like_ours(leaderboard_rows(other)) == []
+    assert like(cells())
+    assert like(other) == []
 
 
 @pytest.mark.parametrize(

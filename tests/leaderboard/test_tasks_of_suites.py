@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
-from twin_bench.leaderboard.report import leaderboard_rows, summary
 
 from twin_bench import Classification, InputError, task
 from twin_bench.config import parse
 from twin_bench.data.classification import labels_of
 from twin_bench.data.task import LANGUAGE_MODELS, HubSplit, Row, Task, TaskInput, TaskType
 from twin_bench.leaderboard.suite import Suite
-from twin_bench.results.cells import Cell
 
 
 def suite(tasks: Any) -> Suite:
@@ -96,36 +94,3 @@ def test_a_kind_of_task_of_ones_own_takes_an_expert_and_a_split() -> None:
     assert suite({"echo": {"expert": None}}).kinds["echo"].expert is None
     with pytest.raises(InputError, match="task echo: few_shot 3: echo takes none; leave it out"):
         _ = suite({"echo": {"expert": "b", "few_shot": 3}}).kinds
-
-
-def cell(method: str, task: str, score: float, *, less: bool = False, expert: str | None = "a") -> Cell:
-    own_fields: dict[str, Any] = {"task": task, "expert": expert, "score": score, "higher_is_better": not less}
-    shared: dict[str, Any] = {
-        "suite": "s",
-        "protocol": "standard",
-        "track": "bound",
-        "metric": "m",
-        "n": 9,
-    }
-    costs: dict[str, Any] = {"seconds": 1.0, "build_seconds": None, "parameters": 5, "settings": {}, "notes": {}}
-    return Cell(method=method, stderr=1.0, seed=0, device="cpu", versions={}, key="k", **own_fields, **shared, **costs)
-
-
-def test_less_is_better_turns_scores_round_and_every_method_has_the_same_tasks() -> None:
-    cells = [
-        *(cell("experts", task, 2.0, less=True) for task in ("mse", "rmse")),
-        *(cell("average", task, score, less=True) for task, score in (("mse", 4.0), ("rmse", 8.0))),
-        *(cell("ties", task, score, less=True) for task, score in (("mse", 1.0), ("rmse", 0.0))),
-        *(
-            cell(method, "prose", score, less=True, expert=None)
-            for method, score in (("pretrained", 3.0), ("ties", 6.0))
-        ),
-    ]
-    rows = {(row["method"], row["task"]): row for row in leaderboard_rows(cells)}
-    assert rows["average", "mse"]["normalized"] == 50.0
-    assert rows["ties", "mse"]["normalized"] == 200.0
-    assert all(rows[method, "rmse"]["normalized"] is None for method in ("experts", "average", "ties"))
-    assert (rows["ties", "prose"]["retention"], rows["ties", "prose"]["normalized"]) == (50.0, None)
-    table = summary(leaderboard_rows(cells)).set_index("method")
-    assert table["normalized"]["average"] == 50.0
-    assert table["stderr"]["average"] == pytest.approx(100 * 2.0 / 4.0**2)  # of 100 * 2 / score at 4, error 1
