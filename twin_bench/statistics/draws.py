@@ -18,7 +18,7 @@ from twin_bench.errors import InputError, first_line, shown
 DRAWS = 10_000
 FEWER_DRAWS = 1_000
 """The draws of a metric that has no form for all draws at once: it is called for each draw and each method."""
-_WEIGHTS = 2**15
+_WEIGHTS = 2**16
 """How many weights of rows are held at once: they fit a processor's cache."""
 
 
