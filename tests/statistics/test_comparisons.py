@@ -27,8 +27,9 @@ def test_ps_are_of_the_draws_and_never_0():
     assert difference(draws, np.zeros(99), 40, 0).p == pytest.approx(2 * 5 / 100)
     assert difference(draws + 50, np.zeros(99), 90, 0).p == pytest.approx(2 / 100)
     assert difference(np.zeros(99), draws + 50, 0, 90).p == pytest.approx(2 / 100)
-    holed = np.where(draws > 90, np.nan, draws)
-    assert difference(holed, np.zeros(99), 40, 0).p == pytest.approx(2 * 5 / 95)
+    for undefined in (np.nan, np.inf):
+        holed = np.where(draws > 90, undefined, draws)
+        assert difference(holed, np.zeros(99), 40, 0).p == pytest.approx(2 * 5 / 95)
 
 
 def test_equal_methods_and_methods_without_a_value():
@@ -98,6 +99,9 @@ def test_a_method_without_a_value_is_left_out():
     draws[:3, 0] = math.nan
     assert rank_ranges(values, draws) == [(1, 1), None, (2, 2), (3, 3)]
     assert tie_groups(values, draws) == [1, None, 2, 3]
+    draws[4, 2] = math.inf  # a score of 0 in a draw, of which less is better
+    assert rank_ranges(values, draws) == [(1, 1), None, (2, 2), (3, 3)]
+    assert tie_groups([90, math.nan, 89.9, 50], draws) == [1, None, 1, 2]
     draws[:, 3] = math.nan
     assert tie_groups(values, draws) == [1, None, 2, None]
 

@@ -32,11 +32,11 @@ def difference(
 
     The interval is the percentile interval of the draws' differences. p is twice the share of the draws in which the
     difference is zero or on the other side of zero, where the estimate counts as one draw: it is from 2 / (draws + 1)
-    to 1. Draws in which either is NaN are left out. All is NaN if none is left or a value is NaN.
+    to 1. Draws in which either is NaN or infinite are left out. All is NaN if none is left or a value is NaN.
     """
     rounding = _ROUNDING * max(abs(first), abs(second))
-    drawn = first_draws - second_draws
-    drawn = drawn[~np.isnan(drawn)]
+    known = np.isfinite(first_draws) & np.isfinite(second_draws)
+    drawn = first_draws[known] - second_draws[known]
     if not len(drawn) or math.isnan(rounding):
         return Difference(math.nan, math.nan, math.nan, math.nan)
     drawn = np.where(np.abs(drawn) <= rounding, 0, drawn)
@@ -67,7 +67,8 @@ def rank_ranges(values: Sequence[float] | Array, draws: Array, level: float = LE
     the largest studentised difference over the draws (Mogstad, Romano, Shaikh and Wilhelm 2024, "Inference for ranks
     with applications to mobility across neighbourhoods and academic achievement across countries"). A method's best
     rank is 1 and one for each method that is above it for sure. Its worst rank is m less one for each that it is above
-    for sure. A method without a value has no range (None) and does not count.
+    for sure. A method without a value has no range (None) and does not count. Draws in which a method has none are left
+    out.
     """
     known, above = _above(values, draws, level)
     ranges: list[tuple[int, int] | None] = [None] * len(values)
@@ -99,8 +100,8 @@ def tie_groups(values: Sequence[float] | Array, draws: Array, level: float = LEV
 def _above(values: Sequence[float] | Array, draws: Array, level: float) -> tuple[list[int], Array]:
     """Return which methods have a value, k of them, and whether each is above each other for sure, (k, k)."""
     estimates = np.asarray(values, dtype=np.float64)
-    drawn = ~np.isnan(draws)
-    known = [int(one) for one in np.flatnonzero(~np.isnan(estimates) & (drawn.sum(axis=0) > 1))]
+    drawn = np.isfinite(draws)
+    known = [int(one) for one in np.flatnonzero(np.isfinite(estimates) & (drawn.sum(axis=0) > 1))]
     estimates, draws = estimates[known], draws[drawn[:, known].all(axis=1)][:, known]
     rounding = _ROUNDING * np.abs(estimates).max(initial=0)
     differences = estimates[:, None] - estimates
