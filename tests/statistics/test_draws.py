@@ -132,6 +132,14 @@ def test_whole_clusters_are_drawn():
     np.testing.assert_allclose(both["of no known cluster"], both["own"])
 
 
+def test_a_row_without_a_cluster_is_its_own():
+    first = Answers(["a", "b"], [1, 1], clusters=["p", "p"])
+    second = Answers(["a", "b", "c", "d"], [0, 0, 1, 0])
+    found = score_draws(None, {"first": first, "second": second}, draws=300)["second"]
+    # Three clusters are drawn, of two rows and of one and one: c is in a draw up to three times, and so is d.
+    assert {1.0, 0.0, 2 / 3, 1 / 3, 1 / 4} <= {*found}
+
+
 def test_a_metric_of_ones_own_is_called_for_fewer_draws_which_are_repeated():
     calls = []
 
