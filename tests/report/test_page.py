@@ -165,7 +165,7 @@ def test_a_cell_s_rows_are_those_that_it_got_wrong_beside_the_best(board: Drawn,
         )
         own, frame = rows["cells"][cell["rows"]], board.samples("standard", method, "sst2")
         wrong, others = frame[frame["score"] < 1], board.samples("standard", reference, "sst2")
-        assert (own["against"], own["wrong"], own["graded"]) == (reference, len(wrong), False)
+        assert (own["against"], own["wrong"], own["graded"]) == (reference, len(wrong), "")
         task = rows["tasks"]["sst2"]
         for (place, prediction, other), row in zip(own["rows"], wrong.to_dict("index").items(), strict=True):
             identity, target, shown = task["rows"][place]
@@ -186,12 +186,18 @@ def test_graded_rows_are_shown_from_the_worst() -> None:
         {"identity": list("abc"), "prediction": ["x", "y", "z"], "target": "t", "score": [0.4, 0.1, 1.0]}
     )
     wrong.add(("standard", "m", "cnn"), texts, "r", {"a": "q"})
+    sure = pd.DataFrame(
+        {"identity": list("ab"), "prediction": [[0.75, 0.25], [0.5, 0.5]], "target": 0, "score": [0.75, 0.5]}
+    )
+    wrong.add(("standard", "m", "mc"), sure, None, {})
     compact = wrong.compact(100)
     names = [
         [compact["tasks"][task]["rows"][row[0]][0] for row in cell["rows"]]
-        for task, cell in zip(("stsb", "cnn"), compact["cells"], strict=True)
+        for task, cell in zip(("stsb", "cnn", "mc"), compact["cells"], strict=True)
     ]
-    assert names == [["b", "c", "d"], ["b", "a"]]
+    assert names == [["b", "c", "d"], ["b", "a"], ["b", "a"]]
+    assert [cell["graded"] for cell in compact["cells"]] == ["squared error", "score", "score"]
+    assert compact["tasks"]["mc"]["answers"] == ["0.5, 0.5", "0.75, 0.25"]
     assert compact["cells"][1]["rows"] == [[0, 0, -1, 0.1], [1, 1, 2, 0.4]]
     assert compact["tasks"]["cnn"]["answers"] == ["y", "x", "q"]
 

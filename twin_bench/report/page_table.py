@@ -155,7 +155,7 @@ def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("gain", gain if known(cell["gain"]) else ""),
         ("constant answer", points(cell["floor"]) if known(cell["floor"]) else ""),
         ("retention", retention if known(cell["retention"]) else ""),
-        ("expert", cell["expert"] or "none"),
+        ("expert", cell["expert"] if isinstance(cell["expert"], str) else "none"),
         ("seed", str(cell["seed"])),
         ("seeds", drawn),
         ("track", cell["track"]),
