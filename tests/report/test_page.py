@@ -224,18 +224,21 @@ def test_a_large_board_stays_below_the_limit_with_fewer_rows_a_cell(tmp_path: Pa
     assert f"Each score holds the first {most} of them here" in large
 
 
-def test_a_published_figure_stands_beside_ours(board: Drawn, text: str) -> None:
+def test_published_figures_and_speed_stand_beside_ours(board: Drawn, text: str) -> None:
     ours = board.cells[(board.cells["protocol"] == "standard") & (board.cells["method"] == "ties")]
     scores = ours.set_index("task")["normalized"]
     shown = [scores["cola"], scores["sst2"], (scores["cola"] + scores["sst2"]) / 2]
     cells = "".join(f'<td class="number">{score:.1f}</td>' for score in shown)
     assert f'<th scope="row">here, ties</th>{cells}</tr>' in text
+    speed = "".join(f'<td class="number">{one}</td>' for one in ("116.6", "0.623 x"))
+    assert f'<th scope="row">soft</th>{speed}<td>plain</td>' in text
 
 
 def test_what_is_not_there_is_left_out(board: Drawn) -> None:
     bare = dataclasses.replace(
         board,
         matrix=None,
+        speed=None,
         published=[],
         comparisons=board.comparisons.iloc[:0],
         cells=board.cells.assign(samples=None, gain=np.nan, floor=np.nan),
