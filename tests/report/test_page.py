@@ -113,6 +113,8 @@ def test_a_method_that_is_told_the_task_is_spoken_of_apart(board: Drawn) -> None
 def test_numbers_have_sensible_digits() -> None:
     assert interval(91.22, 89.04, 93.06) == "91.2 (89.0 to 93.1)"
     assert interval(-0.04, float("nan"), None) == "0.0"
+    assert interval(0.01234, 0.0119, 0.0131, percent=False) == "0.0123 (0.0119 to 0.0131)"
+    assert interval(1234.5, 99.94, 0.0, percent=False) == "1,234 (99.9 to 0)"
     assert difference(1.77, -0.61, 4.2) == "+1.8 (-0.6 to +4.2)"
     assert [probability(p) for p in (0.0001, 0.0123, 0.5)] == ["below 0.001", "0.012", "0.50"]
     assert [ranks(1, 4), ranks(2, 2)] == ["1 to 4", "2"]

@@ -171,6 +171,7 @@ def _cells(frames: dict[tuple[str, str, str], pd.DataFrame]) -> list[dict[str, A
                 "expert": task,
                 "metric": "acc",
                 "higher_is_better": True,
+                "percent": True,
                 "score": score,
                 "ci_low": score - 1.96 * error,
                 "ci_high": score + 1.96 * error,

@@ -55,7 +55,7 @@
   const sort = (place) => {
     const head = heads[place];
     const numbers = head.classList.contains("number");
-    const first = numbers && shown(head).replace(/[▲▼ ]/g, "") !== "rank" ? "descending" : "ascending";
+    const first = numbers && shown(head) !== "rank" ? "descending" : "ascending";
     const other = first === "ascending" ? "descending" : "ascending";
     const order = head.getAttribute("aria-sort") === first ? other : first;
     for (const one of heads) one.setAttribute("aria-sort", one === head ? order : "none");
