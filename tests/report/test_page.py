@@ -113,6 +113,8 @@ def test_a_method_that_is_told_the_task_is_spoken_of_apart(board: Drawn) -> None
 def test_numbers_have_sensible_digits() -> None:
     assert interval(91.22, 89.04, 93.06) == "91.2 (89.0 to 93.1)"
     assert interval(-0.04, float("nan"), None) == "0.0"
+    assert interval(0.01234, 0.0119, 0.0131, percent=False) == "0.0123 (0.0119 to 0.0131)"
+    assert interval(1234.5, 99.94, 0.0, percent=False) == "1,234 (99.9 to 0)"
     assert difference(1.77, -0.61, 4.2) == "+1.8 (-0.6 to +4.2)"
     assert [probability(p) for p in (0.0001, 0.0123, 0.5)] == ["below 0.001", "0.012", "0.50"]
     assert [ranks(1, 4), ranks(2, 2)] == ["1 to 4", "2"]
@@ -165,7 +167,7 @@ def test_a_cell_s_rows_are_those_that_it_got_wrong_beside_the_best(board: Drawn,
         )
         own, frame = rows["cells"][cell["rows"]], board.samples("standard", method, "sst2")
         wrong, others = frame[frame["score"] < 1], board.samples("standard", reference, "sst2")
-        assert (own["against"], own["wrong"], own["graded"]) == (reference, len(wrong), False)
+        assert (own["against"], own["wrong"], own["graded"]) == (reference, len(wrong), "")
         task = rows["tasks"]["sst2"]
         for (place, prediction, other), row in zip(own["rows"], wrong.to_dict("index").items(), strict=True):
             identity, target, shown = task["rows"][place]
@@ -186,12 +188,18 @@ def test_graded_rows_are_shown_from_the_worst() -> None:
         {"identity": list("abc"), "prediction": ["x", "y", "z"], "target": "t", "score": [0.4, 0.1, 1.0]}
     )
     wrong.add(("standard", "m", "cnn"), texts, "r", {"a": "q"})
+    sure = pd.DataFrame(
+        {"identity": list("ab"), "prediction": [[0.75, 0.25], [0.5, 0.5]], "target": 0, "score": [0.75, 0.5]}
+    )
+    wrong.add(("standard", "m", "mc"), sure, None, {})
     compact = wrong.compact(100)
     names = [
         [compact["tasks"][task]["rows"][row[0]][0] for row in cell["rows"]]
-        for task, cell in zip(("stsb", "cnn"), compact["cells"], strict=True)
+        for task, cell in zip(("stsb", "cnn", "mc"), compact["cells"], strict=True)
     ]
-    assert names == [["b", "c", "d"], ["b", "a"]]
+    assert names == [["b", "c", "d"], ["b", "a"], ["b", "a"]]
+    assert [cell["graded"] for cell in compact["cells"]] == ["squared error", "score", "score"]
+    assert compact["tasks"]["mc"]["answers"] == ["0.5, 0.5", "0.75, 0.25"]
     assert compact["cells"][1]["rows"] == [[0, 0, -1, 0.1], [1, 1, 2, 0.4]]
     assert compact["tasks"]["cnn"]["answers"] == ["y", "x", "q"]
 
@@ -218,18 +226,21 @@ def test_a_large_board_stays_below_the_limit_with_fewer_rows_a_cell(tmp_path: Pa
     assert f"Each score holds the first {most} of them here" in large
 
 
-def test_a_published_figure_stands_beside_ours(board: Drawn, text: str) -> None:
+def test_published_figures_and_speed_stand_beside_ours(board: Drawn, text: str) -> None:
     ours = board.cells[(board.cells["protocol"] == "standard") & (board.cells["method"] == "ties")]
     scores = ours.set_index("task")["normalized"]
     shown = [scores["cola"], scores["sst2"], (scores["cola"] + scores["sst2"]) / 2]
     cells = "".join(f'<td class="number">{score:.1f}</td>' for score in shown)
     assert f'<th scope="row">here, ties</th>{cells}</tr>' in text
+    speed = "".join(f'<td class="number">{one}</td>' for one in ("116.6", "0.623 x"))
+    assert f'<th scope="row">soft</th>{speed}<td>plain</td>' in text
 
 
 def test_what_is_not_there_is_left_out(board: Drawn) -> None:
     bare = dataclasses.replace(
         board,
         matrix=None,
+        speed=None,
         published=[],
         comparisons=board.comparisons.iloc[:0],
         cells=board.cells.assign(samples=None, gain=np.nan, floor=np.nan),

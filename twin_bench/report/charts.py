@@ -1,7 +1,7 @@
 """The page's charts, as static SVG: no script, text that stays text, colours that are the page's CSS variables.
 
-A chart is a Vega-Lite specification, which vl-convert draws. Each kind has a wide form and a narrow one for
-a phone, where the text of the wide one would be too small. Each mark says in words what it shows.
+A chart is a Vega-Lite specification, which vl-convert draws. Each kind has a wide form and a narrow one for a phone,
+where the text of the wide one would be too small. Each mark says in words what it shows.
 """
 
 from __future__ import annotations

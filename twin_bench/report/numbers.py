@@ -24,14 +24,20 @@ def points(value: float | None) -> str:
     return "0.0" if text == "-0.0" else text
 
 
-def between(low: float | None, high: float | None) -> str:
-    """Return an interval as `89.0 to 93.1`."""
-    return f"{points(low)} to {points(high)}"
+def score(value: float | None, *, percent: bool) -> str:
+    """Return a task's score: in points, or with three significant digits if its metric is no fraction."""
+    if percent or value is None or math.isnan(value):
+        return points(value)
+    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{decimals}f}"
 
 
-def interval(value: float | None, low: float | None, high: float | None) -> str:
+def interval(value: float | None, low: float | None, high: float | None, *, percent: bool = True) -> str:
     """Return a value with its interval, `91.2 (89.0 to 93.1)`; the value alone where there is no interval."""
-    return f"{points(value)} ({between(low, high)})" if known(low) and known(high) else points(value)
+    text = score(value, percent=percent)
+    if not (known(low) and known(high)):
+        return text
+    return f"{text} ({score(low, percent=percent)} to {score(high, percent=percent)})"
 
 
 def difference(value: float, low: float | None = None, high: float | None = None) -> str:

@@ -137,9 +137,12 @@ def _context(board: Leaderboard, routings: dict[tuple[str, str], Routing]) -> di
 def _task_lines(board: Leaderboard) -> list[dict[str, Any]]:
     """Return one line a task: what it is, its data, and the floor and the expert's score under the first protocol."""
     found = []
+    percent = dict(zip(board.cells["task"], board.cells["percent"], strict=True))
     for task, part in board.tasks.groupby("task", sort=False):
-        own, first = board.identity["tasks"].get(task, {}), part.iloc[0]
-        found.append({**own, **first.to_dict(), "task": task})
+        own, first = board.identity["tasks"].get(task, {}), part.iloc[0].to_dict()
+        scores = ("expert_score", "floor", "chance")
+        written = {name: numbers.score(first[name], percent=percent.get(task, True)) for name in scores}
+        found.append({**own, **first, **written, "task": task})
     return found
 
 

@@ -8,7 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from twin_bench.report.numbers import count, duration, group, interval, known, parameters, points, ranks, size, times
+from twin_bench.report.numbers import (
+    count,
+    duration,
+    group,
+    interval,
+    known,
+    parameters,
+    points,
+    ranks,
+    score,
+    size,
+    times,
+)
 from twin_bench.report.sections import ordered
 from twin_bench.report.wrong_rows import Place
 from twin_bench.results.board import Leaderboard
@@ -137,25 +149,26 @@ def _scored(cell: Mapping[str, Any] | None, found: Table, samples: Mapping[Place
         "rows": samples.get(place, -1),
     }
     found.details.append(detail)
-    shown = _with_interval(cell["score"], cell["ci_low"], cell["ci_high"])
+    shown = _with_interval(cell["score"], cell["ci_low"], cell["ci_high"], percent=cell["percent"])
     return Entry(shown.text, shown.aside, shown.value, len(found.details) - 1)
 
 
 def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is said of a cell beside its settings and notes, those facts alone that are known."""
+    percent = cell["percent"]
     seeds = list(cell["seed_scores"]) if cell["seeds"] > 1 else []
-    drawn = f"{len(seeds)} ({', '.join(map(points, seeds))})" if seeds else ""
+    drawn = f"{len(seeds)} ({', '.join(score(one, percent=percent) for one in seeds)})" if seeds else ""
     gain, normalized, retention = (points(cell[name]) for name in ("gain", "normalized", "retention"))
     facts = [
-        ("score", interval(cell["score"], cell["ci_low"], cell["ci_high"])),
-        ("standard error", f"{cell['stderr']:.2f}" if known(cell["stderr"]) else ""),
+        ("score", interval(cell["score"], cell["ci_low"], cell["ci_high"], percent=percent)),
+        ("standard error", f"{cell['stderr']:.2g}" if known(cell["stderr"]) else ""),
         ("metric", f"{cell['metric']}{'' if cell['higher_is_better'] else ' (less is better)'}"),
         ("rows", count(cell["n"])),
         ("normalized", normalized if known(cell["normalized"]) else ""),
         ("gain", gain if known(cell["gain"]) else ""),
-        ("constant answer", points(cell["floor"]) if known(cell["floor"]) else ""),
+        ("constant answer", score(cell["floor"], percent=percent) if known(cell["floor"]) else ""),
         ("retention", retention if known(cell["retention"]) else ""),
-        ("expert", cell["expert"] or "none"),
+        ("expert", cell["expert"] if isinstance(cell["expert"], str) else "none"),
         ("seed", str(cell["seed"])),
         ("seeds", drawn),
         ("track", cell["track"]),
@@ -166,8 +179,8 @@ def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in facts if text]
 
 
-def _with_interval(value: float, low: float, high: float) -> Entry:
-    text = interval(value, low, high) if known(value) else ""
+def _with_interval(value: float, low: float, high: float, *, percent: bool = True) -> Entry:
+    text = interval(value, low, high, percent=percent) if known(value) else ""
     shown, _, aside = text.partition(" ")
     return Entry(shown, aside, _key(value))
 

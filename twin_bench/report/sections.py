@@ -145,13 +145,17 @@ def matrix(board: Leaderboard) -> dict[str, Any] | None:
     experts, tasks = (list(dict.fromkeys(board.matrix[column])) for column in ("expert", "task"))
     best = board.matrix.groupby("task")["score"].max()
     own = {task: expert for task, expert in zip(board.tasks["task"], board.tasks["expert"], strict=True)}
+    percent = dict(zip(board.cells["task"], board.cells["percent"], strict=True))
     lines = []
     for expert in experts:
         line = []
         for task in tasks:
             row = found.get((expert, task))
             value = None if row is None else row["score"]
-            text, _, aside = ("" if row is None else interval(value, row["ci_low"], row["ci_high"])).partition(" ")
+            shown = (
+                "" if row is None else interval(value, row["ci_low"], row["ci_high"], percent=percent.get(task, True))
+            )
+            text, _, aside = shown.partition(" ")
             relative = 100 * value / best[task] if known(value) and best[task] > 0 else None
             line.append({"text": text, "aside": aside, "shade": shade(relative), "own": own.get(task) == expert})
         lines.append({"label": expert, "cells": line})

@@ -24,7 +24,7 @@ class _Wrong:
 
     reference: str | None
     count: int
-    graded: bool
+    graded: str
     rows: Sequence[tuple[str, str, str | None, float]]
 
 
@@ -38,7 +38,7 @@ class WrongRows:
     def add(self, place: Place, frame: pd.DataFrame, reference: str | None, others: Mapping[str, Any]) -> None:
         """Take a cell's samples in. `others` are the predictions of the method `reference`, by the rows' identity."""
         wrong, graded = _wrong(frame)
-        shown = frame.loc[wrong[:ROWS]]
+        shown = frame.iloc[wrong[:ROWS]]
         details = self._details.setdefault(place[2], {})
         texts = shown["text"] if "text" in shown else [None] * len(shown)
         rows = []
@@ -54,8 +54,9 @@ class WrongRows:
         """Return plain data with at most `rows` rows of each cell.
 
         `tasks` has for each task the `rows` that occur, [identity, target, text or None], and the `answers` that
-        occur. `cells` are in the order in which they were added: reference, how many rows are wrong, whether rows
-        have scores between right and wrong, and the rows: [row, answer, the reference's answer or -1, score].
+        occur. `cells` are in the order in which they were added: reference, how many rows are wrong, what the
+        rows' scores are if there is more than right and wrong, and the rows: [row, answer, the reference's answer or
+        -1, score].
         """
         tasks: dict[str, dict[str, Any]] = {}
         numbers: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
@@ -82,25 +83,26 @@ class WrongRows:
         return {place: number for number, place in enumerate(self._cells)}
 
 
-def _wrong(frame: pd.DataFrame) -> tuple[list[int], bool]:
-    """Return the positions of the rows that are wrong, and whether there is more than right and wrong.
+def _wrong(frame: pd.DataFrame) -> tuple[list[int], str]:
+    """Return the positions of the rows that are wrong, and what their scores are: empty if right or wrong is all.
 
     Wrong is a score below 1. Where scores lie between, the worst rows come first. Squared errors are such scores too,
     and there the largest is the worst.
     """
     scores = frame["score"].to_numpy(dtype=float)
-    frame.index = pd.RangeIndex(len(frame))
-    if np.isin(scores, (0.0, 1.0)).all():
-        return list(np.flatnonzero(scores == 0)), False
     if _squared_errors(frame, scores):
-        return [int(row) for row in np.argsort(-scores, kind="stable") if scores[row] > 0], True
-    return [int(row) for row in np.argsort(scores, kind="stable") if scores[row] < 1], True
+        return [int(row) for row in np.argsort(-scores, kind="stable") if scores[row] > 0], "squared error"
+    if np.isin(scores, (0.0, 1.0)).all():
+        return [int(row) for row in np.flatnonzero(scores == 0)], ""
+    return [int(row) for row in np.argsort(scores, kind="stable") if scores[row] < 1], "score"
 
 
 def _squared_errors(frame: pd.DataFrame, scores: np.ndarray) -> bool:
-    answers = [pd.to_numeric(frame[column], errors="coerce") for column in ("prediction", "target")]
-    errors = (answers[0] - answers[1]).to_numpy(dtype=float) ** 2
-    return bool(np.allclose(errors, scores, rtol=1e-3, atol=1e-6))
+    try:
+        answers, targets = (frame[column].to_numpy(dtype=float) for column in ("prediction", "target"))
+    except (TypeError, ValueError):  # texts, or lists of probabilities
+        return False
+    return bool(np.allclose((answers - targets) ** 2, scores, rtol=1e-3, atol=1e-6))
 
 
 def written(value: Any) -> str:

@@ -55,7 +55,7 @@
   const sort = (place) => {
     const head = heads[place];
     const numbers = head.classList.contains("number");
-    const first = numbers && shown(head).replace(/[▲▼ ]/g, "") !== "rank" ? "descending" : "ascending";
+    const first = numbers && shown(head) !== "rank" ? "descending" : "ascending";
     const other = first === "ascending" ? "descending" : "ascending";
     const order = head.getAttribute("aria-sort") === first ? other : first;
     for (const one of heads) one.setAttribute("aria-sort", one === head ? order : "none");
@@ -137,7 +137,7 @@
     const list = make("table", null, box);
     make("caption", own.against ? `Beside the predictions of ${own.against}` : "Predictions", list);
     const head = make("tr", null, make("thead", null, list));
-    const names = ["row", ...(texts ? ["text"] : []), "target", "prediction", ...(own.against ? [own.against] : []), ...(own.graded ? ["score"] : [])];
+    const names = ["row", ...(texts ? ["text"] : []), "target", "prediction", ...(own.against ? [own.against] : []), ...(own.graded ? [own.graded] : [])];
     for (const name of names) make("th", name, head).scope = "col";
     const lines = make("tbody", null, list);
     for (const [row, answer, other, score] of own.rows) {
