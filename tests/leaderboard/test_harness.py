@@ -19,6 +19,7 @@ from twin_bench.report.markdown import markdown
 from twin_bench.results.stored import analysed
 from twin_bench_lm_eval.harness import LmEval
 
+
 class Counting(Harness):
     """Scores every model 0.5, and keeps the jobs."""
 

@@ -65,7 +65,11 @@ def test_a_weak_expert_has_no_gain_and_its_task_is_in_no_mean_of_gains(tmp_path:
         *cells("stsb", {"experts": 4.1, "constant": 4, "average": 3}, **LESS),
     ]
     board = analysis(found, tmp_path)
-    assert dict(zip(board.tasks["task"], board.tasks["weak"], strict=True)) == {"cola": False, "rte": True, "stsb": True}
+    assert dict(zip(board.tasks["task"], board.tasks["weak"], strict=True)) == {
+        "cola": False,
+        "rte": True,
+        "stsb": True,
+    }
     rows = board.cells.set_index(["method", "task"])
     assert [task for (_, task), value in rows["gain"].items() if value is None] == 3 * ["rte"] + 3 * ["stsb"]
     table = board.summary.set_index("method")

@@ -29,7 +29,19 @@ BOUNDS = ("pretrained", "experts", "constant", "lead_3")
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+()-]*")
 """Tasks and labels are names of folders and files. Some of lm-eval's tasks have parentheses."""
-COLUMNS = ("protocol", "method", "track", "normalized", "stderr", "retention", "parameters", "build", "build_seconds")
+COLUMNS = (
+    "protocol",
+    "method",
+    "rank",
+    "group",
+    "normalized",
+    "gain",
+    "retention",
+    "track",
+    "storage",
+    "kept",
+    "build",
+)
 """The columns of the table beside the tasks' own."""
 NAME = re.compile(r"[^\W_][\w .,:()/+-]{0,99}")
 """A suite's name stands in tables, pages and spreadsheets, where markup or a formula would act."""

@@ -55,9 +55,9 @@ def _table(board: Leaderboard, protocol: str) -> str:
         body.append(" & ".join(own) + r" \\")
     rows = ", ".join(f"{task} {max(cells[cells['task'] == task]['n'])}" for task in tasks)
     caption = (
-        f"{board.identity['suite']}, protocol {protocol}, seed {board.identity['seed']}. Means with 95\\% intervals of "
-        f"a joint bootstrap over rows, scores in points with standard errors. Bold: the methods that can't be told "
-        f"apart from the best. Rows: {escaped(rows)}."
+        f"{escaped(board.identity['suite'])}, protocol {protocol}, seed {board.identity['seed']}. Means with 95\\% "
+        "intervals of a joint bootstrap over rows, scores in points with standard errors. Bold: the methods that can't "
+        f"be told apart from the best. Rows: {escaped(rows)}."
     )
     return "\n".join(
         [

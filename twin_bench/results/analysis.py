@@ -35,13 +35,15 @@ WEAK = 2
 class Scored:
     """One method on one task under one protocol: its cells, one for each seed, and the score's draws (draws,).
 
-    Score and draws are in points, or in the metric's own unit where it is no fraction.
+    Score and draws are in points, or in the metric's own unit where it is no fraction. `rows` is how many rows are
+    drawn, or how many clusters of them.
     """
 
     cells: tuple[Cell, ...]
     draws: Array
     low: float
     high: float
+    rows: int
 
     @property
     def first(self) -> Cell:
@@ -111,8 +113,10 @@ def metric_of(cell: Cell, samples: Samples) -> str | None:
 def answers_of(samples: Samples) -> Answers:
     """Return samples as the bootstrap takes them."""
     by_metric = samples.pooled == "metric"
+    # Rows of equal texts are told apart by what they expect, which a metric's answers say themselves.
+    asked = zip(samples.identities, samples.targets, strict=True)
     return Answers(
-        identities=samples.identities,
+        identities=samples.identities if by_metric else [f"{identity} {target}" for identity, target in asked],
         targets=np.asarray(samples.targets) if by_metric else None,
         predictions=np.asarray(samples.predictions) if by_metric else None,
         scores=np.asarray(samples.scores, dtype=np.float64),
@@ -120,16 +124,22 @@ def answers_of(samples: Samples) -> Answers:
     )
 
 
+def drawn_rows(samples: Samples) -> int:
+    """Return how many rows are drawn in each draw, or how many clusters of them."""
+    return len(samples.identities) if samples.clusters is None else len(set(samples.clusters))
+
+
 def _scored(cells: Sequence[Cell], drawn: Mapping[str, Array], samples: Mapping[str, Samples], draws: int) -> Scored:
     """Return a place's score. Several seeds' draws are averaged."""
     own = [_draws_of(cell, drawn, samples, draws) for cell in cells]
     mean = own[0] if len(own) == 1 else np.mean(own, axis=0)
     found = samples.get(cells[0].samples or "")
+    rows = cells[0].n if found is None else drawn_rows(found)
     if len(cells) == 1 and found is not None and _is_accuracy(cells[0], found):
         low, high = wilson(round(math.fsum(found.scores)), len(found.scores))
         unit = _unit(cells[0])
-        return Scored(tuple(cells), mean, unit * low, unit * high)
-    return Scored(tuple(cells), mean, *percentile(mean))
+        return Scored(tuple(cells), mean, unit * low, unit * high, rows)
+    return Scored(tuple(cells), mean, *percentile(mean, rows=rows), rows)
 
 
 def _is_accuracy(cell: Cell, samples: Samples) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 from twin_bench.data.metrics import find_metric
 from twin_bench.data.resampling import Array
 from twin_bench.errors import InputError
-from twin_bench.results.analysis import DRAWS, answers_of, metric_of
+from twin_bench.results.analysis import DRAWS, answers_of, drawn_rows, metric_of
 from twin_bench.results.cells import Cell
 from twin_bench.results.samples import Samples, read_samples
 from twin_bench.results.stored import load_leaderboard, read_board
@@ -39,8 +40,9 @@ def compare(
     constant answer, as differences of normalized means.
 
     With two: one line for each protocol, method and task that both hold, on the `rows` that both have scored: scores in
-    points, and the difference first - second. A line with the task "(mean)" holds the mean over a method's tasks;
-    p_holm is corrected over these lines of a protocol (Holm 1979).
+    points, and the difference first - second. A line with the task "(mean)" holds the mean over those of a method's
+    tasks whose scores are in points and of which more is better; p_holm is corrected over these lines of a protocol
+    (Holm 1979).
 
     Args:
         first: a directory that `twin-bench leaderboard` wrote.
@@ -59,14 +61,12 @@ def compare(
     lines: list[dict[str, Any]] = []
     for protocol, method in dict.fromkeys(place[:2] for place in found[0] if place in found[1]):
         own = [place for place in found[0] if place[:2] == (protocol, method) and place in found[1]]
-        compared = [(place[2], _paired(found[0][place], found[1][place], draws)) for place in own]
-        shared = [(task, pair) for task, pair in compared if pair is not None]
-        lines += [_line(protocol, method, task, *pair) for task, pair in shared]
-        if len(shared) > 1:
-            rows = sum(pair[0] for _, pair in shared)
-            values = [math.fsum(pair[1][side] for _, pair in shared) / len(shared) for side in (0, 1)]
-            means = [np.mean([pair[2][side] for _, pair in shared], axis=0) for side in (0, 1)]
-            lines.append(_line(protocol, method, MEAN, rows, values, means))
+        pairs = [(place[2], _paired(found[0][place], found[1][place], draws)) for place in own]
+        shared = {task: pair for task, pair in pairs if pair is not None}
+        lines += [_line(protocol, method, task, pair) for task, pair in shared.items()]
+        averaged = [pair for pair in shared.values() if pair.averaged]
+        if len(averaged) > 1:
+            lines.append(_line(protocol, method, MEAN, _mean(averaged)))
     if not lines:
         raise InputError(
             f"{first} and {second}: no method and task of both has rows in common; compare runs of one suite's rows"
@@ -74,8 +74,25 @@ def compare(
     return pd.DataFrame(_corrected(lines), columns=list(COLUMNS))
 
 
-Pair = tuple[int, Sequence[float], Sequence[Array]]
-"""How many rows two cells share, and on them the scores and their draws, in points."""
+@dataclass(frozen=True)
+class Pair:
+    """Two cells on the `rows` that both have: their scores and draws, in points or in the metric's own unit.
+
+    `drawn` is how many rows or clusters are drawn. `averaged` says that the score takes part in a mean over tasks: more
+    is better, and it is in points.
+    """
+
+    rows: int
+    scores: Sequence[float]
+    draws: Sequence[Array]
+    drawn: int
+    averaged: bool = True
+
+
+def _mean(pairs: Sequence[Pair]) -> Pair:
+    scores = [math.fsum(pair.scores[side] for pair in pairs) / len(pairs) for side in (0, 1)]
+    draws = [np.mean([pair.draws[side] for pair in pairs], axis=0) for side in (0, 1)]
+    return Pair(sum(pair.rows for pair in pairs), scores, draws, min(pair.drawn for pair in pairs))
 
 
 def _scorable(out: Path) -> dict[tuple[str, str, str], tuple[Cell, Samples]]:
@@ -104,21 +121,24 @@ def _paired(first: tuple[Cell, Samples], second: tuple[Cell, Samples], draws: in
         {str(side): answers_of(one) for side, one in enumerate(kept)},
         draws=draws,
     )
-    scores = [unit * one.score(cells[0].metric) for one in kept]
-    return len(kept[0].identities), scores, [unit * drawn["0"], unit * drawn["1"]]
+    return Pair(
+        rows=len(kept[0].identities),
+        scores=[unit * one.score(cells[0].metric) for one in kept],
+        draws=[unit * drawn["0"], unit * drawn["1"]],
+        drawn=drawn_rows(kept[0]),
+        averaged=cells[0].percent and cells[0].higher_is_better,
+    )
 
 
-def _line(
-    protocol: str, method: str, task: str, rows: int, scores: Sequence[float], draws: Sequence[Array]
-) -> dict[str, Any]:
-    found = difference(draws[0], draws[1], scores[0], scores[1])
+def _line(protocol: str, method: str, task: str, pair: Pair) -> dict[str, Any]:
+    found = difference(pair.draws[0], pair.draws[1], pair.scores[0], pair.scores[1], rows=pair.drawn)
     return {
         "protocol": protocol,
         "method": method,
         "task": task,
-        "rows": rows,
-        "first": scores[0],
-        "second": scores[1],
+        "rows": pair.rows,
+        "first": pair.scores[0],
+        "second": pair.scores[1],
         "difference": found.difference,
         "ci_low": found.ci_low,
         "ci_high": found.ci_high,

@@ -23,10 +23,14 @@ COMPARISON_COLUMNS = ("protocol", "method", "against", "reason", "difference", "
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over tasks in points, with its draws (draws,). NaN if the method lacks a task or there is none."""
+    """A mean over tasks in points, with its draws (draws,), NaN if the method lacks a task or there is none.
+
+    `rows` is the number of rows (or clusters) of the task that has fewest.
+    """
 
     value: float
     draws: Array
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,15 @@ def _relative(one: Scored | None, reference: Scored | None) -> Mean | None:
     return Mean(
         float(relative(one.score, reference.score, higher_is_better=better)),
         relative(one.draws, reference.draws, higher_is_better=better),
+        one.rows,
     )
 
 
 def _gain(one: Scored | None, floor: Scored | None, expert: Scored | None) -> Mean | None:
     if one is None or floor is None or expert is None:
         return None
-    return Mean(float(gain(one.score, floor.score, expert.score)), gain(one.draws, floor.draws, expert.draws))
+    drawn = gain(one.draws, floor.draws, expert.draws)
+    return Mean(float(gain(one.score, floor.score, expert.score)), drawn, one.rows)
 
 
 def _mean(parts: Sequence[Mean | None]) -> Mean:
@@ -113,7 +119,7 @@ def _mean(parts: Sequence[Mean | None]) -> Mean:
     if not known or len(known) < len(parts):
         return Mean(math.nan, np.full(1, math.nan))
     value = math.fsum(part.value for part in known) / len(known)
-    return Mean(value, np.mean([part.draws for part in known], axis=0))
+    return Mean(value, np.mean([part.draws for part in known], axis=0), min(part.rows for part in known))
 
 
 def summary_frame(lines: Sequence[Line]) -> pd.DataFrame:
@@ -126,8 +132,8 @@ def summary_frame(lines: Sequence[Line]) -> pd.DataFrame:
     ranks = _ranks(lines)
     found = []
     for line in lines:
-        low, high = percentile(line.normalized.draws)
-        gain_low, gain_high = percentile(line.gain.draws)
+        low, high = percentile(line.normalized.draws, rows=line.normalized.rows)
+        gain_low, gain_high = percentile(line.gain.draws, rows=line.gain.rows)
         best, worst, group = ranks.get((line.protocol, line.method), (math.nan,) * 3)
         found.append(
             {
@@ -163,7 +169,8 @@ def _ranks(lines: Sequence[Line]) -> dict[tuple[str, str], tuple[float, float, f
     for field in _fields(lines):
         values = np.array([line.normalized.value for line in field])
         draws = np.column_stack([line.normalized.draws for line in field])
-        ranges, groups = rank_ranges(values, draws), tie_groups(values, draws)
+        rows = min(line.normalized.rows for line in field)
+        ranges, groups = rank_ranges(values, draws, rows=rows), tie_groups(values, draws, rows=rows)
         for line, span, group in zip(field, ranges, groups, strict=True):
             if span is not None and group is not None:
                 found[line.protocol, line.method] = *span, group
@@ -225,7 +232,7 @@ def _against(field: Sequence[Line], other: Line, reason: str) -> list[dict[str, 
         return []
     compared = [line for line in field if line.method != other.method]
     means = [(line.normalized, other.normalized) for line in compared]
-    found = [difference(own.draws, ref.draws, own.value, ref.value) for own, ref in means]
+    found = [difference(own.draws, ref.draws, own.value, ref.value, rows=min(own.rows, ref.rows)) for own, ref in means]
     corrected = holm([one.p for one in found]).tolist()
     return [
         {

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from twin_bench.data.resampling import Array
-from twin_bench.statistics.intervals import LEVEL, percentile
+from twin_bench.statistics.intervals import LEVEL, narrowed, percentile, widened
 
+LARGEST = 1e9
+"""As many standard errors as no difference has."""
 _ROUNDING = 1e-9
 """A difference that is less than this part of the values is the rounding error of equal values."""
 
@@ -26,13 +29,23 @@ class Difference:
 
 
 def difference(
-    first_draws: Array, second_draws: Array, first: float, second: float, level: float = LEVEL
+    first_draws: Array,
+    second_draws: Array,
+    first: float,
+    second: float,
+    level: float = LEVEL,
+    *,
+    rows: int | None = None,
 ) -> Difference:
     """Return how far `first` is above `second`, two values of which the draws (draws,) are of the same rows.
 
     The interval is the percentile interval of the draws' differences. p is twice the share of the draws in which the
     difference is zero or on the other side of zero, where the estimate counts as one draw: it is from 2 / (draws + 1)
     to 1. Draws in which either is NaN or infinite are left out. All is NaN if none is left or a value is NaN.
+
+    With `rows`, of how many rows (or clusters) the draws are, both hold for few of them: the interval as in
+    `percentile`, and p accordingly. Where all draws are alike, p is at least that of as many rows that all speak for
+    one of the two (the sign test), and the interval is not known.
     """
     rounding = _ROUNDING * max(abs(first), abs(second))
     known = np.isfinite(first_draws) & np.isfinite(second_draws)
@@ -40,10 +53,20 @@ def difference(
     if not len(drawn) or math.isnan(rounding):
         return Difference(math.nan, math.nan, math.nan, math.nan)
     drawn = np.where(np.abs(drawn) <= rounding, 0, drawn)
-    low, high = percentile(drawn, level)
+    low, high = percentile(drawn, level, rows=rows)
     smaller = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     estimate = first - second if abs(first - second) > rounding else 0.0
-    return Difference(estimate, low, high, min(1.0, 2 * smaller / (len(drawn) + 1)))
+    p = min(1.0, 2 * smaller / (len(drawn) + 1))
+    if rows is not None and p < 1:
+        p = 2 * float(stats.norm.sf(narrowed(float(stats.norm.isf(p / 2)), rows)))
+        if np.ptp(drawn) <= rounding:
+            p, low, high = max(p, _sign_test(rows)), math.nan, math.nan
+    return Difference(estimate, low, high, p)
+
+
+def _sign_test(rows: int) -> float:
+    """Return the two-sided p of so many rows that all speak for one of two methods."""
+    return min(1.0, 2 * 0.5**rows)
 
 
 def holm(p_values: Sequence[float] | Array) -> Array:
@@ -60,7 +83,9 @@ def holm(p_values: Sequence[float] | Array) -> Array:
     return adjusted
 
 
-def rank_ranges(values: Sequence[float] | Array, draws: Array, level: float = LEVEL) -> list[tuple[int, int] | None]:
+def rank_ranges(
+    values: Sequence[float] | Array, draws: Array, level: float = LEVEL, *, rows: int | None = None
+) -> list[tuple[int, int] | None]:
     """Return each method's best and worst rank, from 1: ranges that hold all true ranks at once with 95%.
 
     `values` (m,) are the methods' values and `draws` (draws, m) are of the same rows. All pairs are compared at once by
@@ -70,21 +95,23 @@ def rank_ranges(values: Sequence[float] | Array, draws: Array, level: float = LE
     for sure. A method without a value has no range (None) and does not count. Draws in which a method has none are left
     out.
     """
-    known, above = _above(values, draws, level)
+    known, above = _above(values, draws, level, rows)
     ranges: list[tuple[int, int] | None] = [None] * len(values)
     for place, method in enumerate(known):
         ranges[method] = (1 + int(above[:, place].sum()), len(known) - int(above[place].sum()))
     return ranges
 
 
-def tie_groups(values: Sequence[float] | Array, draws: Array, level: float = LEVEL) -> list[int | None]:
+def tie_groups(
+    values: Sequence[float] | Array, draws: Array, level: float = LEVEL, *, rows: int | None = None
+) -> list[int | None]:
     """Return the number of each method's group, from 1: what can't be told apart from the group's best method.
 
     A group is the best of the methods that are left and those of them that it is not above for sure, by the comparisons
     of `rank_ranges`. So the first group holds the truly best method with 95%. Two methods of a group may differ for
     sure, if both are tied with its best. A method without a value has no group (None).
     """
-    known, above = _above(values, draws, level)
+    known, above = _above(values, draws, level, rows)
     groups: list[int | None] = [None] * len(values)
     left = sorted(range(len(known)), key=lambda place: -values[known[place]])
     number = 0
@@ -97,8 +124,12 @@ def tie_groups(values: Sequence[float] | Array, draws: Array, level: float = LEV
     return groups
 
 
-def _above(values: Sequence[float] | Array, draws: Array, level: float) -> tuple[list[int], Array]:
-    """Return which methods have a value, k of them, and whether each is above each other for sure, (k, k)."""
+def _above(values: Sequence[float] | Array, draws: Array, level: float, rows: int | None) -> tuple[list[int], Array]:
+    """Return which methods have a value, k of them, and whether each is above each other for sure, (k, k).
+
+    With `rows`, of how many rows (or clusters) the draws are, a difference must be larger where they are few. One that
+    all draws show alike counts if so many rows that all speak for one method would be enough.
+    """
     estimates = np.asarray(values, dtype=np.float64)
     drawn = np.isfinite(draws)
     known = [int(one) for one in np.flatnonzero(np.isfinite(estimates) & (drawn.sum(axis=0) > 1))]
@@ -115,4 +146,8 @@ def _above(values: Sequence[float] | Array, draws: Array, level: float) -> tuple
             studentised = np.abs(deviations[:, varies]) / error[varies]
             largest = np.maximum(largest, studentised.max(axis=1))
     critical = float(np.quantile(largest, level, method="higher")) if len(largest) else math.inf
-    return known, differences > np.where(errors > rounding, critical * errors, rounding)
+    least = rounding
+    if rows is not None:
+        critical = min(widened(critical, rows), LARGEST)
+        least = rounding if _sign_test(rows) <= 1 - level else math.inf
+    return known, differences > np.where(errors > rounding, critical * errors, least)

@@ -25,9 +25,27 @@ def percentile(draws: Array, level: float = LEVEL, *, rows: int | None = None) -
         return math.nan, math.nan
     tail = (1 - level) / 2
     if rows is not None and rows > 1:
-        tail = float(stats.norm.cdf(math.sqrt(rows / (rows - 1)) * stats.t.ppf(tail, rows - 1)))
+        tail = float(stats.norm.cdf(-widened(float(stats.norm.ppf(1 - tail)), rows)))
     low, high = np.quantile(known, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def widened(deviations: float, rows: int) -> float:
+    """Return how many standard deviations of the draws stand for as many of a normal distribution's.
+
+    They are more: by Student's t against the normal distribution, and by the sqrt(rows / (rows - 1)) by which draws of
+    so many rows (or clusters) spread too little. Infinitely many for a single row.
+    """
+    if rows < 2:
+        return math.inf
+    return math.sqrt(rows / (rows - 1)) * float(stats.t.isf(stats.norm.sf(deviations), rows - 1))
+
+
+def narrowed(deviations: float, rows: int) -> float:
+    """Return the normal distribution's deviations that `widened` makes so many of: its inverse. 0 for a single row."""
+    if rows < 2:
+        return 0.0
+    return float(stats.norm.isf(stats.t.sf(deviations / math.sqrt(rows / (rows - 1)), rows - 1)))
 
 
 def wilson(successes: float, rows: int, level: float = LEVEL) -> tuple[float, float]:
