@@ -88,7 +88,9 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
         help="also measure the twin's speed beside the plain model's, as twin-bench bench does; let nothing else run",
     )
     parser.add_argument(
-        "--log-samples", action="store_true", help="keep the rows' texts beside the answers in DIRECTORY/samples"
+        "--log-samples",
+        action="store_true",
+        help="keep the rows' texts in DIRECTORY/samples, beside the answers of the cells that this run scores",
     )
 
 

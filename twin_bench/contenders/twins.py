@@ -73,6 +73,12 @@ class TwinMethod(ServedMethod):
         """Return the track. A twin that is given the task is not on the routers' track."""
         return "task-id given" if options.get("weights") == "task" else self.track
 
+    def draws(self, options: Mapping[str, Any]) -> bool:
+        """Return whether router, exclusive vectors or shared expert depend on the seed."""
+        twin = parse(TwinOptions, dict(options))
+        shared = find_method(twin.shared.method)
+        return twin.weights == "router" or twin.exclusive.random or shared.draws(shared.defaults)
+
     def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
         """Return whether a twin runs under a protocol. The protocol `routed` takes the head from the router."""
         return protocol != "routed" or options.get("weights") != "task"

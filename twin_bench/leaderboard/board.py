@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from twin_bench.contenders.references import ReferenceMethod
+from twin_bench.data.classification import Classification
 from twin_bench.data.named import NamedTask
+from twin_bench.data.task import Task
 from twin_bench.leaderboard.prepared import Run
 from twin_bench.leaderboard.suite import Entry, Suite, entry_of
 from twin_bench.leaderboard.tasks import EMBEDDED, HubRows
@@ -103,11 +105,17 @@ def _described(suite: Suite, name: str, rows: Any) -> dict[str, Any]:
         "expert": task.expert,
         "metric": task.metric,
         "percent": task.percent,
+        "chance": _chance(task),
         "data": where,
         "directory": str(rows.directory),
         "split": None if named and task.split is None else rows.split,
         "synthetic": data == EMBEDDED,
     }
+
+
+def _chance(task: Task) -> float | None:
+    """Return the accuracy of random labels in points, if the task is scored by accuracy."""
+    return 100 / task.num_labels if isinstance(task, Classification) and task.metric == "acc" else None
 
 
 def _header(entry: Entry, seed: int) -> dict[str, Any]:

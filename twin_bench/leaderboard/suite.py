@@ -76,7 +76,7 @@ class Entry:
     @property
     def draws(self) -> bool:
         """Whether the method draws, so that its scores depend on the seed."""
-        return "seed" in self.method.needs or "seed" in self.method.defaults
+        return self.method.draws(self.options)
 
     def settings(self, seed: int) -> dict[str, Any]:
         """Return all options as plain data, defaults included, with the suite's seed where the method draws."""

@@ -106,6 +106,10 @@ class Method:
         """Return the track for these options."""
         return self.track
 
+    def draws(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the method draws with these options, so that its scores depend on the seed."""
+        return "seed" in self.needs or "seed" in self.defaults
+
     def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
         """Return whether the method runs under a protocol."""
         return protocol in self.protocols

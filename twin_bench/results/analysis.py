@@ -36,7 +36,7 @@ class Scored:
     """One method on one task under one protocol: its cells, one for each seed, and the score's draws (draws,).
 
     Score and draws are in points, or in the metric's own unit where it is no fraction. `rows` is how many rows are
-    drawn, or how many clusters of them.
+    drawn, or how many clusters of them. `paired` says that the draws are those of all methods.
     """
 
     cells: tuple[Cell, ...]
@@ -44,6 +44,7 @@ class Scored:
     low: float
     high: float
     rows: int
+    paired: bool
 
     @property
     def first(self) -> Cell:
@@ -135,11 +136,12 @@ def _scored(cells: Sequence[Cell], drawn: Mapping[str, Array], samples: Mapping[
     mean = own[0] if len(own) == 1 else np.mean(own, axis=0)
     found = samples.get(cells[0].samples or "")
     rows = cells[0].n if found is None else drawn_rows(found)
+    paired = all(cell.samples in drawn for cell in cells)
     if len(cells) == 1 and found is not None and _is_accuracy(cells[0], found):
         low, high = wilson(round(math.fsum(found.scores)), len(found.scores))
         unit = _unit(cells[0])
-        return Scored(tuple(cells), mean, unit * low, unit * high, rows)
-    return Scored(tuple(cells), mean, *percentile(mean, rows=rows), rows)
+        return Scored(tuple(cells), mean, unit * low, unit * high, rows, paired)
+    return Scored(tuple(cells), mean, *percentile(mean, rows=rows), rows, paired)
 
 
 def _is_accuracy(cell: Cell, samples: Samples) -> bool:
@@ -227,6 +229,7 @@ def task_lines(scored: Mapping[Place, Scored]) -> pd.DataFrame:
                 "weak": cell.expert is not None and floor is not None and expert is not None and _weak(expert, floor),
                 "chance": samples.get("chance", math.nan),
                 "rows": max(one.first.n for one in own.values()),
+                "paired": all(one.paired for one in own.values()),
             }
         )
     return pd.DataFrame(lines)

@@ -40,9 +40,9 @@ def compare(
     constant answer, as differences of normalized means.
 
     With two: one line for each protocol, method and task that both hold, on the `rows` that both have scored: scores in
-    points, and the difference first - second. A line with the task "(mean)" holds the mean over those of a method's
-    tasks whose scores are in points and of which more is better; p_holm is corrected over these lines of a protocol
-    (Holm 1979).
+    points, means over the seeds where there are several, and the difference first - second. A line with the task
+    "(mean)" holds the mean over those of a method's tasks whose scores are in points and of which more is better;
+    p_holm is corrected over these lines of a protocol (Holm 1979).
 
     Args:
         first: a directory that `twin-bench leaderboard` wrote.
@@ -95,38 +95,41 @@ def _mean(pairs: Sequence[Pair]) -> Pair:
     return Pair(sum(pair.rows for pair in pairs), scores, draws, min(pair.drawn for pair in pairs))
 
 
-def _scorable(out: Path) -> dict[tuple[str, str, str], tuple[Cell, Samples]]:
-    """Return the first seed's cells that have samples which make their score."""
-    found: dict[tuple[str, str, str], tuple[Cell, Samples]] = {}
+Seeds = list[tuple[Cell, Samples]]
+"""The cells of one method on one task, one for each seed, with their samples."""
+
+
+def _scorable(out: Path) -> dict[tuple[str, str, str], Seeds]:
+    """Return the cells that have samples which make their score."""
+    found: dict[tuple[str, str, str], Seeds] = {}
     for cell in read_board(out).cells:
-        place = cell.protocol, cell.method, cell.task
-        if cell.samples is not None and place not in found:
+        if cell.samples is not None:
             samples = read_samples(out / cell.samples)
             if samples.pooled is not None:
-                found[place] = cell, samples
+                found.setdefault((cell.protocol, cell.method, cell.task), []).append((cell, samples))
     return found
 
 
-def _paired(first: tuple[Cell, Samples], second: tuple[Cell, Samples], draws: int) -> Pair | None:
-    """Return two cells on the rows that both have; None if there are none, or their metrics differ."""
-    cells, samples = (first[0], second[0]), (first[1], second[1])
-    kinds = {(cell.metric, one.pooled) for cell, one in zip(cells, samples, strict=True)}
-    common = set(samples[0].identities) & set(samples[1].identities)
+def _paired(first: Seeds, second: Seeds, draws: int) -> Pair | None:
+    """Return two methods on the rows that both have, as means over their seeds.
+
+    None if there are no such rows, or their metrics differ.
+    """
+    cell = first[0][0]
+    kinds = {(one.metric, samples.pooled) for one, samples in (*first, *second)}
+    common = set(first[0][1].identities).intersection(*(samples.identities for _, samples in (*first, *second)))
     if len(kinds) > 1 or not common:
         return None
-    kept = [one.only(common) for one in samples]
-    metric, unit = metric_of(cells[0], samples[0]), 100.0 if cells[0].percent else 1.0
-    drawn = score_draws(
-        None if metric is None else find_metric(metric),
-        {str(side): answers_of(one) for side, one in enumerate(kept)},
-        draws=draws,
-    )
+    kept = [[samples.only(common) for _, samples in side] for side in (first, second)]
+    metric, unit = metric_of(cell, kept[0][0]), 100.0 if cell.percent else 1.0
+    answers = {f"{side} {seed}": answers_of(own) for side in (0, 1) for seed, own in enumerate(kept[side])}
+    drawn = score_draws(None if metric is None else find_metric(metric), answers, draws=draws)
     return Pair(
-        rows=len(kept[0].identities),
-        scores=[unit * one.score(cells[0].metric) for one in kept],
-        draws=[unit * drawn["0"], unit * drawn["1"]],
-        drawn=drawn_rows(kept[0]),
-        averaged=cells[0].percent and cells[0].higher_is_better,
+        rows=len(kept[0][0].identities),
+        scores=[unit * math.fsum(own.score(cell.metric) for own in side) / len(side) for side in kept],
+        draws=[unit * np.mean([drawn[f"{side} {seed}"] for seed in range(len(kept[side]))], axis=0) for side in (0, 1)],
+        drawn=drawn_rows(kept[0][0]),
+        averaged=cell.percent and cell.higher_is_better,
     )
 
 

@@ -16,7 +16,7 @@ from twin_bench.results.analysis import DRAWS, cell_lines, scored_cells, task_li
 from twin_bench.results.board import Leaderboard
 from twin_bench.results.cells import Board, Cell, Skipped
 from twin_bench.results.published import like_ours, paragraph
-from twin_bench.results.summary import comparisons_frame, lines_of, summary_frame
+from twin_bench.results.summary import comparisons_frame, lines_of, ranks_of, summary_frame
 
 FILE = "board.json"
 SPEED = "speed.json"
@@ -74,26 +74,38 @@ def load_leaderboard(out: str | os.PathLike[str], *, compare_to: str | None = No
 def analysed(board: Board, directory: Path, *, compare_to: str | None = None, draws: int = DRAWS) -> Leaderboard:
     """Return a board's data frames. The samples are read from `directory`."""
     scored = scored_cells(board.cells, directory, draws)
-    tasks = task_lines(scored)
+    tasks = _with_chance(task_lines(scored), board.identity.get("tasks", {}))
     lines = lines_of(scored, tasks)
+    ranks = ranks_of(lines)
+    comparisons = comparisons_frame(lines, ranks, compare_to)
     cells = cell_lines(scored, tasks)
     identity = {**board.identity, "tasks": _with_rows(board.identity.get("tasks", {}), tasks)}
     published = like_ours(cells.to_dict("records"))
+    if compare_to is not None and "reference" not in set(comparisons["reason"]):
+        missing = [f"No method is compared with {compare_to}: it lacks a task, or no task has an expert."]
+    else:
+        missing = []
     skipped = [f"Skipped: {one.method} ({one.protocol}): {one.reason}." for one in board.skipped]
     return Leaderboard(
         directory=directory,
         identity=identity,
         methods=board.methods,
-        remarks=[*skipped, *board.left_out, *map(paragraph, published)],
+        remarks=[*missing, *skipped, *board.left_out, *map(paragraph, published)],
         skipped=[asdict(one) for one in board.skipped],
         published=[figure.model_dump() for figure in published],
         cells=cells,
         tasks=tasks,
-        summary=summary_frame(lines),
-        comparisons=comparisons_frame(lines, compare_to),
+        summary=summary_frame(lines, ranks),
+        comparisons=comparisons,
         matrix=_matrix(board, directory, draws),
         speed=read_json(directory / SPEED) if (directory / SPEED).is_file() else None,
     )
+
+
+def _with_chance(tasks: pd.DataFrame, described: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the tasks with the chance level of those whose cells do not say it, where the task does."""
+    known = tasks["task"].map({name: one.get("chance") for name, one in described.items()})
+    return tasks.assign(chance=tasks["chance"].fillna(known.astype(float)))
 
 
 def _with_rows(described: Mapping[str, Any], tasks: pd.DataFrame) -> dict[str, Any]:

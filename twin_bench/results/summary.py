@@ -18,7 +18,22 @@ from twin_bench.results.scores import gain, relative
 from twin_bench.statistics.comparisons import difference, holm, rank_ranges, tie_groups
 from twin_bench.statistics.intervals import percentile
 
-COMPARISON_COLUMNS = ("protocol", "method", "against", "reason", "difference", "ci_low", "ci_high", "p", "p_holm")
+COMPARISON_COLUMNS = (
+    "protocol",
+    "method",
+    "against",
+    "reason",
+    "difference",
+    "ci_low",
+    "ci_high",
+    "p",
+    "p_holm",
+    "sure",
+)
+SIGNIFICANT = 0.05
+"""A method is told apart from another where p, corrected by Holm, is below this."""
+Ranks = Mapping[tuple[str, str], tuple[int, int, int]]
+"""A protocol and a method to its best rank, its worst rank and its tie group. Methods without a mean have none."""
 
 
 @dataclass(frozen=True)
@@ -122,18 +137,18 @@ def _mean(parts: Sequence[Mean | None]) -> Mean:
     return Mean(value, np.mean([part.draws for part in known], axis=0), min(part.rows for part in known))
 
 
-def summary_frame(lines: Sequence[Line]) -> pd.DataFrame:
+def summary_frame(lines: Sequence[Line], ranks: Ranks) -> pd.DataFrame:
     """Return one line a protocol and method: means with 95% intervals, ranks, tie groups and costs.
 
     Methods that are told the task are ranked among themselves, and all others among themselves. A rank's range holds
     all ranks that the rows allow, for all methods at once at 95%. Methods of one tie group can't be told apart from its
     first.
     """
-    ranks = _ranks(lines)
     found = []
     for line in lines:
         low, high = percentile(line.normalized.draws, rows=line.normalized.rows)
         gain_low, gain_high = percentile(line.gain.draws, rows=line.gain.rows)
+        retention_low, retention_high = percentile(line.retention.draws, rows=line.retention.rows)
         best, worst, group = ranks.get((line.protocol, line.method), (math.nan,) * 3)
         found.append(
             {
@@ -150,6 +165,8 @@ def summary_frame(lines: Sequence[Line]) -> pd.DataFrame:
                 "gain_ci_low": gain_low,
                 "gain_ci_high": gain_high,
                 "retention": line.retention.value,
+                "retention_ci_low": retention_low,
+                "retention_ci_high": retention_high,
                 "rank_low": best,
                 "rank_high": worst,
                 "tie_group": group,
@@ -164,8 +181,9 @@ def _spread(draws: Array) -> float:
     return float(np.std(finite)) if len(finite) else math.nan
 
 
-def _ranks(lines: Sequence[Line]) -> dict[tuple[str, str], tuple[float, float, float]]:
-    found: dict[tuple[str, str], tuple[float, float, float]] = {}
+def ranks_of(lines: Sequence[Line]) -> Ranks:
+    """Return the ranks and tie groups of the methods that are ranked with each other."""
+    found: dict[tuple[str, str], tuple[int, int, int]] = {}
     for field in _fields(lines):
         values = np.array([line.normalized.value for line in field])
         draws = np.column_stack([line.normalized.draws for line in field])
@@ -203,11 +221,12 @@ def _costs(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def comparisons_frame(lines: Sequence[Line], compare_to: str | None = None) -> pd.DataFrame:
+def comparisons_frame(lines: Sequence[Line], ranks: Ranks, compare_to: str | None = None) -> pd.DataFrame:
     """Return each method's difference from the best of its field, from a reference and from the constant answer.
 
     Differences are of normalized means, in points, on the same draws of the same rows. p is two-sided, and p_holm is
-    corrected for all comparisons of a protocol with the same method (Holm 1979).
+    corrected for all comparisons of a protocol with the same method (Holm 1979). `sure` says that a method is told
+    apart: from the best by the simultaneous comparisons that make tie groups, else by p_holm below 0.05.
 
     Raises InputError if no method is labelled `compare_to`.
     """
@@ -217,7 +236,8 @@ def comparisons_frame(lines: Sequence[Line], compare_to: str | None = None) -> p
         raise InputError(f"--compare-to {compare_to}: no such row{nearest(compare_to, sorted(labels))}")
     for field in _fields(lines):
         best = max(field, key=lambda line: line.normalized.value)
-        found += _against(field, best, "best")
+        tied = {method for (protocol, method), (*_, group) in ranks.items() if (protocol, group) == (best.protocol, 1)}
+        found += [{**one, "sure": one["method"] not in tied} for one in _against(field, best, "best")]
     for reason, label in (("reference", compare_to), ("constant", FLOOR)):
         for protocol in dict.fromkeys(line.protocol for line in lines):
             ranked = [line for line in lines if line.protocol == protocol and line.ranked]
@@ -245,6 +265,7 @@ def _against(field: Sequence[Line], other: Line, reason: str) -> list[dict[str, 
             "ci_high": one.ci_high,
             "p": one.p,
             "p_holm": adjusted,
+            "sure": adjusted < SIGNIFICANT,
         }
         for line, one, adjusted in zip(compared, found, corrected, strict=True)
     ]
