@@ -84,7 +84,6 @@ def test_the_command_prints_and_writes_the_same(
     file = tmp_path / "compared.csv"
     assert main(["compare", *map(str, two), "--csv", str(file)]) == 0
     found, said = twin_bench.compare(*two), capsys.readouterr().out
-    print(said)
     pd.testing.assert_frame_equal(pd.read_csv(file), found, check_dtype=False)
     for line in found.to_dict("records"):
         (shown,) = [text for text in said.splitlines() if text.split()[1:3] == ["average", line["task"]]]
