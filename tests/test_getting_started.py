@@ -137,7 +137,7 @@ def test_classifiers(folder: Path, plugin: str, families: Any, words: Callable[[
     edit(Path("work/suite.yaml"), ("metric: acc  # others", "metric: mcc  # others"), ("average", "louder"))
     run("leaderboard", "--suite", "work/suite.yaml", "--out", "results", "--methods", "louder,ties,twin")
     found = scores()
-    methods = {"pretrained", "experts", "louder", "ties", "twin"}
+    methods = {"pretrained", "experts", "constant", "louder", "ties", "twin"}
     assert found.keys() == {(method, task) for method in methods for task in suite.kinds}
     for task, name in (("toxicity", "cola"), ("topic", "mnli"), ("tox_shouting", "cola")):
         read = suite.kinds[task]
@@ -209,7 +209,7 @@ def test_language_models(folder: Path, plugin: str, wide_llama: Family, words: C
     edit(Path("work/suite.yaml"), ("riddles:\n    expert: null", "riddles:\n    expert: code"), ("# - twin", "- twin"))
     run("leaderboard", "--suite", "work/suite.yaml", "--out", "results", "--methods", "louder,twin")
     found = scores()
-    assert found.keys() == {(m, t) for m in ("pretrained", "louder", "twin") for t in suite.kinds} | {
+    assert found.keys() == {(m, t) for m in ("pretrained", "constant", "louder", "twin") for t in suite.kinds} | {
         ("experts", task) for task in ("maths-exam", "riddles")
     }
 

@@ -70,7 +70,7 @@ def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
     for task in SCORED:
         assert rows["standard", "dawin", task]["track"] == "per-input"
         assert "adapted_on" not in rows["standard", "dawin", task]["notes"]
-    assert {method for protocol, method, _ in rows if protocol == "routed"} == {"pretrained", "experts"}
+    assert {method for protocol, method, _ in rows if protocol == "routed"} == {"pretrained", "experts", "constant"}
     line = "learned on unlabelled test inputs, the same rows that it is scored on: cola 20"
     assert f"adamerging (standard): {line}" in table
 

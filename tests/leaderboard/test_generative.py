@@ -18,7 +18,7 @@ from twin_bench.paths import tasks_directory
 
 TASKS = ("mmlu", "bbq", "cnn_dailymail")
 TWO = {"epochs": 2}
-BOUNDS = ("pretrained", "experts")
+BOUNDS = ("pretrained", "experts", "constant")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def test_every_cell_is_there_and_says_what_it_is(board: Any) -> None:
     out, rows = board
     expected = {("standard", method, task) for method in ("task_arithmetic", "told") for task in TASKS}
     for protocol in ("standard", "routed"):
-        expected |= {(protocol, method, task) for method in ("pretrained", "experts", "twin") for task in TASKS}
+        expected |= {(protocol, method, task) for method in (*BOUNDS, "twin") for task in TASKS}
+        expected.add((protocol, "lead_3", "cnn_dailymail"))
     assert rows.keys() == expected
     for (_, _, task), row in rows.items():
         assert row["n"] == 6
@@ -65,7 +66,7 @@ def test_every_cell_is_there_and_says_what_it_is(board: Any) -> None:
 
 def test_a_language_model_has_no_head_so_routed_is_standard(board: Any) -> None:
     _, rows = board
-    for method in ("pretrained", "experts", "twin"):
+    for method in (*BOUNDS, "twin"):
         for task in TASKS:
             assert rows["routed", method, task]["score"] == rows["standard", method, task]["score"]
 

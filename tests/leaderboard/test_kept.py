@@ -35,12 +35,13 @@ def test_a_run_with_a_limit_overwrites_nothing(
     assert {(method, row["n"]) for (_, method, _), row in limited.items()} == {
         ("pretrained", 8),
         ("experts", 8),
+        ("constant", 8),
         ("average", 8),
     }
     assert "Not run on these rows: task_arithmetic (standard), twin (standard)." in legend(tmp_path)
     assert (
         "The directory also holds cells of other rows, limits, weights, options or versions: average (standard), "
-        "experts (standard), pretrained (standard), task_arithmetic (standard), twin (standard)." in legend(tmp_path)
+        "constant (standard), experts (standard), pretrained (standard), task_arithmetic (standard), twin (standard)." in legend(tmp_path)
     )
     monkeypatch.setattr(LmEval, "score", lambda *_: pytest.fail("a finished cell was run again"))
     assert run(suite, tmp_path) == 0
@@ -52,9 +53,9 @@ def test_a_run_with_a_limit_overwrites_nothing(
 def test_a_method_that_the_suite_does_not_list_keeps_its_row(tiny: dict[str, Any], tmp_path: Path) -> None:
     suite = {**tiny, "tasks": ["cola"], "methods": ["average"]}
     assert run(suite, tmp_path, "--methods", "ties") == 0
-    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "ties"}
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "constant", "ties"}
     assert run(suite, tmp_path) == 0
-    assert [method for _, method, _ in rows_of(tmp_path)] == ["pretrained", "experts", "average", "ties"]
+    assert [method for _, method, _ in rows_of(tmp_path)] == ["pretrained", "experts", "constant", "average", "ties"]
     assert run({**suite, "methods": ["average", {"ties": {"density": 0.5}}]}, tmp_path) == 0
     assert rows_of(tmp_path)["standard", "ties", "cola"]["settings"]["density"] == 0.5
     assert "options or versions: ties (standard)." in legend(tmp_path)
@@ -73,7 +74,7 @@ def test_tuned_rows_stay_without_tune(
         assert rows_of(tmp_path) == tuned
     monkeypatch.undo()
     assert run(suite, tmp_path) == 0  # other rows are scored, and options for them were never chosen
-    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "task_arithmetic"}
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "constant", "task_arithmetic"}
     assert "task_arithmetic+tuned" in legend(tmp_path)
 
 
@@ -86,7 +87,7 @@ def test_a_damaged_cell_is_run_again_and_a_damaged_choice_made_again(tiny: dict[
         *(tmp_path / "out" / "tuning").glob("choice-*.json"),
         *list((tmp_path / "out" / "tuning" / "cells").rglob("*.json"))[:2],
     ]
-    assert len(records) == 7
+    assert len(records) == 8
     for file in records:
         text = file.read_text()
         content = json.loads(text)["content"]

@@ -90,7 +90,7 @@ def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
 def test_every_cell_is_there_and_nobodys_task_is_read_against_the_base_model(board: Any, suite: dict[str, Any]) -> None:
     out, rows = board
     owned = {task for task, given in suite["tasks"].items() if given["expert"]}
-    expected = {("standard", method, task) for method in ("experts", "emr") for task in owned}
+    expected = {("standard", method, task) for method in ("experts", "constant", "emr") for task in owned}
     expected |= {("standard", m, task) for m in ("pretrained", "average", "twin", "fisher") for task in suite["tasks"]}
     assert rows.keys() == expected
     for (_, method, task), row in rows.items():
@@ -166,7 +166,7 @@ def test_an_encoder_decoders_expert_scores_what_lm_evals_own_model_scores(
     }
     assert run(changed, tmp_path) == 0
     rows, manager = rows_of(tmp_path), TaskManager(include_path=str(include_path), include_defaults=False)
-    assert len(rows) == 4 * len(tasks)
+    assert len(rows) == 5 * len(tasks)
     for task, given in tasks.items():
         model = HFLM(changed["experts"][given["expert"]], backend="seq2seq", device="cpu", batch_size=1)
         results = lm_eval.simple_evaluate(model, tasks=[task], task_manager=manager, bootstrap_iters=0)

@@ -162,7 +162,7 @@ def test_roberta_runs_on_tiny_models_under_the_papers_names(classifiers: Any, tm
     classifiers("roberta", suite.base_model, suite.expert_paths)
     rows = board("glue-roberta", tmp_path, "--methods", "ties,twin", "--limit", "5")
     assert {(protocol, method) for protocol, method, _ in rows} == {
-        *((protocol, method) for protocol in suite.protocol for method in ("pretrained", "experts", "twin")),
+        *((protocol, method) for protocol in suite.protocol for method in ("pretrained", "experts", "constant", "twin")),
         *((protocol, "ties") for protocol in ("paper", "standard")),
     }
     assert {task for _, _, task in rows} == set(GLUE)
@@ -219,7 +219,7 @@ def test_qwen_runs_on_a_tiny_model_of_its_own_code_with_pickled_adapters(
     assert {(protocol, method) for protocol, method, _ in rows} == {
         (protocol, method)
         for protocol in ("paper", "standard")
-        for method in ("pretrained", "experts", "task_arithmetic", "twin")
+        for method in ("pretrained", "experts", "constant", "lead_3", "task_arithmetic", "twin")
     }
     assert {task for _, _, task in rows} == {"mmlu", "truthfulqa", "bbq", "cnn_dailymail"}
 
@@ -316,7 +316,7 @@ def test_flan_t5_runs_on_tiny_models_under_fusionbenchs_names(glue: Any, tmp_pat
     for seed, path in enumerate(suite.expert_paths.values(), 1):
         save(tiny_seq2seq("flan-t5", seed, like=base), tokenizer, path)
     rows = board("glue-flan-t5", tmp_path, "--methods", "twin", "--limit", "1")
-    assert {method for _, method, _ in rows} == {"pretrained", "experts", "twin"}
+    assert {method for _, method, _ in rows} == {"pretrained", "experts", "constant", "twin"}
     assert {task: row["metric"] for (_, _, task), row in rows.items()} == {
         f"flan_glue_{name}": "spearman,none" if name == "stsb" else "exact_match,none" for name in GLUE
     }
@@ -328,7 +328,7 @@ def test_flan_t5_runs_on_tiny_lora_adapters_under_fusionbenchs_names(glue: Any, 
     save(base, tiny_seq2seq_tokenizer(), suite.base_model)
     save_adapters(base, suite, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
     rows = board("glue-flan-t5-lora", tmp_path, "--methods", "knots", "--limit", "1")
-    assert {method for _, method, _ in rows} == {"pretrained", "experts", "knots"}
+    assert {method for _, method, _ in rows} == {"pretrained", "experts", "constant", "knots"}
 
 
 def test_merge_llama_names_tasks_of_lm_eval_and_runs_those_that_need_nothing_more(

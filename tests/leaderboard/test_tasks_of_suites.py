@@ -58,7 +58,7 @@ def test_a_rows_label_is_a_name_or_an_id_where_names_are_no_numbers(labels: Any,
         asked.target({"text": "x", "label": value})
 
 
-@pytest.mark.parametrize("name", ["normalized", "protocol", "method", "parameters"])
+@pytest.mark.parametrize("name", ["normalized", "protocol", "method", "gain", "storage"])
 def test_a_task_is_not_called_like_a_column(name: str) -> None:
     with pytest.raises(InputError, match=f"task '{name}': a column of the table has this name"):
         suite({name: {"expert": "a"}})

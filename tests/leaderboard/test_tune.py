@@ -84,6 +84,7 @@ def test_scored_rows_have_no_part_in_the_choice(
         assert {method for _, method, _ in rows} == {
             "pretrained",
             "experts",
+            "constant",
             "task_arithmetic",
             "task_arithmetic+tuned",
         }

@@ -17,7 +17,7 @@ Scored = tuple[Cell, Samples | None]
 
 
 def made_cell(method: str = "experts", task: str = "cola", score: float = 50.0, **changes: Any) -> Cell:
-    """Return a cell of an accuracy on nine rows, without samples. `changes` are fields with other values."""
+    """Return a cell of an accuracy on 900 rows, without samples. `changes` are fields with other values."""
     fields = {
         "suite": "made",
         "protocol": "standard",
@@ -30,7 +30,7 @@ def made_cell(method: str = "experts", task: str = "cola", score: float = 50.0, 
         "percent": True,
         "score": score,
         "stderr": 1.0,
-        "n": 9,
+        "n": 900,
         "seed": 0,
         "seconds": 2.0,
         "model_seconds": 0.9,

@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
     from twin_bench.files import write_text
     from twin_bench.merging.plugins import load_plugins
     from twin_bench.report.numbers import difference, points, probability
+    from twin_bench.report.terminal import print_whole
     from twin_bench.results.compare import compare
 
     load_plugins(options.plugin)
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
             f"{probability(line['p'])}{' (Holm ' + probability(line['p_holm']) + ')' if whole else ''}",
         )
     console = Console()
-    console.print(table, width=max(console.width, 100), crop=False)
+    print_whole(table, console)
     console.print(
         f"Scores in points; difference: {options.first} minus {options.second}, paired over the rows that both have "
         "scored, with 95% intervals.",

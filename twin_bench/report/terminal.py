@@ -14,6 +14,8 @@ from twin_bench.results.board import Leaderboard
 FIRST = ("method", "rank", "normalized")
 """The columns that are shown at any width."""
 GAP = 2
+WIDEST = 10_000
+"""More than the width of any table, in characters."""
 
 
 def print_leaderboard(board: Leaderboard, console: Console, *, wide: bool = False) -> None:
@@ -34,13 +36,18 @@ def print_leaderboard(board: Leaderboard, console: Console, *, wide: bool = Fals
             printed.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for line in shown[kept].itertuples(index=False):
             printed.add_row(*map(escape, line))
-        needed = sum(widths[column] + GAP for column in kept)
-        console.print(printed, width=max(console.width, needed), crop=False, no_wrap=True, soft_wrap=wide)
+        print_whole(printed, console)
         left_out = [column for column in shown.columns if column not in kept]
         if left_out:
             console.print(f"--wide also shows: {', '.join(left_out)}", markup=False, highlight=False)
         console.print()
     console.print("\n\n".join(legend(board)), highlight=False, markup=False)
+
+
+def print_whole(table: Table, console: Console) -> None:
+    """Print a table with all of each cell, also where that takes more than the console's width."""
+    table.width = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
 def fitting(widths: dict[str, int], width: int) -> list[str]:

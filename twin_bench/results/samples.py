@@ -108,34 +108,38 @@ class Samples:
 
 
 def write_samples(file: Path, samples: Samples) -> None:
-    """Write samples as a compressed parquet file, atomically."""
+    """Write samples as a compressed parquet file, atomically. Its pages have checksums, and it names its columns."""
     table = pa.Table.from_pandas(samples.frame(), preserve_index=False)
-    notes = json.dumps({"format": FORMAT, "pooled": samples.pooled})
+    notes = json.dumps({"format": FORMAT, "pooled": samples.pooled, "columns": table.column_names})
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"twin_bench": notes.encode()})
     content = io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
+    pq.write_table(table, content, compression="zstd", write_page_checksum=True)
     write_bytes(file, content.getvalue())
 
 
 def read_samples(file: Path) -> Samples:
     """Read samples. InputError that names the file if it is missing, damaged or of another format."""
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, page_checksum_verification=True)
         notes = json.loads(table.schema.metadata[b"twin_bench"])
+        found, pooled, named = notes["format"], notes["pooled"], notes.get("columns", table.column_names)
+        binary = any(map(pa.types.is_binary, table.schema.types))  # texts whose mark in the header is damaged
+        if table.column_names != named or pooled not in ("mean", "metric", None) or binary:
+            raise ValueError("its header is damaged")
+        columns = {name: table.column(name).to_pylist() for name in named}
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"{file}: no samples can be read ({first_line(error)}); run the leaderboard again, which scores what is "
             "missing"
         ) from None
-    if notes["format"] != FORMAT:
-        raise InputError(f"{file}: samples of format {notes['format']}, and this version reads {FORMAT}; run it again")
-    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    if found != FORMAT:
+        raise InputError(f"{file}: samples of format {found}, and this version reads {FORMAT}; run it again")
     return Samples(
         identities=columns["identity"],
         predictions=columns["prediction"],
         targets=columns["target"],
         scores=columns["score"],
-        pooled=notes["pooled"],
+        pooled=pooled,
         clusters=columns.get("cluster"),
         weights={name.removeprefix(WEIGHT): own for name, own in columns.items() if name.startswith(WEIGHT)},
         texts=columns.get("text"),
