@@ -56,41 +56,53 @@ def drawn_board(
     Rows have texts, which begin with `hostile`, as a method's and a task's name and the predictions of one do.
     Samples are written as empty files alone, so that they count as kept.
     """
-    names = ["twin", "twin_last_layer", "twin_true_task", *_STATIC]
-    names = [*names, *(f"merge_{number}+tuned" for number in range(methods))][:methods]
-    names[-1] += hostile
-    answering = [*_BOUNDS, *names]
+    names = _names(methods, hostile)
     tasked = [*_TASKS[:tasks]]
     tasked[-1] += hostile
     ruled = ["standard", "paper", "routed"][:protocols]
     frames = {
         (protocol, method, task): _samples(protocol, method, task, tasked, rows, hostile, texts)
         for protocol in ruled
-        for method in answering
+        for method in names
         for task in tasked
     }
     (directory / "samples").mkdir(parents=True, exist_ok=True)
     (directory / "samples" / "kept.parquet").touch()
+    return Drawn(directory=directory, frames=frames, **_of_frames(frames, _identity(tasked, ruled, rows), hostile))
+
+
+def _names(methods: int, hostile: str) -> list[str]:
+    """Return the bounds and so many other methods, the last with `hostile` in its name."""
+    names = ["twin", "twin_last_layer", "twin_true_task", *_STATIC]
+    names = [*names, *(f"merge_{number}+tuned" for number in range(methods))][:methods]
+    names[-1] += hostile
+    return [*_BOUNDS, *names]
+
+
+def _of_frames(
+    frames: dict[tuple[str, str, str], pd.DataFrame], identity: dict[str, Any], hostile: str
+) -> dict[str, Any]:
+    """Return what a board holds beside its samples."""
+    tasks, protocols = [*identity["tasks"]], identity["protocols"]
+    methods = dict.fromkeys(method for _, method, _ in frames)
     cells = pd.DataFrame(_cells(frames))
-    summary = _ranked(pd.DataFrame([_line(cells, protocol, method) for protocol in ruled for method in answering]))
-    return Drawn(
-        directory=directory,
-        identity=_identity(tasked, ruled, rows),
-        methods={method: _method(method) for method in answering},
-        remarks=[
+    summary = _ranked(pd.DataFrame([_line(cells, protocol, method) for protocol in protocols for method in methods]))
+    return {
+        "identity": identity,
+        "methods": {method: _method(method) for method in methods},
+        "remarks": [
             "Skipped: regmean++ (standard): it needs input statistics.",
             f"A remark with <b>markup</b>. {hostile}",
         ],
-        skipped=[],
-        published=[_PUBLISHED],
-        cells=cells,
-        tasks=pd.DataFrame([_task(cells, protocol, task) for protocol in ruled for task in tasked]),
-        summary=summary,
-        comparisons=_comparisons(summary),
-        matrix=_matrix(cells[(cells["protocol"] == ruled[0]) & (cells["method"] == "experts")], tasked),
-        speed={"cases": {"soft": {"per_second": 116.6, "against": "plain", "ratio": 0.623}}},
-        frames=frames,
-    )
+        "skipped": [],
+        "published": [_PUBLISHED],
+        "cells": cells,
+        "tasks": pd.DataFrame([_task(cells, protocol, task) for protocol in protocols for task in tasks]),
+        "summary": summary,
+        "comparisons": _comparisons(summary),
+        "matrix": _matrix(cells[(cells["protocol"] == protocols[0]) & (cells["method"] == "experts")], tasks),
+        "speed": {"cases": {"soft": {"per_second": 116.6, "against": "plain", "ratio": 0.623}}},
+    }
 
 
 def _matrix(experts: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
@@ -184,6 +196,7 @@ def _cells(frames: dict[tuple[str, str, str], pd.DataFrame]) -> list[dict[str, A
                 "seed": 0,
                 "seeds": 1,
                 "seed_scores": [score],
+                "seed_spread": None,
                 "seconds": 3.1,
                 "build_seconds": 2.5,
                 "build_peak_bytes": 310e6,
@@ -252,6 +265,7 @@ def _task(cells: pd.DataFrame, protocol: str, task: str) -> dict[str, Any]:
         "floor": floor,
         "expert_score": expert,
         "weak": task == "rte",
+        "paired": True,
         "chance": 50.0,
         "rows": own["n"]["experts"],
         "clusters": 0,
@@ -275,6 +289,8 @@ def _line(cells: pd.DataFrame, protocol: str, method: str) -> dict[str, Any]:
         "gain_ci_low": gain - 8,
         "gain_ci_high": gain + 8,
         "retention": math.nan,
+        "retention_ci_low": math.nan,
+        "retention_ci_high": math.nan,
         **{
             name: first[name]
             for name in (
@@ -324,6 +340,7 @@ def _comparisons(summary: pd.DataFrame) -> pd.DataFrame:
                         "ci_high": gap + 3.2,
                         "p": p,
                         "p_holm": min(1.0, 3 * p),
+                        "sure": 3 * p < 0.05,
                     }
                 )
     return pd.DataFrame(lines)
