@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from twin_bench.report.numbers import MISSING, interval, known, points, ranks, size, times
+from twin_bench.report.numbers import MISSING, group, interval, known, points, ranks, size, times
 from twin_bench.results.board import Leaderboard
 
 
@@ -28,7 +28,7 @@ def table(board: Leaderboard, protocol: str) -> pd.DataFrame:
             {
                 "method": line["method"],
                 "rank": ranks(line["rank_low"], line["rank_high"]) if known(line["rank_low"]) else "",
-                "group": _group(line),
+                "group": group(line["tie_group"], told=bool(line["told_the_task"])),
                 "normalized": interval(line["normalized"], line["ci_low"], line["ci_high"]),
                 "gain": interval(line["gain"], line["gain_ci_low"], line["gain_ci_high"]),
                 **({"retention": points(line["retention"])} if retained else {}),
@@ -52,14 +52,6 @@ def in_order(summary: pd.DataFrame) -> pd.DataFrame:
     parts = [summary[bound], summary[ranked & ~told], summary[ranked & told], summary[~bound & ~ranked]]
     by_mean = [part.sort_values("normalized", ascending=False, kind="stable") for part in parts[1:3]]
     return pd.concat([parts[0], *by_mean, parts[3]])
-
-
-def _group(line: dict[str, Any]) -> str:
-    """Return a tie group's letter; those of methods that are told the task are small."""
-    if not known(line["tie_group"]):
-        return ""
-    letter = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[min(int(line["tie_group"]) - 1, 25)]
-    return letter.lower() if line["told_the_task"] else letter
 
 
 def _score(cell: dict[str, Any] | None) -> str:
