@@ -61,7 +61,7 @@ def test_every_cell_is_there_and_says_what_it_is(board: Any) -> None:
         assert row["notes"].get("chance") == chance
     table = (out / "leaderboard.md").read_text()
     assert "| chance |" in table
-    assert "Chance (one over the number of options, mean of the rows scored): mmlu 25.00, bbq 33.33" in table
+    assert "Chance (one over the number of labels or options, mean of the rows scored): mmlu 25.00, bbq 33.33" in table
 
 
 def test_a_language_model_has_no_head_so_routed_is_standard(board: Any) -> None:

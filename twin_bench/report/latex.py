@@ -7,6 +7,7 @@ from typing import Any
 
 from twin_bench.report.numbers import known
 from twin_bench.report.tables import in_order
+from twin_bench.report.words import CONSTANT
 from twin_bench.results.board import Leaderboard
 
 _SPECIAL = {
@@ -56,7 +57,8 @@ def _table(board: Leaderboard, protocol: str) -> str:
     rows = ", ".join(f"{task} {max(cells[cells['task'] == task]['n'])}" for task in tasks)
     caption = (
         f"{escaped(board.identity['suite'])}, protocol {protocol}, seed {board.identity['seed']}. Means with 95\\% "
-        "intervals of a joint bootstrap over rows, scores in points with standard errors. Bold: the methods that can't "
+        "intervals of a joint bootstrap over rows, scores in points with standard errors. Gain is 0 for the constant answer "
+        f"({CONSTANT}) and 100 for the experts. Bold: the methods that can't "
         f"be told apart from the best. Rows: {escaped(rows)}."
     )
     return "\n".join(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from twin_bench.report.numbers import known
+from twin_bench.report.words import CONSTANT
 from twin_bench.results.board import Leaderboard
 
 FIGURES = (
     "Normalized is the mean over tasks of 100 x score / the expert's score on that task, under the same protocol. Gain "
-    "is the mean of 100 x (score - floor) / (expert - floor), where the floor is the best constant answer by the "
-    "training labels. Both stand with their 95% interval: in each of 10,000 draws of the rows the same rows serve "
-    "every method, the experts and the floor. A rank's range holds all ranks that the rows allow. Scores on tasks are "
-    "in points, ± one standard error. Speed as a fair ratio is measured by twin-bench bench, not here."
+    "is the mean of 100 x (score - floor) / (expert - floor), where the floor is what a constant answer scores: "
+    f"{CONSTANT}. Another constant may score more where the metric is not the accuracy. A rank's range holds all ranks "
+    "that the rows allow. Scores on tasks are in points, ± one standard error. Speed as a fair ratio is measured by "
+    "twin-bench bench, not here."
+)
+PAIRED = (
+    "All intervals are 95%. Those of means and differences are made of draws of the rows: in each draw the same rows "
+    "serve every method, the experts and the floor"
 )
 
 
@@ -22,10 +27,10 @@ def legend(board: Leaderboard) -> list[str]:
     cells = board.cells.to_dict("records")
     paragraphs = [
         FIGURES,
+        _intervals(board),
         *_directions(cells),
         _rows_scored(cells),
         *_floors(board),
-        *_chance_levels(board),
         *_tasks_left_out(cells),
         *_seeds(cells),
     ]
@@ -40,6 +45,14 @@ def legend(board: Leaderboard) -> list[str]:
             if row["notes"].get("set_aside")
         ]
     return [*paragraphs, *board.remarks]
+
+
+def _intervals(board: Leaderboard) -> str:
+    """Return what intervals are made of, and on which tasks methods are not compared on the same draws."""
+    tasks = _tasks(board, lambda line: not line["paired"])
+    if not tasks:
+        return f"{PAIRED}."
+    return f"{PAIRED}, but on {tasks}, where each method has draws of its own: the score can't be made of kept rows."
 
 
 def _directions(cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -73,27 +86,34 @@ def _rows_scored(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _floors(board: Leaderboard) -> list[str]:
-    """Return what the constant answers score, and which experts are not above them."""
-    floors = {line["task"]: line["floor"] for line in board.tasks.to_dict("records") if known(line["floor"])}
-    if not floors:
-        return []
-    said = ["Floors (the constant answer): " + ", ".join(f"{task} {floor:.2f}" for task, floor in floors.items()) + "."]
-    weak = board.tasks[board.tasks["weak"].astype(bool)]
-    if len(weak):
-        tasks = ", ".join(f"{line['task']} ({line['protocol']})" for line in weak.to_dict("records"))
+    """Return what constant answers and guesses score, and which tasks have no gain."""
+    lines = board.tasks.to_dict("records")
+    floors, chances = ({one["task"]: one[name] for one in lines if known(one[name])} for name in ("floor", "chance"))
+    said = []
+    for name, levels in (
+        ("Floors (the constant answer)", floors),
+        ("Chance (one over the number of labels or options, mean of the rows scored)", chances),
+    ):
+        if levels:
+            said.append(f"{name}: {', '.join(f'{task} {level:.2f}' for task, level in levels.items())}.")
+    below = [task for task, level in chances.items() if task in floors and floors[task] < level]
+    if below:
+        said.append(f"The floor is below chance on {', '.join(below)}: what is better there may still be a guess.")
+    weak = _tasks(board, lambda line: line["weak"])
+    if weak:
         said.append(
             f"The expert is not above its floor by two standard errors, so the task has no gain and is not in the mean "
-            f"of gains: {tasks}."
+            f"of gains: {weak}."
         )
+    floorless = _tasks(board, lambda line: isinstance(line["expert"], str) and not known(line["floor"]))
+    if floorless:
+        said.append(f"No floor is known, so the task has no gain and is not in the mean of gains: {floorless}.")
     return said
 
 
-def _chance_levels(board: Leaderboard) -> list[str]:
-    chances = {line["task"]: line["chance"] for line in board.tasks.to_dict("records") if known(line["chance"])}
-    if not chances:
-        return []
-    levels = ", ".join(f"{task} {level:.2f}" for task, level in chances.items())
-    return [f"Chance (one over the number of options, mean of the rows scored): {levels}."]
+def _tasks(board: Leaderboard, chosen: Callable[[Mapping[str, Any]], bool]) -> str:
+    """Return the chosen lines of the board's tasks as text."""
+    return ", ".join(f"{one['task']} ({one['protocol']})" for one in board.tasks.to_dict("records") if chosen(one))
 
 
 def _tasks_left_out(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,7 +1,9 @@
-"""What protocols and tracks mean, in words: docs/protocols.md, shortened."""
+"""What protocols, tracks and the constant answer are, in words: docs/protocols.md, shortened."""
 
 from __future__ import annotations
 
+CONSTANT = "the most frequent training label, or the mean of the training rows' numbers"
+"""What the constant answer gives for every row of a task."""
 PROTOCOLS = {
     "standard": (
         "Each task is scored with its own head. Biases are fused like all other parameters. The router was chosen on a "
