@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tests.support.board import Drawn, drawn_board
@@ -14,6 +16,8 @@ from tests.support.cells import answered, write_made
 from twin_bench import cli
 from twin_bench.report.latex import latex
 from twin_bench.report.legend import legend
+from twin_bench.report.page import page
+from twin_bench.report.tables import table
 
 
 @pytest.fixture
@@ -62,6 +66,10 @@ def test_floors_stand_beside_chance(board: Drawn) -> None:
     (below,) = [one for one in said if "below chance" in one]
     assert below.startswith("The floor is below chance on sst2")
     assert "cola" not in below
+    two = pd.concat([board.tasks, board.tasks.assign(protocol="paper", floor=[12.0, *board.tasks["floor"][1:]])])
+    (floors,) = [one for one in legend(dataclasses.replace(board, tasks=two)) if one.startswith("Floors")]
+    first, second = board.tasks["floor"][:2]
+    assert f": cola {first:.2f} (standard), cola 12.00 (paper), sst2 {second:.2f}, " in floors
     assert "mrpc" not in below
 
 
@@ -74,3 +82,29 @@ def test_tasks_that_are_unpaired_or_have_no_floor_are_named(board: Drawn) -> Non
     assert f"{same}, but on cola (standard), mrpc (standard), where each method has draws of its own" in said
     (said,) = [one for one in legend(changed) if outside in one and "No floor" in one]
     assert said == "No floor is known, so the task has no gain and is not in the mean of gains: cola (standard)."
+
+
+def test_latex_marks_the_leaders_that_are_not_told_the_task_alone(board: Drawn) -> None:
+    leads = board.summary["tie_group"] == 1
+    told = board.summary["told_the_task"]
+    assert set(board.summary.loc[leads & told, "method"]) == {"twin_true_task"}
+    bold = {name.replace("\\_", "_") for name in re.findall(r"textbf\{(\S+)\} &", latex(board))}
+    assert bold == set(board.summary.loc[leads & ~told, "method"])
+    assert "Bold: the methods that are not told the task and can't be told apart from the best of them." in latex(board)
+
+
+def test_retention_stands_with_its_interval(board: Drawn) -> None:
+    summary = board.summary.assign(retention=80.04, retention_ci_low=75.0, retention_ci_high=84.96)
+    retained = dataclasses.replace(board, summary=summary)
+    assert set(table(retained, "standard")["retention"]) == {"80.0 (75.0 to 85.0)", ""}  # chance has none
+    assert latex(retained).count(r"& 80.0 {\scriptsize [75.0, 85.0]}") == len(summary)
+    assert "80.0 <small>(75.0 to 85.0)</small>" in page(retained)
+    for written in (table(board, "standard").columns, latex(board).lower()):
+        assert "retention" not in written
+
+
+def test_all_seeds_are_said(board: Drawn) -> None:
+    assert [said for said in legend(board) if ". Seed 0. Versions: " in said]
+    several = dataclasses.replace(board, identity={**board.identity, "seeds": 3})
+    assert [said for said in legend(several) if ". Seeds 0 to 2 where a method draws, else 0. Versions: " in said]
+    assert "protocol standard, seeds 0 to 2 where a method draws, else 0. Means" in latex(several)

@@ -7,7 +7,7 @@ from typing import Any
 
 from twin_bench.report.numbers import known
 from twin_bench.report.tables import in_order
-from twin_bench.report.words import CONSTANT
+from twin_bench.report.words import CONSTANT, seeds
 from twin_bench.results.board import Leaderboard
 
 _SPECIAL = {
@@ -21,8 +21,8 @@ _SPECIAL = {
 def latex(board: Leaderboard) -> str:
     r"""Return a `table*` for each protocol, which needs \usepackage{booktabs}.
 
-    Means stand with their 95% interval, scores on tasks with their standard error. Methods of the leading tie group are
-    bold. The caption says rows, seed and protocol.
+    Means stand with their 95% interval, scores on tasks with their standard error. Of the methods that are not told the
+    task, those of the leading tie group are bold. The caption says rows, seed and protocol.
     """
     return "\n".join(_table(board, protocol) for protocol in board.protocols)
 
@@ -37,7 +37,8 @@ def _table(board: Leaderboard, protocol: str) -> str:
     tasks = list(dict.fromkeys(cells["task"]))
     scores = {(cell["method"], cell["task"]): cell for cell in cells.to_dict("records")}
     summary = in_order(board.summary[board.summary["protocol"] == protocol]).to_dict("records")
-    head = ["Method", "Rank", "Normalized", "Gain", *map(escaped, tasks)]
+    retained = any(known(line["retention"]) for line in summary)
+    head = ["Method", "Rank", "Normalized", "Gain", *(["Retention"] if retained else []), *map(escaped, tasks)]
     body, previous = [], None
     for line in summary:
         kind = line["bound"], line["told_the_task"]
@@ -45,21 +46,22 @@ def _table(board: Leaderboard, protocol: str) -> str:
             body.append(r"\midrule")
         previous = kind
         name = escaped(line["method"])
-        leads = line["tie_group"] == 1
+        leads = line["tie_group"] == 1 and not line["told_the_task"]
         own = [
             rf"\textbf{{{name}}}" if leads else name,
             _rank(line),
             _interval(line["normalized"], line["ci_low"], line["ci_high"]),
             _interval(line["gain"], line["gain_ci_low"], line["gain_ci_high"]),
+            *([_interval(line["retention"], line["retention_ci_low"], line["retention_ci_high"])] if retained else []),
             *(_score(scores.get((line["method"], task))) for task in tasks),
         ]
         body.append(" & ".join(own) + r" \\")
     rows = ", ".join(f"{task} {max(cells[cells['task'] == task]['n'])}" for task in tasks)
     caption = (
-        f"{escaped(board.identity['suite'])}, protocol {protocol}, seed {board.identity['seed']}. Means with 95\\% "
-        "intervals of a joint bootstrap over rows, scores in points with standard errors. Gain is 0 for the constant answer "
-        f"({CONSTANT}) and 100 for the experts. Bold: the methods that can't "
-        f"be told apart from the best. Rows: {escaped(rows)}."
+        f"{escaped(board.identity['suite'])}, protocol {protocol}, {seeds(board.identity)}. Means with 95\\% "
+        "intervals of a joint bootstrap over rows, scores in points with standard errors. Gain is 0 for the constant "
+        f"answer ({CONSTANT}) and 100 for the experts. Bold: the methods that are not told the task and can't be told "
+        f"apart from the best of them. Rows: {escaped(rows)}."
     )
     return "\n".join(
         [

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from twin_bench.report.numbers import known
-from twin_bench.report.words import CONSTANT
+from twin_bench.report.words import CONSTANT, seeds
 from twin_bench.results.board import Leaderboard
 
 FIGURES = (
@@ -29,7 +29,7 @@ def legend(board: Leaderboard) -> list[str]:
         FIGURES,
         _intervals(board),
         *_directions(cells),
-        _rows_scored(cells),
+        _rows_scored(board, cells),
         *_floors(board),
         *_tasks_left_out(cells),
         *_seeds(cells),
@@ -73,7 +73,7 @@ def _directions(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def _rows_scored(cells: Sequence[Mapping[str, Any]]) -> str:
+def _rows_scored(board: Leaderboard, cells: Sequence[Mapping[str, Any]]) -> str:
     counts: dict[str, set[int]] = {}
     versions: dict[str, set[str]] = {}
     for cell in cells:
@@ -82,23 +82,22 @@ def _rows_scored(cells: Sequence[Mapping[str, Any]]) -> str:
             versions.setdefault(package, set()).add(version)
     scored = ", ".join(f"{task} {'/'.join(map(str, sorted(n)))}" for task, n in counts.items())
     listed = ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in versions.items())
-    return f"Rows scored: {scored}. Seed {cells[0]['seed']}. Versions: {listed}."
+    return f"Rows scored: {scored}. {seeds(board.identity).capitalize()}. Versions: {listed}."
 
 
 def _floors(board: Leaderboard) -> list[str]:
     """Return what constant answers and guesses score, and which tasks have no gain."""
-    lines = board.tasks.to_dict("records")
-    floors, chances = ({one["task"]: one[name] for one in lines if known(one[name])} for name in ("floor", "chance"))
-    said = []
-    for name, levels in (
-        ("Floors (the constant answer)", floors),
-        ("Chance (one over the number of labels or options, mean of the rows scored)", chances),
-    ):
-        if levels:
-            said.append(f"{name}: {', '.join(f'{task} {level:.2f}' for task, level in levels.items())}.")
-    below = [task for task, level in chances.items() if task in floors and floors[task] < level]
+    said = [
+        f"{name}: {levels}."
+        for name, levels in (
+            ("Floors (the constant answer)", _levels(board, "floor")),
+            ("Chance (one over the number of labels or options, mean of the rows scored)", _levels(board, "chance")),
+        )
+        if levels
+    ]
+    below = _tasks(board, lambda line: line["floor"] < line["chance"])
     if below:
-        said.append(f"The floor is below chance on {', '.join(below)}: what is better there may still be a guess.")
+        said.append(f"The floor is below chance on {below}: what is better there may still be a guess.")
     weak = _tasks(board, lambda line: line["weak"])
     if weak:
         said.append(
@@ -109,6 +108,19 @@ def _floors(board: Leaderboard) -> list[str]:
     if floorless:
         said.append(f"No floor is known, so the task has no gain and is not in the mean of gains: {floorless}.")
     return said
+
+
+def _levels(board: Leaderboard, column: str) -> str:
+    """Return what is known in a column of the board's tasks as text, each protocol's where they differ."""
+    levels: dict[str, dict[str, list[str]]] = {}
+    for line in board.tasks.to_dict("records"):
+        if known(line[column]):
+            levels.setdefault(line["task"], {}).setdefault(f"{line[column]:.2f}", []).append(line["protocol"])
+    return ", ".join(
+        f"{task} {level}" if len(own) == 1 else f"{task} {level} ({', '.join(protocols)})"
+        for task, own in levels.items()
+        for level, protocols in own.items()
+    )
 
 
 def _tasks(board: Leaderboard, chosen: Callable[[Mapping[str, Any]], bool]) -> str:

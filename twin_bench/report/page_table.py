@@ -111,7 +111,8 @@ def _columns(board: Leaderboard, tasks: list[str]) -> list[Column]:
 
 
 def _line(row: Mapping[str, Any], scores: list[Entry], board: Leaderboard) -> list[Entry]:
-    retention = [_number(row["retention"], points)] if board.summary["retention"].notna().any() else []
+    kept = _with_interval(row["retention"], row["retention_ci_low"], row["retention_ci_high"])
+    retention = [kept] if board.summary["retention"].notna().any() else []
     place = ranks(row["rank_low"], row["rank_high"]) if known(row["rank_low"]) else ""
     letter = group(row["tie_group"], told=bool(row["told_the_task"]))
     return [

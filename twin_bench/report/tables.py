@@ -6,15 +6,15 @@ from typing import Any
 
 import pandas as pd
 
-from twin_bench.report.numbers import MISSING, group, interval, known, points, ranks, size, times
+from twin_bench.report.numbers import MISSING, group, interval, known, ranks, size, times
 from twin_bench.results.board import Leaderboard
 
 
 def table(board: Leaderboard, protocol: str) -> pd.DataFrame:
     """Return a protocol's table as text: bounds first, then the methods by rank, then chance if it is known.
 
-    Columns: method, rank, group, normalized and gain with intervals, retention if a task is nobody's, each task's score
-    with its standard error, track, storage and build time.
+    Columns: method, rank, group, normalized, gain and, if a task is nobody's, retention with intervals, each task's
+    score with its standard error, track, storage and build time.
     """
     summary = board.summary[board.summary["protocol"] == protocol]
     cells = board.cells[board.cells["protocol"] == protocol]
@@ -31,7 +31,7 @@ def table(board: Leaderboard, protocol: str) -> pd.DataFrame:
                 "group": group(line["tie_group"], told=bool(line["told_the_task"])),
                 "normalized": interval(line["normalized"], line["ci_low"], line["ci_high"]),
                 "gain": interval(line["gain"], line["gain_ci_low"], line["gain_ci_high"]),
-                **({"retention": points(line["retention"])} if retained else {}),
+                **({"retention": _retention(line)} if retained else {}),
                 **own,
                 "track": line["track"],
                 "storage": times(line["relative_storage"]),
@@ -52,6 +52,10 @@ def in_order(summary: pd.DataFrame) -> pd.DataFrame:
     parts = [summary[bound], summary[ranked & ~told], summary[ranked & told], summary[~bound & ~ranked]]
     by_mean = [part.sort_values("normalized", ascending=False, kind="stable") for part in parts[1:3]]
     return pd.concat([parts[0], *by_mean, parts[3]])
+
+
+def _retention(line: dict[str, Any]) -> str:
+    return interval(line["retention"], line["retention_ci_low"], line["retention_ci_high"])
 
 
 def _score(cell: dict[str, Any] | None) -> str:

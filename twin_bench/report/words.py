@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 CONSTANT = "the most frequent training label, or the mean of the training rows' numbers"
 """What the constant answer gives for every row of a task."""
 PROTOCOLS = {
@@ -26,3 +29,11 @@ TRACKS = {
     "per-input": "The method sees each input, when it is answered.",
     "task-id given": "The method is told the task of each input.",
 }
+
+
+def seeds(identity: Mapping[str, Any]) -> str:
+    """Return which seeds a run had, `seed 0` or `seeds 0 to 2 where a method draws, else 0`."""
+    first, several = identity["seed"], identity.get("seeds", 1)
+    if several == 1:
+        return f"seed {first}"
+    return f"seeds {first} to {first + several - 1} where a method draws, else {first}"
