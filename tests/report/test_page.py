@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -63,12 +64,13 @@ def changed(board: Drawn, groups: dict[str, float], floored: set[str] | None, to
     summary = pd.DataFrame(
         {
             "protocol": "standard", "method": methods, "bound": False, "told_the_task": [m == told for m in methods],
+            "track": "data-free",
             "normalized": np.arange(len(methods), 0.0, -1), "ci_low": 0.0, "ci_high": 9.0,
             "tie_group": [groups.get(method, 1.0) for method in methods],
         }
     )  # fmt: skip
-    columns = ["protocol", "method", "reason", "difference", "p_holm"]
-    against = [] if floored is None else [["standard", one, "constant", 1.0, float(one in floored)] for one in groups]
+    columns = ["protocol", "method", "reason", "difference", "sure"]
+    against = [] if floored is None else [["standard", one, "constant", 1.0, one not in floored] for one in groups]
     return dataclasses.replace(board, summary=summary, comparisons=pd.DataFrame(against, columns=columns))
 
 
@@ -89,7 +91,7 @@ def changed(board: Drawn, groups: dict[str, float], floored: set[str] | None, to
         (
             {"a": 1, "b": 1},
             {"a", "b"},
-            "The two methods can't be told apart; no method is better than a constant answer.",
+            "The two methods can't be told apart; none is better than a constant answer.",
         ),
         ({"a": 1, "b": 1, "c": 1}, None, "The 3 methods can't be told apart."),
         ({"a": 1}, {"a"}, "a is the only method; it is no better than a constant answer."),
@@ -103,10 +105,42 @@ def test_the_answer_is_right_in_number_and_words(
     assert answer(changed(board, groups, floored), "standard") == [said]
 
 
-def test_a_method_that_is_told_the_task_is_spoken_of_apart(board: Drawn) -> None:
-    assert answer(changed(board, {"a": 1}, None, told="t"), "standard") == [
-        "a is the only method.",
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ({"a": 1}, "a is the only method that is not told the task; it is better than a constant answer."),
+        (
+            {"a": 1, "b": 1, "c": 1},
+            "The 3 methods that are not told the task can't be told apart; all are better than a constant answer.",
+        ),
+        ({"a": 1, "b": 2}, "a leads; both methods that are not told the task are better than a constant answer."),
+    ],
+)
+def test_a_method_that_is_told_the_task_is_spoken_of_apart(board: Drawn, groups: dict[str, float], said: str) -> None:
+    assert answer(changed(board, groups, set(), told="t"), "standard") == [
+        said,
         "t is told the task of each input and is ranked apart: it scores 1.0 (0.0 to 9.0).",
+    ]
+
+
+def test_a_leader_that_learned_on_the_scored_rows_is_said_to(board: Drawn) -> None:
+    found = changed(board, {"a": 1, "b": 1, "c": 2, "d": 3}, None)
+    tracks = ["per-input", "test-time", "data-free", "test-time"]
+    found = dataclasses.replace(found, summary=found.summary.assign(track=tracks))
+    assert answer(found, "standard") == [
+        "a and b lead and can't be told apart.",
+        "b is on the track test-time: it learned on the rows that are scored, without their labels.",
+    ]
+
+
+def test_methods_without_a_comparison_with_the_constant_answer_are_said_to_have_none(board: Drawn) -> None:
+    found = changed(board, {"a": 1, "b": 2}, None)
+    alone = pd.DataFrame({"protocol": "standard", "method": ["constant"], "bound": True, "told_the_task": False})
+    tasks = board.tasks.assign(floor=[math.nan, *board.tasks["floor"][1:]])
+    found = dataclasses.replace(found, summary=pd.concat([found.summary, alone]), tasks=tasks)
+    assert answer(found, "standard") == [
+        "a leads.",
+        "No method is compared with the constant answer, which has no score on cola.",
     ]
 
 

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import pandas as pd
 
-from twin_bench.report.numbers import SIGNIFICANT, interval
+from twin_bench.report.numbers import interval
 from twin_bench.results.board import Leaderboard
+
+APART = ("that is not told the task", "that are not told the task")
 
 
 def answer(board: Leaderboard, protocol: str) -> list[str]:
     """Return what a protocol's ranking says, one sentence an item.
 
-    The first speaks of the methods that nobody tells the task, and says how many are no better than the best constant
-    answer: those whose difference from it is not above 0 at Holm's p < 0.05. The second, if there is one, speaks of the
-    methods that are told each input's task.
+    The first speaks of the methods that nobody tells the task, and says how many are no better than the constant
+    answer: those that are not told apart from it, or are below it. Then leaders are named that learned on the scored
+    rows. The last, if there is one, speaks of the methods that are told each input's task.
     """
     ranked = field(board, protocol, told=False)
     told = field(board, protocol, told=True)
     sentences = []
     if not ranked.empty:
-        leaders = list(ranked.loc[ranked["tie_group"] == ranked["tie_group"].min(), "method"])
-        floored = _no_better(board, protocol, list(ranked["method"]))
-        lead = _lead(leaders, len(ranked))
+        kinds = ("method", "methods") if told.empty else (f"method {APART[0]}", f"methods {APART[1]}")
+        leaders = ranked[ranked["tie_group"] == ranked["tie_group"].min()]
+        lead = _lead(list(leaders["method"]), len(ranked), kinds)
+        floored = _no_better(board, protocol, list(ranked["method"]), len(leaders), kinds)
         sentences.append(f"{lead}; {floored}." if floored else f"{lead}.")
+        sentences += _learned(list(leaders.loc[leaders["track"] == "test-time", "method"]))
+        sentences += [] if floored else _floorless(board, protocol)
     elif told.empty:
         sentences.append("No method is ranked under this protocol.")
-    if not told.empty:
-        best = told.iloc[0]
-        score = interval(best["normalized"], best["ci_low"], best["ci_high"])
-        others = _count(len(told), "method")
-        apart = "is told the task of each input and is" if len(told) == 1 else "are told the task of each input and are"
-        first = f"it scores {score}" if len(told) == 1 else f"the best of them, {best['method']}, scores {score}"
-        named = str(best["method"]) if len(told) == 1 else others
-        sentences.append(f"{named} {apart} ranked apart: {first}.")
-    return sentences
+    return sentences if told.empty else [*sentences, _told(told)]
 
 
 def field(board: Leaderboard, protocol: str, *, told: bool) -> pd.DataFrame:
@@ -46,19 +43,19 @@ def field(board: Leaderboard, protocol: str, *, told: bool) -> pd.DataFrame:
 
 
 def no_better_than_constant(board: Leaderboard, protocol: str) -> set[str] | None:
-    """Return the methods whose difference from the constant answer is not above 0; None if there is no such row."""
+    """Return the methods that are not above the constant answer for sure; None if none is compared with it."""
     lines = board.comparisons
     lines = lines[(lines["protocol"] == protocol) & (lines["reason"] == "constant")]
     if lines.empty:
         return None
-    return set(lines.loc[~((lines["difference"] > 0) & (lines["p_holm"] < SIGNIFICANT)), "method"])
+    return set(lines.loc[~((lines["difference"] > 0) & lines["sure"].astype(bool)), "method"])
 
 
-def _lead(leaders: list[str], methods: int) -> str:
+def _lead(leaders: list[str], methods: int, kinds: tuple[str, str]) -> str:
     if methods == 1:
-        return f"{leaders[0]} is the only method"
+        return f"{leaders[0]} is the only {kinds[0]}"
     if len(leaders) == methods:
-        return "The two methods can't be told apart" if methods == 2 else f"The {methods} methods can't be told apart"
+        return f"The {'two' if methods == 2 else methods} {kinds[1]} can't be told apart"
     if len(leaders) == 1:
         return f"{leaders[0]} leads"
     if len(leaders) == 2:
@@ -66,22 +63,47 @@ def _lead(leaders: list[str], methods: int) -> str:
     return f"{leaders[0]} and {len(leaders) - 1} others lead and can't be told apart"
 
 
-def _no_better(board: Leaderboard, protocol: str, methods: list[str]) -> str:
+def _no_better(board: Leaderboard, protocol: str, methods: list[str], leaders: int, kinds: tuple[str, str]) -> str:
+    """Return how many are no better than the constant answer; empty if none is compared with it."""
     found = no_better_than_constant(board, protocol)
     if found is None:
         return ""
     floored = [method for method in methods if method in found]
-    if not floored:
-        better = "it is" if len(methods) == 1 else "both are" if len(methods) == 2 else "all methods are"
-        return f"{better} better than a constant answer"
+    everyone = leaders == len(methods)  # and the sentence begins with all of them
     if len(methods) == 1:
-        return "it is no better than a constant answer"
+        return f"it is {'no ' if floored else ''}better than a constant answer"
+    if not floored:
+        number = "both" if len(methods) == 2 else "all"
+        return f"{number if everyone else f'{number} {kinds[1]}'} are better than a constant answer"
     if len(floored) == len(methods):
-        return "no method is better than a constant answer"
+        return f"{'none' if everyone else f'no {kinds[0]}'} is better than a constant answer"
     if len(floored) == 1:
         return f"{floored[0]} is no better than a constant answer"
-    return f"{len(floored)} methods are no better than a constant answer"
+    return f"{len(floored)} {kinds[1]} are no better than a constant answer"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _learned(leaders: list[str]) -> list[str]:
+    """Return what must be known of leaders that learned on the rows that are scored."""
+    if not leaders:
+        return []
+    are, they = ("is", "it") if len(leaders) == 1 else ("are", "they")
+    learned = "learned on the rows that are scored, without their labels"
+    return [f"{' and '.join(leaders)} {are} on the track test-time: {they} {learned}."]
+
+
+def _floorless(board: Leaderboard, protocol: str) -> list[str]:
+    """Return why no method is compared with the constant answer, if there is one on other tasks."""
+    lines = board.tasks[(board.tasks["protocol"] == protocol) & board.tasks["expert"].notna()]
+    missing = list(lines.loc[lines["floor"].isna(), "task"])
+    if not missing or len(missing) == len(lines):
+        return []
+    return [f"No method is compared with the constant answer, which has no score on {', '.join(missing)}."]
+
+
+def _told(told: pd.DataFrame) -> str:
+    best = told.iloc[0]
+    score = interval(best["normalized"], best["ci_low"], best["ci_high"])
+    if len(told) == 1:
+        return f"{best['method']} is told the task of each input and is ranked apart: it scores {score}."
+    scored = f"the best of them, {best['method']}, scores {score}"
+    return f"{len(told)} methods are told the task of each input and are ranked apart: {scored}."
