@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import io
 import json
 import math
 import re
@@ -14,12 +16,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from tests.support.board import HOSTILE, Drawn, drawn_board
 from twin_bench.report.answer import answer
 from twin_bench.report.charts import on_the_front
+from twin_bench.report.markdown import markdown
 from twin_bench.report.numbers import difference, duration, interval, probability, ranks, size
 from twin_bench.report.page import LIMIT, page
+from twin_bench.report.sections import REASONS, differences
+from twin_bench.report.terminal import print_leaderboard
 from twin_bench.report.wrong_rows import WrongRows
 
 
@@ -288,6 +294,41 @@ def test_what_is_not_there_is_left_out(board: Drawn) -> None:
     ):  # fmt: skip
         assert sentence in found
     assert json.loads(script(found, "rows")) == {"tasks": {}, "cells": []}
+
+
+def test_a_method_of_the_leading_group_is_not_called_worse_than_its_best(board: Drawn) -> None:
+    against = board.comparisons["reason"] == "best"
+    found = dataclasses.replace(board, comparisons=board.comparisons.assign(p_holm=0.01, sure=~against))
+    shown = {one["reason"]: {row[3] for row in one["table"]} for one in differences(found, "standard")}
+    assert shown == {REASONS["best"]: {"can't be told apart"}, REASONS["constant"]: {"better", "worse"}}
+    assert "verdict against the best is that of the tie groups" in page(found)
+
+
+def test_a_protocol_that_tells_the_model_the_task_is_said_to(board: Drawn, tmp_path: Path) -> None:
+    told = "chooses the router on the rows that are scored"
+    alone = drawn_board(tmp_path, methods=3, tasks=2, protocols=1, rows=20)
+    for protocol, times in (("standard", 0), ("paper", 1)):
+        frames = ("cells", "tasks", "summary", "comparisons")
+        only: Any = {name: getattr(alone, name).assign(protocol=protocol, samples=None) for name in frames}
+        found = dataclasses.replace(alone, **only)
+        written = io.StringIO()
+        print_leaderboard(found, Console(file=written, width=500))
+        answers, _, _ = page(found).partition('aria-labelledby="ranking"')
+        assert [text.count(told) for text in (written.getvalue(), markdown(found), answers)] == 3 * [times]
+
+
+def test_the_page_names_tasks_without_a_gain_and_unpaired_ones(board: Drawn) -> None:
+    tasks = board.tasks.assign(
+        floor=[math.nan if task == "cola" else 50.0 for task in board.tasks["task"]],
+        paired=[task not in ("sst2", "mrpc") for task in board.tasks["task"]],
+        chance=[41.7 if task == "qqp" else math.nan for task in board.tasks["task"]],
+    )
+    found = page(dataclasses.replace(board, tasks=tasks))
+    assert found.count("Not in the mean of gains, because no constant answer has a score: cola.") == 2  # two protocols
+    assert found.count("Not on the same rows, but each with draws of its own: sst2, mrpc.") == 2
+    assert '<td class="number">41.7</td>' in found
+    assert "best constant" not in found
+    assert "the most frequent training label, or the mean of the training rows' numbers" in html.unescape(found)
 
 
 @pytest.mark.versions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from twin_bench.report.numbers import interval
+from twin_bench.report.words import CAUTIONS
 from twin_bench.results.board import Leaderboard
 
 APART = ("that is not told the task", "that are not told the task")
@@ -31,6 +32,11 @@ def answer(board: Leaderboard, protocol: str) -> list[str]:
     elif told.empty:
         sentences.append("No method is ranked under this protocol.")
     return sentences if told.empty else [*sentences, _told(told)]
+
+
+def warned(board: Leaderboard, protocol: str) -> list[str]:
+    """Return the answer, and a sentence on its protocol if that tells a model what no user can."""
+    return [*answer(board, protocol), *([CAUTIONS[protocol]] if protocol in CAUTIONS else [])]
 
 
 def field(board: Leaderboard, protocol: str, *, told: bool) -> pd.DataFrame:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from twin_bench.report.answer import answer
+from twin_bench.report.answer import warned
 from twin_bench.report.legend import legend
 from twin_bench.report.tables import table
 from twin_bench.results.board import Leaderboard
@@ -17,7 +17,7 @@ def markdown(board: Leaderboard) -> str:
         shown = table(board, protocol)
         lines = ["| " + " | ".join(shown.columns) + " |", "|" + " --- |" * len(shown.columns)]
         lines += ["| " + " | ".join(line) + " |" for line in shown.itertuples(index=False)]
-        said = " ".join(answer(board, protocol))
+        said = " ".join(warned(board, protocol))
         sections.append(f"## Protocol: {protocol}\n\n{said}\n\n" + "\n".join(lines) + "\n")
     paragraphs = [html.escape(paragraph, quote=False) for paragraph in legend(board)]
     return "\n".join([*sections, "\n\n".join(paragraphs) + "\n"])

@@ -7,8 +7,6 @@ from numbers import Real
 from typing import TypeGuard
 
 MISSING = "n/a"
-SIGNIFICANT = 0.05
-"""A difference is spoken of as one where its p, corrected by Holm, is below this."""
 
 
 def known(value: object) -> TypeGuard[float]:

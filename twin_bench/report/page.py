@@ -17,7 +17,7 @@ from twin_bench.report.answer import answer, field
 from twin_bench.report.legend import legend
 from twin_bench.report.page_table import table
 from twin_bench.report.routing import Routing
-from twin_bench.report.words import PROTOCOLS, TRACKS
+from twin_bench.report.words import CONSTANT, PROTOCOLS, TRACKS
 from twin_bench.report.wrong_rows import LETTERS, ROWS, WrongRows
 from twin_bench.results.board import Leaderboard
 
@@ -119,19 +119,26 @@ def _context(board: Leaderboard, routings: dict[tuple[str, str], Routing]) -> di
                 "heat": sections.heat(board, protocol),
                 "routers": sections.routers(routings, protocol),
                 "differences": sections.differences(board, protocol),
-                "weak": list(
-                    board.tasks.loc[(board.tasks["protocol"] == protocol) & board.tasks["weak"].astype(bool), "task"]
-                ),
+                **_apart(board, protocol),
             }
             for protocol in protocols
         ],
         "score": sections.scored_by(board),
+        "constant": CONSTANT,
         "legend": legend(board),
         "matrix": sections.matrix(board),
         "tracks": {track: TRACKS.get(track, "") for track in dict.fromkeys(board.summary["track"])},
         "methods": board.methods,
         "published": [_beside(board, figure) for figure in board.published],
     }
+
+
+def _apart(board: Leaderboard, protocol: str) -> dict[str, list[str]]:
+    """Return the tasks that are not in the mean of gains, and those whose methods are not scored in the same draws."""
+    lines = board.tasks[board.tasks["protocol"] == protocol]
+    floorless = lines["floor"].isna() & lines["expert"].notna()
+    masks = {"weak": lines["weak"].astype(bool), "floorless": floorless, "unpaired": ~lines["paired"].astype(bool)}
+    return {name: list(lines.loc[mask, "task"]) for name, mask in masks.items()}
 
 
 def _task_lines(board: Leaderboard) -> list[dict[str, Any]]:

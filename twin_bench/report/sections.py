@@ -10,7 +10,6 @@ import pandas as pd
 from twin_bench.report.answer import field
 from twin_bench.report.charts import Line, Point, Reference, front, intervals, on_the_front, shares
 from twin_bench.report.numbers import (
-    SIGNIFICANT,
     count,
     difference,
     duration,
@@ -23,11 +22,16 @@ from twin_bench.report.numbers import (
     times,
 )
 from twin_bench.report.routing import Routing
+from twin_bench.report.words import CONSTANT
 from twin_bench.results.board import Leaderboard
 
 SHADES = 9
 """How many colours a heat map has from 0 to 100."""
-REASONS = {"reference": "the reference", "best": "the best of its field", "constant": "the best constant answer"}
+REASONS = {
+    "reference": "the reference",
+    "best": "the best of its field",
+    "constant": f"the constant answer: {CONSTANT}",
+}
 """The comparisons that have a chart, in this order."""
 
 
@@ -198,7 +202,7 @@ def differences(board: Leaderboard, protocol: str) -> list[dict[str, Any]]:
             rows = part.sort_values("difference", ascending=False).to_dict("records")
             drawn, table = [], []
             for place, row in enumerate(rows):
-                apart = row["p_holm"] < SIGNIFICANT
+                apart = bool(row["sure"])
                 gap = difference(row["difference"], row["ci_low"], row["ci_high"])
                 p = probability(row["p_holm"])
                 verdict = "can't be told apart" if not apart else "better" if row["difference"] > 0 else "worse"

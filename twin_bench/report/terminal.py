@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from twin_bench.report.answer import answer
+from twin_bench.report.answer import warned
 from twin_bench.report.legend import legend
 from twin_bench.report.tables import table
 from twin_bench.results.board import Leaderboard
@@ -25,7 +25,7 @@ def print_leaderboard(board: Leaderboard, console: Console, *, wide: bool = Fals
     """
     for protocol in board.protocols:
         console.print(f"{board.identity['suite']}, protocol {protocol}", style="bold", markup=False, highlight=False)
-        console.print(" ".join(answer(board, protocol)), markup=False, highlight=False)
+        console.print(" ".join(warned(board, protocol)), markup=False, highlight=False)
         shown = table(board, protocol)
         for column in set(shown.columns) - set(FIRST):
             shown[column] = [text.partition(" ±")[0] for text in shown[column]]  # the files have the errors

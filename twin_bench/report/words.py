@@ -7,15 +7,19 @@ from typing import Any
 
 CONSTANT = "the most frequent training label, or the mean of the training rows' numbers"
 """What the constant answer gives for every row of a task."""
+CAUTIONS = {
+    "paper": (
+        "Protocol paper tells the model the true task's head and all biases of the true task's expert, and chooses the "
+        "router on the rows that are scored."
+    )
+}
+"""What must be known of the answer under a protocol that tells a model what no user can."""
 PROTOCOLS = {
     "standard": (
         "Each task is scored with its own head. Biases are fused like all other parameters. The router was chosen on a "
         "held-out part of the training rows. Judge a method by this protocol."
     ),
-    "paper": (
-        "The authors' own evaluation. It tells the model the true task's head and all biases of the true task's "
-        "expert, and it chooses the router on the rows that are scored."
-    ),
+    "paper": f"The authors' own evaluation. {CAUTIONS['paper']}",
     "routed": (
         "The head is that of the expert with the largest weight. Biases are fused like all other parameters. The "
         "router was chosen on a held-out part of the training rows."
