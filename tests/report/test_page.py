@@ -187,6 +187,12 @@ def test_every_method_has_its_mark_line_and_cells(board: Drawn, text: str) -> No
         assert facts["digest"] == cell["key"]
 
 
+def test_a_score_of_several_seeds_says_whose_rows_it_shows(board: Drawn) -> None:
+    cells = board.cells.assign(seeds=2, seed_scores=[[50.0, 52.04]] * len(board.cells), seed_spread=1.4)
+    facts = json.loads(script(page(dataclasses.replace(board, cells=cells)), "details"))["cells"][0]["facts"]
+    assert dict(facts)["seeds"] == "2 (50.0, 52.0); the rows that it got wrong are the first seed's"
+
+
 def script(text: str, name: str) -> str:
     found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
     assert found

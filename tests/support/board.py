@@ -54,7 +54,7 @@ def drawn_board(
     """Return a board of `methods` that are no bounds, two of them twins with a router and one told the task.
 
     Rows have texts, which begin with `hostile`, as a method's and a task's name and the predictions of one do.
-    Samples are written as empty files alone, so that they count as kept.
+    Nothing is written: the samples are in memory.
     """
     names = _names(methods, hostile)
     tasked = [*_TASKS[:tasks]]
@@ -66,8 +66,6 @@ def drawn_board(
         for method in names
         for task in tasked
     }
-    (directory / "samples").mkdir(parents=True, exist_ok=True)
-    (directory / "samples" / "kept.parquet").touch()
     return Drawn(directory=directory, frames=frames, **_of_frames(frames, _identity(tasked, ruled, rows), hostile))
 
 

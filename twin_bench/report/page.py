@@ -66,10 +66,10 @@ def page(board: Leaderboard) -> str:
 
 
 def _of_samples(board: Leaderboard) -> tuple[WrongRows, dict[tuple[str, str], Routing]]:
-    """Return the rows answered wrongly and the routers' choices, of the cells whose samples are still there."""
+    """Return the rows answered wrongly and the routers' choices, of the cells that have samples."""
     wrong, routings = WrongRows(), dict[tuple[str, str], Routing]()
     told = dict(zip(board.summary["method"], board.summary["told_the_task"].astype(bool), strict=True))
-    cells = board.cells[[_is_kept(board, path) for path in board.cells["samples"]]]
+    cells = board.cells[board.cells["samples"].notna()]
     for (protocol, task), part in cells.groupby(["protocol", "task"], sort=False):
         frames = {method: board.samples(protocol, method, task) for method in part["method"]}
         best = {is_told: _best(board, protocol, is_told) for is_told in (False, True)}
@@ -87,10 +87,6 @@ def _of_samples(board: Leaderboard) -> tuple[WrongRows, dict[tuple[str, str], Ro
                 routing.add(task, cell["expert"], frame)
                 routings[protocol, method] = routing
     return wrong, routings
-
-
-def _is_kept(board: Leaderboard, path: Any) -> bool:
-    return isinstance(path, str) and (board.directory / path).is_file()
 
 
 def _best(board: Leaderboard, protocol: str, told: bool) -> str | None:

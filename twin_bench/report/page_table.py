@@ -158,7 +158,8 @@ def _facts(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what is said of a cell beside its settings and notes, those facts alone that are known."""
     percent = cell["percent"]
     seeds = list(cell["seed_scores"]) if cell["seeds"] > 1 else []
-    drawn = f"{len(seeds)} ({', '.join(score(one, percent=percent) for one in seeds)})" if seeds else ""
+    each = ", ".join(score(one, percent=percent) for one in seeds)
+    drawn = f"{len(seeds)} ({each}); the rows that it got wrong are the first seed's" if seeds else ""
     gain, normalized, retention = (points(cell[name]) for name in ("gain", "normalized", "retention"))
     facts = [
         ("score", interval(cell["score"], cell["ci_low"], cell["ci_high"], percent=percent)),
