@@ -121,7 +121,12 @@ def test_methods_that_do_not_suit_protocol_paper_are_skipped(suite: dict[str, An
     changed = {**suite, "protocol": ["standard", "paper"], "methods": ["task_arithmetic", {"twin": {"router": TWO}}]}
     assert run({**changed, "rows": 1}, tmp_path) == 0
     rows = rows_of(tmp_path)
-    assert {method for protocol, method, _ in rows if protocol == "standard"} == {*BOUNDS, "lead_3", "task_arithmetic", "twin"}
+    assert {method for protocol, method, _ in rows if protocol == "standard"} == {
+        *BOUNDS,
+        "lead_3",
+        "task_arithmetic",
+        "twin",
+    }
     assert {method for protocol, method, _ in rows if protocol == "paper"} == {*BOUNDS, "lead_3"}
     reasons = {one["method"]: one["reason"] for one in json.loads((tmp_path / "out" / "skipped.json").read_text())}
     assert "protocol paper adds A and B of LoRA adapters" in reasons["task_arithmetic"]

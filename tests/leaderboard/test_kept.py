@@ -41,7 +41,8 @@ def test_a_run_with_a_limit_overwrites_nothing(
     assert "Not run on these rows: task_arithmetic (standard), twin (standard)." in legend(tmp_path)
     assert (
         "The directory also holds cells of other rows, limits, weights, options or versions: average (standard), "
-        "constant (standard), experts (standard), pretrained (standard), task_arithmetic (standard), twin (standard)." in legend(tmp_path)
+        "constant (standard), experts (standard), pretrained (standard), task_arithmetic (standard), twin (standard)."
+        in legend(tmp_path)
     )
     monkeypatch.setattr(LmEval, "score", lambda *_: pytest.fail("a finished cell was run again"))
     assert run(suite, tmp_path) == 0

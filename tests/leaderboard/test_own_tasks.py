@@ -43,7 +43,12 @@ def test_glue_in_yaml_gives_bit_for_bit_what_the_built_in_tasks_give(tiny: dict[
         assert run({**suite, "tasks": tasks}, tmp_path / name) == 0
         kept = ("score", "stderr", "normalized", "n", "metric", "expert", "notes")
         found.append({key: {k: row[k] for k in kept} for key, row in rows_of(tmp_path / name).items()})
-    assert {method for _, method, _ in found[0]} == {"pretrained", "experts", "constant", *(next(iter(m)) for m in METHODS)}
+    assert {method for _, method, _ in found[0]} == {
+        "pretrained",
+        "experts",
+        "constant",
+        *(next(iter(m)) for m in METHODS),
+    }
     assert found[0] == found[1]
 
 

@@ -162,7 +162,11 @@ def test_roberta_runs_on_tiny_models_under_the_papers_names(classifiers: Any, tm
     classifiers("roberta", suite.base_model, suite.expert_paths)
     rows = board("glue-roberta", tmp_path, "--methods", "ties,twin", "--limit", "5")
     assert {(protocol, method) for protocol, method, _ in rows} == {
-        *((protocol, method) for protocol in suite.protocol for method in ("pretrained", "experts", "constant", "twin")),
+        *(
+            (protocol, method)
+            for protocol in suite.protocol
+            for method in ("pretrained", "experts", "constant", "twin")
+        ),
         *((protocol, "ties") for protocol in ("paper", "standard")),
     }
     assert {task for _, _, task in rows} == set(GLUE)

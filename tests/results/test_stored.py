@@ -24,7 +24,12 @@ def out(tmp_path: Path) -> Path:
     weights = {"cola": [0.1 * row for row in range(10)]}
     scored = [
         answered(
-            method, "cola", TARGETS, [1 - t if r < n else t for r, t in enumerate(TARGETS)], texts=texts, weights=weights
+            method,
+            "cola",
+            TARGETS,
+            [1 - t if r < n else t for r, t in enumerate(TARGETS)],
+            texts=texts,
+            weights=weights,
         )
         for method, n in flipped.items()
     ]
