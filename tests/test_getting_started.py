@@ -138,7 +138,8 @@ def test_classifiers(folder: Path, plugin: str, families: Any, words: Callable[[
     run("leaderboard", "--suite", "work/suite.yaml", "--out", "results", "--methods", "louder,ties,twin")
     found = scores()
     methods = {"pretrained", "experts", "constant", "louder", "ties", "twin"}
-    assert found.keys() == {(method, task) for method in methods for task in suite.kinds}
+    everything = {(method, task) for method in methods for task in suite.kinds}
+    assert found.keys() == everything - {("constant", "tox_shouting")}  # it has no training rows
     for task, name in (("toxicity", "cola"), ("topic", "mnli"), ("tox_shouting", "cola")):
         read = suite.kinds[task]
         lines = (rows / task / f"{read.split or 'validation'}.jsonl").read_text().splitlines()

@@ -78,7 +78,7 @@ def test_a_head_of_another_task(refused: Any, tiny: dict[str, Any], tmp_path: Pa
     assert "its head has 3 labels, GLUE has 2" in said
 
 
-@pytest.mark.parametrize("name", (FILE, *FILES))
+@pytest.mark.parametrize("name", [FILE, *FILES])
 def test_a_file_that_cannot_be_written(refused: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name / "x").mkdir(parents=True)
     assert f"out/{name}: a folder stands where a file is to be written" in refused({})

@@ -54,11 +54,11 @@ def test_every_cell_is_there_and_says_what_it_is(board: Any) -> None:
         expected |= {(protocol, method, task) for method in (*BOUNDS, "twin") for task in TASKS}
         expected.add((protocol, "lead_3", "cnn_dailymail"))
     assert rows.keys() == expected
-    for (_, _, task), row in rows.items():
+    for (_, method, task), row in rows.items():
         assert row["n"] == 6
         assert row["metric"] == ("rouge_2" if task == "cnn_dailymail" else "exact_match")
         chance = {"mmlu": 25.0, "bbq": pytest.approx(100 / 3)}.get(task)
-        assert row["notes"].get("chance") == chance
+        assert row["notes"].get("chance") == (None if method == "constant" else chance)
     table = (out / "leaderboard.md").read_text()
     assert "| chance |" in table
     assert "Chance (one over the number of labels or options, mean of the rows scored): mmlu 25.00, bbq 33.33" in table
@@ -121,8 +121,13 @@ def test_methods_that_do_not_suit_protocol_paper_are_skipped(suite: dict[str, An
     changed = {**suite, "protocol": ["standard", "paper"], "methods": ["task_arithmetic", {"twin": {"router": TWO}}]}
     assert run({**changed, "rows": 1}, tmp_path) == 0
     rows = rows_of(tmp_path)
-    assert {method for protocol, method, _ in rows if protocol == "standard"} == {*BOUNDS, "task_arithmetic", "twin"}
-    assert {method for protocol, method, _ in rows if protocol == "paper"} == set(BOUNDS)
+    assert {method for protocol, method, _ in rows if protocol == "standard"} == {
+        *BOUNDS,
+        "lead_3",
+        "task_arithmetic",
+        "twin",
+    }
+    assert {method for protocol, method, _ in rows if protocol == "paper"} == {*BOUNDS, "lead_3"}
     reasons = {one["method"]: one["reason"] for one in json.loads((tmp_path / "out" / "skipped.json").read_text())}
     assert "protocol paper adds A and B of LoRA adapters" in reasons["task_arithmetic"]
     assert "build the twin from adapters of one rank" in reasons["twin"]

@@ -19,7 +19,7 @@ TASKS = {"cola": 80, "mnli": 60}
 
 
 def drawn(seed: int = 0, metrics: tuple[str, ...] = ("mcc", "acc")) -> list[Scored]:
-    """Return five methods' answers to two tasks' rows: right with a chance of their own, some rows harder than others."""
+    """Return five methods' answers to two tasks' rows, right with a chance of their own; some rows are hard for all."""
     found = []
     for (task, rows), metric in zip(TASKS.items(), metrics, strict=True):
         draw = np.random.default_rng([seed, rows])
@@ -46,7 +46,7 @@ def test_an_accuracys_interval_is_wilsons(right: int, rows: int, low: float, hig
 
 
 def test_rows_of_one_source_count_as_one(tmp_path: Path) -> None:
-    """Forty rows of four sources, each right or wrong as a whole: a quarter of the draws' sources are these or those."""
+    """Forty rows of four sources, each right or wrong as a whole."""
     sources = [str(row // 10) for row in range(40)]
     assert of_accuracy(20, 40, tmp_path / "a") == pytest.approx([35.2, 64.8], abs=0.05)
     assert of_accuracy(20, 40, tmp_path / "b", clusters=sources) == [0, 100]  # 1 in 16 draws has one kind alone

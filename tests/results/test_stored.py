@@ -74,10 +74,11 @@ def test_a_flipped_bit_of_samples_is_found_or_harmless(out: Path) -> None:
     for place in range(4, len(whole), 11):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
-            pd.testing.assert_frame_equal(read_samples(file).frame(), expected)
-        except InputError as error:
+            found = read_samples(file).frame()
+        except InputError:
             refused += 1
-            assert str(error).startswith(f"{file}: ")
+        else:
+            pd.testing.assert_frame_equal(found, expected)
     assert refused > 100
 
 

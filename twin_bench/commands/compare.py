@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from twin_bench.commands.report import import_plugins
 from twin_bench.console import add_plugins
 
 SUMMARY = "compare two directories of results, method by method on the rows that both have scored"
@@ -25,12 +26,11 @@ def run(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from twin_bench.files import write_text
-    from twin_bench.merging.plugins import load_plugins
     from twin_bench.report.numbers import difference, points, probability
     from twin_bench.report.terminal import print_whole
     from twin_bench.results.compare import compare
 
-    load_plugins(options.plugin)
+    import_plugins(options)
     found = compare(options.first, options.second)
     if options.csv is not None:
         write_text(options.csv, found.to_csv(index=False))

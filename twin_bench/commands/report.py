@@ -27,10 +27,16 @@ def add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read the results, write the report's files and print the table."""
-    from twin_bench.merging.plugins import load_plugins
-
-    load_plugins(options.plugin)
+    import_plugins(options)
     report(options.out, compare_to=options.compare_to, wide=options.wide)
+
+
+def import_plugins(options: argparse.Namespace) -> None:
+    """Import the files of --plugin. Without one nothing is imported: methods bring torch, which results don't need."""
+    if options.plugin:
+        from twin_bench.merging.plugins import load_plugins
+
+        load_plugins(options.plugin)
 
 
 def report(out: Path, *, compare_to: str | None, wide: bool) -> None:

@@ -12,7 +12,13 @@ from twin_bench.data.rows import TaskRows
 from twin_bench.merging.registry import Method, method_header, register
 from twin_bench.protocols import PROTOCOLS
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s+[^\sa-z])")
+"""What may end a sentence: a mark, closing quotes, and something that is no small letter behind a space."""
+ABBREVIATION = re.compile(
+    r"(?:\b(?:[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|Rev|St|Jr|Sr|Gov|Sen|Rep|Gen|Col|Lt|Sgt|Capt|Cmdr|Adm|Maj|Inc|Co|Corp|Ltd|vs|"
+    r"No|Jan|Feb|Aug|Sept|Oct|Nov|Dec)|\b[A-Za-z]\.[A-Za-z])\.$"
+)
+"""What ends in a dot and ends no sentence: titles, initials, U.S., p.m. and the like."""
 
 
 class Asked(NamedTuple):
@@ -71,4 +77,14 @@ def lead_3(asked: Asked) -> Sequence[Any] | None:
     if not isinstance(task, GenerativeTask) or task.article is None or asked.own_rows:
         return None
     scored = task.scoring_order(asked.rows.read(asked.rows.split))[: len(asked.targets)]
-    return [" ".join(SENTENCE_END.split(str(row[task.article]).strip())[:3]) for row in scored]
+    return [" ".join(sentences(str(row[task.article]))[:3]) for row in scored]
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text. A dot behind an abbreviation ends none, so two sentences may stay one."""
+    found, start = [], 0
+    for end in SENTENCE_END.finditer(text):
+        if not ABBREVIATION.search(text[start : end.end()]):
+            found.append(text[start : end.end()].strip())
+            start = end.end()
+    return [one for one in (*found, text[start:].strip()) if one]

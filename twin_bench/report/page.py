@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -171,6 +172,7 @@ def _beside(board: Leaderboard, figure: Mapping[str, Any]) -> dict[str, Any]:
     return {**figure, "label": label if len(cells) else None, "pairs": pairs}
 
 
+@functools.cache
 def _templates() -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("twin_bench.report"),
