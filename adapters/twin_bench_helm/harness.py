@@ -48,6 +48,7 @@ class Helm(Harness):
 
     name: ClassVar[str] = "helm"
     scores_own_rows: ClassVar[bool] = True
+    knows_clusters: ClassVar[bool] = False
 
     def check(self, suite: Suite) -> None:
         """Raise an InputError for a suite of classifiers, or one that does not say where HELM's raw files are."""

@@ -102,7 +102,8 @@ def test_figures_are_helms_own_and_lm_eval_answers_the_same_prompts_alike(
 ) -> None:
     assert run(suite, tmp_path, "--harness", "helm") == 0
     cells = {(method, task): row for (_, method, task), row in rows_of(tmp_path).items()}
-    assert cells.keys() == {(method, task) for method in ("pretrained", "experts", "twin", "told") for task in TASKS}
+    methods = ("pretrained", "experts", "constant", "twin", "told")
+    assert cells.keys() == {(method, task) for method in methods for task in TASKS}
     runs = tmp_path / "out" / "helm" / "benchmark_output" / "runs" / "leaderboard"
     metrics = {"mmlu": ("exact_match", "test"), "bbq": ("exact_match", "test"), "twin_cnndm": ("rouge_2", "test")}
     built = [path for path in (tmp_path / "out" / "twins").glob("*/*") if path.is_dir()]

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from twin_bench.statistics.comparisons import Difference, difference, holm, rank_ranges, tie_groups
+from twin_bench.statistics.intervals import effective_rows
 
 
 def test_a_difference_is_of_the_same_draws():
@@ -101,7 +102,9 @@ def test_a_method_without_a_value_is_left_out():
     assert tie_groups(values, draws) == [1, None, 2, 3]
     draws[4, 2] = math.inf  # a score of 0 in a draw, of which less is better
     assert rank_ranges(values, draws) == [(1, 1), None, (2, 2), (3, 3)]
+    draws[:, 2] += 19.9
     assert tie_groups([90, math.nan, 89.9, 50], draws) == [1, None, 1, 2]
+    draws[:, 2] -= 19.9
     draws[:, 3] = math.nan
     assert tie_groups(values, draws) == [1, None, 2, None]
 
@@ -120,3 +123,24 @@ def test_ranks_hold_for_all_methods_at_once():
         first += all(group == 1 for group in tie_groups(values, draws)[:3])
     assert held >= 0.93 * 200
     assert first >= 0.93 * 200
+
+
+def test_a_few_draws_of_a_small_denominator_do_not_tie_all_methods():
+    """Their ratios are far out. Standard deviations of the draws would be theirs alone."""
+    rng = np.random.default_rng(0)
+    values = np.array([90.0, 60.0])
+    draws = values + rng.normal(size=(5_000, 2))
+    draws[:20, 0] *= 1_000
+    assert rank_ranges(values, draws) == [(1, 1), (2, 2)]
+    assert tie_groups(values, draws) == [1, 2]
+
+
+def test_one_task_of_few_clusters_does_not_hide_what_others_show():
+    few, many = effective_rows([1.0, 100.0], [5, 1_000]), effective_rows([1.0, 1.0], [5, 1_000])
+    assert few == pytest.approx(1 + 101**2 / (1 / 4 + 100**2 / 999))
+    assert few > 900
+    assert many == pytest.approx(1 + 4 / (1 / 4 + 1 / 999))
+    assert effective_rows([0.0, 1.0], [2, 50]) == pytest.approx(50)
+    rng = np.random.default_rng(0)
+    found = difference(40 + rng.normal(size=10_000), rng.normal(size=10_000), 40.0, 0.0, rows=5)
+    assert found.p < 0.001  # no draw crosses zero, and so few draws can't count how sure that is

@@ -23,7 +23,7 @@ from twin_bench.leaderboard.training import Working, shared_rows
 from twin_bench.leaderboard.tune import chosen, to_tune
 from twin_bench.merging.registry import methods
 from twin_bench.protocols import ProtocolName
-from twin_bench.results.cells import Board, Cell, Skipped, installed_versions, left_out
+from twin_bench.results.cells import Board, Cell, Skipped, harnesses_in, installed_versions, left_out
 
 Line = tuple[ProtocolName, str]
 """A line of the table: a protocol and a label."""
@@ -58,8 +58,26 @@ def board_of(
     labels = {label for _, label in lines}
     found_entries = [entry for entry in listed if entry.label in labels]
     shared = [] if run.harness.scores_own_rows else shared_rows(working(run, found_entries))
+    said = [*left_out(missing, idle, others), *shared, *_not_said(run)]
     headers = {entry.label: _header(entry, suite.seed) for entry in found_entries}
-    return Board(shown, skipped, [*left_out(missing, idle, others), *shared], identity_of(run), headers, matrix)
+    return Board(shown, skipped, said, identity_of(run), headers, matrix)
+
+
+def _not_said(run: Run) -> list[str]:
+    """Return what a reader would not guess: clusters that are not drawn, and cells of other harnesses."""
+    said, harness = [], run.harness
+    clustered = [name for name, rows in run.tasks.items() if getattr(rows.task, "cluster", None) is not None]
+    if clustered and not harness.knows_clusters:
+        said.append(
+            f"The rows of {harness.name} do not say their sources: rows are drawn alone on {', '.join(clustered)}."
+        )
+    others = sorted(set(harnesses_in(run.out)) - {harness.name})
+    if others:
+        said.append(
+            f"The directory also holds cells of {', '.join(others)}. Tables and page are those of the last run's "
+            f"harness, {harness.name}."
+        )
+    return said
 
 
 def matrix_entries(suite: Suite) -> list[Entry]:

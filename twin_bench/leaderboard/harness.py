@@ -57,10 +57,14 @@ class Evaluated:
 
 
 class Harness(abc.ABC):
-    """A harness. `scores_own_rows` says that it scores rows of its own and not the suite's."""
+    """A harness. `scores_own_rows` says that it scores rows of its own and not the suite's.
+
+    `knows_clusters` says that its samples hold the rows' sources, where a task names them.
+    """
 
     name: ClassVar[str]
     scores_own_rows: ClassVar[bool] = False
+    knows_clusters: ClassVar[bool] = True
 
     @abc.abstractmethod
     def check(self, suite: Suite) -> None:

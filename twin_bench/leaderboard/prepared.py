@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from twin_bench.checkpoints.sources import Sources, open_sources
 from twin_bench.contenders import Context
+from twin_bench.contenders.references import ReferenceMethod
 from twin_bench.data.classification import labels_of
 from twin_bench.data.rows import TaskRows
 from twin_bench.files import digest, remove_abandoned
@@ -80,7 +81,9 @@ class Run:
             yield dataclasses.replace(self, suite=self.suite.model_copy(update={"seed": self.suite.seed + number}))
 
     def count(self, entry: Entry) -> int:
-        """Return how many cells an entry has under one protocol."""
+        """Return how many cells an entry has under one protocol. A reference's, which take no time, do not count."""
+        if isinstance(entry.method, ReferenceMethod):
+            return 0
         return len(self.answered(entry)) * sum(1 for _ in self.of_each_seed(entry))
 
     def answered(self, entry: Entry) -> list[str]:

@@ -133,7 +133,7 @@ def _run(run: Run, work: Work) -> tuple[dict[Line, list[Cell]], list[Skipped]]:
         try:
             for cell in cells_of(run, entry, protocol):
                 own.append(cell)
-                run.progress.advance(bar)
+                run.progress.advance(bar, 1 if run.count(entry) else 0)
                 if cell.measured == run.started:
                     _say(run, cell, bar)
             cells[protocol, entry.label] = own
@@ -141,7 +141,7 @@ def _run(run: Run, work: Work) -> tuple[dict[Line, list[Cell]], list[Skipped]]:
             if entry.track == "bound":
                 raise
             skipped.append(Skipped(suite.name, protocol, entry.label, entry.track, str(error)))
-        run.progress.advance(bar, run.count(entry) - len(own))
+        run.progress.advance(bar, max(run.count(entry) - len(own), 0))
     return cells, skipped
 
 

@@ -24,6 +24,8 @@ from twin_bench.results.samples import Samples, read_samples
 
 TARGETS_OF = "pretrained"
 """The row whose samples hold the expected answers of the rows that are scored. It is computed before all others."""
+WORKING = 0.5
+"""A process that works on a CPU has at least one core for this part of the time, or else it waits for others."""
 
 
 def cells_of(run: Run, given: Entry, listed: ProtocolName) -> Iterator[Cell]:
@@ -88,15 +90,17 @@ def _evaluated(
         workspace=run.out / run.harness.name,
         rows=run.rows_scored(entry, protocol),
     )
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     try:
         with OtherWork() as others:
             evaluated = run.harness.score(contender, job)
     except NotFiniteError as error:
         raise NotFiniteError(f"{rows.task.name}: {error}") from None
-    if others.busy:
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    waited = run.device_kind == "cpu" and processor < WORKING * seconds
+    if others.busy or waited:
         evaluated = replace(evaluated, model_seconds=None)
-    return evaluated, time.perf_counter() - started
+    return evaluated, seconds
 
 
 def _referenced(

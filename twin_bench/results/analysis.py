@@ -7,6 +7,7 @@ floor. So a normalized mean carries the uncertainty of its denominators, and a d
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from twin_bench.statistics.intervals import percentile, wilson
 
 DRAWS = 10_000
 FLOOR, EXPERTS, BASE = "constant", "experts", "pretrained"
+ACCURACY = re.compile(r"acc|exact|em\b|.*match|pass|correct")
+"""The beginnings of the names of scores that are shares of right rows, where each row's score is 0 or 1."""
 WEAK = 2
 """An expert that is not above its floor by so many standard errors is weak: its task has no gain."""
 
@@ -146,8 +149,11 @@ def _scored(cells: Sequence[Cell], drawn: Mapping[str, Array], samples: Mapping[
 
 def _is_accuracy(cell: Cell, samples: Samples) -> bool:
     """Whether a score is a share of right rows, and rows are independent."""
-    pooled = samples.pooled == "mean" or (samples.pooled == "metric" and cell.metric == "acc")
-    return pooled and samples.clusters is None and set(samples.scores) <= {0.0, 1.0}
+    return samples.clusters is None and (
+        cell.metric == "acc"
+        if samples.pooled == "metric"
+        else ACCURACY.match(cell.metric) is not None and set(samples.scores) <= {0.0, 1.0}
+    )
 
 
 def _draws_of(cell: Cell, drawn: Mapping[str, Array], samples: Mapping[str, Samples], draws: int) -> Array:
@@ -156,7 +162,23 @@ def _draws_of(cell: Cell, drawn: Mapping[str, Array], samples: Mapping[str, Samp
     if cell.stderr is None:
         return np.full(draws, math.nan)
     seed = int(digest(["unpaired", cell.key])[:16], 16)
-    return cell.score + cell.stderr * np.random.default_rng(seed).standard_normal(draws)
+    return _unpaired(cell, np.random.default_rng(seed).standard_normal(draws))
+
+
+def _unpaired(cell: Cell, normal: Array) -> Array:
+    """Return draws of a score from its standard error and standard normal draws.
+
+    A fraction stays between 0 and 100: its log odds are normal. A score of which less is better stays above 0: its
+    logarithm is normal. Any other score is normal.
+    """
+    score, error = cell.score, cell.stderr or 0.0
+    if cell.percent and 0 < score < 100:
+        share = score / 100
+        odds = math.log(share / (1 - share)) + error / 100 / (share * (1 - share)) * normal
+        return np.asarray(100 / (1 + np.exp(-odds)))
+    if not cell.higher_is_better and score > 0:
+        return np.asarray(score * np.exp(error / score * normal))
+    return np.asarray(score + error * normal)
 
 
 def _unit(cell: Cell) -> float:

@@ -116,6 +116,12 @@ def left_out(missing: Sequence[str], idle: Sequence[str], others: Sequence[str])
     return [sentence.format(", ".join(names)) for sentence, names in sentences.items() if names]
 
 
+def harnesses_in(out: Path) -> list[str]:
+    """Return the names of the harnesses that have cells in a directory."""
+    folders = [folder.name for folder in out.glob("cells*") if any(folder.glob("*/*/*.json"))]
+    return [DEFAULT_HARNESS if name == "cells" else name.removeprefix("cells-") for name in folders]
+
+
 class Cells:
     """The finished cells of one leaderboard directory, and the samples that they are made of.
 

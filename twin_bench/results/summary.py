@@ -16,7 +16,7 @@ from twin_bench.results.analysis import BASE, EXPERTS, FLOOR, Place, Scored
 from twin_bench.results.cells import Cell
 from twin_bench.results.scores import gain, relative
 from twin_bench.statistics.comparisons import difference, holm, rank_ranges, tie_groups
-from twin_bench.statistics.intervals import percentile
+from twin_bench.statistics.intervals import effective_rows, percentile
 
 COMPARISON_COLUMNS = (
     "protocol",
@@ -40,12 +40,12 @@ Ranks = Mapping[tuple[str, str], tuple[int, int, int]]
 class Mean:
     """A mean over tasks in points, with its draws (draws,), NaN if the method lacks a task or there is none.
 
-    `rows` is the number of rows (or clusters) of the task that has fewest.
+    `rows` is of how many rows (or clusters) the mean is: see `effective_rows`.
     """
 
     value: float
     draws: Array
-    rows: int = 0
+    rows: float = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,10 @@ def _mean(parts: Sequence[Mean | None]) -> Mean:
     if not known or len(known) < len(parts):
         return Mean(math.nan, np.full(1, math.nan))
     value = math.fsum(part.value for part in known) / len(known)
-    return Mean(value, np.mean([part.draws for part in known], axis=0), min(part.rows for part in known))
+    draws = np.mean([part.draws for part in known], axis=0)
+    return Mean(
+        value, draws, effective_rows([spread(part.draws) ** 2 for part in known], [part.rows for part in known])
+    )
 
 
 def summary_frame(lines: Sequence[Line], ranks: Ranks) -> pd.DataFrame:
@@ -160,7 +163,7 @@ def summary_frame(lines: Sequence[Line], ranks: Ranks) -> pd.DataFrame:
                 "normalized": line.normalized.value,
                 "ci_low": low,
                 "ci_high": high,
-                "stderr": _spread(line.normalized.draws),
+                "stderr": spread(line.normalized.draws),
                 "gain": line.gain.value,
                 "gain_ci_low": gain_low,
                 "gain_ci_high": gain_high,
@@ -176,9 +179,16 @@ def summary_frame(lines: Sequence[Line], ranks: Ranks) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _spread(draws: Array) -> float:
+def spread(draws: Array) -> float:
+    """Return the standard deviation of draws without those far out, where a denominator was near 0: NaN of none.
+
+    It is that of a normal distribution whose middle 68% is as wide as the draws'.
+    """
     finite = draws[np.isfinite(draws)]
-    return float(np.std(finite)) if len(finite) else math.nan
+    if not len(finite):
+        return math.nan
+    low, high = np.quantile(finite, [0.158655, 0.841345])
+    return float(high - low) / 2
 
 
 def ranks_of(lines: Sequence[Line]) -> Ranks:
