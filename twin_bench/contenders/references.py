@@ -1,4 +1,4 @@
-"""Reference rows that no model answers: the best constant answer, and an article's first sentences as its summary."""
+"""Reference rows that no model answers: a constant answer, and an article's first sentences as its summary."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def reference_method(*, title: str) -> Callable[[Answerer], Answerer]:
 
 @reference_method(title="Constant answer")
 def constant(asked: Asked) -> Sequence[Any] | None:
-    """Give the best constant answer by the training labels: the most frequent one, or the mean of numbers.
+    """Give every row the most frequent training label, or the mean of the training rows' numbers.
 
     It is the floor of `gain`. Free texts have the empty answer, which scores 0. A task without training rows has no
     constant answer. Where a metric is not the accuracy, another constant may score more: a metric that rewards one

@@ -48,6 +48,15 @@ def field(board: Leaderboard, protocol: str, *, told: bool) -> pd.DataFrame:
     return lines[mine & lines["tie_group"].notna()].sort_values("normalized", ascending=False, kind="stable")
 
 
+def ordered(board: Leaderboard, protocol: str) -> pd.DataFrame:
+    """Return a protocol's lines of the summary: ranked ones, those told the task, those without a rank, the bounds."""
+    lines = board.summary[board.summary["protocol"] == protocol]
+    ranked = pd.concat([field(board, protocol, told=False), field(board, protocol, told=True)])
+    rest = lines.loc[lines.index.difference(ranked.index, sort=False)]
+    bound = rest["bound"].astype(bool)
+    return pd.concat([ranked, rest[~bound], rest[bound]])
+
+
 def no_better_than_constant(board: Leaderboard, protocol: str) -> set[str] | None:
     """Return the methods that are not above the constant answer for sure; None if none is compared with it."""
     lines = board.comparisons

@@ -36,7 +36,7 @@ def _table(board: Leaderboard, protocol: str) -> str:
     cells = board.cells[board.cells["protocol"] == protocol]
     tasks = list(dict.fromkeys(cells["task"]))
     scores = {(cell["method"], cell["task"]): cell for cell in cells.to_dict("records")}
-    summary = in_order(board.summary[board.summary["protocol"] == protocol]).to_dict("records")
+    summary = in_order(board, protocol).to_dict("records")
     retained = any(known(line["retention"]) for line in summary)
     head = ["Method", "Rank", "Normalized", "Gain", *(["Retention"] if retained else []), *map(escaped, tasks)]
     body, previous = [], None

@@ -101,8 +101,8 @@ def _floors(board: Leaderboard) -> list[str]:
     weak = _tasks(board, lambda line: line["weak"])
     if weak:
         said.append(
-            f"The expert is not above its floor by two standard errors, so the task has no gain and is not in the mean "
-            f"of gains: {weak}."
+            "The expert is not above its floor by two standard errors, so the task has no gain. The task is in the "
+            f"normalized mean and so in the ranks, which it may make wide, but is not in the mean of gains: {weak}."
         )
     floorless = _tasks(board, lambda line: isinstance(line["expert"], str) and not known(line["floor"]))
     if floorless:

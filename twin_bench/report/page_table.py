@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from twin_bench.report.answer import ordered
 from twin_bench.report.numbers import (
     count,
     duration,
@@ -21,7 +22,6 @@ from twin_bench.report.numbers import (
     size,
     times,
 )
-from twin_bench.report.sections import ordered
 from twin_bench.report.wrong_rows import Place
 from twin_bench.results.board import Leaderboard
 
@@ -102,7 +102,7 @@ def _columns(board: Leaderboard, tasks: list[str]) -> list[Column]:
         Column("track", numeric=False),
         Column("protocol", numeric=False),
         Column("storage"),
-        Column("bytes", shown=False),
+        Column("kept", shown=False),
         Column("parameters", shown=False),
         Column("build"),
         Column("build memory", shown=False),

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from twin_bench.results.samples import WEIGHT
+
 BINS = 20
-_WEIGHT = "weight_"
 
 
 @dataclass
@@ -28,12 +29,12 @@ class Routing:
     @classmethod
     def of(cls, frame: pd.DataFrame) -> Routing | None:
         """Return an empty count for the experts that samples have weights of; None if they have none."""
-        experts = [str(name).removeprefix(_WEIGHT) for name in frame.columns if str(name).startswith(_WEIGHT)]
+        experts = [str(name).removeprefix(WEIGHT) for name in frame.columns if str(name).startswith(WEIGHT)]
         return cls(experts) if len(experts) > 1 else None
 
     def add(self, task: str, expert: str | None, frame: pd.DataFrame) -> None:
         """Count a task's rows. `expert` is the task's own."""
-        weights = frame[[f"{_WEIGHT}{name}" for name in self.experts]].to_numpy(dtype=float)
+        weights = frame[[f"{WEIGHT}{name}" for name in self.experts]].to_numpy(dtype=float)
         largest = weights.argmax(axis=1)
         self.own_experts[task] = expert
         self.counts[task] = {name: int((largest == place).sum()) for place, name in enumerate(self.experts)}

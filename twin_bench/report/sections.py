@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
-from twin_bench.report.answer import field
+from twin_bench.report.answer import ordered
 from twin_bench.report.charts import Line, Point, Reference, front, intervals, on_the_front, shares
 from twin_bench.report.numbers import (
     count,
@@ -33,15 +31,6 @@ REASONS = {
     "constant": f"the constant answer: {CONSTANT}",
 }
 """The comparisons that have a chart, in this order."""
-
-
-def ordered(board: Leaderboard, protocol: str) -> pd.DataFrame:
-    """Return a protocol's lines of the summary: ranked ones, those told the task, those without a rank, the bounds."""
-    lines = board.summary[board.summary["protocol"] == protocol]
-    ranked = pd.concat([field(board, protocol, told=False), field(board, protocol, told=True)])
-    rest = lines.loc[lines.index.difference(ranked.index, sort=False)]
-    bound = rest["bound"].astype(bool)
-    return pd.concat([ranked, rest[~bound], rest[bound]])
 
 
 def ranking(board: Leaderboard, protocol: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from twin_bench.report.answer import ordered
 from twin_bench.report.numbers import MISSING, group, interval, known, ranks, size, times
 from twin_bench.results.board import Leaderboard
 
@@ -16,13 +17,12 @@ def table(board: Leaderboard, protocol: str) -> pd.DataFrame:
     Columns: method, rank, group, normalized, gain and, if a task is nobody's, retention with intervals, each task's
     score with its standard error, track, storage and build time.
     """
-    summary = board.summary[board.summary["protocol"] == protocol]
     cells = board.cells[board.cells["protocol"] == protocol]
     tasks = list(dict.fromkeys(cells["task"]))
     scores = {(cell["method"], cell["task"]): cell for cell in cells.to_dict("records")}
-    retained = summary["retention"].notna().any()
+    retained = board.summary.loc[board.summary["protocol"] == protocol, "retention"].notna().any()
     lines: list[dict[str, str]] = []
-    for line in in_order(summary).to_dict("records"):
+    for line in in_order(board, protocol).to_dict("records"):
         own = {task: _score(scores.get((line["method"], task))) for task in tasks}
         lines.append(
             {
@@ -45,13 +45,11 @@ def table(board: Leaderboard, protocol: str) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna("")
 
 
-def in_order(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return a protocol's lines: the bounds, the ranked methods by normalized mean, those told the task, the rest."""
-    bound, told = summary["bound"].astype(bool), summary["told_the_task"].astype(bool)
-    ranked = summary["rank_low"].notna()
-    parts = [summary[bound], summary[ranked & ~told], summary[ranked & told], summary[~bound & ~ranked]]
-    by_mean = [part.sort_values("normalized", ascending=False, kind="stable") for part in parts[1:3]]
-    return pd.concat([parts[0], *by_mean, parts[3]])
+def in_order(board: Leaderboard, protocol: str) -> pd.DataFrame:
+    """Return a protocol's lines of the summary: the bounds, the ranked methods, those told the task, the rest."""
+    lines = ordered(board, protocol)
+    bound = lines["bound"].astype(bool)
+    return pd.concat([lines[bound], lines[~bound]])
 
 
 def _retention(line: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ def relative(score: Number, reference: Number, *, higher_is_better: bool) -> Num
 
 
 def gain(score: Number, floor: Number, expert: Number) -> Number:
-    """Return 100 * (score - floor) / (expert - floor): 0 for the best constant answer, 100 for the expert."""
+    """Return 100 * (score - floor) / (expert - floor): 0 for the constant answer, 100 for the expert."""
     return _share(score - floor, expert - floor)
 
 
