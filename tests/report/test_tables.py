@@ -14,6 +14,7 @@ import pytest
 from tests.support.board import Drawn, drawn_board
 from tests.support.cells import answered, write_made
 from twin_bench import cli
+from twin_bench.report.files import write_report
 from twin_bench.report.latex import latex
 from twin_bench.report.legend import legend
 from twin_bench.report.page import page
@@ -108,3 +109,11 @@ def test_all_seeds_are_said(board: Drawn) -> None:
     several = dataclasses.replace(board, identity={**board.identity, "seeds": 3})
     assert [said for said in legend(several) if ". Seeds 0 to 2 where a method draws, else 0. Versions: " in said]
     assert "protocol standard, seeds 0 to 2 where a method draws, else 0. Means" in latex(several)
+
+
+def test_a_gain_of_minus_zero_is_written_as_zero(board: Drawn, tmp_path: Path) -> None:
+    cells = board.cells.assign(gain=-0.0)
+    write_report(dataclasses.replace(board, cells=cells), tmp_path)
+    assert '"gain": 0.0' in (tmp_path / "leaderboard.json").read_text()
+    for file in ("leaderboard.json", "leaderboard.csv"):
+        assert not re.search(r"-0\.0\b", (tmp_path / file).read_text())

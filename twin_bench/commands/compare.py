@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> None:
     console = Console()
     print_whole(table, console)
     console.print(
-        f"Scores in points; difference: {options.first} minus {options.second}, paired over the rows that both have "
-        "scored, with 95% intervals.",
+        "Scores in points, or in the metric's own unit where it is no fraction; difference: "
+        f"{options.first} minus {options.second}, paired over the rows that both have scored, with 95% intervals.",
         highlight=False,
         markup=False,
     )

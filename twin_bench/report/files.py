@@ -38,7 +38,7 @@ def write_report(board: Leaderboard, out: Path) -> None:
     ordered = cells[[*COLUMNS, *(column for column in cells.columns if column not in COLUMNS)]]
     contents = (
         _json(ordered.to_dict("records")),
-        cells[list(CSV_COLUMNS)].to_csv(index=False),
+        cells[list(CSV_COLUMNS)].map(_unsigned).to_csv(index=False),
         markdown(board),
         latex(board),
         _json(board.summary.to_dict("records")),
@@ -55,7 +55,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it: numpy's numbers as Python's, and no NaN."""
+    """Return a value as JSON has it: numpy's numbers as Python's, no NaN and no -0.0."""
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
@@ -64,4 +64,9 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if value is pd.NaT or (isinstance(value, float) and not math.isfinite(value)):
         return None
-    return value
+    return _unsigned(value)
+
+
+def _unsigned(value: Any) -> Any:
+    """Return a value, and 0.0 for -0.0."""
+    return value + 0.0 if isinstance(value, float) else value

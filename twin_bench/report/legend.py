@@ -13,8 +13,8 @@ FIGURES = (
     "Normalized is the mean over tasks of 100 x score / the expert's score on that task, under the same protocol. Gain "
     "is the mean of 100 x (score - floor) / (expert - floor), where the floor is what a constant answer scores: "
     f"{CONSTANT}. Another constant may score more where the metric is not the accuracy. A rank's range holds all ranks "
-    "that the rows allow. Scores on tasks are in points, ± one standard error. Speed as a fair ratio is measured by "
-    "twin-bench bench, not here."
+    "that the rows allow. Scores on tasks are in points, or in the metric's own unit where it is no fraction; ± is one "
+    "standard error. Speed as a fair ratio is measured by twin-bench bench, not here."
 )
 PAIRED = (
     "All intervals are 95%. Those of means and differences are made of draws of the rows: in each draw the same rows "
