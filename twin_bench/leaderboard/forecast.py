@@ -121,7 +121,7 @@ def described(planned: Forecast, suite: str) -> str:
         lines += ["", f"Normalized mean: a difference of {planned.detectable:.1f} points is seen at 80% power."]
     lines.append(
         f"It is assumed that scores are accuracies and that two methods differ on {100 * DISCORDANT:.0f}% of the rows "
-        "(two-sided, 5%). Correlations and F1 need more rows."
+        "(two-sided, 5%), and of the mean that the experts are right on all rows. Correlations and F1 need more rows."
     )
     return "\n".join(lines)
 

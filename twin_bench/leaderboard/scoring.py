@@ -128,11 +128,14 @@ def _scored_samples(run: Run, protocol: ProtocolName, task: str) -> Samples | No
 
 
 def _training_answers(run: Run, rows: TaskRows) -> Sequence[Any] | None:
-    """Return the expected answers of a task's training rows; none of free texts, and None without training rows."""
+    """Return the expected answers of a task's training rows; none of free texts.
+
+    It is None without training rows, or if they are the rows that are scored.
+    """
     if isinstance(rows.task, NamedTask):
         return run.harness.training_answers(rows.task)
     file = rows.file("train")
-    return rows.training_answers() if file.is_file() and file.read_bytes().strip() else None
+    return rows.training_answers() if rows.split != "train" and file.is_file() and file.read_bytes().strip() else None
 
 
 def _scored_by_rows(rows: TaskRows, scored: Samples, answers: Sequence[Any]) -> Evaluated:

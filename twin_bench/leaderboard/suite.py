@@ -26,6 +26,8 @@ from twin_bench.twin.recipe import RouterSettings
 
 BOUNDS = ("pretrained", "experts", "constant", "lead_3")
 """The rows that every table begins with. `lead_3` has a score where there are articles."""
+CHANCE = "chance"
+"""The line of the table that shows random answers."""
 LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 TASK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+()-]*")
 """Tasks and labels are names of folders and files. Some of lm-eval's tasks have parentheses."""
@@ -319,6 +321,8 @@ def entry_of(item: MethodItem) -> Entry:
         raise InputError(f"label {label!r}: letters, digits, '-', '_', '.' and '+' only")
     options = dict(given or {})
     method = find_method(str(options.pop("method", label)))
+    if label == CHANCE:
+        raise InputError(f"label {CHANCE!r} is that of the line below the table; give {method.name} another label")
     if label in BOUNDS and method.name != label:
         raise InputError(f"label {label!r} belongs to a bound; give {method.name} another label")
     protocols = options.pop("protocol", None)

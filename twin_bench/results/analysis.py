@@ -82,11 +82,11 @@ def scored_cells(cells: Iterable[Cell], directory: Path, draws: int = DRAWS) -> 
             continue
         for metric in dict.fromkeys(metric_of(files[file], found) for file, found in own.items()):
             group = {f: answers_of(s) for f, s in own.items() if metric_of(files[f], s) == metric}
-            drawn |= score_draws(None if metric is None else _found(metric), group, draws=draws)
+            drawn |= score_draws(None if metric is None else known_metric(metric), group, draws=draws)
     return {place: _scored(own, drawn, samples, draws) for place, own in places.items()}
 
 
-def _found(metric: str) -> Metric:
+def known_metric(metric: str) -> Metric:
     """Return the metric of a name. InputError with the remedy for a plugin's that is not loaded."""
     try:
         return find_metric(metric)
@@ -99,7 +99,7 @@ def _read(file: Path, cell: Cell) -> Samples:
     samples = read_samples(file)
     if samples.pooled is not None:
         if samples.pooled == "metric":
-            _found(cell.metric)
+            known_metric(cell.metric)
         score = _unit(cell) * samples.score(cell.metric)
         if not math.isclose(score, cell.score, rel_tol=1e-6, abs_tol=1e-6):
             raise InputError(

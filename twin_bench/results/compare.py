@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from twin_bench.data.metrics import find_metric
 from twin_bench.data.resampling import Array
 from twin_bench.errors import InputError
-from twin_bench.results.analysis import DRAWS, answers_of, drawn_rows, metric_of
+from twin_bench.results.analysis import DRAWS, answers_of, drawn_rows, known_metric, metric_of
 from twin_bench.results.cells import Cell
 from twin_bench.results.samples import Samples, read_samples
 from twin_bench.results.stored import load_leaderboard, read_board
@@ -123,7 +122,7 @@ def _paired(first: Seeds, second: Seeds, draws: int) -> Pair | None:
     kept = [[samples.only(common) for _, samples in side] for side in (first, second)]
     metric, unit = metric_of(cell, kept[0][0]), 100.0 if cell.percent else 1.0
     answers = {f"{side} {seed}": answers_of(own) for side in (0, 1) for seed, own in enumerate(kept[side])}
-    drawn = score_draws(None if metric is None else find_metric(metric), answers, draws=draws)
+    drawn = score_draws(None if metric is None else known_metric(metric), answers, draws=draws)
     return Pair(
         rows=len(kept[0][0].identities),
         scores=[unit * math.fsum(own.score(cell.metric) for own in side) / len(side) for side in kept],
