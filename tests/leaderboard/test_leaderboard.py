@@ -177,6 +177,7 @@ def test_what_decides_a_score_decides_whether_a_cell_is_run_again(suite_file: Pa
         ({"methods": [{"../x": {"method": "ties"}}]}, "label '../x'"),
         ({"methods": ["ties", {"ties": {"density": 0.3}}]}, "two methods are labelled 'ties'"),
         ({"methods": [{"experts": {"method": "ties"}}]}, "label 'experts' belongs to a bound"),
+        ({"methods": [{"chance": {"method": "ties"}}]}, "label 'chance' is that of the line below the table"),
         ({"methods": [{"ties": {"density": "half"}}]}, "ties: density must be a number, not 'half'"),
         ({"tasks": ["colla"]}, "no expert for task 'colla': no expert is named 'colla'; did you mean 'cola'"),
         ({"experts": {"cola": "x"}}, "no expert for task 'stsb'"),

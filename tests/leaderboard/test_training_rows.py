@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.suites import run
+from tests.support.suites import rows_of, run
 
 TWIN = {"twin": {"router": {"epochs": 2}}}
 
@@ -37,6 +37,7 @@ def test_a_split_that_is_both_scored_and_trained_on(
     said = refused({**tiny, "split": "train", "methods": ["average", "fisher"]}, tmp_path, capsys)
     assert "task cola: split train is scored, and fisher is made from it; score another split, or leave fisher" in said
     assert run({**tiny, "tasks": ["cola"], "split": "train", "methods": ["average"]}, tmp_path) == 0
+    assert {method for _, method, _ in rows_of(tmp_path)} == {"pretrained", "experts", "average"}  # no constant answer
 
 
 def test_all_scored_rows_of_a_task_among_the_training_rows(
