@@ -73,7 +73,7 @@ def test_training_labels_decide_the_constant_answer_of_classifiers(classifiers: 
     cells = classifiers.cells[classifiers.cells["method"] == "constant"].set_index("task")
     assert cells["score"].to_dict() == pytest.approx(expected)
     for task, answer in answers.items():
-        frame = classifiers.samples("standard", "constant", task)
+        frame = classifiers.rows("standard", "constant", task)
         assert [np.array(own).tolist() for own in frame["prediction"]] == len(scored[task]) * [answer]
         assert list(frame["target"]) == scored[task].tolist()
     assert (cells["parameters"] == 0).all()
@@ -171,12 +171,12 @@ def test_training_answers_decide_the_constant_answer_of_language_models(texts: L
     expected = {"mmlu": 0, "choice": 100 * 2 / 7, "letters": 100 * 2 / 7, "free": 0, "cnn_dailymail": 0}
     assert cells["score"].to_dict() == pytest.approx(expected)
     for task, answer in answers.items():
-        assert set(texts.samples("standard", "constant", task)["prediction"]) == {answer}
+        assert set(texts.rows("standard", "constant", task)["prediction"]) == {answer}
     assert texts.tasks.set_index("task")["floor"].to_dict() == pytest.approx(expected)
 
 
 def test_an_articles_first_three_sentences_are_a_row_and_no_floor(texts: Leaderboard) -> None:
-    frame = texts.samples("standard", "lead_3", "cnn_dailymail")
+    frame = texts.rows("standard", "lead_3", "cnn_dailymail")
     assert sorted(frame["prediction"]) == sorted(ARTICLES.values())
     scorer, summaries = RougeScorer(["rouge2"], use_stemmer=True), dict(zip(ARTICLES.values(), SUMMARIES, strict=True))
     by_hand = [scorer.score(summaries[said], said)["rouge2"].fmeasure for said in frame["prediction"]]

@@ -163,7 +163,7 @@ def test_a_cell_opens_its_rows_and_escape_gives_the_focus_back(opened: Any, boar
     assert cell["key"] in said
     assert f"{cell['score']:.1f} ({cell['ci_low']:.1f} to {cell['ci_high']:.1f})" in said
     assert "task_arithmetic" in said  # its settings
-    frame = board.samples("standard", method, "cola")
+    frame = board.rows("standard", method, "cola")
     wrong = frame[frame["score"] == 0]
     lines = [[one.text for one in _all(line, "th, td")] for line in _all(dialog, "tbody tr")]
     assert [line[0] for line in lines] == list(wrong["identity"])

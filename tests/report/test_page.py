@@ -211,8 +211,8 @@ def test_a_cell_s_rows_are_those_that_it_got_wrong_beside_the_best(board: Drawn,
         cell = next(
             c for c in details["cells"] if (c["method"], c["task"], c["protocol"]) == (method, "sst2", "standard")
         )
-        own, frame = rows["cells"][cell["rows"]], board.samples("standard", method, "sst2")
-        wrong, others = frame[frame["score"] < 1], board.samples("standard", reference, "sst2")
+        own, frame = rows["cells"][cell["rows"]], board.rows("standard", method, "sst2")
+        wrong, others = frame[frame["score"] < 1], board.rows("standard", reference, "sst2")
         assert (own["against"], own["wrong"], own["graded"]) == (reference, len(wrong), "")
         task = rows["tasks"]["sst2"]
         for (place, prediction, other), row in zip(own["rows"], wrong.to_dict("index").items(), strict=True):

@@ -99,11 +99,16 @@ def test_a_board_that_is_missing_damaged_or_of_another_version(
 
 def test_samples_of_a_cell_as_a_frame(out: Path) -> None:
     board = load_leaderboard(out)
-    frame = board.samples("standard", "average", "cola")
+    frame = board.rows("standard", "average", "cola")
     assert list(frame.columns) == ["identity", "prediction", "target", "score", "weight_cola", "text"]
     assert list(frame["prediction"]) == [1, 0, 0, 0, 1, 0, 0, 1, 1, 1]
     assert list(frame["score"]) == 3 * [0] + 7 * [1]
     assert frame["text"][4] == "the text of row 4"
     assert list(frame["weight_cola"]) == pytest.approx([0.1 * row for row in range(10)])
+    every = board.samples
+    own = every[(every["method"] == "average") & (every["task"] == "cola")]
+    assert list(every.columns[:6]) == ["protocol", "method", "task", "seed", "identity", "prediction"]
+    assert own[list(frame.columns)].to_dict("list") == frame.to_dict("list")
+    assert len(every) == sum(board.cells["n"])
     with pytest.raises(InputError, match=r"no cell of averge on cola under standard; did you mean 'average'"):
-        board.samples("standard", "averge", "cola")
+        board.rows("standard", "averge", "cola")

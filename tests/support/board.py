@@ -37,7 +37,7 @@ class Drawn(Leaderboard):
 
     frames: Mapping[tuple[str, str, str], pd.DataFrame] = field(default_factory=dict)
 
-    def samples(self, protocol: str, method: str, task: str) -> pd.DataFrame:
+    def rows(self, protocol: str, method: str, task: str) -> pd.DataFrame:
         return self.frames[protocol, method, task]
 
 

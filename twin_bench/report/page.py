@@ -72,7 +72,7 @@ def _of_samples(board: Leaderboard) -> tuple[WrongRows, dict[tuple[str, str], Ro
     told = dict(zip(board.summary["method"], board.summary["told_the_task"].astype(bool), strict=True))
     cells = board.cells[board.cells["samples"].notna()]
     for (protocol, task), part in cells.groupby(["protocol", "task"], sort=False):
-        frames = {method: board.samples(protocol, method, task) for method in part["method"]}
+        frames = {method: board.rows(protocol, method, task) for method in part["method"]}
         best = {is_told: _best(board, protocol, is_told) for is_told in (False, True)}
         for cell in part.to_dict("records"):
             method, frame = cell["method"], frames[cell["method"]]

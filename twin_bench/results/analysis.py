@@ -207,7 +207,9 @@ def cell_lines(scored: Mapping[Place, Scored], tasks: pd.DataFrame) -> pd.DataFr
                 else _or_none(gain(one.score, task["floor"], task["expert_score"])),
                 "floor": _or_none(task["floor"]),
                 "seeds": len(one.cells),
+                "seed_numbers": [own.seed for own in one.cells],
                 "seed_scores": [own.score for own in one.cells],
+                "seed_samples": [own.samples for own in one.cells],
                 "seed_spread": float(np.std([own.score for own in one.cells], ddof=1)) if len(one.cells) > 1 else None,
                 "model_seconds_per_row": None if cell.model_seconds is None else cell.model_seconds / cell.n,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import pandas as pd
 from twin_bench.errors import InputError, nearest
 from twin_bench.results.samples import read_samples
 
-BOUND = "bound"
+PLACE = ("protocol", "method", "task")
+"""The columns that name a cell."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Leaderboard:
       gain_ci_high, retention, rank_low, rank_high, tie_group, costs.
     - `comparisons` has one line a protocol, method and reason (`best`, `reference`, `constant`): the difference of the
       normalized means from the method `against`, its interval, p, and p_holm.
+    - `samples` has one line a row of each cell and seed: identity, prediction, target, score, fusion weights.
     - `matrix` has one line an expert and task, or is None.
     - `identity`, `methods`, `remarks` and `published` say what was compared.
     """
@@ -48,10 +51,28 @@ class Leaderboard:
         """The protocols, in the suite's order."""
         return list(dict.fromkeys(self.summary["protocol"]))
 
-    def samples(self, protocol: str, method: str, task: str) -> pd.DataFrame:
+    @functools.cached_property
+    def samples(self) -> pd.DataFrame:
+        """The rows of all cells, with protocol, method, task and seed: see `rows`. A column that a cell lacks is NaN.
+
+        The files are read when it is first asked for. Raises InputError for a damaged one.
+        """
+        read = [
+            read_samples(self.directory / path).frame().assign(**{name: cell[name] for name in PLACE}, seed=seed)
+            for cell in self.cells.to_dict("records")
+            for path, seed in zip(cell["seed_samples"], cell["seed_numbers"], strict=True)
+            if path is not None
+        ]
+        if not read:
+            return pd.DataFrame(columns=[*PLACE, "seed", "identity", "prediction", "target", "score"])
+        found = pd.concat(read, ignore_index=True)
+        first = [*PLACE, "seed"]
+        return found[[*first, *(column for column in found.columns if column not in first)]]
+
+    def rows(self, protocol: str, method: str, task: str) -> pd.DataFrame:
         """Return a cell's rows: identity, prediction, target, score, and cluster, weight_EXPERT and text if there.
 
-        Raises InputError if there is no such cell, or its harness gave no samples.
+        Of several seeds it is the first. Raises InputError if there is no such cell, or its harness gave no samples.
         """
         cells = self.cells
         found = cells[(cells["protocol"] == protocol) & (cells["method"] == method) & (cells["task"] == task)]
