@@ -47,7 +47,7 @@ def check_routed(context: Context, *, shared: Mapping[str, Any], router: Mapping
 
 @served_method(
     title="The expert that a router chooses",
-    paper="",
+    paper="arXiv:2406.15479",
     track="per-input",
     needs=("task ids of training inputs", "seed"),
     sees=("training rows",),
