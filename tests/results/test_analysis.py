@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.cells import board_of, made_cell
+from twin_bench.results.cells import Cells, harnesses_in
 from twin_bench.results.stored import analysed
 
 
@@ -51,3 +53,30 @@ def test_less_is_better_turns_scores_round_and_every_method_has_the_same_tasks(t
     assert table["normalized"]["average"] == 50.0
     error = 100 * math.hypot(0.01 / 4, 2 * 0.01 / 4**2)  # of 2 / 4, both with an error of 0.01
     assert table["stderr"]["average"] == pytest.approx(error, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "fields"),
+    [
+        (20.0, 18.0, {}),
+        (97.0, 8.0, {}),
+        (150_000.0, 90_000.0, {"metric": "word_perplexity", "percent": False, "higher_is_better": False}),
+    ],
+    ids=["a low share", "a high share", "a perplexity"],
+)
+def test_a_score_without_rows_has_an_interval_within_its_range(
+    tmp_path: Path, score: float, error: float, fields: dict[str, Any]
+) -> None:
+    board = analysed(board_of([made_cell("experts", "cola", score, stderr=error, **fields)]), tmp_path)
+    (cell,) = board.cells.to_dict("records")
+    assert 0 < cell["ci_low"] < score < cell["ci_high"]
+    assert cell["ci_high"] < 100 or not cell["percent"]
+    assert not board.tasks["paired"].any()
+
+
+def test_other_harnesses_cells_in_a_directory_are_found(tmp_path: Path) -> None:
+    Cells(tmp_path).write(made_cell(), None)
+    assert harnesses_in(tmp_path) == ["lm-eval"]
+    Cells(tmp_path, "helm").write(made_cell(), None)
+    (tmp_path / "cells-empty").mkdir()
+    assert sorted(harnesses_in(tmp_path)) == ["helm", "lm-eval"]
