@@ -135,7 +135,7 @@ class MergeMethod(Method):
     stored: StoredFunction | None = None
 
     def given(self, options: Mapping[str, Any]) -> MergeMethod:
-        """Return the header for these options, with the options of the method that the option `merge` names, if any.
+        """Return the header for these options, with the options and the grid of the method that `merge` names, if any.
 
         Raises InputError if `merge` does not name another data-free method.
         """
@@ -144,7 +144,8 @@ class MergeMethod(Method):
         inner = find_method(str(options.get("merge", self.defaults["merge"])))
         if not isinstance(inner, MergeMethod) or inner.track != "data-free" or "merge" in inner.defaults:
             raise InputError(f"{self.name}: merge must be a data-free method that builds on no other, not {inner.name}")
-        return replace(self, needs=self.needs + inner.needs, defaults={**inner.defaults, **self.defaults})
+        defaults = {**inner.defaults, **self.defaults}
+        return replace(self, needs=self.needs + inner.needs, defaults=defaults, tune={**inner.tune, **self.tune})
 
     def require_weights_alone(self) -> None:
         """Raise an InputError if the method needs more than weights."""

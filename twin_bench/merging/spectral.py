@@ -76,6 +76,20 @@ def decompose(rows: Rows, name: str, sketch: int, *, above: float) -> tuple[Tens
     return S[:rank], V[:, :rank]
 
 
+def joint_basis(name: str, taus: Tensor, noise: float) -> Tensor:
+    """Return U (m, r) of the SVD of matrices (T, m, n) side by side, without a copy of them.
+
+    r is the number of singular values larger than `noise`.
+    """
+    tasks, height, width = taus.shape
+    sketch = sketch_size(taus[0])
+    if height <= tasks * width:
+        return decompose([rows for tau in taus for rows in rows_of(tau.T)], name, sketch, above=noise)[1].to(taus)
+    rows = rows_of(taus.transpose(0, 1))
+    S, V = decompose(rows, name, sketch, above=noise)
+    return product(rows, V, taus.dtype).div_(S.to(taus))
+
+
 @contextmanager
 def converged(name: str) -> Iterator[None]:
     """Raise an InputError that names the tensor `name` if it can't be decomposed."""

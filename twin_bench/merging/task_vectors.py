@@ -50,6 +50,7 @@ class TaskVectors(Mapping[str, Tensor]):
         self.base = base
         self.experts = tuple(experts)
         self.transposed = transposed
+        self._pretrained = base
         self._experts = experts
         self._transforms: tuple[PerParameter, ...] = ()
 
@@ -70,9 +71,20 @@ class TaskVectors(Mapping[str, Tensor]):
 
         `transform` may change its argument in place.
         """
-        mapped = TaskVectors(self.base, self._experts, transposed=self.transposed)
+        mapped = TaskVectors(self._pretrained, self._experts, transposed=self.transposed)
+        mapped.base = self.base
         mapped._transforms = (*self._transforms, transform)
         return mapped
+
+    def represented(self, transform: PerParameter, base: Mapping[str, Tensor]) -> TaskVectors:
+        """Return these task vectors in another representation, `transform(name, (T, *shape))`, which may be any shape.
+
+        `base` holds theta_0 in that representation, in the same dtypes. What is not floating point is theta_0's
+        own. Matrices of the representation are (out, in), all of them. `transform` may change its argument in place.
+        """
+        represented = self.map(transform)
+        represented.base, represented.transposed = base, frozenset()
+        return represented
 
     def as_linear(self, name: str, tensor: Tensor) -> Tensor:
         """Return a view of a parameter, or of a stack of them, with matrices turned to (out, in), or back from that."""
@@ -80,14 +92,14 @@ class TaskVectors(Mapping[str, Tensor]):
 
     def floating(self) -> list[str]:
         """Return the names of the parameters that have a task vector: the floating-point ones."""
-        return [name for name in self if self.base[name].is_floating_point()]
+        return [name for name in self if self._pretrained[name].is_floating_point()]
 
     def merged(self, merge: Merge) -> Merged:
         """Return the lazy mapping of `merge(name, theta_0, tau)` over all parameters."""
         return Merged(self, merge)
 
     def _differences(self, name: str) -> Tensor:
-        base = self.base[name]
+        base = self._pretrained[name]
         require_dtype(base, name, "base model")
         exact = torch.promote_types(base.dtype, torch.float32)
         vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
@@ -107,7 +119,7 @@ class TaskVectors(Mapping[str, Tensor]):
         InputError if an expert has other values there: they would be lost. The buffer of an expert may be longer or
         shorter. A tensor without dimensions, such as a counter of batches, may differ.
         """
-        base = self.base[name]
+        base = self._pretrained[name]
         kind = str(base.dtype).removeprefix("torch.")
         for task, expert in self._experts.items():
             if base.is_complex():

@@ -23,7 +23,7 @@ DEPTHS = {
     "bert.encoder.layer.2.output.dense.weight": 1,
     "bert.pooler.dense.weight": 1,
 }
-WRAPPED = sorted(n for n, m in twin_bench.methods().items() if m.track == "data-free" and n != "lines")
+WRAPPED = sorted(n for n, m in twin_bench.methods().items() if m.track == "data-free" and "merge" not in m.defaults)
 
 
 def layered(dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:

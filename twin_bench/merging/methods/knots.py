@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.merging.elections import disjoint_mean, trim, trim_thresholds
-from twin_bench.merging.linear_algebra import product, rows_of
 from twin_bench.merging.registry import SCALINGS, merge_method, require_fraction
-from twin_bench.merging.spectral import decompose, rounding, sketch_size
+from twin_bench.merging.spectral import joint_basis, rounding
 from twin_bench.merging.task_vectors import TaskVectors
 
 
@@ -65,20 +64,9 @@ def align(name: str, base: Tensor, taus: Tensor) -> tuple[Tensor | None, Tensor]
     if taus.ndim != 3:
         return None, taus
     noise = rounding(base, taus)
-    U = _joint_basis(name, taus, noise)
+    U = joint_basis(name, taus, noise)
     factors = taus[:, : U.shape[1]]
     for factor, tau in zip(factors, taus, strict=True):
         factor.copy_(U.T @ tau)
         factor[torch.linalg.vector_norm(factor, dim=1) <= noise] = 0
     return U, factors
-
-
-def _joint_basis(name: str, taus: Tensor, noise: float) -> Tensor:
-    """Return U (m, r) of the SVD of matrices (T, m, n) side by side, without a copy of them."""
-    tasks, height, width = taus.shape
-    sketch = sketch_size(taus[0])
-    if height <= tasks * width:
-        return decompose([rows for tau in taus for rows in rows_of(tau.T)], name, sketch, above=noise)[1].to(taus)
-    rows = rows_of(taus.transpose(0, 1))
-    S, V = decompose(rows, name, sketch, above=noise)
-    return product(rows, V, taus.dtype).div_(S.to(taus))
