@@ -13,7 +13,12 @@ from twin_bench.protocols import ProtocolName
 
 
 def all_served(
-    suite: dict[str, Any], label: str, folder: Path, rows: int | None = None, protocol: ProtocolName = "standard"
+    suite: dict[str, Any],
+    label: str,
+    folder: Path,
+    rows: int | None = None,
+    protocol: ProtocolName = "standard",
+    device: str = "cpu",
 ) -> list[Contender]:
     """Return the contenders of one entry of a suite."""
     checked = Suite.model_validate(suite)
@@ -32,11 +37,13 @@ def all_served(
         seed=checked.seed,
         max_length=checked.max_length,
         dtype=checked.dtype,
+        calibration_rows=checked.calibration_rows,
+        device=device,
     )
     return list(contenders(entry.method, context))
 
 
-def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = None) -> Contender:
+def served(suite: dict[str, Any], label: str, folder: Path, rows: int | None = None, device: str = "cpu") -> Contender:
     """Return the one contender of an entry."""
-    (made,) = all_served(suite, label, folder, rows)
+    (made,) = all_served(suite, label, folder, rows, device=device)
     return made

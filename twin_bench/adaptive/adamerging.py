@@ -20,6 +20,7 @@ from twin_bench.adaptive.unlabelled import (
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import static_contender
 from twin_bench.measured import Meter
+from twin_bench.merging.device import OnDevice, exact_device
 from twin_bench.merging.registry import served_method
 from twin_bench.merging.task_vectors import TaskVectors
 from twin_bench.twin.classifier import TwinClassifier
@@ -59,8 +60,9 @@ def adamerging(
     with Meter(context.device) as meter:
         inputs = unlabelled_inputs(context)
         learning = earlier_learning(context, inputs)
-        base = context.sources.base
-        learner = static_contender(base, context.names, context, dtype="float32").twin
+        device = exact_device(context.device)
+        base = OnDevice(context.sources.base, device)
+        learner = static_contender(context.sources.base, context.names, context, dtype="float32").twin.to(device)
         assert isinstance(learner, TwinClassifier)
         vectors = TaskVectors(base, context.sources.experts)
         batches = learning_batches(
@@ -74,7 +76,7 @@ def adamerging(
             learning_rate=learning_rate,
             learning=learning,
         )
-        merged = merge_with_coefficients(vectors, coefficients)
+        merged = OnDevice(merge_with_coefficients(vectors, coefficients), "cpu")
         contender = static_contender(merged, context.names, context)
     build = meter.taken.after(learning.earlier)
     yield dataclasses.replace(contender, build=build, notes=adapted_note(inputs))

@@ -88,7 +88,8 @@ class Learning:
             if part == "parameter":
                 parameters[name].detach().copy_(tensor)
             else:
-                adam.state[parameters[name]][part] = tensor
+                own = parameters[name]
+                adam.state[own][part] = tensor if part == "step" else tensor.to(own.device)
         _require_finite(method, parameters, self.steps)
         while self.steps < steps:
             set_gradients()

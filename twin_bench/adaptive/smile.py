@@ -16,6 +16,7 @@ from twin_bench.contenders.context import size
 from twin_bench.contenders.storage import base_bytes, head_bytes
 from twin_bench.errors import InputError
 from twin_bench.measured import Meter
+from twin_bench.merging.device import OnDevice, exact_device
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import served_method
 from twin_bench.merging.task_vectors import TaskVectors
@@ -52,8 +53,9 @@ def smile(context: Context, *, rank: int = 32, gate_rank: int = 16, top_k: int =
     with Meter(context.device) as meter:
         sources = context.sources
         base = dict(sources.base.items())
-        model = load_model(sources, base, context.dtype)
-        vectors = TaskVectors(base, sources.experts)
+        device = exact_device(context.device)
+        model = load_model(sources, base, context.dtype).to(device)
+        vectors = TaskVectors(OnDevice(base, device), sources.experts)
         added = install_smile(model, vectors, rank=rank, gate_rank=gate_rank, top_k=top_k)
         parts = Parts(heads={task: expert.head() for task, expert in sources.experts.items() if sources.skeleton.head})
         twin = twin_class(context.task_type)(model, sources.tokenizer, parts, routing="none")
@@ -109,8 +111,8 @@ class SmileLinear(nn.Module):
         self.register_buffer("B", torch.cat([f.B[:, :rank] for f in factors], dim=1).to(weight))
         rows = [F.normalize(f.A[:gate_rank], dim=1) for f in factors]  # A = sqrt(S) V^T
         self.register_buffer("V", torch.cat(rows))
-        self.register_buffer("owner", _owners([len(f.A[:rank]) for f in factors]))
-        self.register_buffer("gate_owner", _owners([len(own) for own in rows]))
+        self.register_buffer("owner", _owners([len(f.A[:rank]) for f in factors]).to(weight.device))
+        self.register_buffer("gate_owner", _owners([len(own) for own in rows]).to(weight.device))
         self.register_buffer("bias_vectors", None if bias_vectors is None else bias_vectors.to(weight))
 
     def forward(self, x: Tensor) -> Tensor:

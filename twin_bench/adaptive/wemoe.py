@@ -68,14 +68,14 @@ def wemoe(
         inputs = unlabelled_inputs(context)
         learning = earlier_learning(context, inputs)
         base = dict(sources.base.items())
-        merged = merge_lazily("task_arithmetic", base, sources.experts, scaling=scaling)
+        merged = merge_lazily("task_arithmetic", base, sources.experts, scaling=scaling, device=context.device)
         model = load_model(sources, base, "float32")
         mixed = {f"{path}.{kind}" for layers in mlp_layers(model) for path in layers for kind in ("weight", "bias")}
         model.load_state_dict({name: merged[name] for name in base if name not in mixed}, strict=False)
         vectors = {task: whole_task_vector(expert, base, sources.skeleton) for task, expert in sources.experts.items()}
         gates = install_gates(model, vectors, scaling=scaling, seed=seed)
         heads = {task: expert.head() for task, expert in sources.experts.items()}
-        twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none")
+        twin = TwinClassifier(model, sources.tokenizer, Parts(heads=heads), routing="none").to(context.device)
         batches = learning_batches(
             context, twin, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
         )

@@ -58,7 +58,8 @@ def _parameters(method: MergeMethod, context: Context, inputs: Mapping[str, Any]
     if context.protocol == "paper":  # biases are not merged: the true task's expert supplies them
         base = {name: sources.base[name] for name in sources.base if not ORACLE_PARAMETERS.search(name)}
     transposed = sources.skeleton.transposed
-    return {**sources.base, **merge_lazily(method.name, base, sources.experts, transposed=transposed, **options)}
+    merged = merge_lazily(method.name, base, sources.experts, transposed=transposed, device=context.device, **options)
+    return {**sources.base, **merged}
 
 
 def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> Contender:
@@ -76,6 +77,7 @@ def _calibrated(method: MergeMethod, kind: StatisticsKind, context: Context) -> 
         rows=context.calibration_rows,
         seed=context.seed,
         max_length=context.max_length,
+        device=context.device,
         progress=context.progress,
     )
     contender = _merged(method, context, context.names, {"statistics": calibration.statistics})

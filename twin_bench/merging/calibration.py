@@ -25,6 +25,7 @@ from twin_bench.data.task import Row, TaskInput
 from twin_bench.errors import UnsuitedError
 from twin_bench.files import StoredTensors, read_tensors, write_tensors
 from twin_bench.measured import Meter, Taken
+from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import Statistics, StatisticsKind
 
 FORMAT = 1
@@ -42,6 +43,10 @@ class Example(NamedTuple):
 
     inputs: Mapping[str, Tensor]
     answer: int = 0
+
+    def to(self, device: torch.device) -> Example:
+        """Return the example with its tensors on a device."""
+        return Example({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.answer)
 
 
 class Calibration(NamedTuple):
@@ -179,13 +184,14 @@ def calibrate(
     rows: int = ROWS,
     seed: int = 0,
     max_length: int | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Calibration:
     """Return the statistics of all experts. A tensor is read from `folder`/EXPERT.safetensors when it is accessed.
 
-    Statistics that are not stored there yet are computed. The name of `folder` must identify everything that they
-    depend on. Raises as `calibration_examples` does, and UnsuitedError for an expert without a task, before anything is
-    computed.
+    Statistics that are not stored there yet are computed on `device`, or on the CPU if the device has no float64. The
+    name of `folder` must identify everything that they depend on, the kind of device included. Raises as
+    `calibration_examples` does, and UnsuitedError for an expert without a task, before anything is computed.
     """
     progress = progress or Progress(disable=True)
     examples: dict[str, list[Example]] = {}
@@ -199,8 +205,8 @@ def calibrate(
         file = folder / f"{name}.safetensors"
         found = read_tensors(file, format_number=FORMAT)
         if found is None:
-            with Meter() as meter:
-                tensors = _statistics(kind, sources, name, shown, seed, progress)
+            with Meter(device) as meter:
+                tensors = _statistics(kind, sources, name, shown, seed, exact_device(device), progress)
             took = {"seconds": str(meter.taken.seconds), "peak_bytes": str(meter.taken.peak_bytes)}
             write_tensors(file, tensors, format_number=FORMAT, notes={"rows": str(len(shown)), **took})
             found = StoredTensors(file)
@@ -217,11 +223,18 @@ def _taken(statistics: StoredTensors) -> Taken:
 
 
 def _statistics(
-    kind: StatisticsKind, sources: Sources, task: str, examples: Sequence[Example], seed: int, progress: Progress
+    kind: StatisticsKind,
+    sources: Sources,
+    task: str,
+    examples: Sequence[Example],
+    seed: int,
+    device: torch.device,
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Return one expert's statistics, computed with its own head. InputError if they hold NaN or inf."""
-    model = load_expert(sources, task, "float32")
-    watched = progress.track(examples, description=f"{kind} {task}")
+    model = load_expert(sources, task, "float32").to(device)
+    placed = (example.to(device) for example in examples)
+    watched = progress.track(placed, len(examples), description=f"{kind} {task}")
     found = fisher_diagonals(model, watched, seed=seed) if kind == "fisher" else gram_matrices(model, watched)
     kept = {name: tensor for name, tensor in found.items() if name.removesuffix(".T") in sources.skeleton.backbone}
     for name, tensor in kept.items():
@@ -236,7 +249,7 @@ def _log_probabilities(model: Any, example: Example, generator: torch.Generator)
     logits = model(**example.inputs).logits[0]
     if example.answer:
         asked = (logits if "labels" in example.inputs else logits[-example.answer - 1 : -1]).log_softmax(dim=-1)
-        drawn = torch.multinomial(asked.detach().exp(), 1, generator=generator)
+        drawn = torch.multinomial(asked.detach().cpu().exp(), 1, generator=generator).to(asked.device)
         yield 1.0, asked.gather(1, drawn).sum()
     elif len(logits) == 1:
         yield 1.0, logits[0]

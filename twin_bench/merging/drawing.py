@@ -21,13 +21,13 @@ def drop_and_rescale(vectors: TaskVectors, density: float, seed: int) -> TaskVec
 
     def drop(name: str, taus: Tensor) -> Tensor:
         kept = torch.stack([draws(seed, task, name, taus.shape[1:]) < density for task in vectors.experts])
-        return torch.where(kept, taus, 0.0).div_(density)
+        return torch.where(kept.to(taus.device), taus, 0.0).div_(density)
 
     return vectors.map(drop)
 
 
 def draws(seed: int, task: str, name: str, shape: torch.Size) -> Tensor:
-    """Return uniform draws from [0, 1) that depend on these arguments alone."""
+    """Return uniform draws from [0, 1), on the CPU, that depend on these arguments alone."""
     return torch.rand(shape, generator=generator_of(seed, task, name))
 
 

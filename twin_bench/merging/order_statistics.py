@@ -18,7 +18,7 @@ def kth_largest(vectors: TaskVectors, *ranks: int) -> list[Tensor]:
 def order_statistics(
     vectors: TaskVectors, of: Callable[[Tensor], Tensor], ranks_of: Callable[[int], Sequence[int]]
 ) -> list[Tensor]:
-    """Return, for each rank, that entry of each expert's whole model: (T,) in float32.
+    """Return, for each rank, that entry of each expert's whole model: (T,) in float32, where the task vectors are.
 
     `of` is applied to the entries first. `ranks_of` returns the ranks (1 is the largest) from the number of entries.
     Without entries every result is 0.
@@ -29,7 +29,8 @@ def order_statistics(
     """
     upper = torch.zeros(len(vectors.experts), 1 << 16, dtype=torch.int64)
     for row, bits in _ordered_bits(vectors, of):
-        upper[row] += torch.bincount((bits >> 16) + 0x8000, minlength=1 << 16)
+        upper[row] += torch.bincount((bits >> 16) + 0x8000, minlength=1 << 16).cpu()
+        device = bits.device
     total = int(upper[0].sum())
     ranks = ranks_of(total)
     if not total:
@@ -39,11 +40,12 @@ def order_statistics(
     for row, bits in _ordered_bits(vectors, of):
         for counts, (bins, _) in zip(lower, located, strict=True):
             inside = bits[(bits >> 16) + 0x8000 == bins[row]]
-            counts[row] += torch.bincount(inside & 0xFFFF, minlength=1 << 16)
+            counts[row] += torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
     entries = []
     for rank, counts, (bins, beyond) in zip(ranks, lower, located, strict=True):
         rest, _ = _locate(counts, rank - beyond)
-        entries.append(_flip_negatives(((bins - 0x8000) << 16 | rest).to(torch.int32)).view(torch.float32))
+        found = _flip_negatives(((bins - 0x8000) << 16 | rest).to(torch.int32)).view(torch.float32)
+        entries.append(found.to(device))
     return entries
 
 

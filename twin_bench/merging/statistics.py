@@ -10,8 +10,13 @@ from twin_bench.errors import InputError
 from twin_bench.merging.registry import Statistics
 
 
-def statistics_of(method: str, statistics: Statistics, task: str, name: str, shape: torch.Size) -> Tensor:
-    """Return one tensor of an expert's statistics. Raises InputError if it is missing, misshapen or not finite."""
+def statistics_of(
+    method: str, statistics: Statistics, task: str, name: str, shape: torch.Size, device: torch.device
+) -> Tensor:
+    """Return one tensor of an expert's statistics, on a device.
+
+    Raises InputError if it is missing, misshapen or not finite.
+    """
     if name not in statistics[task]:
         raise InputError(f"{method}: the statistics of expert {task!r} have no {name}; compute them on this model")
     source = f"{method}: statistics of expert {task!r}"
@@ -21,4 +26,4 @@ def statistics_of(method: str, statistics: Statistics, task: str, name: str, sha
             f"{method}: the statistics of expert {task!r} have {name} as {tuple(tensor.shape)}, not {tuple(shape)}; "
             "compute them on this model"
         )
-    return tensor
+    return tensor.to(device)

@@ -49,7 +49,8 @@ def build_twin(
         directory: It must not exist yet.
         rows: The router's rows, in place of those at the recipe's `router.data`.
         labels: The labels of each expert's task (see `open_sources`).
-        device: Where the routers' features are computed: the CPU by default; `auto` is cuda, else mps, else cpu.
+        device: Where the shared expert is merged and the routers' features are computed: the CPU by default; `auto` is
+            cuda, else mps, else cpu.
         batch_size: How many rows are in a forward pass for them at most, by default what 8,192 tokens hold, up to 64.
         feature_cache: The directory in which the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
@@ -70,7 +71,9 @@ def build_twin(
     check_limits(recipe, sources)
     options = merge_options(recipe)
     transposed = sources.skeleton.transposed
-    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, transposed=transposed, **options)
+    merged = merge_lazily(
+        recipe.shared.method, sources.base, sources.experts, transposed=transposed, device=on, **options
+    )
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},

@@ -40,7 +40,7 @@ def della(
     def drop(name: str, taus: Tensor) -> Tensor:
         for task, tau in zip(vectors.experts, taus, strict=True):
             keep = keep_probabilities(tau, density, epsilon)
-            tau.div_(keep).masked_fill_(draws(seed, task, name, tau.shape) >= keep, 0.0)
+            tau.div_(keep).masked_fill_(draws(seed, task, name, tau.shape).to(tau.device) >= keep, 0.0)
         return taus
 
     return ties(vectors.map(drop), scaling=scaling, density=1.0)

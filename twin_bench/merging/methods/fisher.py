@@ -41,7 +41,7 @@ def fisher(vectors: TaskVectors, *, statistics: Statistics, floor: float = 1e-6)
     for name in vectors:
         if vectors.base[name].is_floating_point():
             diagonals = _diagonals(vectors, statistics, name)
-            squares += diagonals.view(len(diagonals), vectors.base[name].numel()).double().square().sum(dim=1)
+            squares += diagonals.view(len(diagonals), vectors.base[name].numel()).double().square().sum(dim=1).cpu()
     c = 1 / (squares.sqrt() + floor)
     c = c / c.sum()
 
@@ -56,8 +56,8 @@ def _diagonals(vectors: TaskVectors, statistics: Statistics, name: str) -> Tenso
     """Return the experts' Fisher diagonals for a parameter: (T, *shape)."""
     base = vectors.base[name]
     exact = torch.promote_types(base.dtype, torch.float32)
-    own = [statistics_of("fisher", statistics, task, name, base.shape).to(exact) for task in vectors.experts]
-    stacked = torch.stack(own)
+    own = (statistics_of("fisher", statistics, task, name, base.shape, base.device) for task in vectors.experts)
+    stacked = torch.stack([diagonal.to(exact) for diagonal in own])
     if (stacked < 0).any():
         raise InputError(f"fisher: the statistics of {name} hold a negative number; a Fisher diagonal has none")
     return stacked

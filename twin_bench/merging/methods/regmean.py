@@ -48,21 +48,24 @@ def regmean(vectors: TaskVectors, *, statistics: Statistics, alpha: float = 0.9)
     def merge(name: str, base: Tensor, taus: Tensor) -> Tensor:
         mean = taus.mean(dim=0)
         if name in known:
-            grams = _grams(vectors, statistics, name, base.shape[-1], alpha)
+            grams = _grams(vectors, statistics, name, base.shape[-1], alpha, base.device)
             return base + mean + _regressed(name, grams, taus - mean)
         if f"{name}.T" in known:
-            grams = _grams(vectors, statistics, f"{name}.T", base.shape[0], alpha)
+            grams = _grams(vectors, statistics, f"{name}.T", base.shape[0], alpha, base.device)
             return base + mean + _regressed(name, grams, (taus - mean).mT).T
         return base + mean
 
     return vectors.merged(merge)
 
 
-def _grams(vectors: TaskVectors, statistics: Statistics, name: str, width: int, alpha: float) -> Tensor:
+def _grams(
+    vectors: TaskVectors, statistics: Statistics, name: str, width: int, alpha: float, device: torch.device
+) -> Tensor:
     """Return the experts' Gram matrices (T, in, in) in float64, with off-diagonal entries multiplied by alpha."""
     shape = torch.Size((width, width))
-    grams = torch.stack([statistics_of("regmean", statistics, t, name, shape).double() for t in vectors.experts])
-    return torch.where(torch.eye(width, dtype=torch.bool), grams, alpha * grams)
+    own = [statistics_of("regmean", statistics, t, name, shape, device).double() for t in vectors.experts]
+    grams = torch.stack(own)
+    return torch.where(torch.eye(width, dtype=torch.bool, device=device), grams, alpha * grams)
 
 
 def _regressed(name: str, grams: Tensor, taus: Tensor) -> Tensor:

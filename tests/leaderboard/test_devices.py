@@ -1,0 +1,43 @@
+"""Methods that compute on the device of a run: no operation mixes devices, and the answers are the CPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.contenders import served
+from tests.support.models import WORDS
+from tests.support.pretend_device import pretended, pretended_device
+from twin_bench.twin.classifier import TwinClassifier
+
+__all__ = ["pretended_device"]
+LEARNING = {"steps": 2, "learning_rate": 0.05, "batch_size": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "adamerging": LEARNING,
+    "fisher": {},
+    "regmean": {},
+    "smile": {"rank": 4, "gate_rank": 2},
+    "wemoe": LEARNING,
+}
+
+
+def answers(twin: Any) -> torch.Tensor:
+    assert isinstance(twin, TwinClassifier)
+    texts = [(" ".join(WORDS[row : 2 * row + 2]), None) for row in range(6)]
+    return torch.stack([answer.logits.cpu() for answer in twin.classify(texts, ["mnli"] * 6)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_on_a_device_answers_as_on_the_cpu(
+    tiny: dict[str, Any], method: str, tmp_path: Path, pretended_device: str
+) -> None:
+    suite = {**tiny, "methods": [{method: METHODS[method]}], "calibration_rows": 2}
+    expected = answers(served(suite, method, tmp_path / "cpu", rows=12).twin)
+    with pretended() as ran:
+        made = served(suite, method, tmp_path / "there", rows=12, device=pretended_device)
+        assert ran["mm"] + ran["addmm"] > 10
+        found = answers(made.twin.to(pretended_device))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

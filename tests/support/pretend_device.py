@@ -1,0 +1,117 @@
+"""A pretended accelerator: its tensors hold their data on the CPU, and an operation that mixes devices raises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "pretend"
+aten = torch.ops.aten
+BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default}
+INDEXED_FROM_THE_CPU = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
+ANSWERS_THE_CPU = {aten._local_scalar_dense.default, aten.equal.default}
+_ran: Counter[str] = Counter()
+
+
+class Pretended(Tensor):
+    """A tensor whose device is `pretend:0`."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Pretended:
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        made = Tensor._make_wrapper_subclass(cls, inner.size(), device=torch.device(NAME, 0), **layout)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
+
+    __array__ = numpy
+
+
+@contextmanager
+def pretended() -> Iterator[Counter[str]]:
+    """Make the device usable inside the block. Yield how often each operation has run on it."""
+    _ran.clear()
+    with _Operations(), _Constructor():
+        yield _ran
+
+
+class _Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Constructor(TorchFunctionMode):
+    """Makes `torch.tensor` make a tensor on the CPU first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.pop("device", None) if func is torch.tensor else None
+        made = func(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+
+@pytest.fixture(scope="session")
+def pretended_device() -> str:
+    """Register the device, once a process, and return its name."""
+    backends = pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no devices written in Python")
+    if torch._C._get_privateuse1_backend_name() != NAME:
+        backends._setup_privateuseone_for_python_backend(NAME)
+    return NAME
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the data. One tensor without dimensions may come from the CPU, as on a GPU."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    pretended = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
+    asked = kwargs.get("device")
+    there = bool(pretended) if asked is None else torch.device(asked).type == NAME
+    if not pretended and not there:
+        return func(*args, **kwargs)
+    _ran[func._schema.name.removeprefix("aten::")] += 1
+    if pretended and func not in BETWEEN_DEVICES:
+        own = tensors if func not in INDEXED_FROM_THE_CPU else [args[0], *tree_leaves(args[2:])]
+        strangers = [t for t in own if isinstance(t, Tensor) and not isinstance(t, Pretended)]
+        number = len(strangers) == 1 and not strangers[0].ndim and torch.Tag.pointwise in func.tags
+        if strangers and not number:
+            raise RuntimeError(f"{func}: tensors on {NAME}:0 and, of shape {tuple(strangers[0].shape)}, on the cpu")
+    if asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    given = {id(_inner(tensor)): tensor for tensor in tensors}
+    found = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    there = there and func not in ANSWERS_THE_CPU
+
+    def back(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return given.get(id(value), Pretended(value) if there else value)
+
+    return tree_map(back, found)
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, Pretended) else value
