@@ -153,6 +153,83 @@ def test_experts_of_one_name_are_told_apart(tmp_path: Path) -> None:
     }
 
 
+def unit(tensor: Tensor) -> Tensor:
+    return tensor / tensor.norm()
+
+
+def slerped(one: Tensor, other: Tensor, t: float) -> Tensor:
+    angle = (unit(one) * unit(other)).sum().clamp(-1, 1).acos()
+    return (((1 - t) * angle).sin() * one + (t * angle).sin() * other) / angle.sin()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_nuslerps_weights_are_a_point_of_the_arc(tmp_path: Path, named: bool) -> None:
+    """Between task vectors where a base model is named, between weights where none is."""
+    raw = configuration("nuslerp", count=2)
+    raw["models"][1]["parameters"]["weight"] = 1.2
+    if named:
+        raw["models"].insert(0, {"model": "org/base"})
+    else:
+        del raw["base_model"]
+    recipe, note = read(raw, tmp_path)
+    assert (list(recipe.experts), note) == (["expert-0", "expert-1"], "")
+    base, tuned = random_models(2)
+    tuned["expert-1"] = {name: 2 * tensor + 1 for name, tensor in tuned["expert-1"].items()}
+    merged = twin_bench.merge(recipe.merge.method, base, tuned, **recipe.merge.options)
+    for name, found in merged.items():
+        origin = base[name].double() if named else torch.zeros(())
+        one, other = (expert[name].double() - origin for expert in tuned.values())
+        torch.testing.assert_close(found.double(), origin + slerped(one, other, 0.75), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_multislerp_is_the_mean_direction_at_the_mean_length(tmp_path: Path, named: bool) -> None:
+    raw = configuration("multislerp", **({} if named else {"base_model": None}))
+    recipe, note = read(raw, tmp_path)
+    assert note == ""
+    base, tuned = random_models()
+    merged = twin_bench.merge(recipe.merge.method, base, tuned, **recipe.merge.options)
+    for name, found in merged.items():
+        origin = base[name].double() if named else torch.zeros(())
+        taus = torch.stack([expert[name].double() - origin for expert in tuned.values()])
+        length = torch.stack([tau.norm() for tau in taus]).mean()
+        expected = origin + length * unit(torch.stack([unit(tau) for tau in taus]).mean(dim=0))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_karcher_takes_all_that_is_listed(tmp_path: Path) -> None:
+    """Of two models it is the middle of the arc, at the mean length."""
+    models = [{"model": f"org/expert-{index}"} for index in range(2)]
+    raw = configuration("karcher", base_model=None, models=models, parameters={"max_iter": 20, "tol": 1e-9})
+    recipe, note = read(raw, tmp_path)
+    assert (list(recipe.experts), note) == (["expert-0", "expert-1"], "")
+    assert recipe.merge.options == {"max_iter": 20, "tol": 1e-9}
+    base, tuned = random_models(2)
+    merged = twin_bench.merge(recipe.merge.method, base, tuned, **recipe.merge.options)
+    for name, found in merged.items():
+        one, other = (expert[name].double() for expert in tuned.values())
+        expected = (one.norm() + other.norm()) / 2 * slerped(unit(one), unit(other), 0.5)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "options"),
+    [
+        ("sce", {}, {"select_topk": 1.0}),
+        ("sce", {"select_topk": 0.2}, {"select_topk": 0.2}),
+        ("ram", {}, {"epsilon": 1e-5}),
+        ("ram", {"epsilon": 0.01}, {"epsilon": 0.01}),
+    ],
+)
+def test_methods_without_weights(
+    tmp_path: Path, method: str, parameters: dict[str, Any], options: dict[str, float]
+) -> None:
+    models = [{"model": "org/base"}, {"model": "org/expert-0"}, {"model": "org/expert-1"}]
+    recipe, note = read(configuration(method, models=models, parameters=parameters), tmp_path)
+    assert (recipe.merge.method, recipe.merge.options, note) == (method, options, "")
+    assert list(recipe.experts) == ["expert-0", "expert-1"]
+
+
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("task_arithmetic", {"slices": []}, "slices: layers of several models"),
     ("task_arithmetic", {"tokenizer": {"source": "union"}}, "tokenizer: the result has the base model's"),
@@ -184,6 +261,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("dare_ties", {}, "normalize: without it dare_ties takes the sum"),
     ("dare_linear", {"parameters": {"rescale": False}}, "parameters.rescale: "),
     ("linear", {"parameters": {"normalize": False}}, "normalize: the weights don't sum to 1"),
+    ("multislerp", {"parameters": {"normalize_weights": False}}, "normalize_weights: the weights don't sum to 1"),
+    ("multislerp", {"parameters": {"normalize": True}}, "parameters.normalize: has no counterpart"),
+    ("nuslerp", {}, "models: nuslerp takes two beside the base_model, not 3"),
+    ("nuslerp", {"parameters": {"nuslerp_flatten": False}}, "nuslerp_flatten: angles are taken over whole tensors"),
+    ("karcher", {}, "base_model: karcher takes all models alike"),
+    ("sce", {}, "models.0.parameters.weight: has no counterpart"),
+    ("ram", {"base_model": None}, "base_model: ram needs one"),
     ("passthrough", {}, "merge_method: 'passthrough' has no counterpart here"),
     ("tiess", {}, "did you mean 'ties'"),
 ]

@@ -13,7 +13,7 @@ STATIC = sorted(
     name for name, method in twin_bench.methods().items() if isinstance(method, MergeMethod) and not method.inputs
 )
 SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16), "layers.1.norm": (11,)}
-EXPERTS = {name: 4 for name in STATIC} | {"slerp": 2}
+EXPERTS = {name: 4 for name in STATIC} | {"slerp": 2, "nuslerp": 2}
 
 
 def models(dtype: torch.dtype = torch.float32, experts: int = 4, seed: int = 0) -> tuple[Any, Any]:

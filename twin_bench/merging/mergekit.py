@@ -6,6 +6,8 @@ These methods give the same result up to rounding (sums are taken in float32 her
 - `task_arithmetic` with equal weights is `task_arithmetic`. Its scaling is lambda times the weight, or lambda / T under
   `normalize: true`.
 - `slerp` is `slerp`, and `model_stock` is `model_stock`.
+- `nuslerp` is `nuslerp`, `multislerp` with equal weights is `multislerp`, `karcher` is `karcher`, `sce` is `sce` and
+  `ram` is `ram`. The first two take the experts' weights in the place of their task vectors if no base model is named.
 
 These are the same method with other arithmetic. `from_mergekit` describes the difference in one line:
 
@@ -44,17 +46,22 @@ from twin_bench.merging.registry import methods
 class Counterpart:
     """The method that a mergekit method corresponds to here.
 
-    `mixes` is how mergekit combines task vectors: by their weighted sum; by an election and the mean or sum of the
-    entries that agree; or in its own way. `of_each` holds the parameters that mergekit reads for each model (beside the
-    weight), with mergekit's defaults. `of_all` names the parameters that it reads once. `normalize` is mergekit's
-    default. `difference` says what is computed differently here.
+    `mixes` is how mergekit combines the models: by their weighted sum; by an election and the mean or sum of the
+    entries that agree; by their weighted mean; at a point of the arc between two that their weights give; or without
+    weights of models. `base` is the part of the base model: the origin of the task vectors, which must be named, or
+    may be left out and is 0 then; one end of an arc; a model like the others, which may be left out, or must be.
+    `of_each` holds the parameters that mergekit reads for each model (beside the weight), with mergekit's defaults.
+    `of_all` holds those that it reads once; None is no default. `normalize` is mergekit's default of `normalize_key`.
+    `difference` says what is computed differently here.
     """
 
     method: str
-    mixes: Literal["sum", "election", "own"]
+    mixes: Literal["sum", "election", "mean", "arc", "unweighted"]
+    base: Literal["origin", "optional origin", "end", "alike", "refused"] = "origin"
     normalize: bool = False
+    normalize_key: str = "normalize"
     of_each: Mapping[str, float] = field(default_factory=dict)
-    of_all: tuple[str, ...] = ()
+    of_all: Mapping[str, float | None] = field(default_factory=dict)
     difference: str = ""
 
 
@@ -63,7 +70,7 @@ _DRAWS = (
     "L1 norm"
 )
 COUNTERPARTS = {
-    "linear": Counterpart("average", "own", normalize=True),
+    "linear": Counterpart("average", "mean", base="alike", normalize=True),
     "task_arithmetic": Counterpart("task_arithmetic", "sum"),
     "ties": Counterpart(
         "ties",
@@ -87,8 +94,15 @@ COUNTERPARTS = {
         of_each={"density": 1.0, "epsilon": 0.15},
         difference="draws other entries than mergekit",
     ),
-    "slerp": Counterpart("slerp", "own", of_all=("t",)),
-    "model_stock": Counterpart("model_stock", "own"),
+    "slerp": Counterpart("slerp", "unweighted", base="end", of_all={"t": None}),
+    "nuslerp": Counterpart("nuslerp", "arc", base="optional origin"),
+    "multislerp": Counterpart(
+        "multislerp", "mean", base="optional origin", normalize=True, normalize_key="normalize_weights"
+    ),
+    "karcher": Counterpart("karcher", "unweighted", base="refused", of_all={"max_iter": 10, "tol": 1e-5}),
+    "model_stock": Counterpart("model_stock", "unweighted"),
+    "sce": Counterpart("sce", "unweighted", of_all={"select_topk": 1.0}),
+    "ram": Counterpart("ram", "unweighted", of_all={"epsilon": 1e-5}),
 }
 
 _REFUSED = {
@@ -99,6 +113,8 @@ _REFUSED = {
     "int8_mask": "masks are not kept in memory here, so the key has no effect; remove it",
     "rescale": "each method here determines whether it rescales; remove the key",
     "filter_wise": "angles are taken over whole tensors here; remove the key, or use mergekit",
+    "nuslerp_flatten": "angles are taken over whole tensors here; remove the key, or use mergekit",
+    "nuslerp_row_wise": "angles are taken over whole tensors here; remove the key, or use mergekit",
 }
 
 
@@ -155,23 +171,30 @@ class _Parameters:
         self._counterpart = counterpart
         self._file = file
         name = config.merge_method
-        if config.base_model is None and name != "linear":
+        if config.base_model is None and counterpart.base in ("origin", "end"):
             raise InputError(f"{file}: base_model: {name} needs one; name it")
+        if config.base_model is not None and counterpart.base == "refused":
+            raise InputError(
+                f"{file}: base_model: {name} takes all models alike, and this one with them in some versions of "
+                "mergekit; remove the key, and list the model under models to merge it"
+            )
         self.base = config.base_model or config.models[0].model
-        # linear averages a listed base model like any other model; slerp lists both ends of its arc.
-        with_base = name in ("linear", "slerp")
+        # One that is alike is merged like any other model; slerp lists both ends of its arc.
+        with_base = counterpart.base in ("alike", "end") or config.base_model is None
         self.experts = [entry for entry in config.models if with_base or entry.model != self.base]
-        if name == "slerp":
+        if counterpart.base == "end":
             self.experts.sort(key=lambda entry: entry.model != self.base)
             if len(self.experts) != 2 or self.experts[0].model != self.base:
-                raise InputError(f"{file}: models: slerp takes two, one of them the base_model")
+                raise InputError(f"{file}: models: {name} takes two, one of them the base_model")
         if not self.experts:
             raise InputError(f"{file}: models: only the base model is listed; add the models to merge")
-        weighted = {"weight"} if name not in ("slerp", "model_stock") else set()
+        weighted = {"weight"} if counterpart.mixes != "unweighted" else set()
         self._of_each = weighted | counterpart.of_each.keys()
-        summed = {"lambda"} if counterpart.mixes != "own" else set()
-        normalised = {"normalize"} if weighted else set()
+        summed = {"lambda"} if counterpart.mixes in ("sum", "election") else set()
+        normalised = {counterpart.normalize_key} if weighted and counterpart.mixes != "arc" else set()
         self._check_keys("parameters", config.parameters, self._of_each | summed | normalised | {*counterpart.of_all})
+        if counterpart.mixes == "arc" and len(self.experts) != 2:
+            raise InputError(f"{file}: models: {name} takes two beside the base_model, not {len(self.experts)}")
         for index, entry in enumerate(config.models):
             if "+" in entry.model:
                 raise InputError(
@@ -181,13 +204,21 @@ class _Parameters:
                 raise InputError(f"{file}: models.{index}.parameters: the base model's have no effect; remove them")
             self._check_keys(f"models.{index}.parameters", entry.parameters, self._of_each)
 
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """Return the options of our method."""
         counterpart, name = self._counterpart, self._config.merge_method
-        options = {key: self._of_every_expert(key, default) for key, default in counterpart.of_each.items()}
-        options |= {key: self._of_all(key) for key in counterpart.of_all}
-        if "weight" not in self._of_each:
+        options: dict[str, Any] = {}
+        for key, default in counterpart.of_each.items():
+            options[key] = self._of_every_expert(key, default)
+        for key, otherwise in counterpart.of_all.items():
+            options[key] = self._of_all(key, otherwise)
+        if counterpart.base == "optional origin":
+            options["origin"] = "base" if self._config.base_model else "zero"
+        if counterpart.mixes == "unweighted":
             return options
+        if counterpart.mixes == "arc":
+            first, second = self._of_experts("weight")
+            return {**options, "t": second / (first + second) if abs(first + second) >= 1e-6 else 0.5}
         weight = self._of_every_expert("weight")
         normalize = self._normalize()
         count = len(self.experts)
@@ -198,13 +229,12 @@ class _Parameters:
                 f"{self._file}: normalize: without it {name} takes the sum of the entries that agree, and twin-bench "
                 "takes their mean; set normalize: true, or use mergekit"
             )
-        if name == "linear" and not normalize and abs(weight * count - 1) > 1e-6:
-            raise InputError(
-                f"{self._file}: normalize: the weights don't sum to 1; set normalize: true, or use mergekit"
-            )
+        if counterpart.mixes == "mean" and not normalize and abs(weight * count - 1) > 1e-6:
+            key = counterpart.normalize_key
+            raise InputError(f"{self._file}: {key}: the weights don't sum to 1; set {key}: true, or use mergekit")
         if weight <= 0:
             raise InputError(f"{self._file}: weight: {weight} leaves nothing to average; give a positive one")
-        return options if name == "linear" else {**options, "scaling": self._of_all("lambda", 1.0)}
+        return options if counterpart.mixes == "mean" else {**options, "scaling": self._of_all("lambda", 1.0)}
 
     def _check_keys(self, where: str, given: Mapping[str, Any], known: set[str]) -> None:
         for key, value in given.items():
@@ -214,23 +244,28 @@ class _Parameters:
                 raise InputError(f"{self._file}: {where}.{key}: has no counterpart here{nearest(key, known)}")
             if isinstance(value, list | dict):
                 raise InputError(f"{self._file}: {where}.{key}: differs between layers or tensors; give one number")
-            boolean = key == "normalize"
+            boolean = key == self._counterpart.normalize_key
             if isinstance(value, bool) != boolean or not isinstance(value, int | float) or not abs(value) < math.inf:
                 wanted = "true or false" if boolean else "a number"
                 raise InputError(f"{self._file}: {where}.{key}: must be {wanted}, not {shown(value)}")
 
     def _of_every_expert(self, key: str, default: float | None = None) -> float:
-        """Return a parameter that is equal for all experts: a model's own value, the file's, or mergekit's default."""
-        fallback = self._config.parameters.get(key, default)
-        values: list[Any] = [entry.parameters.get(key, fallback) for entry in self.experts]
-        if None in values:
-            raise InputError(f"{self._file}: {key}: missing for {self.experts[values.index(None)].model}; give it")
+        """Return a parameter that is equal for all experts."""
+        values = self._of_experts(key, default)
         if len(set(values)) > 1:
             raise InputError(
                 f"{self._file}: {key}: {', '.join(map(str, values))} differ; twin-bench has one for all experts: give "
                 "one value, or use mergekit"
             )
         return values[0]
+
+    def _of_experts(self, key: str, default: float | None = None) -> list[float]:
+        """Return a parameter of each expert: a model's own value, the file's, or mergekit's default."""
+        fallback = self._config.parameters.get(key, default)
+        values: list[Any] = [entry.parameters.get(key, fallback) for entry in self.experts]
+        if None in values:
+            raise InputError(f"{self._file}: {key}: missing for {self.experts[values.index(None)].model}; give it")
+        return values
 
     def _of_all(self, key: str, default: float | None = None) -> float:
         value: float | None = self._config.parameters.get(key, default)
@@ -239,7 +274,7 @@ class _Parameters:
         return value
 
     def _normalize(self) -> bool:
-        return bool(self._config.parameters.get("normalize", self._counterpart.normalize))
+        return bool(self._config.parameters.get(self._counterpart.normalize_key, self._counterpart.normalize))
 
 
 def _names(models: Sequence[str]) -> list[str]:
