@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamerging": LEARNING,
     "fisher": {},
     "regmean": {},
+    "regmean_plus_plus": {},
     "smile": {"rank": 4, "gate_rank": 2},
     "wemoe": LEARNING,
 }
