@@ -25,6 +25,7 @@ from twin_bench.leaderboard.suite import Suite
 from twin_bench.twin.classifier import TwinClassifier
 
 ADAMERGING = {"adamerging": {"steps": 3, "learning_rate": 0.05}}
+ADARANK = {"adarank": {"steps": 3, "learning_rate": 0.05}}
 
 SCORED = ("cola", "stsb")
 WEMOE = {"wemoe": {"steps": 3, "learning_rate": 0.05}}
@@ -35,7 +36,7 @@ def suite(tiny: dict[str, Any]) -> dict[str, Any]:
     return {
         **tiny,
         "protocol": ["standard", "routed"],
-        "methods": [ADAMERGING, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}, WEMOE],
+        "methods": [ADAMERGING, ADARANK, "dawin", {"smile": {"rank": 4, "gate_rank": 2}}, WEMOE],
     }
 
 
@@ -62,9 +63,9 @@ def board(suite: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> An
 
 def test_rows_say_that_test_inputs_were_seen(board: Any) -> None:
     rows, table = board
-    for (method, track), task in itertools.product((("adamerging", "test-time"), ("wemoe", "test-time")), SCORED):
+    for method, task in itertools.product(("adamerging", "adarank", "wemoe"), SCORED):
         row = rows["standard", method, task]
-        assert row["track"] == track
+        assert row["track"] == "test-time"
         assert row["notes"]["adapted_on"] == {"inputs": "unlabelled test inputs", "rows": {"cola": 20}}
         assert row["n"] == 20
     for task in SCORED:
@@ -126,7 +127,7 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize("method", ["adamerging", "wemoe"])
+@pytest.mark.parametrize("method", ["adamerging", "adarank", "wemoe"])
 def test_learning_that_is_killed_goes_on_where_it_was_kept(
     suite: dict[str, Any], method: str, tmp_path: Path, steps_taken: list[int]
 ) -> None:
@@ -186,14 +187,14 @@ def test_every_tasks_rows_decide_whether_a_cell_is_run_again(suite: dict[str, An
                 for e in checked.entries()
             }
         )
-    assert {label for label, key in keys[0].items() if keys[1][label] != key} == {"adamerging", "wemoe"}
+    assert {label for label, key in keys[0].items() if keys[1][label] != key} == {"adamerging", "adarank", "wemoe"}
 
 
 def test_language_models_are_refused_with_the_reason(causal_families: Any, tmp_path: Path) -> None:
     family = causal_families("llama")
     recipe = {key: family.recipe[key] for key in ("base_model", "experts")}
     suite = {**recipe, "name": "lm", "data": str(tmp_path), "tasks": list(family.experts)}
-    for method in ("adamerging", "dawin", "wemoe"):
+    for method in ("adamerging", "adarank", "dawin", "wemoe"):
         with pytest.raises(UnsuitedError, match=f"{method} needs a classifier's entropy; the suite has"):
             served({**suite, "methods": [method]}, method, tmp_path)
 

@@ -10,15 +10,16 @@ import torch
 
 from tests.support.contenders import served
 from tests.support.models import WORDS
-from tests.support.pretend_device import pretended, pretended_device
+from tests.support.pretend_device import DEVICE, pretended
 from twin_bench.twin.classifier import TwinClassifier
 
-__all__ = ["pretended_device"]
 LEARNING = {"steps": 2, "learning_rate": 0.05, "batch_size": 4}
 METHODS: dict[str, dict[str, Any]] = {
     "adamerging": LEARNING,
+    "adarank": LEARNING,
     "fisher": {},
     "regmean": {},
+    "regmean_plus_plus": {},
     "smile": {"rank": 4, "gate_rank": 2},
     "wemoe": LEARNING,
 }
@@ -31,13 +32,11 @@ def answers(twin: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_on_a_device_answers_as_on_the_cpu(
-    tiny: dict[str, Any], method: str, tmp_path: Path, pretended_device: str
-) -> None:
+def test_a_method_on_a_device_answers_as_on_the_cpu(tiny: dict[str, Any], method: str, tmp_path: Path) -> None:
     suite = {**tiny, "methods": [{method: METHODS[method]}], "calibration_rows": 2}
     expected = answers(served(suite, method, tmp_path / "cpu", rows=12).twin)
     with pretended() as ran:
-        made = served(suite, method, tmp_path / "there", rows=12, device=pretended_device)
+        made = served(suite, method, tmp_path / "there", rows=12, device=DEVICE)
         assert ran["mm"] + ran["addmm"] > 10
-        found = answers(made.twin.to(pretended_device))
+        found = answers(made.twin.to(DEVICE))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

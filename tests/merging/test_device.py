@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from tests.support.merges import EXPERTS, models
-from tests.support.pretend_device import pretended, pretended_device
+from tests.support.pretend_device import DEVICE, pretended
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import MergeMethod, methods
 
-__all__ = ["pretended_device"]
 MERGES = sorted(name for name, method in methods().items() if isinstance(method, MergeMethod))
 
 
@@ -28,7 +27,7 @@ def inputs(method: MergeMethod, base: Any, tuned: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MERGES)
-def test_a_merge_on_a_device_is_the_merge_on_the_cpu(name: str, pretended_device: str) -> None:
+def test_a_merge_on_a_device_is_the_merge_on_the_cpu(name: str) -> None:
     torch.manual_seed(0)
     base, tuned = models(experts=EXPERTS.get(name, 4))
     method = methods()[name]
@@ -36,7 +35,7 @@ def test_a_merge_on_a_device_is_the_merge_on_the_cpu(name: str, pretended_device
     given = inputs(method, base, tuned)
     expected = dict(merge_lazily(name, base, tuned, **given).items())
     with pretended():
-        found = dict(merge_lazily(name, base, tuned, device=pretended_device, **given).items())
+        found = dict(merge_lazily(name, base, tuned, device=DEVICE, **given).items())
     for key, tensor in expected.items():
         assert type(found[key]) is torch.Tensor
         torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7)

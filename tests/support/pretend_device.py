@@ -1,20 +1,26 @@
-"""A pretended accelerator: its tensors hold their data on the CPU, and an operation that mixes devices raises."""
+"""A pretended accelerator: its tensors hold their data on the CPU, and an operation that mixes devices raises.
+
+It goes by the name of torch's lazy device, which every build of torch has and nothing here uses. Under another name,
+gradients could be computed only if no test had computed any before the device was registered.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
+from torch._lazy import ts_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-NAME = "pretend"
+DEVICE = "lazy"
 aten = torch.ops.aten
 BETWEEN_DEVICES = {aten.copy_.default, aten._to_copy.default}
 INDEXED_FROM_THE_CPU = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
@@ -23,14 +29,14 @@ _ran: Counter[str] = Counter()
 
 
 class Pretended(Tensor):
-    """A tensor whose device is `pretend:0`."""
+    """A tensor on the pretended device."""
 
     inner: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Pretended:
         layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        made = Tensor._make_wrapper_subclass(cls, inner.size(), device=torch.device(NAME, 0), **layout)
+        made = Tensor._make_wrapper_subclass(cls, inner.size(), device=torch.device(DEVICE, 0), **layout)
         made.inner = inner
         return made
 
@@ -45,7 +51,7 @@ class Pretended(Tensor):
         return self.inner.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {DEVICE}:0 device type tensor to numpy")
 
     __array__ = numpy
 
@@ -53,9 +59,16 @@ class Pretended(Tensor):
 @contextmanager
 def pretended() -> Iterator[Counter[str]]:
     """Make the device usable inside the block. Yield how often each operation has run on it."""
+    _initialise()
     _ran.clear()
-    with _Operations(), _Constructor():
+    fused = patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [DEVICE])
+    with fused, _Operations(), _Constructor():
         yield _ran
+
+
+@cache
+def _initialise() -> None:
+    ts_backend.init()
 
 
 class _Operations(TorchDispatchMode):
@@ -73,23 +86,12 @@ class _Constructor(TorchFunctionMode):
         return made if device is None else made.to(device)
 
 
-@pytest.fixture(scope="session")
-def pretended_device() -> str:
-    """Register the device, once a process, and return its name."""
-    backends = pytest.importorskip("torch.utils.backend_registration")
-    if not hasattr(backends, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch has no devices written in Python")
-    if torch._C._get_privateuse1_backend_name() != NAME:
-        backends._setup_privateuseone_for_python_backend(NAME)
-    return NAME
-
-
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the data. One tensor without dimensions may come from the CPU, as on a GPU."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     pretended = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
     asked = kwargs.get("device")
-    there = bool(pretended) if asked is None else torch.device(asked).type == NAME
+    there = bool(pretended) if asked is None else torch.device(asked).type == DEVICE
     if not pretended and not there:
         return func(*args, **kwargs)
     _ran[func._schema.name.removeprefix("aten::")] += 1
@@ -98,7 +100,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         strangers = [t for t in own if isinstance(t, Tensor) and not isinstance(t, Pretended)]
         number = len(strangers) == 1 and not strangers[0].ndim and torch.Tag.pointwise in func.tags
         if strangers and not number:
-            raise RuntimeError(f"{func}: tensors on {NAME}:0 and, of shape {tuple(strangers[0].shape)}, on the cpu")
+            raise RuntimeError(f"{func}: tensors on {DEVICE}:0 and, of shape {tuple(strangers[0].shape)}, on the cpu")
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     given = {id(_inner(tensor)): tensor for tensor in tensors}

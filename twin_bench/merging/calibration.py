@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from rich.progress import Progress
@@ -100,34 +100,56 @@ def gram_matrices(model: Any, examples: Iterable[Example]) -> dict[str, Tensor]:
     is stored (in, out), as in GPT-2's Conv1D. n counts tokens, as in the authors' code, so a task of long texts weighs
     no more than a task of short texts. The authors' count includes padding; there is no padding here.
     """
-    names = dict(model.named_parameters())
-    layers = {
-        f"{path}.weight.T" if isinstance(module, Conv1D) else f"{path}.weight": module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names  # leaves out a tied output layer
-    }
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    last: list[Tensor] = []  # the last input and its X^T X: queries, keys and values have the same input
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if not last or last[0] is not args[0]:
-                x = args[0].flatten(0, -2).float()
-                last[:] = args[0], x.T @ x
-            sums[name] = sums[name].add_(last[1]) if name in sums else last[1].double()
-            counts[name] = counts.get(name, 0) + args[0].shape[:-1].numel()
-
-        return module.register_forward_pre_hook(hook)
-
-    hooks = [watch(name, module) for name, module in layers.items()]
-    try:
+    with InputGrams(linear_layers(model)) as grams:
         for example in examples:
             model(**example.inputs)
-    finally:
-        for hook in hooks:
+    return grams.means()
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's linear layers by the names of their Gram matrices, without a tied output layer."""
+    names = dict(model.named_parameters())
+    return {
+        f"{path}.weight.T" if isinstance(module, Conv1D) else f"{path}.weight": module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and f"{path}.weight" in names
+    }
+
+
+class InputGrams:
+    """The Gram matrices of the inputs that linear layers have inside the block; see `gram_matrices`."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        """Prepare to watch layers, by the names of their Gram matrices."""
+        self._layers = layers
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._last: list[Tensor] = []  # the last input and its X^T X: queries, keys and values have the same input
+
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+        self._hooks = [
+            layer.register_forward_pre_hook(functools.partial(self._add, name)) for name, layer in self._layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End watching."""
+        for hook in self._hooks:
             hook.remove()
-    return {name: (total / counts[name]).float() for name, total in sums.items()}
+        self._last = []
+
+    def means(self) -> dict[str, Tensor]:
+        """Return the Gram matrices of the layers that have run."""
+        return {name: (total / self._counts[name]).float() for name, total in self._sums.items()}
+
+    def _add(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not self._last or self._last[0] is not args[0]:
+            x = args[0].flatten(0, -2).float()
+            self._last = [args[0], x.T @ x]
+        gram = self._last[1]
+        self._sums[name] = self._sums[name].add_(gram) if name in self._sums else gram.double()
+        self._counts[name] = self._counts.get(name, 0) + args[0].shape[:-1].numel()
 
 
 def calibration_examples(
@@ -175,6 +197,19 @@ def _example(tokenizer: Any, asked: TaskInput, answer: str | None, limit: int) -
     return Example({"input_ids": torch.tensor([ids])}, min(answered, len(ids) - 1))
 
 
+def experts_examples(
+    tasks: Sequence[TaskRows], sources: Sources, *, rows: int = ROWS, seed: int = 0, max_length: int | None = None
+) -> dict[str, list[Example]]:
+    """Return each expert's `calibration_examples`, of its own tasks. UnsuitedError for an expert without a task."""
+    examples: dict[str, list[Example]] = {}
+    for name in sources.experts:
+        own = [task for task in tasks if task.task.expert == name]
+        if not own:
+            raise UnsuitedError(f"expert {name!r}: no task is its; statistics are computed from training rows")
+        examples[name] = calibration_examples(own, sources, rows=rows, seed=seed, max_length=max_length)
+    return examples
+
+
 def calibrate(
     kind: StatisticsKind,
     sources: Sources,
@@ -191,15 +226,10 @@ def calibrate(
 
     Statistics that are not stored there yet are computed on `device`, or on the CPU if the device has no float64. The
     name of `folder` must identify everything that they depend on, the kind of device included. Raises as
-    `calibration_examples` does, and UnsuitedError for an expert without a task, before anything is computed.
+    `experts_examples` does, before anything is computed.
     """
     progress = progress or Progress(disable=True)
-    examples: dict[str, list[Example]] = {}
-    for name in sources.experts:
-        own = [task for task in tasks if task.task.expert == name]
-        if not own:
-            raise UnsuitedError(f"expert {name!r}: no task is its; statistics are computed from training rows")
-        examples[name] = calibration_examples(own, sources, rows=rows, seed=seed, max_length=max_length)
+    examples = experts_examples(tasks, sources, rows=rows, seed=seed, max_length=max_length)
     stored: dict[str, StoredTensors] = {}
     for name, shown in examples.items():
         file = folder / f"{name}.safetensors"
