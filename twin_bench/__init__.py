@@ -1,9 +1,9 @@
 """twin-bench: twin-merged models inside evaluation harnesses, and a leaderboard of merge methods.
 
 `merge` and `methods` are the merge methods, `TwinModel` the model that fuses experts per input. `merge_method` and
-`TaskVectors` are what a new merge method is written with, `metric` a new metric, and `task` with `Classification`,
-`GenerativeTask` and `Item` a new task. `load_leaderboard` reads
-results as data frames, and `compare` compares methods on the same rows. A user's mistake raises `InputError`.
+`TaskVectors` are what a new merge method is written with, `router_kind` and `Router` a new router, `metric` a new
+metric, and `task` with `Classification`, `GenerativeTask` and `Item` a new task. `load_leaderboard` reads results as
+data frames, and `compare` compares methods on the same rows. A user's mistake raises `InputError`.
 
 `import twin_bench` imports no other module. A name below is imported when it is first asked for (PEP 562), because
 torch and transformers take seconds to import.
@@ -26,12 +26,15 @@ if TYPE_CHECKING:  # importing typing takes longer than everything else here, an
     from twin_bench.results.compare import compare
     from twin_bench.results.stored import load_leaderboard
     from twin_bench.twin.model import TwinModel
+    from twin_bench.twin.routers.base import Router
+    from twin_bench.twin.routers.registry import router_kind
 
 __all__ = [
     "Classification",
     "GenerativeTask",
     "InputError",
     "Item",
+    "Router",
     "TaskVectors",
     "TwinModel",
     "compare",
@@ -40,6 +43,7 @@ __all__ = [
     "merge_method",
     "methods",
     "metric",
+    "router_kind",
     "task",
 ]
 
@@ -48,6 +52,7 @@ _HOMES = {
     "GenerativeTask": "twin_bench.data.generative",
     "InputError": "twin_bench.errors",
     "Item": "twin_bench.data.generative",
+    "Router": "twin_bench.twin.routers.base",
     "TaskVectors": "twin_bench.merging.task_vectors",
     "TwinModel": "twin_bench.twin.model",
     "compare": "twin_bench.results.compare",
@@ -56,6 +61,7 @@ _HOMES = {
     "merge_method": "twin_bench.merging.registry",
     "methods": "twin_bench.merging.registry",
     "metric": "twin_bench.data.metrics",
+    "router_kind": "twin_bench.twin.routers.registry",
     "task": "twin_bench.data.registry",
 }
 

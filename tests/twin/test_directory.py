@@ -18,7 +18,7 @@ from tests.support.models import tiny_tokenizer
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.twin.builder import build_twin
-from twin_bench.twin.directory import load_parts, read_manifest, verify
+from twin_bench.twin.directory import FORMAT_VERSION, load_parts, read_manifest, verify
 from twin_bench.twin.recipe import Recipe
 
 
@@ -68,10 +68,11 @@ def test_an_edited_file_is_found(built: Path, tmp_path: Path, file: str) -> None
 def test_a_newer_format_or_no_twin_is_refused(built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "twin")
     manifest = json.loads((copy / "twin.json").read_text())
-    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 3}))
+    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": FORMAT_VERSION + 1}))
     with pytest.raises(InputError, match="upgrade twin-bench"):
         TwinModel.from_pretrained(copy)
-    (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 1, "experts": ["../cola"]}))
+    first = {key: value for key, value in manifest.items() if key != "sha256"}
+    (copy / "twin.json").write_text(json.dumps({**first, "format_version": 1, "experts": ["../cola"]}))
     with pytest.raises(InputError, match="letters, digits"):
         TwinModel.from_pretrained(copy)
     (copy / "twin.json").write_text("{")
@@ -84,7 +85,8 @@ def test_a_newer_format_or_no_twin_is_refused(built: Path, tmp_path: Path) -> No
 def test_the_version_that_built_a_twin_is_information_only(built: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(built, tmp_path / "twin")
     manifest = json.loads((copy / "twin.json").read_text())
-    assert manifest["format_version"] == 2
+    assert manifest["format_version"] == FORMAT_VERSION
+    del manifest["sha256"]
     (copy / "twin.json").write_text(json.dumps({**manifest, "format_version": 1, "twin_bench": "0.0.1"}))
     verify(copy, read_manifest(copy))
     assert load_parts(copy).digests == load_parts(built).digests

@@ -20,7 +20,8 @@ from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.finite import peaks
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Generate, Score, generate, score
-from twin_bench.twin.router import Router, RouterConfig, train_router
+from twin_bench.twin.routers.base import RouterConfig
+from twin_bench.twin.routers.mlp import MlpRouter, train_router
 from twin_bench.twin.sampling import Sampling
 from twin_bench.twin.tolerance import sensitivity
 
@@ -276,7 +277,7 @@ def test_a_temperature_that_divides_by_almost_nothing(twins: Any) -> None:
 )
 def test_a_routers_config_is_checked(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"router: {name} must be"):
-        Router(RouterConfig(**{"experts": ("a", "b"), "width": 4, name: value}))
+        MlpRouter(RouterConfig(**{"experts": ("a", "b"), "width": 4, name: value}))
 
 
 def test_training_on_features_that_are_not_finite(families: Any, tmp_path: Path) -> None:

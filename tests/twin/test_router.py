@@ -13,8 +13,9 @@ from twin_bench import InputError, TwinModel
 from twin_bench.data.task import TaskInput
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
-from twin_bench.twin.router import Router, RouterConfig, fusion_weights, train_router
 from twin_bench.twin.router_training import held_out_rows
+from twin_bench.twin.routers.base import RouterConfig, fusion_weights
+from twin_bench.twin.routers.mlp import MlpRouter, train_router
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])
@@ -63,7 +64,7 @@ def test_weights_are_a_softmax_with_temperature_and_top_k() -> None:
     torch.testing.assert_close(two[0], torch.tensor([torch.e / (1 + torch.e), 1 / (1 + torch.e), 0.0]))
     for wrong in ({"top_k": 4}, {"top_k": -1}, {"temperature": 0.0}):
         with pytest.raises(InputError, match="router: "):
-            Router(RouterConfig(("a", "b", "c"), 4, **wrong))  # type: ignore[arg-type]
+            MlpRouter(RouterConfig(("a", "b", "c"), 4, **wrong))  # type: ignore[arg-type]
 
 
 def clusters(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

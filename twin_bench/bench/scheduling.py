@@ -30,7 +30,8 @@ from twin_bench.twin.parts import Parts
 from twin_bench.twin.plan import Group
 from twin_bench.twin.prefix import NO_PREFIX, Prefix
 from twin_bench.twin.requests import Score, score
-from twin_bench.twin.router import Router, RouterConfig
+from twin_bench.twin.routers.base import RouterConfig
+from twin_bench.twin.routers.mlp import MlpRouter
 
 VOCABULARY = 512
 EXPERTS = 4
@@ -67,7 +68,7 @@ def instant_twin(window: int, *, top_k: int) -> Instant:
         f"expert{number}": Exclusive({name: Factors(torch.randn(8, 1), torch.randn(1, 8))}, {})
         for number in range(EXPERTS)
     }
-    router = Router(RouterConfig(tuple(experts), width=8, layer=0, top_k=top_k)).eval()
+    router = MlpRouter(RouterConfig(tuple(experts), width=8, layer=0, top_k=top_k)).eval()
     words = Tokenizer(models.WordLevel({"[PAD]": 0}, unk_token="[PAD]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
     return Instant(model, tokenizer, Parts(exclusive=experts, router=router))

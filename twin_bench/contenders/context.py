@@ -15,7 +15,7 @@ from twin_bench.contenders.storage import bytes_of, head_bytes
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import TaskType
 from twin_bench.measured import Taken
-from twin_bench.protocols import ProtocolName
+from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.builder import ORACLE_PARAMETERS
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.model import TwinModel, twin_class
@@ -31,6 +31,7 @@ class Context:
     a recipe. `rows` is how many rows of each task are scored (None: all). A method that learns at test time sees these
     rows and no others. `router` are settings of routers that a method's own options do not have; with `data` among
     them, routers are trained on the rows there and not on the tasks' own.
+    `protocols` are all that the suite runs; what is built for one is built for all of them.
     `workspace` is a folder for what is built from the inputs; its name identifies them. `feature_cache` is the folder
     of routers' features, if they are kept. `device` is where they are computed.
     """
@@ -45,6 +46,7 @@ class Context:
     workspace: Path
     trust: Mapping[str, bool] = field(default_factory=dict)
     router: Mapping[str, Any] = field(default_factory=dict)
+    protocols: tuple[ProtocolName, ...] = PROTOCOLS
     rows: int | None = None
     seed: int = 0
     max_length: int | None = None

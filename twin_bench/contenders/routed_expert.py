@@ -130,7 +130,8 @@ class _Kept(nn.Module):
 class WholeExperts(Fusion):
     """Puts one expert's own parameters into the model for the time of a block, where a Fusion would fuse.
 
-    The expert is that with the largest weight. Tensors are exchanged and not copied.
+    The expert is that with the largest weight. Where no expert has any, the shared expert stays. Tensors are exchanged
+    and not copied.
     """
 
     def __init__(self, model: nn.Module, kept: _Kept, names: tuple[str, ...]) -> None:
@@ -148,7 +149,8 @@ class WholeExperts(Fusion):
     @contextmanager
     def fuse(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
         """Run the block with the expert that has the largest of the weights (experts,)."""
-        with super().fuse(weights, bias_weights), self._placing(int(weights.argmax())):
+        (chosen,) = _largest(weights[None])
+        with super().fuse(weights, bias_weights), self._placing(chosen):
             yield
 
     @contextmanager
@@ -157,9 +159,9 @@ class WholeExperts(Fusion):
 
         InputError if the rows have several: they can't run together.
         """
-        chosen = sorted(set(weights.argmax(dim=1).tolist()))
+        chosen = _largest(weights)
         if len(chosen) > 1:
-            named = ", ".join(self._names[expert] for expert in chosen)
+            named = ", ".join("the shared one" if expert is None else self._names[expert] for expert in chosen)
             raise InputError(
                 f"the rows of a batch go to several whole experts ({named}), which can't run together; give the rows "
                 "one by one, or as a list of requests"
@@ -191,3 +193,9 @@ class WholeExperts(Fusion):
             parameter = self._model.get_parameter(name)
             self._aside[name], parameter.data = parameter.data, theirs
         self._placed = expert
+
+
+def _largest(weights: Tensor) -> list[int | None]:
+    """Return the experts with the largest weights in rows (batch, experts), each once; None for rows of zeros."""
+    chosen = torch.where(weights.any(dim=1), weights.argmax(dim=1), -1)
+    return [None if place < 0 else place for place in sorted(set(chosen.tolist()))]

@@ -30,6 +30,8 @@ from twin_bench.twin.router_training import require_two
 
 SUITE_ROWS = "the suite's training rows"
 """A suite's recipe has it in place of `router.data`."""
+TWIN_FORMAT = 2
+"""It is raised when the same recipe builds another twin."""
 BUILD_FORMAT = 2
 """The format of the record of what a build took."""
 
@@ -80,8 +82,12 @@ class TwinMethod(ServedMethod):
         return twin.weights == "router" or twin.exclusive.random or shared.draws(shared.defaults)
 
     def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
-        """Return whether a twin runs under a protocol. The protocol `routed` takes the head from the router."""
-        return protocol != "routed" or options.get("weights") != "task"
+        """Return whether a twin runs under a protocol.
+
+        The protocol `routed` takes the head from the router, which names none for a row that falls back.
+        """
+        twin = parse(TwinOptions, dict(options))
+        return protocol != "routed" or (twin.weights != "task" and not twin.router.get("fallback"))
 
 
 def check_twin(
@@ -162,7 +168,7 @@ def built_twin(
 ) -> Built:
     """Return the twin of these settings. It is built unless the workspace holds it."""
     recipe = _recipe(context, shared, exclusive, router)
-    directory = context.workspace / digest(recipe.model_dump(mode="json"))[:16]
+    directory = context.workspace / digest({"format": TWIN_FORMAT, **recipe.model_dump(mode="json")})[:16]
     taken = _build(recipe, directory, context)
     return Built(recipe, directory, read_manifest(directory), taken)
 
@@ -170,14 +176,20 @@ def built_twin(
 def _recipe(
     context: Context, shared: Mapping[str, Any], exclusive: Mapping[str, Any], router: Mapping[str, Any]
 ) -> Recipe:
-    """Return the recipe that builds a suite's twin."""
+    """Return the recipe that builds a suite's twin.
+
+    The authors' router, which is chosen on test rows, is left out unless the suite runs the protocol paper.
+    """
+    settings = {"data": SUITE_ROWS, **context.router, **router}
+    if "paper" not in context.protocols:
+        settings["paper"] = False
     return Recipe.model_validate(
         {
             "base_model": context.base_model,
             "experts": dict(context.experts),
             "shared": shared,
             "exclusive": exclusive,
-            "router": {"data": SUITE_ROWS, **context.router, **router},
+            "router": settings,
             "seed": context.seed,
             "max_length": context.max_length,
             "dtype": context.dtype,

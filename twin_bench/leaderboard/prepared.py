@@ -124,6 +124,7 @@ class Run:
             sources=self.sources,
             workspace=self.workspace,
             router=suite.router,
+            protocols=tuple(suite.protocol),
             rows=self.rows_scored(entry, protocol),
             seed=suite.seed,
             max_length=suite.max_length,

@@ -26,6 +26,7 @@ from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.router_training import RouterTraining, train_routers
+from twin_bench.twin.routers.registry import find_kind
 
 ORACLE_PARAMETERS = re.compile(r"bias")
 """The parameters that the protocol paper neither merges nor replaces. It takes them from the true task's expert."""
@@ -179,7 +180,18 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
     if router is None:
         return
     depth = config.num_hidden_layers
-    if router.layer != "auto" and not -1 <= router.layer <= depth:
-        raise InputError(f"router.layer {router.layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
+    kind = find_kind(router.kind)
+    top = depth - 1 if kind.router.reads_experts else depth
+    for layer in router.layers or [router.layer]:
+        if layer != "auto" and not -1 <= layer <= depth:
+            raise InputError(f"router.layer {layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
+        if layer != "auto" and kind.router.reads_experts and not 0 <= layer <= top:
+            raise InputError(f"router.layer {layer}: no block reads it, and kind {kind.name} does; 0 to {top}, or auto")
+    if router.layers and kind.router.reads_experts:
+        raise InputError(f"router.layers: kind {kind.name} reads one layer; give layer")
+    if router.layers and router.pooling == "auto":
+        raise InputError("router.pooling auto: it is chosen for one layer; give mean, first or last with layers")
+    if router.pooling == "first" and sources.skeleton.task_type == "causal_lm":
+        raise InputError("router.pooling first: a causal model's first token sees no other; give mean or last")
     if router.top_k > len(recipe.experts):
         raise InputError(f"router.top_k {router.top_k}: there are {len(recipe.experts)} experts; 0 keeps all")

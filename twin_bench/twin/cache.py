@@ -18,6 +18,7 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
+from twin_bench.twin.features import Read
 
 FORMAT = 3
 """The version of stored features. It is raised with every change in how features are computed, or rows told apart."""
@@ -32,17 +33,17 @@ def named_directory() -> Path | None:
 
 
 def cached(
-    folder: Path, decisive: Mapping[str, Any], layers: Sequence[int], compute: Callable[[list[int]], list[Tensor]]
+    folder: Path, decisive: Mapping[str, Any], reads: Sequence[Read], compute: Callable[[list[Read]], list[Tensor]]
 ) -> list[Tensor]:
-    """Return each layer's features, (rows, width) on the CPU. Those that are not in the cache are computed and stored.
+    """Return the features of each read, (rows, width) on the CPU.
 
-    A damaged file is computed again, with a warning.
+    Those that are not in the cache are computed and stored. A damaged file is computed again, with a warning.
 
     Args:
-        folder: The cache's directory, with one file for each list of rows and layer. It is created if necessary.
-        decisive: Everything that decides the features except the layer, as plain data.
-        layers: The layers whose features are returned.
-        compute: A function from a list of layers to their features.
+        folder: The cache's directory, with one file for each list of rows and read. It is created if necessary.
+        decisive: Everything that decides the features except the layer and the pooling, as plain data.
+        reads: The layers, each with its pooling, whose features are returned.
+        compute: A function from a list of reads to their features.
 
     Raises:
         InputError: `folder` can't be created.
@@ -52,17 +53,21 @@ def cached(
     except OSError as error:
         raise InputError(f"{folder}: features can't be kept there ({error.strerror}); name another directory") from None
     key = digest({"format": FORMAT, **decisive})
-    files = {layer: folder / f"{key}-{layer}.safetensors" for layer in layers}
-    stored = {layer: read_tensors(file, format_number=FORMAT) for layer, file in files.items()}
-    found = {layer: tensors["features"] for layer, tensors in stored.items() if tensors is not None}
-    missing = [layer for layer in files if layer not in found]
-    for layer, features in zip(missing, compute(missing) if missing else [], strict=True):
+    files = {read: folder / f"{key}-{_name(read)}.safetensors" for read in reads}
+    stored = {read: read_tensors(file, format_number=FORMAT) for read, file in files.items()}
+    found = {read: tensors["features"] for read, tensors in stored.items() if tensors is not None}
+    missing = [read for read in files if read not in found]
+    for read, features in zip(missing, compute(missing) if missing else [], strict=True):
         try:
-            write_tensors(files[layer], {"features": features}, format_number=FORMAT)
+            write_tensors(files[read], {"features": features}, format_number=FORMAT)
         except OSError as error:
-            _log.warning("%s: the features can't be kept (%s)", files[layer], error)
-        found[layer] = features
-    return [found[layer] for layer in layers]
+            _log.warning("%s: the features can't be kept (%s)", files[read], error)
+        found[read] = features
+    return [found[read] for read in reads]
+
+
+def _name(read: Read) -> str:
+    return str(read.layer) if read.pooling == "mean" else f"{read.layer}-{read.pooling}"
 
 
 def backbone_digest(backbone: Any, overrides: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_batch
 from twin_bench.twin.encoded import Encoded, tokens
-from twin_bench.twin.features import hidden_states, pool
+from twin_bench.twin.features import Read, hidden_states, pool_after, reads_of
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
 from twin_bench.twin.plan import Group, batches
 from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_prefixes
@@ -38,36 +38,41 @@ class TwinCausalLM(TwinLanguageModel):
     task_type: ClassVar[TaskType] = "causal_lm"
 
     @torch.no_grad()
-    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """Return the features that a router on each of `layers` reads: (batch, width) means over each row's tokens."""
+    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int | Read]) -> list[Tensor]:
+        """Return the features that a router on each of `layers` reads: (batch, width), of each row's own tokens."""
         positions = _positions(inputs["input_ids"], inputs.get("attention_mask"))
         return super().features({**inputs, "position_ids": positions}, layers)
 
     def _feature_batches(
-        self, rows: Sequence[Encoded], layers: Sequence[int], batch_size: int
+        self, rows: Sequence[Encoded], layers: Sequence[int | Read], batch_size: int
     ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
         """Yield the indices and the features of one batch of rows after the other. Shared prefixes are run once."""
+        reads = reads_of(layers)
         inputs = {row: inputs["input_ids"] for row, inputs in enumerate(rows)}
         limits = {row: len(ids) - 1 if self.shares_prefixes else 0 for row, ids in inputs.items()}
         for shared in shared_prefixes(inputs, limits):
-            begun: list[Tensor | float] = [0.0] * len(layers)
+            begun: list[Tensor | None] = [None] * len(reads)
             prefix = NO_PREFIX
             if shared.length:
                 prefix = Prefix(shared.length, DynamicCache(config=self.model.config))
                 ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
                 kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}
                 with self.fusion.shared():
-                    begun = [pool(state, None) * shared.length for state in hidden_states(self.backbone, kept, layers)]
+                    begun = [*hidden_states(self.backbone, kept, [read.layer for read in reads])]
             lengths = {row: len(inputs[row]) - shared.length for row in shared.rows}
             for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
                 rest = [tokens(inputs[row][shared.length :]) for row in batch.rows]
                 given = self._after(prefix, self.collate(rest))
-                count = torch.tensor([lengths[row] for row in batch.rows], device=self.device)[:, None]
                 mask = given["attention_mask"][:, shared.length :]
                 with self.fusion.shared():
-                    own = [pool(state, mask) * count for state in hidden_states(self.backbone, given, layers)]
-                total = shared.length + count
-                yield batch.rows, [(before + after) / total for before, after in zip(begun, own, strict=True)]
+                    states = hidden_states(self.backbone, given, [read.layer for read in reads])
+                yield (
+                    batch.rows,
+                    [
+                        pool_after(before, shared.length, state, mask, read.pooling)
+                        for before, state, read in zip(begun, states, reads, strict=True)
+                    ],
+                )
 
     def _after(self, prefix: Prefix, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the arguments of a forward of rows that come after a prefix."""

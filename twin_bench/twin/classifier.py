@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.twin.arguments import checked_batch, require_count, require_encoded, require_known, tasks_of
 from twin_bench.twin.encoded import Encoded, Text, identity
 from twin_bench.twin.finite import require_finite_logits
@@ -54,6 +54,11 @@ class TwinClassifier(TwinModel):
         self.heads = install_heads(self.model, parts.heads)
         self.num_labels = {task: head.num_labels for task, head in self.heads.items()}
         self.max_length = parts.max_length or default_max_length(self.model.config, self.task_type)
+        if self.protocol == "routed" and self.router is not None and self.router.config.threshold is not None:
+            raise UnsuitedError(
+                "protocol routed takes the head from the router, which names none for a row that falls back to the "
+                "shared expert; build the twin without fallback"
+            )
         if self.protocol == "paper":
             self._use_paper_protocol(parts.paper)
 

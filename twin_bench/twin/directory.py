@@ -6,7 +6,7 @@ my-twin/
   experts/NAME/        adapter_config.json, adapter_model.safetensors: the exclusive factors as a PEFT LoRA adapter
                        on model/ (scale 1); vectors.safetensors: the exclusive vector's 1-D tensors, which LoRA cannot
                        express; head.safetensors: a classifier's head
-  router/              config.json, router.safetensors
+  router/              config.json with the router's kind, router.safetensors
   router/paper/        for the protocol paper: biases.safetensors (pretrained biases) for classifiers, lora.safetensors
                        (the experts' own LoRA factors) for language models; the authors' router, if there were test
                        rows to select it on
@@ -18,7 +18,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,17 +32,17 @@ from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, shown
-from twin_bench.files import digest, digest_file, read_json, write_json, written_at_once
+from twin_bench.files import digest, digest_file, write_json, written_at_once
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.paper import AdapterStack, PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
-from twin_bench.twin.router import Router, RouterConfig
+from twin_bench.twin.routers.store import load_router, save_router
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The version of the directory's format. It is raised when an older twin-bench could not read a new directory.
 
-Directories of all earlier versions stay readable. From version 2 on, twin.json has a checksum of its own content. The
-version of twin-bench that built a twin is in twin.json for
+Directories of all earlier versions stay readable. From version 2 on, twin.json has a checksum of its own content. From
+version 3 on, a router has a kind. The version of twin-bench that built a twin is in twin.json for
 information only, and is part of no digest.
 """
 
@@ -73,7 +72,7 @@ def save_twin(
         for name in parts.exclusive:
             _save_expert(root / "experts" / name, name, parts, skeleton)
         if parts.router is not None:
-            _save_router(root / "router", parts.router)
+            save_router(root / "router", parts.router)
         if parts.paper is not None:
             _save_paper(root / "router" / "paper", parts.paper)
         manifest = {
@@ -138,7 +137,7 @@ def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
             name: Exclusive(load_adapter(folder, skeleton), load_file(folder / "vectors.safetensors"))
             for name, folder in folders.items()
         },
-        router=_load_router(directory / "router"),
+        router=load_router(directory / "router"),
         paper=_load_paper(directory / "router" / "paper", manifest),
         max_length=manifest.get("max_length"),
         sensitivity=manifest.get("sensitivity"),
@@ -166,7 +165,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(f"{file}: damaged, format_version {version!r} is none; build the twin again")
     if version > FORMAT_VERSION:
         raise InputError(f"{file}: format {version}, this twin-bench reads up to {FORMAT_VERSION}; upgrade twin-bench")
-    if version > 1 and manifest.get("sha256") != _checksum(manifest):
+    # Format 1 had no sum of its own. One that has is of a later format, whose number was damaged.
+    if (version > 1 or "sha256" in manifest) and manifest.get("sha256") != _checksum(manifest):
         raise InputError(f"{file}: edited or damaged (its own sha256 does not match); build the twin again")
     missing = [key for key in ("task_type", "experts", "files") if key not in manifest]
     if missing:
@@ -268,22 +268,6 @@ def _save_expert(folder: Path, name: str, parts: Parts, skeleton: Skeleton) -> N
         save_tensors(parts.heads[name], folder / HEAD_FILE)
 
 
-def _save_router(folder: Path, router: Router) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", asdict(router.config))
-    save_tensors(router.state_dict(), folder / "router.safetensors")
-
-
-def _load_router(folder: Path) -> Router | None:
-    """Return the router in a folder, or None if there is none."""
-    if not (folder / "router.safetensors").is_file():
-        return None
-    settings = read_json(folder / "config.json")
-    router = Router(RouterConfig(**{**settings, "experts": tuple(settings["experts"])}))
-    router.load_state_dict(load_file(folder / "router.safetensors"))
-    return router.eval()
-
-
 def _save_paper(folder: Path, paper: PaperParts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if paper.factors is None:
@@ -291,12 +275,12 @@ def _save_paper(folder: Path, paper: PaperParts) -> None:
     else:
         _save_adapters(paper.factors.adapters, folder / "lora.safetensors")
     if paper.router is not None:
-        _save_router(folder, paper.router)
+        save_router(folder, paper.router)
 
 
 def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
     """Return the parts for the protocol paper, or None if the twin was built without them."""
-    router = _load_router(folder)
+    router = load_router(folder)
     if (folder / "lora.safetensors").is_file():
         limits = manifest["exclusive"]
         adapters = _load_adapters(folder / "lora.safetensors")

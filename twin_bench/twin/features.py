@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from twin_bench.errors import InputError
+
+Pooling = Literal["mean", "first", "last"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+"""How the hidden states of a text's tokens become one vector: their mean, or that of its first or last token."""
+
+
+class Read(NamedTuple):
+    """What a router reads: a layer (see `hidden_states`), and how its hidden states are pooled."""
+
+    layer: int
+    pooling: Pooling = "mean"
+
+
+def reads_of(layers: Sequence[int | Read]) -> list[Read]:
+    """Return what is read on each of `layers`. A layer alone stands for the mean over its tokens."""
+    return [layer if isinstance(layer, Read) else Read(layer) for layer in layers]
 
 
 @torch.no_grad()
@@ -53,21 +69,77 @@ def hidden_states(
     return [seen[layer] for layer in layers]
 
 
-def pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return h(x), the mean of hidden states over the tokens that are not padding: (batch, width).
+def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling = "mean") -> Tensor:
+    """Return h(x), (batch, width): the mean of hidden states over the tokens that are not padding, or one of them.
 
     The result is in float32, or in float64 where the hidden states are. A sum over a long text overflows half
     precision.
 
     Args:
         hidden: (batch, length, width).
-        attention_mask: (batch, length), 0 on padding; None where there is no padding.
+        attention_mask: (batch, length), 0 on padding, which may be on either side; None where there is no padding.
+        pooling: mean, or the first or last token that is not padding.
     """
+    if pooling != "mean":
+        hidden = _token(hidden, attention_mask, last=pooling == "last")
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if pooling != "mean":
+        return hidden
     if attention_mask is None:
         return hidden.mean(dim=1)
     mask = attention_mask.to(hidden)[..., None]
     return hidden.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def pool_after(
+    before: Tensor | None, length: int, hidden: Tensor, attention_mask: Tensor, pooling: Pooling = "mean"
+) -> Tensor:
+    """Return `pool` of texts that begin with the same tokens, (batch, width).
+
+    Args:
+        before: (1, length, width), the hidden states of those tokens; None if there are none.
+        length: how many they are.
+        hidden: (batch, rest, width), the hidden states of the texts' other tokens, at least one each.
+        attention_mask: (batch, rest), 0 on padding.
+        pooling: as for `pool`.
+    """
+    if pooling == "last" or (pooling == "first" and before is None):
+        return pool(hidden, attention_mask, pooling)
+    if pooling == "first":
+        assert before is not None
+        return pool(before, None, pooling).expand(len(hidden), -1)
+    count = attention_mask.sum(dim=1, keepdim=True)
+    begun = 0.0 if before is None else pool(before, None) * length
+    return (begun + pool(hidden, attention_mask) * count) / (length + count)
+
+
+def _token(hidden: Tensor, attention_mask: Tensor | None, *, last: bool) -> Tensor:
+    """Return each row's first or last hidden state that is not padding, (batch, width)."""
+    if attention_mask is None:
+        return hidden[:, -1 if last else 0]
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    real = attention_mask != 0
+    place = torch.where(real, places, -1).amax(dim=1) if last else real.int().argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), place.clamp(min=0)]
+
+
+def in_order(
+    batches: Iterable[tuple[Sequence[int], list[Tensor]]], progress: Callable[[int], None] | None
+) -> list[Tensor]:
+    """Return the features of batches as (rows, width) tensors on the CPU, in the order of the rows.
+
+    Each batch is the rows' indices and their features, one tensor for each read. `progress` is called with
+    their number.
+    """
+    order: list[int] = []
+    found: list[list[Tensor]] = []
+    for rows, features in batches:
+        order += rows
+        found.append([own.cpu() for own in features])
+        if progress:
+            progress(len(rows))
+    place = torch.argsort(torch.tensor(order))
+    return [torch.cat(parts)[place] for parts in zip(*found, strict=True)]
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)

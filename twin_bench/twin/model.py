@@ -27,12 +27,12 @@ from twin_bench.twin.arguments import (
 from twin_bench.twin.cache import backbone_digest, cached, surroundings
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.encoded import Encoded, Text, alike, distinct, identity
-from twin_bench.twin.features import hidden_states, pool
+from twin_bench.twin.features import Read, hidden_states, in_order, pool, reads_of
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
 from twin_bench.twin.parts import ROUTINGS, Parts, Routing
 from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
-from twin_bench.twin.router import Router
+from twin_bench.twin.routers.base import Router
 from twin_bench.twin.tolerance import allowed_tolerance, simplified
 
 
@@ -181,7 +181,8 @@ class TwinModel(nn.Module, abc.ABC):
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """Return the router's fusion weights, (batch, experts) in float32. Each row sums to 1.
 
-        A row's weights depend only on its own tokens, and not on padding.
+        A row sums to 0 where the router has a threshold and is less sure: the shared expert answers it. A row's weights
+        depend only on its own tokens, and not on padding.
 
         Args:
             input_ids: (batch, length).
@@ -196,15 +197,20 @@ class TwinModel(nn.Module, abc.ABC):
 
     def _routed_batch(self, inputs: Mapping[str, Tensor]) -> Tensor:
         router = self._required_router()
-        return router.weights(self.features(inputs, [router.config.layer])[0])
+        return router.weights(torch.cat(self.features(inputs, router.config.reads), dim=1))
 
     @torch.no_grad()
-    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """Return the features that a router on each of `layers` reads: (batch, width) means over each row's tokens."""
+    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int | Read]) -> list[Tensor]:
+        """Return the features that a router on each of `layers` reads: (batch, width), of each row's own tokens.
+
+        A layer alone stands for the mean over the tokens (see `Read`).
+        """
+        reads = reads_of(layers)
         overrides = {name: tensor.to(self.device, self.model.dtype) for name, tensor in self.router_overrides.items()}
         with self.fusion.shared():
-            states = hidden_states(self.backbone, inputs, layers, overrides=overrides)
-        return [pool(state, inputs.get("attention_mask")) for state in states]
+            states = hidden_states(self.backbone, inputs, [read.layer for read in reads], overrides=overrides)
+        mask = inputs.get("attention_mask")
+        return [pool(state, mask, read.pooling) for state, read in zip(states, reads, strict=True)]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
         """Tokenise (text, text_pair or None) rows without padding, each truncated to `max_length` tokens.
@@ -267,7 +273,8 @@ class TwinModel(nn.Module, abc.ABC):
             return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         router = self._required_router()
         rows, place = distinct(encoded)
-        features = self.features_of(rows, [router.config.layer], batch_size=batch_size, progress=progress)[0]
+        found = self.features_of(rows, router.config.reads, batch_size=batch_size, progress=progress)
+        features = torch.cat(found, dim=1)
         numbers = place.new_zeros(len(rows)).scatter_(0, place, torch.arange(len(place)))  # a request of each row
         parts = zip(features.split(batch_size), numbers.split(batch_size), strict=True)
         weights = torch.cat([router.weights(part, own.tolist()) for part, own in parts])
@@ -277,7 +284,7 @@ class TwinModel(nn.Module, abc.ABC):
     def features_of(
         self,
         rows: Sequence[Encoded],
-        layers: Sequence[int],
+        layers: Sequence[int | Read],
         *,
         batch_size: int,
         progress: Callable[[int], None] | None = None,
@@ -286,38 +293,30 @@ class TwinModel(nn.Module, abc.ABC):
 
         Args:
             rows: at least one encoded row, none empty.
-            layers: -1 to the number of blocks.
+            layers: -1 to the number of blocks, each with its pooling (see `Read`), or alone for the mean.
             batch_size: the largest number of rows in a forward.
             progress: called with the number of rows done since the last call. It is not called for layers whose
                 features `feature_cache` holds.
         """
 
-        def compute(missing: Sequence[int]) -> list[Tensor]:
-            found: list[list[Tensor]] = [[] for _ in missing]
-            order: list[int] = []
-            for batch, features in self._feature_batches(rows, missing, batch_size):
-                order += batch
-                for kept, own in zip(found, features, strict=True):
-                    kept.append(own.cpu())
-                if progress:
-                    progress(len(batch))
-            place = torch.argsort(torch.tensor(order))
-            return [torch.cat(kept)[place] for kept in found]
+        def compute(missing: Sequence[Read]) -> list[Tensor]:
+            return in_order(self._feature_batches(rows, missing, batch_size), progress)
 
         if self.feature_cache is None:
-            return compute(layers)
+            return compute(reads_of(layers))
         decisive = {
             **surroundings(self.device),
-            "backbone": self._backbone_digest,
+            "backbone": self.backbone_digest,
             "dtype": str(self.model.dtype),
             "rows": [digest(identity(row).hex()) for row in rows],
             "batch_size": batch_size,
         }
         last = self.backbone.config.num_hidden_layers
-        return cached(self.feature_cache, decisive, [last if layer == -1 else layer for layer in layers], compute)
+        reads = [read._replace(layer=last) if read.layer == -1 else read for read in reads_of(layers)]
+        return cached(self.feature_cache, decisive, reads, compute)
 
     def _feature_batches(
-        self, rows: Sequence[Encoded], layers: Sequence[int], batch_size: int
+        self, rows: Sequence[Encoded], layers: Sequence[int | Read], batch_size: int
     ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
         """Yield the indices and the features (on each of `layers`) of one batch of rows after the other."""
         lengths = [len(row["input_ids"]) for row in rows]
@@ -326,7 +325,7 @@ class TwinModel(nn.Module, abc.ABC):
             yield batch.rows, self.features(self.collate([rows[row] for row in batch.rows]), layers)
 
     @functools.cached_property
-    def _backbone_digest(self) -> str:
+    def backbone_digest(self) -> str:
         """The digest of what the router's features depend on. It is taken once, because the parameters never change."""
         return backbone_digest(self.backbone, self.router_overrides)
 

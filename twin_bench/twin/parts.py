@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.paper import PaperFactors
-from twin_bench.twin.router import Router
+from twin_bench.twin.routers.base import Router
 
 Routing = Literal["router", "task", "none"]
 ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -11,6 +11,8 @@ from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, w
 from twin_bench.errors import InputError
 from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.recipe import Shared
+from twin_bench.twin.features import Pooling
+from twin_bench.twin.routers.registry import find_kind
 
 
 class ExclusiveSettings(Settings):
@@ -36,27 +38,57 @@ class ExclusiveSettings(Settings):
         return {key: value for key, value in dumped.items() if key != "random" or value}
 
 
+LATER = ("kind", "options", "layers", "pooling", "fallback", "keep")
+"""The keys of a router that recipes once did not have."""
+
+
 class RouterSettings(Settings):
     """The router's training data, its input and its training.
 
     `data` is a directory of {task}/train.jsonl in the tasks' own schemas, or a file of rows {"text", "task"}.
-    `layer` is the hidden state that the router reads: 0 for the embeddings, k for block k, -1 for the last. With auto
-    it is the layer with the best accuracy on the held-out rows.
-    `top_k` keeps only the largest weights (0 keeps all), and `temperature` divides the logits.
-    `max_rows` limits each task's rows. `held_out` is the fraction of them on which epoch and layer are chosen.
+    `kind` names the kind of router, by default the paper's MLP, and `options` are that kind's.
+    `layer` is the hidden state that the router reads: 0 for the embeddings, k for block k, -1 for the last. `layers` in
+    its place are several, one behind the other. With auto it is the lowest layer whose accuracy on the held-out rows is
+    within one standard error of the best one's.
+    `pooling` says how hidden states become one vector: mean, first, last, or auto, which is chosen with the layer.
+    `top_k` keeps only the largest weights (0 keeps all), and `temperature` divides the logits; with auto it makes the
+    held-out rows most likely.
+    With `fallback` shared, the shared expert answers rows of which the router is less sure than of a fraction `keep`
+    of the held-out rows.
+    `max_rows` limits each task's rows. `held_out` is the fraction of them on which all that is chosen is chosen.
     `epochs` counts the passes over the training rows.
     With `paper`, the authors' router for the protocol paper is trained too if `data` holds each task's validation
     rows, on which the authors select it.
     """
 
     data: str
+    kind: str = "mlp"
+    options: dict[str, Any] = Field(default_factory=dict)
     layer: int | Literal["auto"] = -1
+    layers: tuple[int, ...] = ()
+    pooling: Pooling | Literal["auto"] = "mean"
     top_k: int = Field(default=0, ge=0)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
+    fallback: Literal["shared"] | None = None
+    keep: float = Field(default=0.95, gt=0, le=1)
     max_rows: int = Field(default=5500, ge=2)
     held_out: float = Field(default=0.1, gt=0, lt=1)
     epochs: int = Field(default=50, ge=1)
     paper: bool = True
+
+    @model_validator(mode="after")
+    def _known(self) -> RouterSettings:
+        find_kind(self.kind).checked(self.options)
+        if self.layers and "layer" in self.model_fields_set:
+            raise InputError("give either layer or layers")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys that came after the first format, unless they are set: digests of settings stay the same."""
+        dumped: dict[str, Any] = serialise(self)
+        plain = {name: RouterSettings.model_fields[name].get_default(call_default_factory=True) for name in LATER}
+        return {key: value for key, value in dumped.items() if key not in LATER or getattr(self, key) != plain[key]}
 
 
 class Recipe(WithPlugins):

@@ -1,11 +1,12 @@
-"""Training a twin's routers: rows, features, the choice of layer and epoch, and the twin's sensitivity."""
+"""Making a twin's routers: rows, features, the choice of what is read, and the twin's sensitivity."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,22 @@ from twin_bench.checkpoints.sources import Sources, load_model
 from twin_bench.data.rows import RouterRows
 from twin_bench.data.task import TaskInput
 from twin_bench.errors import InputError
+from twin_bench.files import digest, digest_tensors
 from twin_bench.protocols import ProtocolName
-from twin_bench.twin.encoded import Encoded, distinct
+from twin_bench.twin.cache import surroundings
+from twin_bench.twin.directions import reading_directions
+from twin_bench.twin.encoded import Encoded, distinct, identity
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.features import POOLINGS, Read
 from twin_bench.twin.model import TwinModel, twin_class
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.recipe import Recipe, RouterSettings
-from twin_bench.twin.router import RouterConfig, Trained, train_router
+from twin_bench.twin.routers.base import Examples, Router, RouterConfig
+from twin_bench.twin.routers.calibration import calibrated, report
+from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
+from twin_bench.twin.routers.mlp import train_router
+from twin_bench.twin.routers.registry import find_kind
+from twin_bench.twin.routers.store import kept_router
 from twin_bench.twin.tolerance import sensitivity
 
 PROBE_ROWS = 16
@@ -46,9 +57,9 @@ class RouterTraining:
     """What is needed to train the routers of a twin: its recipe, its parts so far, and rows.
 
     `shared` holds the shared expert's parameters. `given` are all rows that may be used, and `rows` the sample of the
-    training rows that is. `feature_cache` is the directory in which features are kept from run to run, or None.
-    `device` is where they are computed, and `batch_size` the largest number of rows in a forward pass, if it is given;
-    the routers themselves are small, and trained on the CPU.
+    training rows that is. `feature_cache` is the directory in which features and routers are kept from run to run, or
+    None. `device` is where features are computed, and `batch_size` the largest number of rows in a forward pass, if it
+    is given; the routers themselves are small, and trained on the CPU.
     """
 
     recipe: Recipe
@@ -82,73 +93,176 @@ class RouterTraining:
 
 
 def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
-    """Return the twin's parts with trained routers and the twin's sensitivity, and a summary of the choices.
+    """Return the twin's parts with its routers and the twin's sensitivity, and a summary of the choices.
 
-    The router's epoch and layer are chosen on held-out training rows. If the twin can run under the protocol paper
-    and the data holds test rows, a second router is trained as the authors do.
+    All that is chosen about the router is chosen on held-out training rows. If the twin can run under the protocol
+    paper and the data holds test rows, a second router is trained as the authors do.
     """
     settings, seed = training.settings, training.recipe.seed
     rows = _sampled(training.given.train, training.experts, settings.max_rows, seed)
     training = replace(training, rows=rows)
     held_out = held_out_rows(rows, training.experts, settings.held_out, seed)
     twin = training.twin()
-    best, layer_accuracy = _best_router(training, twin, held_out)
-    twin.router = copy.deepcopy(best.router).to(training.device)
+    router, told = _kept(training, twin, rows, held_out, lambda: _chosen_router(training, twin, held_out))
+    twin.router = copy.deepcopy(router).to(training.device)
     probes = [row for row, chooses in zip(rows, held_out, strict=True) if chooses]
-    parts = replace(training.parts, router=best.router, sensitivity=_sensitivity(twin, probes))
-    summary = {
-        **settings.model_dump(exclude={"data"}),
-        "layer": best.router.config.layer,
-        "selected_on": "held-out training rows",
-        **_summary(best),
-        "layer_accuracy": layer_accuracy,
-    }
+    parts = replace(training.parts, router=router, sensitivity=_sensitivity(twin, probes))
+    summary = {**settings.model_dump(exclude={"data"}), **told}
     if settings.paper and parts.paper is not None:
         test_rows = training.given.test(min(settings.max_rows, PAPER_TEST_ROWS))
         if test_rows:
-            paper = _paper_router(replace(training, parts=parts), test_rows)
-            parts = replace(parts, paper=replace(parts.paper, router=paper.router))
-            summary["paper"] = {"layer": -1, "selected_on": "test rows, as the authors do", **_summary(paper)}
+            paper, summary["paper"] = _paper_router(replace(training, parts=parts), test_rows)
+            parts = replace(parts, paper=replace(parts.paper, router=paper))
     return parts, summary
 
 
-def _best_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) -> tuple[Trained, dict[str, float]]:
-    """Train a router on each layer that the recipe allows. Return the most accurate one and all layers' accuracies."""
-    settings, owner = training.settings, training.owners(training.rows)
-    depth = training.sources.config.num_hidden_layers
-    layers = list(range(depth + 1)) if settings.layer == "auto" else [settings.layer]
-    features = _features(training, twin, training.rows, layers, "router features")
-    best: Trained | None = None
-    accuracy: dict[str, float] = {}
-    pairs = list(zip(layers, features, strict=True))
-    for layer, hidden in training.progress.track(pairs, description="router"):
-        config = RouterConfig(training.experts, hidden.shape[1], layer, settings.top_k, settings.temperature)
-        fit, chosen = (hidden[~held_out], owner[~held_out]), (hidden[held_out], owner[held_out])
-        trained = train_router(config, *fit, *chosen, epochs=settings.epochs, seed=training.recipe.seed)
-        accuracy[str(layer)] = trained.accuracy
-        best = trained if best is None or trained.accuracy > best.accuracy else best
-    assert best is not None
-    return best, accuracy
+def _kept(
+    training: RouterTraining,
+    twin: TwinModel,
+    rows: Sequence[TaskInput],
+    held_out: Tensor,
+    fit: Callable[[], tuple[Router, dict[str, Any]]],
+) -> tuple[Router, dict[str, Any]]:
+    """Return what `fit` returns, or what it returned in an earlier build on the same shared expert and rows."""
+    if training.feature_cache is None:
+        return fit()
+    kind = find_kind(training.settings.kind)
+    exclusive = training.parts.exclusive if kind.router.reads_experts else {}
+    encoded = twin.encode([(row.text, row.text_pair) for row in rows])
+    decisive = {
+        **surroundings(training.device),
+        "kind": kind.identity,
+        "settings": training.settings.model_dump(mode="json", exclude={"data", "paper"}),
+        "seed": training.recipe.seed,
+        "protocol": twin.protocol,
+        "experts": training.experts,
+        "exclusive": [digest_tensors(_tensors_of(own)) for own in exclusive.values()],
+        "backbone": twin.backbone_digest,
+        "dtype": str(twin.model.dtype),
+        "rows": digest([(identity(one).hex(), row.task) for one, row in zip(encoded, rows, strict=True)]),
+        "held_out": digest(held_out.tolist()),
+        "batch_size": training.batch_size,
+    }
+    return kept_router(training.feature_cache, decisive, fit)
 
 
-def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> Trained:
-    """Train a router as the authors do.
+def _tensors_of(exclusive: Exclusive) -> dict[str, Tensor]:
+    """Return the factors of an exclusive vector by name."""
+    return {f"{n}.{side}": getattr(f, side) for n, f in exclusive.factors.items() for side in ("A", "B")}
+
+
+def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) -> tuple[Router, dict[str, Any]]:
+    """Return the router of the recipe, on the layer that is given or chosen, and a summary of it."""
+    settings, progress = training.settings, training.progress
+    kind, depth = find_kind(settings.kind), training.sources.config.num_hidden_layers
+    reads = _candidates(settings, depth, causal=training.sources.skeleton.task_type == "causal_lm")
+    features = dict(zip(reads, _features(training, twin, training.rows, reads), strict=True))
+    fits = _Fits(training, twin, held_out, features)
+    accuracy: dict[Read, float] = {}
+    wanted = tuple(reads)
+    if "auto" in (settings.layer, settings.pooling):
+        accuracy = {read: fits.probe((read,)) for read in progress.track(reads, description="router: layers")}
+        wanted = (cheapest(accuracy, int(held_out.sum()), depth),)
+    bar = progress.add_task(f"router: {kind.name}", total=settings.epochs)
+    examples = fits.examples(wanted, lambda: progress.advance(bar))
+    router = kind.fit(fits.config(wanted), examples, settings.options)
+    progress.update(bar, completed=settings.epochs)
+    chosen = (examples.held_out, examples.held_out_owners)
+    keep = settings.keep if settings.fallback else None
+    calibrated(router, *chosen, auto=settings.temperature == "auto", keep=keep)
+    told = _summary(router, *chosen, len(examples.features), "held-out training rows")
+    return router, {**told, "layer_accuracy": {as_text(read): value for read, value in accuracy.items()}}
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """The fits of a recipe's router on the features (rows, width) of several reads."""
+
+    training: RouterTraining
+    twin: TwinModel
+    held_out: Tensor
+    features: Mapping[Read, Tensor]
+
+    def config(self, reads: tuple[Read, ...]) -> RouterConfig:
+        """Return the config of a router on these reads, before its calibration."""
+        settings, depth = self.training.settings, self.training.sources.config.num_hidden_layers
+        layers = tuple(read.layer for read in reads)
+        return RouterConfig(
+            experts=self.training.experts,
+            width=sum(self.features[read].shape[1] for read in reads),
+            layer=max(layers, key=lambda layer: depth if layer == -1 else layer),
+            top_k=settings.top_k,
+            temperature=1.0 if settings.temperature == "auto" else settings.temperature,
+            kind=settings.kind,
+            layers=layers if len(layers) > 1 else (),
+            pooling=reads[0].pooling,
+        )
+
+    def examples(self, reads: tuple[Read, ...], advance: Callable[[], None] = lambda: None) -> Examples:
+        """Return what a router on these reads is made from."""
+        training, held_out = self.training, self.held_out
+        hidden = torch.cat([self.features[read] for read in reads], dim=1)
+        owner = training.owners(training.rows)
+        rows = (hidden[~held_out], owner[~held_out], hidden[held_out], owner[held_out])
+        directions = functools.partial(reading_directions, self.twin, training.parts.exclusive, reads[0].layer)
+        return Examples(*rows, training.settings.epochs, training.recipe.seed, directions, advance)
+
+    def probe(self, reads: tuple[Read, ...]) -> float:
+        """Return the accuracy on held-out rows: of ridge regression in place of a router that takes long to train."""
+        settings, examples = self.training.settings, self.examples(reads)
+        kind = find_kind(settings.kind)
+        if kind.router.trains:
+            return ridge_accuracy(examples, len(self.training.experts))
+        router = kind.fit(self.config(reads), examples, settings.options)
+        return (router(examples.held_out).argmax(dim=1) == examples.held_out_owners).double().mean().item()
+
+
+def _candidates(settings: RouterSettings, depth: int, *, causal: bool) -> list[Read]:
+    """Return what the recipe's router reads, or may read if that is to be chosen."""
+    poolings = (settings.pooling,) if settings.pooling != "auto" else ("mean", "last") if causal else POOLINGS
+    top = depth - 1 if find_kind(settings.kind).router.reads_experts else depth
+    layers = tuple(range(top + 1)) if settings.layer == "auto" else settings.layers or (settings.layer,)
+    return [Read(layer, pooling) for layer in layers for pooling in poolings]
+
+
+def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> tuple[Router, dict[str, Any]]:
+    """Train a router as the authors do, and return it with a summary.
 
     It reads the last layer of the shared expert with the pretrained biases, and its epoch is chosen on the test rows.
     """
+    epochs = training.settings.epochs
+    settings = RouterSettings(data="", epochs=epochs, max_rows=training.settings.max_rows)
+    training = replace(training, settings=settings)
     twin = training.twin("paper")
-    both, count = [*training.rows, *test_rows], len(training.rows)
-    hidden = _features(training, twin, both, [-1], "router features (paper)")[0]
-    owner = training.owners(both)
-    fit, chosen = (hidden[:count], owner[:count]), (hidden[count:], owner[count:])
-    config = RouterConfig(training.experts, hidden.shape[1])
-    return train_router(config, *fit, *chosen, epochs=training.settings.epochs, seed=training.recipe.seed)
+    both = [*training.rows, *test_rows]
+    tested = torch.arange(len(both)) >= len(training.rows)
+
+    def fit() -> tuple[Router, dict[str, Any]]:
+        hidden = _features(training, twin, both, [Read(-1)], "router features (paper)")[0]
+        owner = training.owners(both)
+        bar = training.progress.add_task("router (paper)", total=epochs)
+        trained = train_router(
+            RouterConfig(training.experts, hidden.shape[1]),
+            *(hidden[~tested], owner[~tested], hidden[tested], owner[tested]),
+            epochs=epochs,
+            seed=training.recipe.seed,
+            advance=lambda: training.progress.advance(bar),
+        )
+        trained.router.notes = {"epoch": trained.epoch}
+        rows = (hidden[tested], owner[tested], trained.rows)
+        return trained.router, _summary(trained.router, *rows, "test rows, as the authors do")
+
+    return _kept(training, twin, both, tested, fit)
 
 
 def _features(
-    training: RouterTraining, twin: TwinModel, rows: Sequence[TaskInput], layers: Sequence[int], description: str
+    training: RouterTraining,
+    twin: TwinModel,
+    rows: Sequence[TaskInput],
+    reads: Sequence[Read],
+    description: str = "router features",
 ) -> list[Tensor]:
-    """Return the features (rows, width) of each layer, in float32 on the CPU."""
+    """Return the features (rows, width) of each read, in float32 on the CPU."""
     encoded = twin.encode([(row.text, row.text_pair) for row in rows])
     lengths = [len(row["input_ids"]) for row in encoded]
     if not all(lengths):
@@ -160,17 +274,17 @@ def _features(
     bar = progress.add_task(description, total=len(distinct_rows))
     features = twin.features_of(
         distinct_rows,
-        layers,
+        reads,
         batch_size=training.batch_size or fitting,
         progress=lambda done: progress.advance(bar, done),
     )
     progress.update(bar, completed=len(distinct_rows))
-    for layer, hidden in zip(layers, features, strict=True):
+    for read, hidden in zip(reads, features, strict=True):
         if not all_finite(hidden):
             bad = (~torch.isfinite(hidden)).any(dim=1)[place].nonzero()[0]
             raise InputError(
-                f"router: the model's hidden state on layer {layer} is not finite for a row of {rows[int(bad)].task}; "
-                "set dtype: float32 or bfloat16, or check the experts"
+                f"router: the model's hidden state on layer {read.layer} is not finite for a row of "
+                f"{rows[int(bad)].task}; set dtype: float32 or bfloat16, or check the experts"
             )
     return [hidden.float()[place] for hidden in features]
 
@@ -227,11 +341,16 @@ def held_out_rows(rows: Sequence[TaskInput], names: Sequence[str], fraction: flo
     return mask
 
 
-def _summary(trained: Trained) -> dict[str, Any]:
+def _summary(router: Router, features: Tensor, owners: Tensor, rows: int, selected_on: str) -> dict[str, Any]:
+    """Return what twin.json says of a router. `features` and `owners` are of the rows on which it was chosen."""
     return {
-        "epoch": trained.epoch,
-        "accuracy": trained.accuracy,
-        "task_accuracy": trained.task_accuracy,
-        "rows": trained.rows,
-        "selection_rows": trained.selection_rows,
+        "layer": router.config.layer,
+        "pooling": router.config.pooling,
+        "temperature": router.config.temperature,
+        "threshold": router.config.threshold,
+        "selected_on": selected_on,
+        **router.notes,
+        **report(router, features, owners),
+        "rows": rows,
+        "selection_rows": len(features),
     }

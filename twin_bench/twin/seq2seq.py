@@ -17,6 +17,7 @@ from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
 from twin_bench.twin.arguments import checked_batch, checked_target
 from twin_bench.twin.encoded import Encoded, packed, tokens
+from twin_bench.twin.features import Read
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
 from twin_bench.twin.parts import Parts
@@ -54,8 +55,8 @@ class TwinSeq2Seq(TwinLanguageModel):
         return self.model.get_encoder()
 
     @torch.no_grad()
-    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """Return the features that a router on each of `layers` reads: (batch, width) means over each source's tokens.
+    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int | Read]) -> list[Tensor]:
+        """Return the features that a router on each of `layers` reads: (batch, width), of each source's own tokens.
 
         Layer 0 is the output of the encoder's embeddings, k that of its block k, and -1 the encoder's own.
         """

@@ -1,0 +1,54 @@
+"""The expert whose training rows span the features best: SiM."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twin_bench.errors import InputError
+from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
+from twin_bench.twin.routers.registry import router_kind
+
+
+@router_kind("subspace", title="SiM's projection residual", paper="arXiv:2606.22589")
+class SubspaceRouter(StoredRouter):
+    """softmax(-|z - U_t U_t^T z|), z = x / |x|: the residual of the features on the span of `rows` rows of each task.
+
+    SiM reads the pretrained model, and this router what every router reads: the shared expert. `rank` keeps the
+    directions with the largest singular values; 0 keeps all. Nothing is trained.
+    """
+
+    confidence_of = "logit"
+    bases: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        config: RouterConfig,
+        examples: Examples,
+        *,
+        rows: Annotated[int, Field(ge=1)] = 32,
+        rank: Annotated[int, Field(ge=0)] = 0,
+    ) -> SubspaceRouter:
+        """Find an orthonormal basis of each task's rows. InputError if a task's rows span the whole space."""
+        kept = min(rank or rows, rows, *(len(own) for own in examples.few(len(config.experts), rows)))
+        if kept >= config.width:
+            raise InputError(
+                f"router.options.rows {rows}: they span all {config.width} features, so that no residual is left; give "
+                "fewer, or a rank"
+            )
+        few = [own / own.norm(dim=1, keepdim=True) for own in examples.few(len(config.experts), rows)]
+        return cls(config, bases=torch.stack([torch.linalg.svd(own, full_matrices=False)[2][:kept] for own in few]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (N, T) for features (N, width)."""
+        return -residuals(torch.nn.functional.normalize(features, dim=1), self.bases)
+
+
+def residuals(features: Tensor, bases: Tensor) -> Tensor:
+    """Return |z - U_t^T U_t z| (N, T) for features z (N, width) and orthonormal rows U_t, (T, rank, width)."""
+    along = torch.einsum("nd,trd->ntr", features, bases)
+    return (features.square().sum(dim=1, keepdim=True) - along.square().sum(dim=2)).clamp(min=0).sqrt()
