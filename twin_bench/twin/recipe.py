@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field
 
 from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, with_models_located
-from twin_bench.errors import InputError
 from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.recipe import Shared
+from twin_bench.twin.exclusive.settings import ExclusiveSettings
 
-
-class ExclusiveSettings(Settings):
-    """The rank of the exclusive vectors: `density`, a fraction of each matrix's rank, or `rank`. Give one of them.
-
-    `random` puts random vectors of the same sizes in their place, as a control.
-    """
-
-    density: float | None = Field(default=None, gt=0, le=1)
-    rank: int | None = Field(default=None, ge=1)
-    random: bool = False
-
-    @model_validator(mode="after")
-    def _one(self) -> ExclusiveSettings:
-        if (self.density is None) == (self.rank is None):
-            raise InputError("give either density or rank")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `random` out unless it is set: digests of settings that lack it stay what they were."""
-        dumped: dict[str, Any] = serialise(self)
-        return {key: value for key, value in dumped.items() if key != "random" or value}
+__all__ = ["ExclusiveSettings", "Recipe", "RouterSettings", "read_recipe"]
 
 
 class RouterSettings(Settings):
