@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,18 @@ def mixes(rows: int, experts: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def dense(family: Family, weights: Tensor) -> Any:
+Keep = Callable[[str, str, Tensor], Tensor]
+"""A function (task, name, difference (m, n) in float64) -> what an exclusive vector keeps of it."""
+
+
+def truncated(task: str, name: str, v: Tensor) -> Tensor:
+    """Return the truncated SVD of the families' density."""
+    rank = int(DENSITY * min(v.shape))
+    U, S, Vh = torch.linalg.svd(v)
+    return U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
+
+
+def dense(family: Family, weights: Tensor, keep: Keep = truncated) -> Any:
     """Return one sample's model, every parameter fused for it in float64, from the paper's formulas."""
     theta_0 = {name: p.detach().double() for name, p in family.base.named_parameters()}
     thetas = {task: dict(model.named_parameters()) for task, model in family.experts.items()}
@@ -48,13 +60,9 @@ def dense(family: Family, weights: Tensor) -> Any:
         for name, parameter in model.named_parameters():
             shared = theta_0[name] + SCALING * sum(theta[name].double() - theta_0[name] for theta in thetas.values())
             fused = shared.clone()
-            for weight, theta in zip(weights.double(), thetas.values(), strict=True):
+            for weight, (task, theta) in zip(weights.double(), thetas.items(), strict=True):
                 v = theta[name].double() - shared
-                if v.ndim == 2:
-                    rank = int(DENSITY * min(v.shape))
-                    U, S, Vh = torch.linalg.svd(v)
-                    v = U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
-                fused += weight * v
+                fused += weight * (keep(task, name, v) if v.ndim == 2 else v)
             parameter.copy_(fused)
     return model
 

@@ -24,6 +24,7 @@ from twin_bench.merging.rehearsal import rehearse_merge
 from twin_bench.protocols import PROTOCOLS, ProtocolName, Track
 from twin_bench.twin.builder import build_twin, check_limits, merge_options
 from twin_bench.twin.directory import read_manifest
+from twin_bench.twin.exclusive import find_kind
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
 from twin_bench.twin.router_training import require_two
@@ -79,7 +80,8 @@ class TwinMethod(ServedMethod):
         """Return whether router, exclusive vectors or shared expert depend on the seed."""
         twin = parse(TwinOptions, dict(options))
         shared = find_method(twin.shared.method)
-        return twin.weights == "router" or twin.exclusive.random or shared.draws(shared.defaults)
+        exclusive = twin.exclusive.random or find_kind(twin.exclusive.kind).draws
+        return twin.weights == "router" or exclusive or shared.draws(shared.defaults)
 
     def runs_under(self, protocol: ProtocolName, options: Mapping[str, Any]) -> bool:
         """Return whether a twin runs under a protocol.

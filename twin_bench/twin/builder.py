@@ -21,6 +21,7 @@ from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
+from twin_bench.twin.exclusive.files import stored_as_adapter
 from twin_bench.twin.exclusive_random import random_like
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
@@ -97,17 +98,30 @@ def _summary(
     recipe: Recipe, shared: Mapping[str, Tensor], parts: Parts, merge: Mapping[str, Any], router: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the settings of the build that twin.json holds."""
+    exclusive = recipe.exclusive.model_dump(exclude_none=True)
     return {
         "twin_bench": version("twin-bench"),  # Information only: nothing is decided by it.
         "base_model": recipe.base_model,
         "shared": dict(merge),
-        "exclusive": recipe.exclusive.model_dump(exclude_none=True),
+        "exclusive": exclusive,
         "router": dict(router),
         "seed": recipe.seed,
         "max_length": recipe.max_length,  # None means the default of the twin's kind.
         "sensitivity": parts.sensitivity,
-        "parameters": {"shared": sum(t.numel() for t in shared.values()), "exclusive": _stored(parts.exclusive)},
+        "parameters": {
+            "shared": sum(t.numel() for t in shared.values()),
+            "exclusive": sum(own.numbers() for own in parts.exclusive.values()),
+        },
+        **_bytes(exclusive, shared, parts),
     }
+
+
+def _bytes(exclusive: Mapping[str, Any], shared: Mapping[str, Tensor], parts: Parts) -> dict[str, Any]:
+    """Return the bytes that are stored, where they don't follow from the numbers of parameters."""
+    if stored_as_adapter(exclusive):
+        return {}
+    each = (own.nbytes() for own in parts.exclusive.values())
+    return {"bytes": {"shared": sum(t.nbytes for t in shared.values()), "exclusive": sum(each)}}
 
 
 def merge_options(recipe: Recipe) -> dict[str, Any]:
@@ -123,30 +137,25 @@ def _exclusive_vectors(
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
     for name, expert in experts:
-        own = exclusive_vector(expert, shared, density=settings.density, rank=settings.rank, seed=seed)
+        own = exclusive_vector(expert, shared, kind=settings.kind, name=name, seed=seed, **settings.options())
         found[name] = random_like(own, name, seed=seed) if settings.random else own
     return found
-
-
-def _stored(exclusive: Mapping[str, Exclusive]) -> int:
-    """Return the number of parameters that the exclusive vectors hold."""
-    return sum(
-        tensor.numel()
-        for own in exclusive.values()
-        for tensor in (*(side for factors in own.factors.values() for side in factors), *own.vectors.values())
-    )
 
 
 def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     """Return what the protocol paper needs, or None if the twin can't run under it.
 
     The protocol needs the pretrained biases of classifiers. Of causal LMs it needs LoRA experts of one rank on the
-    same nn.Linear layers, merged by task arithmetic. Random exclusive vectors can't take the place of such adapters.
+    same nn.Linear layers, merged by task arithmetic, and truncated SVDs of one density or rank. Random exclusive
+    vectors can't take the place of such adapters.
     """
+    density, rank = recipe.exclusive.truncation
     if sources.skeleton.head:
         biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
-        return PaperParts(biases, density=recipe.exclusive.density)
-    if recipe.exclusive.random or recipe.shared.method != "task_arithmetic":
+        return PaperParts(biases, density=density)
+    if recipe.exclusive.random or (density, rank) == (None, None):
+        return None
+    if recipe.shared.method != "task_arithmetic":
         return None
     if not all(expert.low_rank for expert in sources.experts.values()):
         return None
@@ -158,8 +167,7 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     except InputError:  # Adapters of several ranks can still make a twin for the other protocols.
         return None
     scaling = {**find_method("task_arithmetic").defaults, **recipe.shared.options}["scaling"]
-    limits = recipe.exclusive
-    return PaperParts(factors=PaperFactors(stacks, scaling, limits.density, limits.rank))
+    return PaperParts(factors=PaperFactors(stacks, scaling, density, rank))
 
 
 def _require_writable(directory: Path) -> None:

@@ -4,8 +4,9 @@ my-twin/
   twin.json            format version, task type, names, settings, the checksum of every file and of itself
   model/               the shared expert: a Hugging Face checkpoint with its tokenizer (a classifier's without head)
   experts/NAME/        adapter_config.json, adapter_model.safetensors: the exclusive factors as a PEFT LoRA adapter
-                       on model/ (scale 1); vectors.safetensors: the exclusive vector's 1-D tensors, which LoRA cannot
-                       express; head.safetensors: a classifier's head
+                       on model/ (scale 1), or what a kind keeps that is no such adapter: exclusive.json,
+                       exclusive.safetensors (see `twin_bench.twin.exclusive.files`); vectors.safetensors: the
+                       exclusive vector's 1-D tensors, which LoRA cannot express; head.safetensors: a classifier's head
   router/              config.json with the router's kind, router.safetensors
   router/paper/        for the protocol paper: biases.safetensors (pretrained biases) for classifiers, lora.safetensors
                        (the experts' own LoRA factors) for language models; the authors' router, if there were test
@@ -26,14 +27,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from twin_bench.checkpoints.dtypes import known_dtype
-from twin_bench.checkpoints.peft_files import load_adapter, save_adapter, save_tensors
+from twin_bench.checkpoints.peft_files import save_tensors
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transformers, read_config, skeleton_of
 from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.checkpoints.tokenizers import save_tokenizer
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, shown
 from twin_bench.files import digest, digest_file, write_json, written_at_once
-from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.exclusive import known_kinds
+from twin_bench.twin.exclusive.files import exclusive_files, load_exclusive, save_exclusive
+from twin_bench.twin.exclusive.settings import ExclusiveSettings
 from twin_bench.twin.paper import AdapterStack, PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.routers.store import load_router, save_router
@@ -42,11 +45,10 @@ FORMAT_VERSION = 3
 """The version of the directory's format. It is raised when an older twin-bench could not read a new directory.
 
 Directories of all earlier versions stay readable. From version 2 on, twin.json has a checksum of its own content. From
-version 3 on, a router has a kind. The version of twin-bench that built a twin is in twin.json for
-information only, and is part of no digest.
+version 3 on, a router has a kind, and exclusive vectors may be of other kinds than the truncated SVD. The version of
+twin-bench that built a twin is in twin.json for information only, and is part of no digest.
 """
 
-EXPERT_FILES = ("adapter_config.json", "adapter_model.safetensors", "vectors.safetensors")
 HEAD_FILE = "head.safetensors"
 
 
@@ -70,7 +72,7 @@ def save_twin(
         (model.base_model if skeleton.head else model).save_pretrained(root / "model")
         save_tokenizer(tokenizer, root / "model")
         for name in parts.exclusive:
-            _save_expert(root / "experts" / name, name, parts, skeleton)
+            _save_expert(root / "experts" / name, name, parts, skeleton, settings.get("exclusive", {}))
         if parts.router is not None:
             save_router(root / "router", parts.router)
         if parts.paper is not None:
@@ -133,10 +135,7 @@ def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
     folders = {name: directory / "experts" / name for name in manifest["experts"]}
     return Parts(
         heads={name: load_file(folder / HEAD_FILE) for name, folder in folders.items() if skeleton.head},
-        exclusive={
-            name: Exclusive(load_adapter(folder, skeleton), load_file(folder / "vectors.safetensors"))
-            for name, folder in folders.items()
-        },
+        exclusive={name: load_exclusive(folder, skeleton) for name, folder in folders.items()},
         router=load_router(directory / "router"),
         paper=_load_paper(directory / "router" / "paper", manifest),
         max_length=manifest.get("max_length"),
@@ -191,7 +190,8 @@ def _require_kinds(file: Path, manifest: Mapping[str, Any]) -> None:
         return all(isinstance(value, str) for value in values)
 
     experts, files = manifest["experts"], manifest["files"]
-    length, sensitivity = manifest.get("max_length"), manifest.get("sensitivity")
+    length, sensitivity, exclusive = (manifest.get(key) for key in ("max_length", "sensitivity", "exclusive"))
+    exclusive = {} if exclusive is None else exclusive
     number = type(sensitivity) in (int, float)
     kinds = {
         "task_type": isinstance(manifest["task_type"], str),
@@ -199,10 +199,16 @@ def _require_kinds(file: Path, manifest: Mapping[str, Any]) -> None:
         "files": isinstance(files, dict) and texts(files.values()),
         "max_length": length is None or (type(length) is int and length > 0),
         "sensitivity": sensitivity is None or (number and 0 <= sensitivity <= sys.float_info.max),
+        "exclusive": isinstance(exclusive, dict) and isinstance(exclusive.get("kind", ""), str),
     }
     for key, fits in kinds.items():
         if not fits:
             raise InputError(f"{file}: damaged, {key} is {shown(manifest.get(key))}; build the twin again")
+    if "kind" in exclusive and exclusive["kind"] not in known_kinds():
+        raise InputError(
+            f"{file}: exclusive vectors of kind {shown(exclusive['kind'])}, and this twin-bench reads "
+            f"{', '.join(known_kinds())}; upgrade twin-bench"
+        )
 
 
 def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -226,7 +232,10 @@ def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 def _require_listed(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Raise an InputError unless twin.json lists the files of every expert."""
-    needed = [*EXPERT_FILES, *([HEAD_FILE] if manifest["task_type"] == "sequence_classification" else [])]
+    needed = [
+        *exclusive_files(manifest.get("exclusive") or {}),
+        *([HEAD_FILE] if manifest["task_type"] == "sequence_classification" else []),
+    ]
     for name in (f"experts/{expert}/{file}" for expert in manifest["experts"] for file in needed):
         if name not in manifest["files"]:
             raise InputError(f"{directory / 'twin.json'}: damaged, {name} is not listed; build the twin again")
@@ -258,12 +267,10 @@ def _require_checksum(file: Path, checksum: str) -> None:
         raise InputError(f"{file}: edited or damaged (its sha256 is not the one in twin.json); build the twin again")
 
 
-def _save_expert(folder: Path, name: str, parts: Parts, skeleton: Skeleton) -> None:
+def _save_expert(folder: Path, name: str, parts: Parts, skeleton: Skeleton, settings: Mapping[str, Any]) -> None:
     """Write one expert's exclusive vector and, for a classifier, its head."""
-    exclusive = parts.exclusive[name]
     folder.mkdir(parents=True)
-    save_adapter(folder, exclusive.factors, skeleton, base_model="../../model")
-    save_tensors(exclusive.vectors, folder / "vectors.safetensors")
+    save_exclusive(folder, parts.exclusive[name], settings, skeleton)
     if skeleton.head:
         save_tensors(parts.heads[name], folder / HEAD_FILE)
 
@@ -281,15 +288,16 @@ def _save_paper(folder: Path, paper: PaperParts) -> None:
 def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
     """Return the parts for the protocol paper, or None if the twin was built without them."""
     router = load_router(folder)
+    truncation = ExclusiveSettings.model_validate(manifest["exclusive"]).truncation
     if (folder / "lora.safetensors").is_file():
-        limits = manifest["exclusive"]
+        density, rank = truncation
         adapters = _load_adapters(folder / "lora.safetensors")
-        factors = PaperFactors(adapters, manifest["shared"]["scaling"], limits.get("density"), limits.get("rank"))
+        factors = PaperFactors(adapters, manifest["shared"]["scaling"], density, rank)
         return PaperParts(router=router, factors=factors)
     biases = folder / "biases.safetensors"
     if not biases.is_file():
         return None
-    return PaperParts(load_file(biases), router, density=manifest["exclusive"].get("density"))
+    return PaperParts(load_file(biases), router, density=truncation[0])
 
 
 def _save_adapters(adapters: Mapping[str, AdapterStack], file: Path) -> None:

@@ -8,6 +8,9 @@ which sets the mode in which all these layers run:
 - fused:  W = W_s + B diag(w) A is computed once, and the layer runs as a plain layer (`Fusion.fuse`);
 - rows:   y = W_s x + B (w * (A x)), with different weights w for each row (`Fusion.per_row`).
 
+Experts that keep single entries of a matrix in place of factors have a matrix D_t each: W = W_s + sum_t w_t D_t, and
+y = W_s x + sum_t w_t D_t x over the experts that have a weight in the row (see `twin_bench.twin.layers.entries`).
+
 B and A hold the factors of all experts side by side. They have R = sum_t r_t columns, and column c belongs to expert
 `owner[c]`. A batch is multiplied only by the columns of experts that have a weight in some row, or by the experts'
 joint basis (`twin_bench.twin.basis`) if there is one and it is cheaper.
@@ -102,9 +105,9 @@ class Fusion:
         plain = sum(layer.weight.numel() for layer in matrices) or 1
         fuse, columns = [0.0] * self.experts, [0.0] * self.experts
         for layer in matrices:
-            for expert, rank in enumerate(layer.ranks):
-                fuse[expert] += rank * layer.weight.numel() / plain
-                columns[expert] += rank * sum(layer.weight.shape) / plain
+            for expert in range(len(layer.ranks)):
+                fuse[expert] += layer.fuse_cost(expert) / plain
+                columns[expert] += layer.row_cost(expert) / plain
         joint = sum(layer.joint_cost() for layer in matrices) / plain
         return Costs(tuple(fuse), rebuild=REBUILD_TOKENS, columns=tuple(columns), joint=joint)
 
@@ -156,6 +159,12 @@ class FusedLayer(Protocol):
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Compute the weight and bias for the mode `fused`, for weights and bias weights (experts,)."""
+
+    def fuse_cost(self, expert: int) -> float:
+        """Return what adding an expert's matrix to the weight costs, in multiplications of a plain token."""
+
+    def row_cost(self, expert: int) -> float:
+        """Return the multiplications that an expert's matrix costs a token whose row has weights of its own."""
 
     def joint_cost(self) -> float:
         """Return an upper bound of the multiplications that a token's exclusive vectors cost, for any weights."""

@@ -28,7 +28,8 @@ from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.linear_algebra import truncated_svd
-from twin_bench.twin.exclusive import Exclusive, exclusive_rank
+from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.exclusive.kinds.svd import exclusive_rank
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import by_row
 from twin_bench.twin.layers.base import overwritable
@@ -177,6 +178,14 @@ class PaperLinear(nn.Module):
         A, B = torch.einsum("t,trn->rn", share, self.A), torch.einsum("t,tmr->mr", share, self.B)
         self.fused_weight = overwritable(self.fused_weight, self.weight)
         torch.addmm(self.weight, self.scale * B, A, out=self.fused_weight)
+
+    def fuse_cost(self, expert: int) -> float:
+        """Return what adding an expert's factors to the weight costs, in multiplications of a plain token."""
+        return float(self.ranks[expert] * self.weight.numel())
+
+    def row_cost(self, expert: int) -> float:
+        """Return the multiplications that an expert's factors cost a token whose row has weights of its own."""
+        return float(self.ranks[expert] * sum(self.weight.shape))
 
     def joint_cost(self) -> float:
         """Return the multiplications that a token's factors cost, for any weights."""

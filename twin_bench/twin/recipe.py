@@ -11,31 +11,11 @@ from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, w
 from twin_bench.errors import InputError
 from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.recipe import Shared
+from twin_bench.twin.exclusive.settings import ExclusiveSettings
 from twin_bench.twin.features import Pooling
 from twin_bench.twin.routers.registry import find_kind
 
-
-class ExclusiveSettings(Settings):
-    """The rank of the exclusive vectors: `density`, a fraction of each matrix's rank, or `rank`. Give one of them.
-
-    `random` puts random vectors of the same sizes in their place, as a control.
-    """
-
-    density: float | None = Field(default=None, gt=0, le=1)
-    rank: int | None = Field(default=None, ge=1)
-    random: bool = False
-
-    @model_validator(mode="after")
-    def _one(self) -> ExclusiveSettings:
-        if (self.density is None) == (self.rank is None):
-            raise InputError("give either density or rank")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_default(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `random` out unless it is set: digests of settings that lack it stay what they were."""
-        dumped: dict[str, Any] = serialise(self)
-        return {key: value for key, value in dumped.items() if key != "random" or value}
+__all__ = ["ExclusiveSettings", "Recipe", "RouterSettings", "read_recipe"]
 
 
 LATER = ("kind", "options", "layers", "pooling", "fallback", "keep")

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.exclusive.sparse import Sparse
 from twin_bench.twin.fusion import Columns, Fusion
+from twin_bench.twin.layers.entries import KeptEntries
 
 
 class TwinLayer(nn.Module):
@@ -18,23 +20,26 @@ class TwinLayer(nn.Module):
 
     A subclass stands for one kind of layer. It names the modules that it replaces in `replaces`, or overrides
     `stands_for`, and defines `forward` for the three modes of `Fusion`. `twin_bench.twin.layers.kinds.TWINS`
-    lists the subclasses.
+    lists the subclasses. `reads_rows` says that it reads single rows of a matrix.
 
     `weight` and `bias` are the shared expert's parameters. `bias` is None in a layer without one.
     `B` (m, R) and `A` (R, n) are the factors of all experts side by side. `ranks` holds each expert's number of
-    columns, and `owner` (R,) each column's expert. `vectors` and `bias_vectors`, both (experts, n), hold the
-    differences of 1-D weights and of biases. They are None if no expert changes that parameter.
-    Factors and vectors have the weight's dtype. They are not part of the state dict.
+    columns, and `owner` (R,) each column's expert. `entries` holds the matrices of which experts keep single entries,
+    in the form in which they are stored. It is None if there are none. `vectors` and `bias_vectors`, both (experts, n),
+    hold the differences of 1-D weights and of biases. They are None if no expert changes that parameter.
+    Factors, entries and vectors have the weight's dtype. They are not part of the state dict.
     """
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
     is_matrix = False
+    reads_rows = False
     weight: Tensor
     bias: Tensor | None
     vectors: Tensor | None
     bias_vectors: Tensor | None
     fused_weight: Tensor | None
     fused_bias: Tensor | None
+    entries: KeptEntries | None
     B: Tensor
     A: Tensor
     owner: Tensor
@@ -54,6 +59,7 @@ class TwinLayer(nn.Module):
         self.register_parameter("weight", layer._parameters["weight"])
         self.register_parameter("bias", layer._parameters.get("bias"))
         self._register_factors([e.factors.get(f"{name}.weight") for e in exclusive.values()])
+        self._register_entries([e.sparse.get(f"{name}.weight") for e in exclusive.values()])
         self._register_vectors("vectors", self.weight, [e.vectors.get(f"{name}.weight") for e in exclusive.values()])
         self._register_vectors("bias_vectors", self.bias, [e.vectors.get(f"{name}.bias") for e in exclusive.values()])
         self.register_buffer("fused_weight", None, persistent=False)
@@ -76,6 +82,10 @@ class TwinLayer(nn.Module):
         self.register_buffer("B", B.to(self.weight), persistent=False)
         self.register_buffer("A", A.to(self.weight), persistent=False)
 
+    def _register_entries(self, matrices: list[Sparse | None]) -> None:
+        found = any(matrix is not None for matrix in matrices)
+        self.entries = KeptEntries(matrices, self.weight, by_row=self.reads_rows) if found else None
+
     def _register_vectors(self, buffer: str, parameter: Tensor | None, vectors: list[Tensor | None]) -> None:
         stacked = None
         if parameter is not None and any(vector is not None for vector in vectors):
@@ -89,12 +99,9 @@ class TwinLayer(nn.Module):
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Compute the fused weight and bias from the shared ones, for weights and bias weights (experts,)."""
-        if sum(self.ranks):
-            scale = weights.to(self.weight)[self.owner]
-            used = scale.nonzero().squeeze(1)
-            B, A = self.factors(None if len(used) == len(scale) else used)
+        if sum(self.ranks) or self.entries is not None:
             self.fused_weight = overwritable(self.fused_weight, self.weight)
-            torch.addmm(self.weight, B * scale[used], A, out=self.fused_weight)
+            self._fuse_matrix(weights, self.fused_weight)
         elif self.vectors is not None:
             self.fused_weight = self.weight + weights.to(self.vectors) @ self.vectors
         else:
@@ -104,9 +111,31 @@ class TwinLayer(nn.Module):
             if self.bias_vectors is not None:
                 self.fused_bias = self.bias + bias_weights.to(self.bias_vectors) @ self.bias_vectors
 
+    def _fuse_matrix(self, weights: Tensor, fused: Tensor) -> None:
+        """Write the weight that is fused with weights (experts,) into `fused`."""
+        if sum(self.ranks):
+            scale = weights.to(self.weight)[self.owner]
+            used = scale.nonzero().squeeze(1)
+            B, A = self.factors(None if len(used) == len(scale) else used)
+            torch.addmm(self.weight, B * scale[used], A, out=fused)
+        else:
+            fused.copy_(self.weight)
+        if self.entries is not None:
+            self.entries.add_to(fused, weights)
+
+    def fuse_cost(self, expert: int) -> float:
+        """Return what adding an expert's matrix to the weight costs, in multiplications of a plain token."""
+        entries = self.entries.fuse_cost(expert) if self.entries is not None else 0.0
+        return self.ranks[expert] * self.weight.numel() + entries
+
+    def row_cost(self, expert: int) -> float:
+        """Return the multiplications that an expert's matrix costs a token whose row has weights of its own."""
+        entries = self.entries.row_cost(expert) if self.entries is not None else 0.0
+        return self.ranks[expert] * sum(self.weight.shape) + entries
+
     def joint_cost(self) -> float:
         """Return an upper bound of the multiplications that a token's exclusive vectors cost, for any weights."""
-        return float(sum(self.ranks) * sum(self.weight.shape))
+        return float(sum(self.row_cost(expert) for expert in range(len(self.ranks))))
 
     def row_columns(self, dims: int) -> Columns:
         """Return the columns in use and each row's weights over them, (batch, 1, ..., r) with `dims` dimensions."""

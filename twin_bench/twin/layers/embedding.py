@@ -17,11 +17,13 @@ class TwinEmbedding(TwinLayer):
     """nn.Embedding with exclusive vectors, weight (vocabulary, width).
 
     Only the rows of the tokens in a batch are fused, in every mode. A token then costs R * width multiplications;
-    a fused copy of the table would cost that for every token of the vocabulary.
+    a fused copy of the table would cost that for every token of the vocabulary. Experts that keep single entries of the
+    table have such a copy in mode `fused`: it costs no more than the entries.
     transformers' scaled embeddings (Gemma's, BART's) multiply the result by `embed_scale`.
     """
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+    reads_rows = True
     embed_scale: Tensor | float | None
 
     @classmethod
@@ -36,26 +38,44 @@ class TwinEmbedding(TwinLayer):
         _keep_scale(self, layer)
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
-        """Store the weights (experts,) of the factors' columns. `forward` fuses the rows of the table that it reads."""
-        self.fused_weight = weights.to(self.A)[self.owner]
+        """Store the weights (experts,) of the factors' columns. `forward` fuses the rows of the table that it reads.
+
+        A table of which experts keep single entries is fused whole.
+        """
+        if self.entries is not None:
+            super().fuse(weights, bias_weights)
+        else:
+            self.fused_weight = weights.to(self.weight)[self.owner]
 
     def scale(self, dims: int) -> Tensor:
         """Return the columns' weights: (R,), or in mode `rows` (batch, 1, ..., R) with `dims` dimensions."""
         if self.fusion.mode == "fused":
             return self.current()[0]
         assert self.fusion.weights is not None
-        return broadcastable(self.fusion.weights[:, self.owner].to(self.A), dims)
+        return broadcastable(self.fusion.weights[:, self.owner].to(self.weight), dims)
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The table (vocabulary, width) that all rows share. None if it is fused where it is read."""
+        if self.fusion.mode == "shared":
+            return self.weight
+        return self.current()[0] if self.fusion.mode == "fused" and self.entries is not None else None
 
     def looked_up(self, ids: Tensor) -> Tensor:
         """Return the fused table's rows (batch, length, width) of token ids (batch, length), before they are scaled.
 
         Ids (length,) are those of every row of the batch.
         """
+        if (table := self.whole) is not None:
+            return F.embedding(ids, table)
         if ids.ndim == 1 and self.fusion.mode == "rows":
             ids = ids[None]
         embedded = F.embedding(ids, self.weight)
-        if self.fusion.mode != "shared" and len(self.owner):
+        if len(self.owner):
             embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A
+        if self.entries is not None:
+            assert self.fusion.weights is not None
+            embedded = embedded + self.entries.looked_up(ids, self.fusion.weights).to(embedded)
         return embedded
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -96,10 +116,15 @@ class TiedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (batch, ..., vocabulary) for x (batch, ..., width)."""
         (table,) = self._table
+        if (whole := table.whole) is not None:
+            return F.linear(x, whole, self.bias)
         y = F.linear(x, self.weight, self.bias)
-        if table.fusion.mode == "shared" or not len(table.owner):
-            return y
-        return y + F.linear(F.linear(x, table.A) * table.scale(x.ndim), table.B)
+        if len(table.owner):
+            y = y + F.linear(F.linear(x, table.A) * table.scale(x.ndim), table.B)
+        if table.entries is not None:
+            assert table.fusion.weights is not None
+            table.entries.add_products(y, x, table.fusion.weights, F.linear)
+        return y
 
 
 def _keep_scale(twin: Any, layer: nn.Module) -> None:

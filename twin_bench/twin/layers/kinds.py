@@ -79,7 +79,7 @@ def _tied(layer: nn.Module, twin: TwinLayer, path: str) -> nn.Module:
 def _changed_layers(exclusive: Mapping[str, Exclusive]) -> dict[str, list[str]]:
     """Return the paths of the layers that some expert changes, each with the names of its changed parameters."""
     changed: dict[str, list[str]] = {}
-    for name in sorted({name for e in exclusive.values() for name in (*e.factors, *e.vectors)}):
+    for name in sorted({name for e in exclusive.values() for name in e.names()}):
         changed.setdefault(name.rpartition(".")[0], []).append(name)
     return changed
 

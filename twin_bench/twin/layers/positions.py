@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.exclusive.sparse import Sparse
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.layers.base import TwinLayer
+from twin_bench.twin.layers.base import TwinLayer, broadcastable
 from twin_bench.twin.layers.embedding import TwinEmbedding
 
 
@@ -24,6 +25,7 @@ class TwinLearnedPositions(TwinEmbedding):
     """
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
+    reads_rows = False
 
     @classmethod
     def stands_for(cls, layer: nn.Module, parent: nn.Module) -> bool:
@@ -37,10 +39,18 @@ class TwinLearnedPositions(TwinEmbedding):
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Return the embeddings (batch or 1, length, width) of the positions that the original module computes."""
+        if (table := self.whole) is not None:
+            return self._read(table, *args, **options)
         embedded = self._read(self.weight, *args, **options)
-        if self.fusion.mode == "shared" or not len(self.owner):
-            return embedded
-        return embedded + (self._read(self.B, *args, **options) * self.scale(embedded.ndim)) @ self.A
+        if len(self.owner):
+            embedded = embedded + (self._read(self.B, *args, **options) * self.scale(embedded.ndim)) @ self.A
+        if self.entries is not None:
+            weights = self.fusion.weights
+            assert weights is not None
+            for expert, matrix, _ in self.entries.used(weights):
+                own = self._read(matrix.dense(), *args, **options)
+                embedded = embedded + broadcastable(weights[:, expert : expert + 1].to(own), own.ndim) * own
+        return embedded
 
     def _read(self, table: Tensor, *args: Any, **options: Any) -> Tensor:
         self.layer.weight = table.detach()
@@ -73,6 +83,14 @@ class TwinRelativeBias(TwinLayer):
         own = [self.owner.cpu() == expert for expert in range(len(self.ranks))]
         products = torch.stack([B[:, columns] @ A[columns] for columns in own])
         self.register_buffer("tables", products.to(self.weight), persistent=False)
+
+    def _register_entries(self, matrices: list[Sparse | None]) -> None:
+        """Store the entries that experts keep, and their matrices written out in place of the factors' products."""
+        super()._register_entries(matrices)
+        if self.entries is not None:
+            zero = torch.zeros_like(self.weight)
+            tables = torch.stack([zero if matrix is None else matrix.dense().to(zero) for matrix in matrices])
+            self.register_buffer("tables", tables, persistent=False)
 
     def placed(self, parent: nn.Module) -> None:
         """Put `biases` in the place of the parent's method."""

@@ -1,0 +1,82 @@
+"""Exclusive vectors: what is kept of theta_t - theta_s, parameter by parameter.
+
+The method is that of Twin-Merging (arXiv:2406.15479). A kind decides what is kept of a matrix. Differences of 1-D
+tensors are kept unchanged, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twin_bench.checkpoints.finite import require_no_overflow, require_weights
+from twin_bench.errors import InputError
+from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
+from twin_bench.twin.exclusive.registry import find_kind
+
+__all__ = ["Exclusive", "exclusive_vector"]
+
+
+def exclusive_vector(
+    expert: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    *,
+    kind: str = "svd",
+    name: str = "",
+    seed: int = 0,
+    without: Container[str] = (),
+    **options: Any,
+) -> Exclusive:
+    """Return v_t of one expert over the shared expert, parameter by parameter.
+
+    Args:
+        expert: The expert's parameters theta_t, by name.
+        shared: The shared expert's parameters theta_s, under the same names. Only floating-point tensors are compared.
+        kind: How matrices are kept: the name of a function in `twin_bench/twin/exclusive/kinds/`.
+        name: The expert's name, which draws depend on.
+        seed: The seed of a randomised SVD, and of draws.
+        without: Names of parameters of which nothing is kept.
+        **options: The kind's options, for example `rank` or `density`.
+
+    Returns:
+        An exclusive vector in float32, or in float64 for float64 parameters. Equal parameters are left out.
+
+    Raises:
+        InputError: An option is out of range, a tensor holds NaN or inf, a tensor of three or more dimensions differs,
+            or the SVD of a difference fails.
+    """
+
+    def differences(dimensions: int) -> Iterator[tuple[str, Tensor]]:
+        for parameter, base in shared.items():
+            if base.ndim != dimensions or not base.is_floating_point() or parameter in without:
+                continue
+            difference = _difference(expert[parameter], base, parameter)
+            if difference.any():
+                yield parameter, difference
+
+    header = find_kind(kind)
+    header.require(options)
+    for dimensions in {base.ndim for base in shared.values()} - {1, 2}:
+        for parameter, _ in differences(dimensions):
+            raise InputError(f"tensor {parameter} has {dimensions} dimensions: a twin fuses matrices and vectors")
+    return header.of(
+        ExpertDifferences(
+            expert=name,
+            seed=seed,
+            model_bytes=sum(tensor.nbytes for tensor in shared.values()),
+            vectors=dict(differences(1)),
+            matrices=lambda: differences(2),
+        ),
+        options,
+    )
+
+
+def _difference(theirs: Tensor, base: Tensor, name: str) -> Tensor:
+    """Return theta_t - theta_s of one parameter in float32 or better. InputError if a number of it is not finite."""
+    exact = torch.promote_types(base.dtype, torch.float32)
+    theirs = require_weights(theirs, name, "expert")
+    difference = theirs.to(exact) - require_weights(base, name, "shared expert").to(exact)
+    return require_no_overflow(difference, name, "exclusive vectors")
