@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import twin_bench
-from tests.support.merges import EXPERTS, STATIC, models
+from tests.support.merges import EXPERTS, STATIC, TOLD, models
 from twin_bench.adaptive.adamerging import learn_coefficients
 from twin_bench.merging.task_vectors import TaskVectors
 
@@ -31,7 +31,7 @@ def with_shapes(shapes: dict[str, tuple[int, ...]], experts: int) -> tuple[Any, 
 
 
 def inputs_of(name: str, base: dict[str, Tensor], tuned: dict[str, Any]) -> dict[str, Any]:
-    if name == "emr":
+    if name in TOLD:
         return {"task": "task0"}
     if name == "fisher":
         return {"statistics": {task: {n: t.square() for n, t in base.items()} for task in tuned}}
@@ -41,7 +41,7 @@ def inputs_of(name: str, base: dict[str, Tensor], tuned: dict[str, Any]) -> dict
     return {}
 
 
-@pytest.mark.parametrize("name", [*STATIC, "emr", "fisher", "regmean"])
+@pytest.mark.parametrize("name", [*STATIC, *TOLD, "fisher", "regmean"])
 def test_empty_tensors_change_nothing(name: str) -> None:
     base, tuned = with_shapes(EMPTY, EXPERTS.get(name, 4))
     merged = twin_bench.merge(name, base, tuned, **inputs_of(name, base, tuned))
@@ -52,7 +52,7 @@ def test_empty_tensors_change_nothing(name: str) -> None:
     assert all(merged[n].shape == torch.Size(shape) for n, shape in EMPTY.items())
 
 
-@pytest.mark.parametrize("name", [*STATIC, "emr", "fisher", "regmean"])
+@pytest.mark.parametrize("name", [*STATIC, *TOLD, "fisher", "regmean"])
 def test_every_number_of_dimensions_merges_between_the_experts(name: str) -> None:
     base, tuned = with_shapes(ODD, EXPERTS.get(name, 4))
     merged = twin_bench.merge(name, base, tuned, **inputs_of(name, base, tuned))

@@ -1,4 +1,4 @@
-"""Random models of a few tensors, and how many experts each static method takes."""
+"""Random models of a few tensors, and how many experts each method takes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from twin_bench.merging.registry import MergeMethod
 STATIC = sorted(
     name for name, method in twin_bench.methods().items() if isinstance(method, MergeMethod) and not method.inputs
 )
+TOLD = sorted(
+    name for name, method in twin_bench.methods().items() if isinstance(method, MergeMethod) and "task" in method.inputs
+)
+"""Methods with one set of parameters for each task."""
 SHAPES = {"tall": (40, 7), "wide": (5, 33), "vector": (19,), "square": (16, 16), "layers.1.norm": (11,)}
 EXPERTS = {name: 4 for name in STATIC} | {"slerp": 2, "nuslerp": 2}
 

@@ -40,7 +40,8 @@ def _merged(method: MergeMethod, context: Context, tasks: Sequence[str], inputs:
     if method.stored is None:
         return contender
     sources, dtype = context.sources, next(iter(merged.values())).dtype
-    stored = method.stored(contender.parameters, len(sources.experts), dtype.itemsize)
+    shapes = [tensor.shape for tensor in merged.values()]
+    stored = method.stored(shapes, len(sources.experts), dtype.itemsize)
     model = contender.parameters * dtype.itemsize
     return dataclasses.replace(
         contender,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from twin_bench.config import LARGEST_SEED
 from twin_bench.errors import InputError, nearest, shown
@@ -28,8 +28,8 @@ Sight = Literal["training rows", "scored rows", "task"]
 MergeFunction = Callable[..., Mapping[str, Tensor]]
 ServeFunction = Callable[..., Iterator[Any]]
 CheckFunction = Callable[..., None]
-StoredFunction = Callable[[int, int, int], int]
-"""A function (parameters of a model, experts, bytes of a parameter) -> bytes that are kept, without heads."""
+StoredFunction = Callable[[Sequence[Size], int, int], int]
+"""A function (shapes of a model's tensors, experts, bytes of a number) -> bytes that are kept, without heads."""
 Statistics = Mapping[str, Mapping[str, Tensor]]
 """Expert to parameter name to a tensor computed from training inputs: see `twin_bench.merging.calibration`."""
 StatisticsKind = Literal["fisher", "gram"]
@@ -125,7 +125,7 @@ class MergeMethod(Method):
 
     `function` computes it. `inputs` names what a caller must pass beside weights: `task`, if each task has its own
     parameters, or `statistics` of the kind that the field `statistics` names. `stored` computes the bytes that are
-    stored, heads not counted, from the model's number of parameters, the number of experts and the bytes of a parameter
+    stored, heads not counted, from the shapes of the model's tensors, the number of experts and the bytes of a number
     (see `StoredFunction`). It is None if only the merged model is stored.
     """
 

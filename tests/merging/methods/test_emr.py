@@ -98,5 +98,6 @@ def test_a_task_must_be_named() -> None:
 def test_what_it_stores() -> None:
     stored = find_method("emr").stored
     assert stored is not None
-    assert stored(100, 8, 4) == 4 * (2 * 100 + 8 * 4 + 8)  # masks of 100 bits are four words of 32 each
-    assert stored(100, 8, 2) == 2 * (2 * 100 + 8 * 7 + 8)  # ... or seven of 16
+    two = [torch.Size((10, 9)), torch.Size((10,))]
+    assert stored(two, 8, 4) == 4 * (2 * 100 + 8 * 4 + 8)  # masks of 100 bits are four words of 32 each
+    assert stored(two, 8, 2) == 2 * (2 * 100 + 8 * 7 + 8)  # ... or seven of 16

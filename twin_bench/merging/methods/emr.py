@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from twin_bench.merging.registry import merge_method
 from twin_bench.merging.task_vectors import TaskVectors
 
 
-def stored_bytes(parameters: int, experts: int, itemsize: int) -> int:
+def stored_bytes(shapes: Sequence[torch.Size], experts: int, itemsize: int) -> int:
     """Return how many bytes are stored: theta_0, tau_uni, and a mask and a scale for each expert.
 
     theta_0 and tau_uni are both needed, because a mask acts on tau_uni alone. A mask takes one bit for each parameter,
     and is filled up to whole numbers of `itemsize` bytes.
     """
+    parameters = sum(shape.numel() for shape in shapes)
     masks = experts * math.ceil(parameters / (8 * itemsize))
     return itemsize * (2 * parameters + masks + experts)
 
