@@ -47,7 +47,8 @@ def ace(
     def merge(name: str, taus: Tensor, rounding: float) -> Tensor:
         taus = vectors.as_linear(name, taus)
         sizes = torch.linalg.vector_norm(taus, dim=(1, 2), dtype=torch.float64).square()
-        changed, sizes = taus[sizes > 0], sizes[sizes > 0]
+        changed = [tau for tau, size in zip(taus, sizes, strict=True) if size]
+        sizes = sizes[sizes > 0]
         apart = gamma(sizes) > heterogeneity
         merged, residual = regression(changed, ridge=ridge, normalised=apart, shrink=float(sizes.mean()))
         if apart:
@@ -64,32 +65,34 @@ def gamma(sizes: Tensor) -> float:
     return float(logs.var() / (logs.mean().square() + 1e-12)) if len(logs) > 1 else 0.0
 
 
-def regression(
-    taus: Sequence[Tensor] | Tensor, *, ridge: float, normalised: bool, shrink: float
-) -> tuple[Tensor, Tensor]:
-    """Return the merged (m, n) matrix and sum_t W_t (S_t - mean_t P_t), in float64.
+def regression(taus: Sequence[Tensor], *, ridge: float, normalised: bool, shrink: float) -> tuple[Tensor, Tensor]:
+    """Return the merged (m, n) matrix, and sum_t W_t (S_t - mean_t P_t) if `normalised`, in float64.
 
     A task vector whose rows are all equal has no covariance and adds nothing. `shrink` divides C if `normalised`.
     """
     height, width = taus[0].shape
     covariance = torch.zeros(width, width, dtype=torch.float64, device=taus[0].device)
-    response, total, ridged = (covariance.new_zeros(height, width) for _ in range(3))
+    response = covariance.new_zeros(height, width)
+    total, ridged = (torch.zeros_like(response if normalised else response[:0]) for _ in range(2))
     ridges = 0.0
     for tau in taus:
         centred = tau.double()
         centred -= centred.mean(dim=0)
-        trace = float(centred.square().sum()) if normalised else 1.0
         if not centred.any():
             continue
-        S = gram(rows_of(centred), scale=1 / trace)
-        response += centred @ S
-        total += centred
-        ridged.add_(centred, alpha=ridge / trace)
-        ridges += ridge / trace
+        size = float(centred.square().sum()) if normalised else 1.0
+        S = gram(rows_of(centred), scale=1 / size)
         covariance += S
+        S.diagonal().add_(ridge / size)
+        response.addmm_(centred, S)
+        ridges += ridge / size
+        if normalised:
+            total += centred
+            ridged.add_(centred, alpha=ridge / size)
+        del centred, S  # frees them before the next ones are made
     if not ridges:
-        return response, total
+        return response, response
     prior = covariance.mean(dim=0) / (shrink if normalised else 1.0)
     covariance.diagonal().add_(ridges)
-    merged = torch.linalg.solve(covariance + prior, response + ridged, left=False)
-    return merged, response - total @ covariance / len(taus)
+    residual = response - ridged - total @ covariance / len(taus) if normalised else response
+    return torch.linalg.solve(covariance.add_(prior), response, left=False), residual

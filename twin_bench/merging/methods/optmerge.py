@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.merging.linear_algebra import spectrum
+from twin_bench.merging.linear_algebra import gram, product, rows_of, spectrum
 from twin_bench.merging.registry import SCALINGS, merge_method
 from twin_bench.merging.spectral import converged, merged_by_matrix, svd
 from twin_bench.merging.task_vectors import TaskVectors
@@ -58,13 +59,16 @@ def optmerge(
         if not parts:
             return vectors.as_linear(name, start)
         X = torch.cat(parts, dim=1)  # G = X X^T
+        del parts
         with converged(name):
-            roots, directions = spectrum(lambda: X.T @ X)
+            roots, directions = spectrum(partial(gram, rows_of(X)))
         found = roots.square() > torch.finfo(torch.float64).eps * float(roots[0].square())
-        Q = X @ directions[:, found] / roots[found]
-        gap = (start.double() @ X) @ (X.T @ Q) - pulls @ Q
-        factors = descent(roots[found].square(), learning_rate=learning_rate, momentum=momentum, steps=steps)
-        return vectors.as_linear(name, start + (gap * factors @ Q.T).to(start))
+        roots = roots[found]
+        Q = X @ (directions[:, found] / roots)
+        del X, directions
+        gap = product(rows_of(start), Q, torch.float64) * roots.square() - pulls @ Q
+        gap *= descent(roots.square(), learning_rate=learning_rate, momentum=momentum, steps=steps)
+        return vectors.as_linear(name, start + (gap @ Q.T).to(start))
 
     return merged_by_matrix(vectors, merge, scaling=scaling)
 
