@@ -20,7 +20,10 @@ from twin_bench.merging.task_vectors import Merged, TaskVectors
 Origin = Literal["base", "zero"]
 """Where the sphere's centre is: at theta_0, so that its points are task vectors, or at 0, so that they are weights."""
 Coefficients = Callable[[Tensor], Tensor]
-"""A function (inner products (T, T) of T tensors) -> the coefficients (T) of their combination, both in float64."""
+"""A function (inner products (T, T) of T tensors) -> the coefficients (T) of their combination, both in float64.
+
+Both are on the CPU: they are few numbers, which decide how a loop goes on.
+"""
 
 
 def require_origin(method: str, origin: str) -> None:
@@ -39,7 +42,7 @@ def combined(vectors: TaskVectors, coefficients: Coefficients, *, origin: str) -
         if not taus.any():
             return base
         points = taus if origin == "base" else base + taus
-        found = coefficients(gram(rows_of(points.reshape(len(points), -1).T)))
+        found = coefficients(gram(rows_of(points.reshape(len(points), -1).T)).cpu())
         del points
         merged = torch.tensordot(found.to(taus), taus, dims=1)
         return base + merged if origin == "base" else base + float(found.sum() - 1) * base + merged
