@@ -50,6 +50,9 @@ class Pretended(Tensor):
     def tolist(self) -> Any:
         return self.inner.tolist()
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert {DEVICE}:0 device type tensor to numpy")
 
@@ -62,7 +65,7 @@ def pretended() -> Iterator[Counter[str]]:
     _initialise()
     _ran.clear()
     fused = patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [DEVICE])
-    with fused, _Operations(), _Constructor():
+    with fused, _Operations(), _Functions():
         yield _ran
 
 
@@ -76,11 +79,13 @@ class _Operations(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-class _Constructor(TorchFunctionMode):
-    """Makes `torch.tensor` make a tensor on the CPU first."""
+class _Functions(TorchFunctionMode):
+    """Makes `torch.tensor` make a tensor on the CPU first, and keeps `@` from changing a shape in place."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is Tensor.matmul and args[0].ndim == 1 and args[1].ndim == 2:
+            return torch.mv(args[1].T, args[0])
         device = kwargs.pop("device", None) if func is torch.tensor else None
         made = func(*args, **kwargs)
         return made if device is None else made.to(device)

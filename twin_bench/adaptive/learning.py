@@ -67,7 +67,9 @@ class Learning:
         steps: int,
         learning_rate: float,
     ) -> None:
-        """Take the remaining ones of `steps` on named parameters, in place, bit for bit as in one uninterrupted run.
+        """Take the remaining ones of `steps` on named parameters, in place, as in one uninterrupted run.
+
+        The result is the same bit for bit on the CPU. A GPU adds up gradients in an order of its own.
 
         Args:
             parameters: the starting point. If steps have been taken, their result replaces it.

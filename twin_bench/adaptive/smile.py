@@ -115,6 +115,11 @@ class SmileLinear(nn.Module):
         self.register_buffer("gate_owner", _owners([len(own) for own in rows]).to(weight.device))
         self.register_buffer("bias_vectors", None if bias_vectors is None else bias_vectors.to(weight))
 
+    @property
+    def added(self) -> list[Tensor]:
+        """The tensors that the experts add to the base model's layer."""
+        return [tensor for tensor in (self.A, self.B, self.V, self.bias_vectors) if tensor is not None]
+
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., m) for x (..., n). Each token uses the experts that its own gate chooses."""
         weights = gate(x.to(self.V), self.V, self.gate_owner, self.experts, self.top_k).to(x)
@@ -150,8 +155,7 @@ def install_smile(model: nn.Module, vectors: TaskVectors, *, rank: int, gate_ran
             weight, layer.bias, factors, bias_taus, rank=int(rank), gate_rank=int(gate_rank), top_k=int(top_k)
         )
         model.set_submodule(path, smile)
-        kept = (smile.A, smile.B, smile.V, smile.bias_vectors)
-        added += sum(tensor.numel() for tensor in kept if tensor is not None)
+        added += sum(tensor.numel() for tensor in smile.added)
     return added
 
 

@@ -33,7 +33,7 @@ class Context:
     them, routers are trained on the rows there and not on the tasks' own.
     `protocols` are all that the suite runs; what is built for one is built for all of them.
     `workspace` is a folder for what is built from the inputs; its name identifies them. `feature_cache` is the folder
-    of routers' features, if they are kept. `device` is where they are computed.
+    of routers' features, if they are kept. `device` is where they, merges, statistics and what is learned are computed.
     """
 
     name: str

@@ -37,8 +37,8 @@ class Run:
     """What all entries of one run share.
 
     `tasks` are the suite's tasks with their rows. `inputs` are the digests of weights and rows, `rows` how many rows of
-    a task are scored (None: all), and `device` is where models are scored. `log_texts` says that samples keep the rows'
-    inputs. `trial` runs another suite in the same way, for --tune. `started` is when the run began, in UTC.
+    a task are scored (None: all), and `device` is where models are built and scored. `log_texts` says that samples keep
+    the rows' inputs. `trial` runs another suite in the same way, for --tune. `started` is when the run began, in UTC.
     """
 
     suite: Suite

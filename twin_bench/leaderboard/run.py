@@ -37,7 +37,7 @@ class RunOptions:
     - `harness`: the name of the harness that scores.
     - `tune`: give each method that has a grid a second row, its options chosen on held-out training rows.
     - `matrix`: score every expert on every task as well, for a table of its own.
-    - `device`: where models are scored and routers' features computed: the CPU by default; `auto` is the fastest.
+    - `device`: where models are merged, learn and are scored: the CPU by default; `auto` is the fastest.
     - `log_texts`: keep the rows' inputs in the samples.
     - `compare_to`: the label of a row that the report is to compare with. The run only checks that there will be one.
     """

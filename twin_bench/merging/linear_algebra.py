@@ -56,6 +56,18 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     return Factors(product(rows, V / root, matrix.dtype), (root * V).T.to(matrix).contiguous())
 
 
+def product_svd(B: Tensor, A: Tensor) -> Factors:
+    """Return the SVD of B @ A as factors, from B (m, r) and A (r, n) alone, in their dtype.
+
+    Directions that hold rounding error only are left out, so a product of rank 0 has no columns.
+    """
+    left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(left.R @ right.R.T)
+    rank = int((_noise(S, torch.Size((len(B), A.shape[1])), B.dtype) < S).sum()) if S.numel() else 0
+    root = S[:rank].sqrt()
+    return Factors(left.Q @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ right.Q.T)
+
+
 def _noise(S: Tensor, shape: torch.Size, dtype: torch.dtype) -> float:
     """Return the largest singular value that is rounding error in this dtype, by the rule of numpy's matrix_rank."""
     return float(S[0]) * max(shape) * torch.finfo(dtype).eps
