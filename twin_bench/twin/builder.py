@@ -23,6 +23,7 @@ from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
 from twin_bench.twin.exclusive.files import stored_as_adapter
 from twin_bench.twin.exclusive_random import random_like
+from twin_bench.twin.going_on import parameters_below
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
@@ -135,11 +136,22 @@ def _exclusive_vectors(
 ) -> dict[str, Exclusive]:
     """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
+    without = _left_out(sources, shared, settings.from_layer)
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
     for name, expert in experts:
-        own = exclusive_vector(expert, shared, kind=settings.kind, name=name, seed=seed, **settings.options())
+        options = {"kind": settings.kind, "name": name, "seed": seed, "without": without, **settings.options()}
+        own = exclusive_vector(expert, shared, **options)
         found[name] = random_like(own, name, seed=seed) if settings.random else own
     return found
+
+
+def _left_out(sources: Sources, shared: Mapping[str, Tensor], from_layer: int | None) -> frozenset[str]:
+    """Return the names of the parameters that stay the shared expert's: those that hidden state `from_layer` needs."""
+    if from_layer is None:
+        return frozenset()
+    model = load_model(sources, shared)
+    backbone = model.get_encoder() if sources.skeleton.task_type == "seq2seq_lm" else model.base_model
+    return parameters_below(model.eval(), backbone, from_layer)
 
 
 def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
@@ -185,9 +197,11 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
     window = position_limit(config)
     if recipe.max_length and window is not None and recipe.max_length > window:
         raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")
+    depth, from_layer = config.num_hidden_layers, recipe.exclusive.from_layer
+    if from_layer is not None and from_layer >= depth:
+        raise InputError(f"exclusive.from_layer {from_layer}: the base model has {depth} blocks; give 0 to {depth - 1}")
     if router is None:
         return
-    depth = config.num_hidden_layers
     kind = find_kind(router.kind)
     top = depth - 1 if kind.router.reads_experts else depth
     for layer in router.layers or [router.layer]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, with_models_located
+from twin_bench.errors import InputError
 from twin_bench.merging.plugins import WithPlugins
 from twin_bench.merging.recipe import Shared
 from twin_bench.twin.exclusive.settings import ExclusiveSettings
