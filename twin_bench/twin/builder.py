@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sou
 from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
 from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
@@ -52,9 +54,10 @@ def build_twin(
         directory: It must not exist yet.
         rows: The router's rows, in place of those at the recipe's `router.data`.
         labels: The labels of each expert's task (see `open_sources`).
-        device: Where the shared expert is merged and the routers' features are computed: the CPU by default; `auto` is
-            cuda, else mps, else cpu.
-        batch_size: How many rows are in a forward pass for them at most, by default what 8,192 tokens hold, up to 64.
+        device: Where merges, SVDs and the routers' features are computed: the CPU by default; `auto` is cuda, else mps,
+            else cpu.
+        batch_size: How many rows are in a forward pass for features at most, by default what 8,192 tokens hold, up to
+            64.
         feature_cache: The directory in which the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
 
@@ -80,7 +83,7 @@ def build_twin(
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},
-        exclusive=_exclusive_vectors(recipe, sources, shared, progress),
+        exclusive=_exclusive_vectors(recipe, sources, shared, progress, on),
         paper=_paper_parts(recipe, sources),
         max_length=recipe.max_length,
     )
@@ -132,7 +135,7 @@ def merge_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _exclusive_vectors(
-    recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], progress: Progress
+    recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], progress: Progress, device: torch.device
 ) -> dict[str, Exclusive]:
     """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
@@ -140,7 +143,7 @@ def _exclusive_vectors(
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
     for name, expert in experts:
         options = {"kind": settings.kind, "name": name, "seed": seed, "without": without, **settings.options()}
-        own = exclusive_vector(expert, shared, **options)
+        own = exclusive_vector(expert, shared, device=exact_device(device), **options)
         found[name] = random_like(own, name, seed=seed) if settings.random else own
     return found
 
