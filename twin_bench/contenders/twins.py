@@ -128,8 +128,8 @@ def twin(
 ) -> Iterator[Contender]:
     """theta*(x) = theta_s + sum_t w_t(x) v_t: a shared expert, compressed exclusive vectors, and a router's weights.
 
-    `shared` names a static merge, `exclusive` gives a density or a rank, and `router` the settings of a recipe's
-    router. With `weights` "task" every row has the exclusive vector of its true task.
+    `shared` names a static merge, `exclusive` gives a density, a rank, a budget or another kind, and `router` the
+    settings of a recipe's router. With `weights` "task" every row has the exclusive vector of its true task.
     """
     built = built_twin(context, shared, exclusive, router)
     told = weights == "task"

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,12 +18,14 @@ from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sou
 from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
 from twin_bench.merging.by_name import merge_lazily
+from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
 from twin_bench.twin.exclusive.files import stored_as_adapter
 from twin_bench.twin.exclusive_random import random_like
+from twin_bench.twin.going_on import parameters_below
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
@@ -51,9 +54,10 @@ def build_twin(
         directory: It must not exist yet.
         rows: The router's rows, in place of those at the recipe's `router.data`.
         labels: The labels of each expert's task (see `open_sources`).
-        device: Where the shared expert is merged and the routers' features are computed: the CPU by default; `auto` is
-            cuda, else mps, else cpu.
-        batch_size: How many rows are in a forward pass for them at most, by default what 8,192 tokens hold, up to 64.
+        device: Where merges, SVDs and the routers' features are computed: the CPU by default; `auto` is cuda, else mps,
+            else cpu.
+        batch_size: How many rows are in a forward pass for features at most, by default what 8,192 tokens hold, up to
+            64.
         feature_cache: The directory in which the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
 
@@ -79,7 +83,7 @@ def build_twin(
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},
-        exclusive=_exclusive_vectors(recipe, sources, shared, progress),
+        exclusive=_exclusive_vectors(recipe, sources, shared, progress, on),
         paper=_paper_parts(recipe, sources),
         max_length=recipe.max_length,
     )
@@ -131,15 +135,26 @@ def merge_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _exclusive_vectors(
-    recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], progress: Progress
+    recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], progress: Progress, device: torch.device
 ) -> dict[str, Exclusive]:
     """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
+    without = _left_out(sources, shared, settings.from_layer)
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
     for name, expert in experts:
-        own = exclusive_vector(expert, shared, kind=settings.kind, name=name, seed=seed, **settings.options())
+        options = {"kind": settings.kind, "name": name, "seed": seed, "without": without, **settings.options()}
+        own = exclusive_vector(expert, shared, device=exact_device(device), **options)
         found[name] = random_like(own, name, seed=seed) if settings.random else own
     return found
+
+
+def _left_out(sources: Sources, shared: Mapping[str, Tensor], from_layer: int | None) -> frozenset[str]:
+    """Return the names of the parameters that stay the shared expert's: those that hidden state `from_layer` needs."""
+    if from_layer is None:
+        return frozenset()
+    model = load_model(sources, shared)
+    backbone = model.get_encoder() if sources.skeleton.task_type == "seq2seq_lm" else model.base_model
+    return parameters_below(model.eval(), backbone, from_layer)
 
 
 def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
@@ -185,9 +200,11 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
     window = position_limit(config)
     if recipe.max_length and window is not None and recipe.max_length > window:
         raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")
+    depth, from_layer = config.num_hidden_layers, recipe.exclusive.from_layer
+    if from_layer is not None and from_layer >= depth:
+        raise InputError(f"exclusive.from_layer {from_layer}: the base model has {depth} blocks; give 0 to {depth - 1}")
     if router is None:
         return
-    depth = config.num_hidden_layers
     kind = find_kind(router.kind)
     top = depth - 1 if kind.router.reads_experts else depth
     for layer in router.layers or [router.layer]:

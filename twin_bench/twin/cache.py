@@ -19,6 +19,7 @@ from torch import Tensor
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
 from twin_bench.twin.features import Read
+from twin_bench.twin.layers.entries import KeptEntries
 
 FORMAT = 3
 """The version of stored features. It is raised with every change in how features are computed, or rows told apart."""
@@ -74,10 +75,11 @@ def backbone_digest(backbone: Any, overrides: Mapping[str, Tensor]) -> str:
     """Return a digest of everything in a transformers model without a head that its hidden states depend on.
 
     `overrides` replace the backbone's parameters of the same names. Tensors that only fusion uses are not in the state
-    dict and not in the digest.
+    dict and not in the digest, and neither are the modules that hold them.
     """
     config = {name: value for name, value in backbone.config.to_dict().items() if name != "_name_or_path"}
-    modules = [(path, type(module).__name__) for path, module in backbone.named_modules()]
+    named = ((path, module) for path, module in backbone.named_modules() if not isinstance(module, KeptEntries))
+    modules = [(path, type(module).__name__) for path, module in named]
     plain = [config, backbone.config._attn_implementation, modules]
     return digest([plain, digest_tensors({**backbone.state_dict(), **overrides})])
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.twin.arguments import checked_batch, require_count, require_encoded, require_known, tasks_of
 from twin_bench.twin.encoded import Encoded, Text, identity
+from twin_bench.twin.features import Read
 from twin_bench.twin.finite import require_finite_logits
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.going_on import Begun, Start, States, going_on, latest_start
 from twin_bench.twin.heads import heads_in_use, install_heads
 from twin_bench.twin.layers import install
 from twin_bench.twin.model import TwinModel
@@ -42,6 +45,9 @@ class TwinClassifier(TwinModel):
     The protocol decides which head answers. Under `standard` it is the head of the row's task. Under `routed` it is the
     head of the expert with the largest fusion weight. Under `paper` the head *and all biases* come from the true task's
     expert, as in the authors' evaluation.
+
+    If no expert changes anything below the state that the router reads, the scoring pass goes on from the routing
+    pass: see `twin_bench.twin.going_on`.
     """
 
     task_type: ClassVar[TaskType] = "sequence_classification"
@@ -93,12 +99,13 @@ class TwinClassifier(TwinModel):
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs = checked_batch(given, self.model)
-        size = len(input_ids)
+        size, states = len(input_ids), None
         tasks = tasks_of(task, size)
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, size)
         elif self.routing == "router" and self.expert_names:
-            weights = self.simplest(self._routed_batch(inputs))
+            with self._remembered() as states:
+                weights = self.simplest(self._routed_batch(inputs))
         else:
             weights = self.route_all([{}] * size, [str(name) for name in tasks])
         heads = self._heads_of(weights, tasks)
@@ -108,7 +115,9 @@ class TwinClassifier(TwinModel):
         logits = torch.full((size, widest), -torch.inf, device=self.device, dtype=self.model.dtype)
         for group in groups:
             rows = torch.tensor(group.rows, device=input_ids.device)
-            out = self._run({k: v[rows] for k, v in inputs.items()}, group, keys, [heads[r] for r in group.rows])
+            begun = states.of_batch(rows) if states is not None else None
+            batch = {k: v[rows] for k, v in inputs.items()}
+            out = self._run(batch, group, keys, [heads[r] for r in group.rows], begun)
             logits[rows, : out.shape[1]] = out
         return SequenceClassifierOutput(logits=logits)
 
@@ -163,13 +172,14 @@ class TwinClassifier(TwinModel):
         require_encoded(encoded, self.model.config)
         tasks = tasks_of(tasks, len(encoded))
         require_known(tasks, self.heads, "the twin has no expert of task")
-        batch_size = require_count(batch_size, "batch_size")
+        batch_size, states = require_count(batch_size, "batch_size"), None
         if fusion_weights is not None:
             weights = self.checked_weights(fusion_weights, len(encoded))
             if progress:
                 progress(len(encoded))
         else:
-            weights = self.route_all(encoded, tasks, batch_size=batch_size, progress=progress)
+            with self._remembered() as states:
+                weights = self.route_all(encoded, tasks, batch_size=batch_size, progress=progress)
         heads = self._heads_of(weights, list(tasks))
         keys = self._fusion_keys(weights, heads)
         used = [tuple(row) for row in weights.tolist()]
@@ -183,7 +193,8 @@ class TwinClassifier(TwinModel):
         distinct = sorted(set(copies))
         for batch in self.planned(keys, lengths, batch_size, distinct):
             names = [heads[row] for row in batch.rows]
-            logits = self._run(self.collate([encoded[row] for row in batch.rows]), batch, keys, names)
+            own = [encoded[row] for row in batch.rows]
+            logits = self._run(self.collate(own), batch, keys, names, states.of(own) if states else None)
             for row, name, row_logits in zip(batch.rows, names, logits.float().cpu(), strict=True):
                 answers[row] = Prediction(name, row_logits[: self.num_labels[name]], used[row])
             if progress:
@@ -196,15 +207,55 @@ class TwinClassifier(TwinModel):
         """Return the logits that each row's answer is read from: (labels,) each, on the CPU."""
         return [prediction.logits for prediction in self.answer(encoded, tasks, fusion_weights=weights)]
 
-    def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
-        """Return the logits of one batch of a plan over `keys`."""
-        with self.fused(group, keys), heads_in_use(self.heads, heads):
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor],
+        group: Group,
+        keys: Tensor,
+        heads: Sequence[str],
+        begun: Begun | None = None,
+    ) -> Tensor:
+        """Return the logits of one batch of a plan over `keys`. `begun` is the routing pass's state of the rows."""
+        with self.fused(group, keys), heads_in_use(self.heads, heads), self._from(begun):
             logits: Tensor = self.model(**inputs).logits
         labels = torch.tensor([self.num_labels[head] for head in heads], device=logits.device)
         filled = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
         own = logits.masked_fill(filled, 0)
         require_finite_logits(own, group.rows, keys, self.expert_names, self.model.dtype)
         return logits
+
+    @functools.cached_property
+    def _start(self) -> Start:
+        with self.fusion.shared():
+            return latest_start(self.backbone)
+
+    def _remembered(self) -> AbstractContextManager[States | None]:
+        """Return a context that keeps a state which the router reads, if the scoring pass can go on from it."""
+        if self.router is None or self.router_overrides or self.routing != "router":
+            return nullcontext()
+        above = [read.layer for read in self.router.config.reads if read.layer > 0]
+        layer = max((layer for layer in above if layer <= self._start.layer), default=0) if above else 0
+        return States(layer).remembered() if layer else nullcontext()
+
+    @torch.no_grad()
+    def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int | Read]) -> list[Tensor]:
+        """Return the features that a router on each of `layers` reads: (batch, width), of each row's own tokens."""
+        if (states := States.current()) is None:
+            return super().features(inputs, layers)
+        with self.fusion.shared(), states.seen(self.backbone):
+            return super().features(inputs, layers)
+
+    def _feature_batches(
+        self, rows: Sequence[Encoded], layers: Sequence[int | Read], batch_size: int
+    ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+        for batch, features in super()._feature_batches(rows, layers, batch_size):
+            if (states := States.current()) is not None:
+                states.keep([rows[row] for row in batch])
+            yield batch, features
+
+    def _from(self, begun: Begun | None) -> AbstractContextManager[None]:
+        """Return a context in which the model goes on from a state of the routing pass, if there is one."""
+        return nullcontext() if begun is None else going_on(self.backbone, self._start, begun)
 
     def _fusion_keys(self, weights: Tensor, heads: Sequence[str]) -> Tensor:
         """Return what decides each row's fused model: its fusion weights and, under `paper`, its biases' weights."""

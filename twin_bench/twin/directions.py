@@ -28,7 +28,7 @@ def reading_directions(twin: TwinModel, exclusive: Mapping[str, Exclusive], laye
         layer: 0 to the number of blocks, less one.
 
     Raises:
-        InputError: An expert's exclusive vector has none of these matrices.
+        InputError: An expert's exclusive vector has no factors of these matrices.
     """
     layers = _first_readers(twin, layer)
     found = []
@@ -41,7 +41,7 @@ def reading_directions(twin: TwinModel, exclusive: Mapping[str, Exclusive], laye
         if not pairs:
             raise InputError(
                 f"router: kind projection reads the exclusive vectors of the block above layer {layer}, and expert "
-                f"{task!r} has none there; give another layer or kind"
+                f"{task!r} has no factors there; give another layer or kind"
             )
         down = torch.cat([pair[0] for pair in pairs], dim=1).double()
         inner = torch.block_diag(*(up.double() @ up.double().T for _, up in pairs))

@@ -51,6 +51,7 @@ class Fusion:
         self.layers: list[FusedLayer] = []
         self._fused: tuple[Tensor, Tensor] | None = None
         self._columns: dict[tuple[int, ...], Columns] = {}
+        self._users: dict[int, Tensor] | None = None
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -85,7 +86,7 @@ class Fusion:
 
     def follow(self, weights: Tensor) -> None:
         """Run with weights (batch, experts) as `per_row` does, from here on. It is for a router inside the model."""
-        self.mode, self.weights, self.bias_weights, self._columns = "rows", weights, weights, {}
+        self.mode, self.weights, self.bias_weights, self._columns, self._users = "rows", weights, weights, {}, None
 
     def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Columns:
         """Return the columns that the rows use and their weights, for factors of `ranks` with columns of `owner`.
@@ -98,6 +99,17 @@ class Fusion:
             used = None if bool(active.all()) else active[owner].nonzero().squeeze(1)
             self._columns[ranks] = Columns(used, self.weights[:, owner if used is None else owner[used]])
         return self._columns[ranks]
+
+    def users(self) -> dict[int, Tensor]:
+        """Return the experts that have a weight in some row, each with the indices of these rows.
+
+        The result is computed once for all layers.
+        """
+        if self._users is None:
+            assert self.weights is not None
+            rows, experts = self.weights.nonzero(as_tuple=True)
+            self._users = {expert: rows[experts == expert] for expert in experts.unique().tolist()}
+        return self._users
 
     def costs(self) -> Costs:
         """Return the planner's costs, computed from the layers' shapes, in multiplications of a plain token."""
@@ -116,12 +128,18 @@ class Fusion:
         self, mode: Literal["shared", "fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
     ) -> Iterator[None]:
         with self._lock:
-            before = self.mode, self.weights, self.bias_weights, self._columns
-            self.mode, self.weights, self.bias_weights, self._columns = mode, weights, bias_weights, {}
+            before = self.mode, self.weights, self.bias_weights, self._columns, self._users
+            self.mode, self.weights, self.bias_weights, self._columns, self._users = (
+                mode,
+                weights,
+                bias_weights,
+                {},
+                None,
+            )
             try:
                 yield
             finally:
-                self.mode, self.weights, self.bias_weights, self._columns = before
+                self.mode, self.weights, self.bias_weights, self._columns, self._users = before
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, which can be neither copied nor pickled."""

@@ -123,3 +123,8 @@ def test_the_planner_knows_what_entries_cost(directory: Any) -> None:
         assert all(1 <= cost < 1.3 for cost in costs.columns)
         assert costs.joint == pytest.approx(sum(costs.columns))
     assert max(few.fuse) < 0.1 * min(signs.fuse) < 10
+
+
+def test_twins_of_one_shared_expert_share_their_routers_features(directory: Any, causal_twins: Any) -> None:
+    twins = [TwinModel.from_pretrained(twin) for twin in (causal_twins("llama"), directory("llama", "signs"))]
+    assert len({twin.backbone_digest for twin in twins}) == 1

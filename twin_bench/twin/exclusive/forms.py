@@ -47,8 +47,9 @@ class Exclusive:
 class ExpertDifferences:
     """One expert's differences theta_t - theta_s from the shared expert, from which a kind makes an exclusive vector.
 
-    `matrices()` yields each matrix's name and difference (m, n), and computes one after the other. `vectors` are the
-    differences of 1-D tensors. Equal parameters are left out. All are in float32, or in float64 for float64 parameters.
+    `matrices()` yields each matrix's name and difference (m, n), and computes one after the other. They are on the
+    device of the build; what a kind keeps of them is on the CPU. `vectors` are the differences of 1-D tensors. Equal
+    parameters are left out. All are in float32, or in float64 for float64 parameters.
     `expert` is the expert's name, which draws depend on besides `seed`. `model_bytes` is the size of a whole expert
     without its head.
     """

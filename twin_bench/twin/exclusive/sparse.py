@@ -31,7 +31,7 @@ class Sparse:
 
     @classmethod
     def of(cls, matrix: Tensor, kept: Tensor, scale: Tensor | None = None) -> Self:
-        """Return the entries of `matrix` where `kept` is true, in the smallest form.
+        """Return the entries of `matrix` where `kept` is true, in the smallest form, on the CPU.
 
         Args:
             matrix: (m, n).
@@ -46,7 +46,7 @@ class Sparse:
             few = 4 * count < -(-len(flat) // 8) and len(flat) <= LARGEST_INDEX
             parts |= {"indices": chosen.nonzero().squeeze(1).int()} if few else {"mask": packed(chosen)}
         m, n = matrix.shape
-        return cls((m, n), count, parts)
+        return cls((m, n), count, {part: tensor.cpu() for part, tensor in parts.items()})
 
     def indexed(self) -> Sparse:
         """Return the same matrix with the part `starts`, which `rows` needs beside a mask."""

@@ -28,6 +28,7 @@ def exclusive_vector(
     name: str = "",
     seed: int = 0,
     without: Container[str] = (),
+    device: str | torch.device = "cpu",
     **options: Any,
 ) -> Exclusive:
     """Return v_t of one expert over the shared expert, parameter by parameter.
@@ -39,6 +40,7 @@ def exclusive_vector(
         name: The expert's name, which draws depend on.
         seed: The seed of a randomised SVD, and of draws.
         without: Names of parameters of which nothing is kept.
+        device: Where matrices are decomposed and sorted. What is kept of them is on the CPU.
         **options: The kind's options, for example `rank` or `density`.
 
     Returns:
@@ -68,7 +70,7 @@ def exclusive_vector(
             seed=seed,
             model_bytes=sum(tensor.nbytes for tensor in shared.values()),
             vectors=dict(differences(1)),
-            matrices=lambda: differences(2),
+            matrices=lambda: ((parameter, matrix.to(device)) for parameter, matrix in differences(2)),
         ),
         options,
     )

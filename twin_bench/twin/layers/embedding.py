@@ -74,8 +74,7 @@ class TwinEmbedding(TwinLayer):
         if len(self.owner):
             embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A
         if self.entries is not None:
-            assert self.fusion.weights is not None
-            embedded = embedded + self.entries.looked_up(ids, self.fusion.weights).to(embedded)
+            embedded = embedded + self.entries.looked_up(ids, self.fusion).to(embedded)
         return embedded
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -122,8 +121,7 @@ class TiedLinear(nn.Module):
         if len(table.owner):
             y = y + F.linear(F.linear(x, table.A) * table.scale(x.ndim), table.B)
         if table.entries is not None:
-            assert table.fusion.weights is not None
-            table.entries.add_products(y, x, table.fusion.weights, F.linear)
+            table.entries.add_products(y, x, table.fusion, F.linear)
         return y
 
 

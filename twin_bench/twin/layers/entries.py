@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twin_bench.twin.exclusive.sparse import Sparse
+from twin_bench.twin.fusion import Fusion
 
 AT_INDEX, BY_MASK, WHOLE = 100.0, 150.0, 30.0
 """What adding a matrix to a weight costs, in multiplications of a plain token.
@@ -52,44 +53,45 @@ class KeptEntries(nn.Module):
         shape, count, parts = self._forms[expert]
         return Sparse(shape, count, {part: self.get_buffer(f"{part}_{expert}") for part in parts})
 
-    def used(self, weights: Tensor) -> Iterator[tuple[int, Sparse, Tensor]]:
-        """Yield the experts with a matrix and a weight in weights (rows, experts), their matrices and those rows."""
-        for expert in self._forms:
-            rows = weights[:, expert].nonzero().squeeze(1)
-            matrix = self.of(expert)
-            if len(rows) and matrix is not None:
-                yield expert, matrix, rows
-
     def add_to(self, fused: Tensor, weights: Tensor) -> None:
         """Add the experts' matrices, weighted by weights (experts,), to `fused` (m, n) in place."""
-        for expert, matrix, _ in self.used(weights[None]):
-            matrix.add_to(fused, float(weights[expert]))
+        for expert, weight in enumerate(weights.tolist()):
+            if weight and (matrix := self.of(expert)) is not None:
+                matrix.add_to(fused, weight)
 
-    def add_products(self, y: Tensor, x: Tensor, weights: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def used(self, fusion: Fusion) -> Iterator[tuple[int, Sparse, Tensor]]:
+        """Yield what the rows of a batch use: an expert, its matrix, and the indices of the rows that use it."""
+        for expert, rows in fusion.users().items():
+            if (matrix := self.of(expert)) is not None:
+                yield expert, matrix, rows
+
+    def add_products(self, y: Tensor, x: Tensor, fusion: Fusion, product: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Add each row's weighted sum of products of the experts' matrices to y (batch, ..., out) in place.
 
         Args:
             y: (batch, ..., out).
             x: (batch, ..., in).
-            weights: (batch, experts), the rows' weights.
+            fusion: in mode `rows`.
             product: a function of the rows that use an expert, and its matrix.
         """
-        for expert, matrix, rows in self.used(weights):
-            own = weights[rows, expert].to(y).view(-1, *[1] * (y.ndim - 1))
+        assert fusion.weights is not None
+        for expert, matrix, rows in self.used(fusion):
+            own = fusion.weights[rows, expert].to(y).view(-1, *[1] * (y.ndim - 1))
             y.index_add_(0, rows, own * product(x[rows], matrix.dense()))
 
-    def looked_up(self, ids: Tensor, weights: Tensor) -> Tensor:
+    def looked_up(self, ids: Tensor, fusion: Fusion) -> Tensor:
         """Return the weighted sum of the experts' rows of token ids: (batch, length, width).
 
         Args:
             ids: (batch, length), or (1, length) for ids that all rows share.
-            weights: (batch, experts), the rows' weights.
+            fusion: in mode `rows`.
         """
+        assert fusion.weights is not None
         found, place = ids.unique(return_inverse=True)
         total = torch.zeros((), device=ids.device)
-        for expert, matrix, _ in self.used(weights):
+        for expert, matrix, _ in self.used(fusion):
             rows = matrix.rows(found)
-            total = total + weights[:, expert].to(rows).view(-1, *[1] * ids.ndim) * rows[place]
+            total = total + fusion.weights[:, expert].to(rows).view(-1, *[1] * ids.ndim) * rows[place]
         return total
 
     def fuse_cost(self, expert: int) -> float:

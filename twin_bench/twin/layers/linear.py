@@ -79,8 +79,7 @@ class TwinLinear(TwinLayer):
             z, up = self._through_factors(x)
             y.view(-1, y.shape[-1]).addmm_(z, up)
         if self.entries is not None:
-            assert self.fusion.weights is not None
-            self.entries.add_products(y, x, self.fusion.weights, lambda x, matrix: self.plain(x, matrix, None))
+            self.entries.add_products(y, x, self.fusion, lambda x, matrix: self.plain(x, matrix, None))
         bias = None if shared_bias else self.row_bias(x.ndim)
         return y if bias is None else y.add_(bias)
 

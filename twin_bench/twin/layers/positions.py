@@ -47,7 +47,7 @@ class TwinLearnedPositions(TwinEmbedding):
         if self.entries is not None:
             weights = self.fusion.weights
             assert weights is not None
-            for expert, matrix, _ in self.entries.used(weights):
+            for expert, matrix, _ in self.entries.used(self.fusion):
                 own = self._read(matrix.dense(), *args, **options)
                 embedded = embedded + broadcastable(weights[:, expert : expert + 1].to(own), own.ndim) * own
         return embedded

@@ -18,6 +18,6 @@ def bernoulli(differences: ExpertDifferences, *, density: float) -> Exclusive:
     require_density("bernoulli", density)
     kept: dict[str, Sparse] = {}
     for name, matrix in differences.matrices():
-        chosen = draws(differences.seed, differences.expert, name, matrix.shape) < density
-        kept[name] = Sparse.of(matrix / density, chosen & (matrix != 0))
+        drawn = draws(differences.seed, differences.expert, name, matrix.shape).to(matrix.device)
+        kept[name] = Sparse.of(matrix / density, (drawn < density) & (matrix != 0))
     return Exclusive({}, differences.vectors, {name: one for name, one in kept.items() if one.count})

@@ -104,10 +104,16 @@ def _decomposed(
     for name, matrix in differences.matrices():
         full = density is None and rank is None
         limit = min(matrix.shape) if full else exclusive_rank(matrix.shape, density=density, rank=rank)
-        try:
-            yield name, matrix, truncated_svd(matrix, limit, seed=differences.seed)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise InputError(f"tensor {name}: the SVD of its difference fails ({error}); correct the expert") from None
+        yield name, matrix, _truncated(name, matrix, limit, differences.seed)
+
+
+def _truncated(name: str, matrix: Tensor, rank: int, seed: int) -> Factors:
+    """Return the factors of a truncated SVD on the CPU. InputError that names the tensor if it fails."""
+    try:
+        B, A = truncated_svd(matrix, rank, seed=seed)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise InputError(f"tensor {name}: the SVD of its difference fails ({error}); correct the expert") from None
+    return Factors(B.cpu(), A.cpu())
 
 
 def _singular_values(factors: Factors) -> Tensor:
@@ -123,7 +129,7 @@ def _of_energy(factors: Factors, matrix: Tensor, energy: float) -> Factors:
     if not 0 < energy <= 1:
         raise InputError(f"exclusive: rank.energy must be in (0, 1], not {energy}")
     held = _singular_values(factors).square().cumsum(dim=0)
-    return _cut(factors, int((held < energy * matrix.double().square().sum()).sum()) + 1)
+    return _cut(factors, int((held < energy * float(matrix.double().square().sum())).sum()) + 1)
 
 
 def _share_of(differences: ExpertDifferences, budget: float) -> int:
@@ -142,7 +148,7 @@ def _within_budget(differences: ExpertDifferences, budget: int, bits: int | None
         m, n = matrix.shape
         costs[name] = direction_bytes((m, n), bits) * (matrix.itemsize // 4 if bits is None else 1)
         most = min(m, n, max(0, left) // costs[name])
-        whole[name] = truncated_svd(matrix, most, seed=differences.seed)
+        whole[name] = _truncated(name, matrix, most, differences.seed)
     least = min(costs, key=lambda name: costs[name], default=None)
     if least is not None and left < costs[least]:
         raise InputError(
