@@ -40,7 +40,7 @@ def reading_directions(twin: TwinModel, exclusive: Mapping[str, Exclusive], laye
         ]
         if not pairs:
             raise InputError(
-                f"router: kind projection reads low-rank exclusive vectors of the block above layer {layer}, and expert "
+                f"router: kind projection reads low-rank exclusive vectors of the block above layer {layer}; expert "
                 f"{task!r} has none there; give another layer, or another kind of router"
             )
         down = torch.cat([pair[0] for pair in pairs], dim=1).double()
