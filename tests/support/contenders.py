@@ -33,6 +33,7 @@ def all_served(
         sources=open_sources(checked.base_model, checked.expert_paths),
         workspace=folder,
         router=checked.router,
+        protocols=tuple({*checked.protocol, protocol}),
         rows=rows,
         seed=checked.seed,
         max_length=checked.max_length,

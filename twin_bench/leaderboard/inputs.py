@@ -18,7 +18,7 @@ from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.tasks import EMBEDDED, HUB, HubRows
 from twin_bench.protocols import ProtocolName
 
-FORMAT = 4
+FORMAT = 5
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
 ROWS_FORMAT = 2
 """The format of the record of rows that were downloaded, or that a harness has written."""

@@ -40,8 +40,8 @@ def reading_directions(twin: TwinModel, exclusive: Mapping[str, Exclusive], laye
         ]
         if not pairs:
             raise InputError(
-                f"router: kind projection reads the exclusive vectors of the block above layer {layer}, and expert "
-                f"{task!r} has no factors there; give another layer or kind"
+                f"router: kind projection reads low-rank exclusive vectors of the block above layer {layer}; expert "
+                f"{task!r} has none there; give another layer, or another kind of router"
             )
         down = torch.cat([pair[0] for pair in pairs], dim=1).double()
         inner = torch.block_diag(*(up.double() @ up.double().T for _, up in pairs))

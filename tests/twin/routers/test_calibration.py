@@ -1,0 +1,127 @@
+"""Temperature, threshold and what is reported, against other computations; and rows that fall back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
+
+from tests.support.dense import batch
+from tests.support.families import built
+from twin_bench import TwinModel
+from twin_bench.errors import UnsuitedError
+from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
+from twin_bench.twin.routers.calibration import (
+    calibrated,
+    calibration_error,
+    likeliest_temperature,
+    report,
+    threshold_that_keeps,
+)
+from twin_bench.twin.routers.registry import find_kind
+
+TASKS = ("a", "b", "c")
+
+
+def scored(rows: int = 4000, sharpness: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits that are `sharpness` times those by which the owners are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(rows, 3, generator=generator) * 2
+    owners = torch.multinomial(torch.softmax(true, dim=1), 1, generator=generator).flatten()
+    return sharpness * true, owners
+
+
+class Plain(StoredRouter):
+    """Logits are the features."""
+
+    @classmethod
+    def fit(cls, config: RouterConfig, examples: Examples) -> Plain:
+        return cls(config)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def test_the_temperature_undoes_what_sharpened_the_logits() -> None:
+    logits, owners = scored()
+    found = likeliest_temperature(logits, owners)
+    assert found == pytest.approx(3.0, rel=0.06)
+    loss = [log_loss(owners, torch.softmax(logits.double() / t, dim=1)) for t in (found / 1.05, found, found * 1.05)]
+    assert loss[1] < min(loss[0], loss[2])
+    certain = torch.eye(3)[owners]
+    assert 0.01 < likeliest_temperature(certain, owners) < 1  # all rows are right, and yet no weight is all of 1
+
+
+@pytest.mark.parametrize("keep", [0.95, 0.5, 1.0, 0.001])
+def test_a_threshold_keeps_its_fraction_of_rows_and_hardly_more(keep: float) -> None:
+    confidence = torch.rand(977, generator=torch.Generator().manual_seed(1))
+    kept = (confidence >= threshold_that_keeps(confidence, keep)).double().mean().item()
+    assert keep <= kept < keep + 2 / 977
+
+
+def test_the_report_is_scikit_learns() -> None:
+    logits, owners = scored(500)
+    router = calibrated(Plain(RouterConfig(TASKS, 3)), logits, owners, auto=False, keep=0.9)
+    found = report(router, logits, owners)
+    predicted = logits.argmax(dim=1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(owners, predicted))
+    assert found["top_2"] == pytest.approx(top_k_accuracy_score(owners, logits, k=2))
+    assert [list(row.values()) for row in found["confusion"].values()] == confusion_matrix(owners, predicted).tolist()
+    assert found["task_accuracy"]["b"] == pytest.approx((predicted[owners == 1] == 1).double().mean().item())
+    sure = torch.softmax(logits.double(), dim=1).amax(dim=1)
+    assert found["kept"] == pytest.approx(0.9, abs=0.005)
+    kept = sure >= sure.quantile(0.1)
+    assert found["kept_accuracy"] == pytest.approx((predicted == owners)[kept].double().mean().item(), abs=0.005)
+    assert found["calibration_error"] > 0.08
+    mended = report(calibrated(router, logits, owners, auto=True, keep=None), logits, owners)
+    assert mended["calibration_error"] < 0.06
+
+
+def test_the_calibration_error_of_two_bins() -> None:
+    confidence = np.array([0.41, 0.42, 0.95, 0.97])
+    right = np.array([True, False, True, True])
+    assert calibration_error(confidence, right) == pytest.approx(0.5 * abs(0.5 - 0.415) + 0.5 * abs(1 - 0.96))
+
+
+@pytest.mark.parametrize("kind", ["linear", "nearest_centroid", "mahalanobis"])
+def test_rows_of_no_task_fall_back(kind: str) -> None:
+    """A distance tells rows that are far from all tasks, a probability those that are between two."""
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.arange(600) % 3
+    features = 5 * torch.eye(3, 12)[owners] + torch.randn(600, 12, generator=generator)
+    examples = Examples(features[:300], owners[:300], features[300:], owners[300:])
+    fit = find_kind(kind).fit(RouterConfig(TASKS, 12, kind=kind), examples, {})
+    router = calibrated(fit, features[300:], owners[300:], auto=True, keep=0.95)
+    fresh = 5 * torch.eye(3, 12)[owners] + torch.randn(600, 12, generator=generator)
+    kept = router.weights(fresh).sum(dim=1)
+    assert set(kept.round(decimals=5).tolist()) == {0.0, 1.0}
+    assert 0.9 < kept.mean() < 0.99
+    between = 5 * torch.eye(3, 12)[[0, 1]].mean(dim=0)
+    nobodys = between if kind == "linear" else 30 * torch.eye(12)[5]
+    found = router.weights(nobodys + torch.randn(300, 12, generator=generator))
+    assert found.sum(dim=1).mean() < (0.3 if kind == "linear" else 0.01)
+
+
+def test_a_twin_answers_what_falls_back_with_its_shared_expert(families: Any, tmp_path: Path) -> None:
+    family = families("bert")
+    router = {**family.recipe["router"], "kind": "nearest_centroid", "fallback": "shared", "keep": 0.5, "top_k": 1}
+    directory = built({**family.recipe, "router": router}, tmp_path / "twin")
+    told = json.loads((directory / "twin.json").read_text())["router"]
+    assert 0.5 <= told["kept"] <= 0.67
+    assert told["fallback"] == "shared"
+    twin: Any = TwinModel.from_pretrained(directory)
+    shared: Any = TwinModel.from_pretrained(directory, routing="none")
+    encoded = twin.encode([("the a cat dog", None), ("why who did not", None), ("zzz " * 20, None)] * 2)
+    weights = twin.route_all(encoded)
+    assert weights[2].tolist() == weights[5].tolist() == [0.0, 0.0, 0.0]  # of words that no task has
+    answers, plain = (model.answer(encoded, ["cola"] * 6) for model in (twin, shared))
+    for row, answer, alone in zip(weights, answers, plain, strict=True):
+        assert torch.equal(answer.logits, alone.logits) == (row.sum() == 0)
+    assert twin.route(**batch(4)).sum(dim=1).unique().numel() <= 2
+    with pytest.raises(UnsuitedError, match="names none for a row that falls back"):
+        TwinModel.from_pretrained(directory, protocol="routed")
