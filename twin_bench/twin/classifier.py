@@ -198,7 +198,7 @@ class TwinClassifier(TwinModel):
 
     def _run(self, inputs: Mapping[str, Tensor], group: Group, keys: Tensor, heads: Sequence[str]) -> Tensor:
         """Return the logits of one batch of a plan over `keys`."""
-        with self.fused(group, keys), heads_in_use(self.heads, heads):
+        with self.fused(group, keys), heads_in_use(self.heads, heads, self.device):
             logits: Tensor = self.model(**inputs).logits
         labels = torch.tensor([self.num_labels[head] for head in heads], device=logits.device)
         filled = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
