@@ -99,6 +99,12 @@ def real_experts() -> Path:
     return Path(os.environ["TWIN_BENCH_EXPERTS"])
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests that need a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect (never count as passed) the real-row tests where there are no real rows."""
     if {"TWIN_BENCH_DATA", "TWIN_BENCH_EXPERTS"} <= os.environ.keys():

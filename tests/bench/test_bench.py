@@ -49,10 +49,11 @@ def test_a_language_models_cases(wide_llama: Family, tmp_path: Path) -> None:
     router = {"data": str(data), "epochs": 2}
     build_twin(Recipe.model_validate({**wide_llama.recipe, "router": router}), tmp_path / "twin")
     result = bench(tmp_path / "twin", data, rows=5, batch_size=2, rounds=1)
-    assert set(result["cases"]) == {"plain", "generate_diffuse", "plain_letters", "letters", "letters_routed"} | {
-        "lm_eval_hf",
-        "lm_eval_twin",
+    assert set(result["cases"]) == {"plain", "generate_diffuse", "generate_one_hot", "generate_fused"} | {
+        *("plain_letters", "letters", "letters_routed", "lm_eval_hf", "lm_eval_twin"),
+        *({"peft_mixed"} - result["unsupported"].keys()),
     }
+    assert result["machine"]["speed"]["launch"] > 0
     assert result["cases"]["lm_eval_twin"]["against"] == "lm_eval_hf"
     assert result["cases"]["letters"]["against"] == "plain_letters"
     assert result["notes"]["task"] == "mmlu"

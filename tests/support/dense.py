@@ -51,13 +51,23 @@ def truncated(task: str, name: str, v: Tensor) -> Tensor:
     return U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
 
 
+def whole(task: str, name: str, v: Tensor) -> Tensor:
+    """Return all of the difference."""
+    return v
+
+
 def dense(family: Family, weights: Tensor, keep: Keep = truncated) -> Any:
-    """Return one sample's model, every parameter fused for it in float64, from the paper's formulas."""
+    """Return one sample's model, every parameter fused for it in float64, from the paper's formulas.
+
+    A classifier's head, which is a task's own, stays the base model's.
+    """
     theta_0 = {name: p.detach().double() for name, p in family.base.named_parameters()}
     thetas = {task: dict(model.named_parameters()) for task, model in family.experts.items()}
     model = copy.deepcopy(family.base).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if family.labels and not name.startswith(f"{model.base_model_prefix}."):
+                continue
             shared = theta_0[name] + SCALING * sum(theta[name].double() - theta_0[name] for theta in thetas.values())
             fused = shared.clone()
             for weight, (task, theta) in zip(weights.double(), thetas.items(), strict=True):

@@ -25,7 +25,7 @@ def generated(prompts, **options):
     return [Instance("generate_until", {}, (prompt, GREEDY | options), i) for i, prompt in enumerate(prompts)]
 
 
-def served(directory, **options):
-    model = TwinMerged(pretrained=str(directory), device="cpu", dtype="float32", **options)
+def served(directory, device="cpu", **options):
+    model = TwinMerged(pretrained=str(directory), device=device, dtype="float32", **options)
     assert isinstance(model, CausalTwin)
     return model

@@ -94,7 +94,7 @@ def test_a_leaderboard_builds_and_scores_on_the_fastest_device(moved: list[str],
     assert moved[-1] == "cpu:0"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_gpu_builds_and_answers_as_the_cpu_does(
     families: Any, causal_families: Any, tmp_path: Path, kind: str

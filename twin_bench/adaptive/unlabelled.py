@@ -98,7 +98,7 @@ def entropy_loss(
     `parameters` take the place of the model's own parameters of the same names.
     """
     size = len(inputs["input_ids"])
-    with heads_in_use(twin.heads, [task] * size):
+    with heads_in_use(twin.heads, [task] * size, twin.device):
         logits = functional_call(twin.model, dict(parameters), (), dict(inputs)).logits
     return entropy(logits).mean()
 

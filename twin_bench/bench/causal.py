@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from twin_bench.bench.adapters import mixed_adapters
 from twin_bench.bench.measure import Case, Cases, finished
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.rows import few_shot_pool, task_rows
@@ -26,31 +30,38 @@ LETTERS = "ABCD"
 def causal_cases(twin: TwinCausalLM, directory: Path, data: Path, *, split: str, rows: int, batch_size: int) -> Cases:
     """Return the cases of a language model's twin: those of `generation_cases`, `letter_cases` and `harness_cases`.
 
-    The last ones need a router. They are optional.
+    The last ones need a router. They are optional, and so is PEFT's mixed batch.
     """
     plain: Any = load_twin(directory, dtype=twin.model.dtype).model.to(twin.device).eval()
     task, prompts = _prompts(twin, data, split, rows)
     whole = harness_cases(twin, plain, data, split=split, rows=rows, batch_size=batch_size) if twin.router else {}
     return Cases(
         {
-            **generation_cases(twin, plain, prompts, batch_size=batch_size),
+            **generation_cases(twin, plain, directory, prompts, batch_size=batch_size),
             **letter_cases(twin, plain, task, prompts, batch_size=batch_size),
             **whole,
         },
         {"task": task, "mean_tokens": sum(map(len, prompts)) / len(prompts), "tolerance": twin.tolerance},
-        optional=whole.keys(),
+        optional={*whole, "peft_mixed"},
     )
 
 
-def generation_cases(twin: TwinCausalLM, plain: Any, prompts: list[list[int]], *, batch_size: int) -> dict[str, Case]:
+def generation_cases(
+    twin: TwinCausalLM, plain: Any, directory: Path, prompts: list[list[int]], *, batch_size: int
+) -> dict[str, Case]:
     """Return the generation of 32 tokens after the last 64 tokens of `batch_size` prompts, in tokens a second.
 
     `plain` is transformers' own generation. `generate_diffuse` gives each row its own weights, drawn from a flat
-    Dirichlet.
+    Dirichlet, and `generate_one_hot` one expert in turn. `generate_fused` gives all rows the same diffuse weights.
+    `peft_mixed` is PEFT's mixed batch, which gives each row one expert's adapter in turn.
     """
     starts = torch.tensor([ids[-PROMPT_TOKENS:] for ids in (prompts * batch_size)[:batch_size]], device=twin.device)
     generator = torch.Generator().manual_seed(0)
     drawn = -torch.rand(batch_size, len(twin.expert_names), generator=generator).log()
+    diffuse = drawn / drawn.sum(dim=1, keepdim=True)
+    experts = [row % len(twin.expert_names) for row in range(batch_size)]
+    one_hot = torch.nn.functional.one_hot(torch.tensor(experts), len(twin.expert_names)).float()
+    adapted = mixed_adapters(directory, AutoModelForCausalLM, twin)
     options = {
         "max_new_tokens": GENERATED,
         "min_new_tokens": GENERATED,
@@ -61,13 +72,23 @@ def generation_cases(twin: TwinCausalLM, plain: Any, prompts: list[list[int]], *
     def generate_plain() -> None:
         finished(plain.generate(input_ids=starts, attention_mask=torch.ones_like(starts), **options))
 
-    def generate_diffuse() -> None:
-        finished(twin.generate(starts, fusion_weights=drawn / drawn.sum(dim=1, keepdim=True), **options))
+    def generate(weights: Tensor) -> None:
+        finished(twin.generate(starts, fusion_weights=weights, **options))
 
-    return {
-        "plain": Case(generate_plain, batch_size * GENERATED),
-        "generate_diffuse": Case(generate_diffuse, batch_size * GENERATED),
+    @torch.no_grad()
+    def generate_mixed() -> None:
+        names = [twin.expert_names[expert] for expert in experts]
+        mask = torch.ones_like(starts)
+        finished(adapted.generate(input_ids=starts, attention_mask=mask, adapter_names=names, **options))
+
+    runs: dict[str, Callable[[], object]] = {
+        "plain": generate_plain,
+        "generate_diffuse": partial(generate, diffuse),
+        "generate_one_hot": partial(generate, one_hot),
+        "generate_fused": partial(generate, diffuse[:1].repeat(batch_size, 1)),
+        "peft_mixed": generate_mixed,
     }
+    return {name: Case(run, batch_size * GENERATED) for name, run in runs.items()}
 
 
 def letter_cases(

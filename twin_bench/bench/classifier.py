@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 
+from twin_bench.bench.adapters import mixed_adapters
 from twin_bench.bench.measure import Case, Cases, finished
 from twin_bench.data.glue import GLUE
 from twin_bench.data.rows import read_rows, split_path
@@ -157,15 +159,7 @@ def _peft_mixed(
     cut: Sequence[Sequence[int]],
 ) -> Callable[[], None]:
     """Return a run of PEFT's mixed batch: each row uses its own task's adapter, and adapters are not fused."""
-    from peft import PeftModel
-    from transformers import AutoModel
-
-    backbone = AutoModel.from_pretrained(directory / "model", dtype=twin.model.dtype).to(twin.device)
-    first, *others = twin.expert_names
-    model = PeftModel.from_pretrained(backbone, str(directory / "experts" / first), adapter_name=first)
-    for name in others:
-        model.load_adapter(str(directory / "experts" / name), adapter_name=name)
-    model.eval()
+    model = mixed_adapters(directory, AutoModel, twin)
 
     @torch.no_grad()
     def run() -> None:

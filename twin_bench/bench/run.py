@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.layers import TwinLinear
 from twin_bench.twin.model import TwinModel
+from twin_bench.twin.speed import measured_speed
 
 
 def bench(
@@ -46,7 +48,8 @@ def bench(
     The cases are those of `classifier_cases` for a classifier's twin, and of `causal_cases` for a language model's.
     `device` is where all cases run; `auto` is cuda, else mps, else cpu. `memory` is given in fractions of the plain
     model's parameters: the factors, the joint bases, the fused copy, 1-D vectors. `build` is the time of
-    `torch.linalg.svd(full_matrices=True)` divided by the time that the exclusive vectors take here.
+    `torch.linalg.svd(full_matrices=True)` divided by the time that the exclusive vectors take here. Both are the CPU's,
+    so that they are measured only where the twin runs on it.
     """
     twin: Any = TwinModel.from_pretrained(twin_directory, device=device, dtype=dtype)
     options: Any = {"split": split, "rows": rows, "batch_size": batch_size}
@@ -56,12 +59,13 @@ def bench(
         cases = causal_cases(twin, twin_directory, data, **options)
     else:
         raise InputError(f"{twin_directory}: {NOT_CAUSAL[twin.task_type]}; bench has no cases for it")
-    measured, unsupported = measure(cases, rounds)
+    measured, unsupported = measure(cases, rounds, twin.device)
     return {
         "machine": {
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
             "device": _device_name(twin.device),
+            "speed": asdict(measured_speed(twin.device, twin.model.dtype)),
         },
         "versions": {package: version(package) for package in ("twin-bench", "torch", "transformers", "peft")},
         "settings": {
@@ -75,7 +79,7 @@ def bench(
         "unsupported": unsupported,
         "cases": measured,
         "memory": _memory(twin),
-        "build": _build_times(twin),
+        "build": _build_times(twin) if twin.device.type == "cpu" else {},
     }
 
 

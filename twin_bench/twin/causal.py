@@ -212,7 +212,8 @@ class TwinCausalLM(TwinLanguageModel):
         ends = [len(row) - 1 for row in rows]
         asked = sorted(set(ends))
         logits = self.logits(rows, asked, group, weights, prefix)
-        return logits[torch.arange(len(ends)), [asked.index(end) for end in ends]]
+        places = torch.tensor([asked.index(end) for end in ends], device=logits.device)
+        return logits[torch.arange(len(ends), device=logits.device), places]
 
     @torch.no_grad()
     def prefix(self, ids: Sequence[int], group: Group, weights: Tensor) -> Prefix:

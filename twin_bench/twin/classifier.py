@@ -216,7 +216,7 @@ class TwinClassifier(TwinModel):
         begun: Begun | None = None,
     ) -> Tensor:
         """Return the logits of one batch of a plan over `keys`. `begun` is the routing pass's state of the rows."""
-        with self.fused(group, keys), heads_in_use(self.heads, heads), self._from(begun):
+        with self.fused(group, keys), heads_in_use(self.heads, heads, self.device), self._from(begun):
             logits: Tensor = self.model(**inputs).logits
         labels = torch.tensor([self.num_labels[head] for head in heads], device=logits.device)
         filled = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]

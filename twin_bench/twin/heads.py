@@ -55,13 +55,13 @@ class HeadSwitch(nn.Module):
 
 
 @contextmanager
-def heads_in_use(heads: Any, tasks: Sequence[str]) -> Iterator[None]:
-    """Run row i of each batch in the block through the head of tasks[i]."""
+def heads_in_use(heads: Any, tasks: Sequence[str], device: torch.device) -> Iterator[None]:
+    """Run row i of each batch in the block, which is on `device`, through the head of tasks[i]."""
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(tasks):
         rows.setdefault(task, []).append(row)
     for task, indices in rows.items():
-        heads[task].rows = torch.tensor(indices)
+        heads[task].rows = torch.tensor(indices, device=device)
     try:
         yield
     finally:

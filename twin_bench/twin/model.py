@@ -350,11 +350,11 @@ class TwinModel(nn.Module, abc.ABC):
 
         Args:
             group: the rows of the batch.
-            keys: (N, K), the keys of the plan, which `group.rows` index.
+            keys: (N, K), the keys of the plan, which `group.rows` index. They may be on another device.
         """
         if group.weights is not None:
-            return self.fusion.fuse(*self._split(group.weights))
-        return self.fusion.per_row(*self._split(keys[list(group.rows)]))
+            return self.fusion.fuse(*self._split(group.weights.to(self.device)))
+        return self.fusion.per_row(*self._split(keys[list(group.rows)].to(self.device)))
 
     @functools.cached_property
     def costs(self) -> Costs:
