@@ -35,7 +35,8 @@ from twin_bench.errors import InputError
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.parts import Parts
-from twin_bench.twin.router import Router, RouterConfig
+from twin_bench.twin.routers.base import RouterConfig
+from twin_bench.twin.routers.mlp import MlpRouter
 
 VOCABULARY = 8000
 """The largest number of tokens that the tokenizer learns from the rows. The embeddings have the model's own size."""
@@ -112,7 +113,7 @@ def write_random_twin(
         if skeleton.head
         else {},
         exclusive={name: _exclusive(model, skeleton, rank, vectors=shape.vectors) for name in names},
-        router=Router(RouterConfig(tuple(names), config.hidden_size, layer=min(3, config.num_hidden_layers))).eval(),
+        router=MlpRouter(RouterConfig(tuple(names), config.hidden_size, layer=min(3, config.num_hidden_layers))).eval(),
     )
     save_twin(directory, model.cpu(), _tokenizer(data, tasks, shape), parts, skeleton, {"random": True})
 
