@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from twin_bench.merging import linear_algebra as singular
-from twin_bench.merging.linear_algebra import gram, of_low_rank, product, right_singular, rows_of, spectrum
+from twin_bench.merging.linear_algebra import (
+    gram,
+    of_low_rank,
+    product,
+    right_singular,
+    rows_of,
+    spectrum,
+    truncated_svd,
+)
 
 SPECTRA = {
     "slow": torch.linspace(1, 2, 40, dtype=torch.float64).flip(0),
@@ -119,3 +127,21 @@ def test_the_second_driver_gets_a_gram_matrix_of_its_own(monkeypatch: pytest.Mon
 def test_what_is_not_finite_does_not_converge() -> None:
     with pytest.raises(torch.linalg.LinAlgError):
         spectrum(lambda: torch.full((3, 3), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(200, 120), (120, 200)])
+def test_a_loras_difference_from_a_merge_of_several_takes_no_full_decomposition(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven experts of rank 4: a sketch for two columns is too narrow, a quarter of the columns is enough."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = shape
+    taus = [torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator) for _ in range(7)]
+    matrix = taus[0] - 0.3 * sum(taus, torch.zeros(shape))
+    monkeypatch.setattr(singular, "right_singular", lambda _: pytest.fail("decomposed whole"))
+    B, A = truncated_svd(matrix, 2)
+    U, S, Vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    torch.testing.assert_close((B @ A).double(), torch.from_numpy(U[:, :2] * S[:2] @ Vh[:2]), rtol=0, atol=1e-4)
+    assert B.shape == (rows, 2)
+    with pytest.raises(pytest.fail.Exception, match="decomposed whole"):
+        truncated_svd(matrix + 0.1 * torch.randn(shape, generator=generator), 2)

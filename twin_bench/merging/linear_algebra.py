@@ -28,11 +28,12 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     """Return the best rank-`rank` approximation of an (m, n) matrix as factors.
 
     A sketch recognises matrices of low rank, such as a LoRA expert's. If it leaves out nothing but rounding error, its
-    singular vectors are the matrix's own. Other matrices up to FULL_SVD_OPERATIONS get the eigenvectors of their Gram
-    matrix. Larger ones get torch.svd_lowrank in the matrix's own precision, with 16 columns of oversampling and 4 power
-    iterations. Its error was within 0.4% of the optimum on slowly decaying spectra (4096 x 4096, rank 8: 0.24 s against
-    11 s). Singular values below the matrix's rounding error are dropped, so a LoRA expert's delta gets no more columns
-    than its rank.
+    singular vectors are the matrix's own. A wider sketch recognises a LoRA expert's difference from a merge of several
+    (3072 x 768, eight of rank 16: 0.1 s against 1.6 s). Other matrices up to FULL_SVD_OPERATIONS get the eigenvectors
+    of their Gram matrix. Larger ones get torch.svd_lowrank in the matrix's own precision, with 16 columns of
+    oversampling and 4 power iterations. Its error was within 0.4% of the optimum on slowly decaying spectra (4096 x
+    4096, rank 8: 0.24 s against 11 s). Singular values below the matrix's rounding error are dropped, so a LoRA
+    expert's delta gets no more columns than its rank.
 
     Returns the factors in the matrix's dtype, but in float32 or better.
     """
@@ -44,7 +45,9 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     rows = rows_of(matrix)
     found = of_low_rank(rows, 2 * rank + 16, seed=seed, noise=noise) if rank else None
     if found is None and matrix.numel() * min(matrix.shape) <= FULL_SVD_OPERATIONS:
-        found = right_singular(rows)
+        wider = min(matrix.shape) // 4
+        found = of_low_rank(rows, wider, seed=seed, noise=noise) if 2 * rank + 16 < wider else None
+        found = found or right_singular(rows)
     elif found is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -200,33 +201,24 @@ def test_wrong_kinds_and_options() -> None:
         fitted("knn", rows=2, neighbours=7)
 
 
-PLUGIN = '''
-import torch
-from twin_bench import Router, router_kind
-
-@router_kind("first_expert", title="Always the first", paper="", needs=())
-class First(Router):
-    """w_0 = 1."""
-
-    @classmethod
-    def fit(cls, config, examples, *, sharpness: float = 9.0):
-        router = cls(config)
-        router.notes = {"sharpness": sharpness}
-        return router
-
-    def forward(self, features):
-        return torch.eye(len(self.config.experts))[:1].repeat(len(features), 1) * 9
-'''
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "routers.md"
 
 
 def test_a_plugin_registers_a_kind(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(PLUGIN)
+    """The plugin is the document's."""
+    block = DOCUMENT.read_text().partition("    import torch\n")[2].partition("\n`examples`")[0]
+    code = textwrap.dedent("    import torch\n" + block)
+    (tmp_path / "mine.py").write_text(code)
     load_plugins([tmp_path / "mine.py"])
     try:
-        assert fitted("first_expert", sharpness=2.0).notes == {"sharpness": 2.0}
-        assert fitted("first_expert").weights(SCORED).argmax(dim=1).unique().tolist() == [0]
-        (tmp_path / "other.py").write_text(PLUGIN)
-        with pytest.raises(InputError, match="two router kinds are named first_expert"):
+        router = fitted("keyword", sharpness=3.0)
+        torch.testing.assert_close(router.weights(SCORED), torch.softmax(3 * SCORED[:, :3], dim=1))
+        save_router(tmp_path, router)
+        again = load_router(tmp_path)
+        assert again is not None
+        assert torch.equal(again.weights(SCORED), router.weights(SCORED))
+        (tmp_path / "other.py").write_text(code)
+        with pytest.raises(InputError, match="two router kinds are named keyword"):
             load_plugins([tmp_path / "other.py"])
     finally:
-        REGISTRY.pop("first_expert")
+        REGISTRY.pop("keyword", None)
