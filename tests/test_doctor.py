@@ -289,7 +289,7 @@ def test_a_twin_is_described(made: Any, capsys: pytest.CaptureFixture[str]) -> N
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     manifest = json.loads((made("classifier") / "twin.json").read_text())
     assert f"ok       the checksums of its {len(manifest['files'])} files match" in lines
-    assert "ok       format 2, a classifier, built by twin-bench 0.1.0" in lines
+    assert "ok       format 3, a classifier, built by twin-bench 0.1.0" in lines
     assert f"ok       experts: {', '.join(manifest['experts'])}" in lines
     router = manifest["router"]
     says = f"its router reads layer {router['layer']}, and names the right task for {router['accuracy']:.1%} of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from twin_bench.errors import InputError
 from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.directory import load_twin
 from twin_bench.twin.encoded import Encoded
+from twin_bench.twin.layers import TwinLayer
 from twin_bench.twin.plan import Group, batches
 
 TOLERANCES = (1e-3, 1e-5)
@@ -177,10 +177,11 @@ def _per_sample_merge(
     merged = copy.deepcopy(plain)
     targets: list[tuple[Tensor, Tensor, Tensor]] = []
     modules = dict(plain.named_modules())
-    for name, layer in ((n, m) for n, m in twin.model.named_modules() if hasattr(m, "ranks") and sum(m.ranks)):
-        starts = [sum(layer.ranks[:t]) for t in range(len(layer.ranks) + 1)]
-        B, A = layer.factors()
-        dense = torch.stack([B[:, a:b] @ A[a:b] for a, b in itertools.pairwise(starts)])
+    layers = {name: module for name, module in twin.model.named_modules() if isinstance(module, TwinLayer)}
+    for name, layer in layers.items():
+        if not sum(layer.ranks) and layer.entries is None:
+            continue
+        dense = torch.stack([layer.difference(expert) for expert in range(len(layer.ranks))])
         targets.append((merged.get_parameter(f"{name}.weight"), modules[name].weight, dense))
 
     @torch.no_grad()

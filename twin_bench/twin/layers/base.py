@@ -97,6 +97,16 @@ class TwinLayer(nn.Module):
         """Return B (m, r) and A (r, n) of the columns whose indices are in `used`, or of all R columns for None."""
         return (self.B, self.A) if used is None else (self.B[:, used], self.A[used])
 
+    def difference(self, expert: int) -> Tensor:
+        """Return what an expert adds to the weight, (m, n), in the weight's dtype."""
+        total = torch.zeros_like(self.weight)
+        if self.ranks[expert]:
+            B, A = self.factors((self.owner == expert).nonzero().squeeze(1))
+            total.addmm_(B, A)
+        if self.entries is not None and (matrix := self.entries.of(expert)) is not None:
+            matrix.add_to(total, 1.0)
+        return total
+
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Compute the fused weight and bias from the shared ones, for weights and bias weights (experts,)."""
         if sum(self.ranks) or self.entries is not None:
