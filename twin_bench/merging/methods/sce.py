@@ -17,7 +17,7 @@ def sce(vectors: TaskVectors, *, select_topk: float = 1.0) -> Mapping[str, Tenso
 
     Of the entries whose variance over the experts is not 0, the `select_topk` with the largest variance are kept, and
     the others are 0 in all task vectors. w_t is the sum of squares of what is kept of tau_t. A sum of exactly 0 counts
-    as positive. This is mergekit's sce, and its default; the paper calls select_topk tau and has 0.1.
+    as positive. This is mergekit's sce, and its default.
     """
     require_fraction("sce", "select_topk", select_topk)
 

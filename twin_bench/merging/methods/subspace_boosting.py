@@ -23,11 +23,11 @@ def subspace_boosting(
     other dimensions are the merge's. Lifting makes a task vector longer, so the `scaling` of the merge wants to be
     smaller than it is alone.
 
-    The default threshold is the authors', who choose among 0, 0.01 and 0.02. The largest singular value alone often
-    exceeds 0.01 of the sum, and then all others are lifted to it. The authors lift the matrices of attention and MLP
-    blocks, and each of query, key and value by itself; here all matrices are lifted. The SVD is cut at the rank of the
-    merge. For LoRA experts that is below min(m, n), and the authors' code also lifts the arbitrary vectors that an SVD
-    returns for singular values of zero.
+    The default threshold is that of the authors' code. The largest singular value alone often exceeds 0.01 of the sum,
+    and then all others are lifted to it. The authors lift the matrices of attention and MLP blocks, and each of query,
+    key and value by itself; here all matrices are lifted. The SVD is cut at the rank of the merge. For LoRA experts
+    that is below min(m, n), and the authors' code also lifts the arbitrary vectors that an SVD returns for singular
+    values of zero.
     """
     require_fraction("subspace_boosting", "threshold", threshold)
     inner = cast(MergeMethod, find_method(merge))  # MergeMethod.given rejects other kinds
