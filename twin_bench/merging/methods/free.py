@@ -21,11 +21,11 @@ def free(vectors: TaskVectors, *, scaling: float = 0.3, cutoff: float = 0.1) -> 
     added as they are. With cutoff 0 this is task arithmetic.
 
     This is the paper's filter, as the formula is read here: it names no cutoff and no lambda. A cutoff of 0.1 removes
-    3% of the frequencies of a square matrix. The authors' code does not shift the spectrum. It keeps what is within ratio
-    min(m, n) of the middle of the array, which is the highest frequency. At the ratio of its script for RoBERTa, 0.7,
-    it removes 0.02% of the frequencies of a square matrix, and 68% of a matrix of 768 x 3072: all but the highest along
-    the long side. It leaves whatever is no matrix pretrained. The paper weights the experts by the mean of their task
-    vectors, the code does not.
+    3% of the frequencies of a square matrix. The authors' code does not shift the spectrum. It keeps what is within
+    ratio min(m, n) of the middle of the array, which is the highest frequency. At the ratio of its script for RoBERTa,
+    0.7, it removes 0.02% of the frequencies of a square matrix, and 68% of a matrix of 768 x 3072: all but the highest
+    along the long side. It leaves whatever is no matrix pretrained. The paper weights the experts by the mean of their
+    task vectors, the code does not.
 
     FREE-Merging adds a small part of each expert, chosen by a router. That is what a twin does: the combination is a
     twin with `shared: {method: free}`.
