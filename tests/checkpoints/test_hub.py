@@ -17,7 +17,8 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty hub cache; the client is offline."""
+    """Return an empty hub cache; the client is offline, and no model is unpacked."""
+    monkeypatch.setenv("TWIN_BENCH_CACHE", str(tmp_path / "own"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
