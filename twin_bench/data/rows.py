@@ -129,10 +129,23 @@ class TaskRows:
 
 
 class RouterRows(NamedTuple):
-    """The rows that routers are trained on, and the tasks on whose test rows the authors' code selects its router."""
+    """The rows that routers are trained on, and the tasks on whose test rows the authors' code selects its router.
+
+    `labelled` are the tasks whose own training rows they are, where these have labels.
+    """
 
     train: Sequence[TaskInput]
     tested: Sequence[TaskRows] = ()
+    labelled: Sequence[TaskRows] = ()
+
+    def answers(self) -> dict[TaskInput, Any]:
+        """Return the expected answers of training rows that have one."""
+        found: dict[TaskInput, Any] = {}
+        for rows in self.labelled:
+            read = rows.read("train")
+            expected = map(rows.task.expected, read)
+            found |= zip(rows.task.inputs(read, rows.pool()), expected, strict=True)
+        return {row: answer for row, answer in found.items() if answer is not None}
 
     def test(self, limit: int) -> list[TaskInput]:
         """Return the first `limit` test rows of each task."""
@@ -165,7 +178,8 @@ def router_rows(tasks: Iterable[TaskRows], expert_names: Sequence[str]) -> Route
                 f"no router rows for expert {name!r}: {why}"
                 ', or give router: {data: FILE} with rows {"text": ..., "task": EXPERT}'
             )
-    return RouterRows(train, owned if all(rows.file(rows.split).is_file() for rows in owned) else ())
+    tested = owned if all(rows.file(rows.split).is_file() for rows in owned) else ()
+    return RouterRows(train, tested, [rows for rows in owned if rows.file("train").is_file()])
 
 
 def read_router_rows(path: Path, expert_names: Sequence[str]) -> RouterRows:
@@ -207,7 +221,8 @@ def read_router_rows(path: Path, expert_names: Sequence[str]) -> RouterRows:
     if missing:
         raise InputError(f"{path}: no router rows for {', '.join(missing)}; every expert needs some")
     tested = len(known) == len(expert_names) and all(rows.file(rows.split).is_file() for rows in known.values())
-    return RouterRows(train, list(known.values()) if tested else ())
+    labelled = [rows for name, rows in known.items() if train_files[name].is_file()]
+    return RouterRows(train, list(known.values()) if tested else (), labelled)
 
 
 def _texts_of(expert: str, file: Path) -> Iterator[TaskInput]:

@@ -212,6 +212,10 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
             raise InputError(f"router.layer {layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
         if layer != "auto" and kind.router.reads_experts and not 0 <= layer <= top:
             raise InputError(f"router.layer {layer}: no block reads it, and kind {kind.name} does; 0 to {top}, or auto")
+    if router.objective == "task_loss" and not sources.skeleton.head:
+        raise InputError("router.objective task_loss: it is the loss of classifiers; leave it out for a language model")
+    if router.objective == "task_loss" and not kind.router.trains:
+        raise InputError(f"router.objective task_loss: kind {kind.name} has no parameters to train; give mlp or linear")
     if router.layers and kind.router.reads_experts:
         raise InputError(f"router.layers: kind {kind.name} reads one layer; give layer")
     if router.layers and router.pooling == "auto":

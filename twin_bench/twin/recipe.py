@@ -18,7 +18,7 @@ from twin_bench.twin.routers.registry import find_kind
 __all__ = ["ExclusiveSettings", "Recipe", "RouterSettings", "read_recipe"]
 
 
-LATER = ("kind", "options", "layers", "pooling", "fallback", "keep")
+LATER = ("kind", "options", "layers", "pooling", "fallback", "keep", "objective")
 """The keys of a router that recipes once did not have."""
 
 
@@ -35,6 +35,8 @@ class RouterSettings(Settings):
     held-out rows most likely.
     With `fallback` shared, the shared expert answers rows of which the router is less sure than of a fraction `keep`
     of the held-out rows.
+    With `objective` task_loss, the parameters of a classifier's router are trained on: on the loss of the fused model's
+    answers to labelled training rows.
     `max_rows` limits each task's rows. `held_out` is the fraction of them on which all that is chosen is chosen.
     `epochs` counts the passes over the training rows.
     With `paper`, the authors' router for the protocol paper is trained too if `data` holds each task's validation
@@ -51,6 +53,7 @@ class RouterSettings(Settings):
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     fallback: Literal["shared"] | None = None
     keep: float = Field(default=0.95, gt=0, le=1)
+    objective: Literal["task_id", "task_loss"] = "task_id"
     max_rows: int = Field(default=5500, ge=2)
     held_out: float = Field(default=0.1, gt=0, lt=1)
     epochs: int = Field(default=50, ge=1)

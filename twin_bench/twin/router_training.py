@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_tensors
 from twin_bench.protocols import ProtocolName
 from twin_bench.twin.cache import surroundings
+from twin_bench.twin.classifier import TwinClassifier
 from twin_bench.twin.directions import reading_directions
 from twin_bench.twin.encoded import Encoded, distinct, identity
 from twin_bench.twin.exclusive import Exclusive
@@ -36,6 +37,14 @@ from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
 from twin_bench.twin.routers.mlp import train_router
 from twin_bench.twin.routers.registry import find_kind
 from twin_bench.twin.routers.store import kept_router
+from twin_bench.twin.task_loss import (
+    CHOOSING_ROWS,
+    EPOCHS,
+    ROWS,
+    answered,
+    require_answers,
+    trained_on_task_loss,
+)
 from twin_bench.twin.tolerance import sensitivity
 
 PROBE_ROWS = 16
@@ -59,7 +68,8 @@ class RouterTraining:
     `shared` holds the shared expert's parameters. `given` are all rows that may be used, and `rows` the sample of the
     training rows that is. `feature_cache` is the directory in which features and routers are kept from run to run, or
     None. `device` is where features are computed, and `batch_size` the largest number of rows in a forward pass, if it
-    is given; the routers themselves are small, and trained on the CPU.
+    is given; the routers themselves are small, and trained on the CPU. `answers` are expected of labelled rows, where
+    the router is trained on them.
     """
 
     recipe: Recipe
@@ -73,6 +83,7 @@ class RouterTraining:
     device: torch.device
     batch_size: int | None = None
     rows: Sequence[TaskInput] = ()
+    answers: Mapping[TaskInput, Any] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -103,6 +114,9 @@ def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
     training = replace(training, rows=rows)
     held_out = held_out_rows(rows, training.experts, settings.held_out, seed)
     twin = training.twin()
+    if settings.objective == "task_loss":
+        training = replace(training, answers=training.given.answers())
+        require_answers(training.answers, training.experts)
     router, told = _kept(training, twin, rows, held_out, lambda: _chosen_router(training, twin, held_out))
     twin.router = copy.deepcopy(router).to(training.device)
     probes = [row for row, chooses in zip(rows, held_out, strict=True) if chooses]
@@ -127,7 +141,10 @@ def _kept(
     if training.feature_cache is None:
         return fit()
     kind = find_kind(training.settings.kind)
-    exclusive = training.parts.exclusive if kind.router.reads_experts else {}
+    labels = sorted(digest([*row, answer]) for row, answer in training.answers.items())
+    read = kind.router.reads_experts or bool(labels)
+    exclusive = [_tensors_of(own) for own in training.parts.exclusive.values()] if read else []
+    heads = training.parts.heads.values() if labels else ()
     encoded = twin.encode([(row.text, row.text_pair) for row in rows])
     decisive = {
         **surroundings(training.device),
@@ -136,7 +153,8 @@ def _kept(
         "seed": training.recipe.seed,
         "protocol": twin.protocol,
         "experts": training.experts,
-        "exclusive": [digest_tensors(_tensors_of(own)) for own in exclusive.values()],
+        "answers": digest(labels),
+        "parts": [digest_tensors(own) for own in (*exclusive, *heads)],
         "backbone": twin.backbone_digest,
         "dtype": str(twin.model.dtype),
         "rows": digest([(identity(one).hex(), row.task) for one, row in zip(encoded, rows, strict=True)]),
@@ -147,8 +165,10 @@ def _kept(
 
 
 def _tensors_of(exclusive: Exclusive) -> dict[str, Tensor]:
-    """Return the factors of an exclusive vector by name."""
-    return {f"{n}.{side}": getattr(f, side) for n, f in exclusive.factors.items() for side in ("A", "B")}
+    """Return all tensors of an exclusive vector by name."""
+    factors = {f"{n}.{side}": getattr(f, side) for n, f in exclusive.factors.items() for side in ("A", "B")}
+    entries = {f"{n}.{part}": tensor for n, one in exclusive.sparse.items() for part, tensor in one.parts.items()}
+    return {**factors, **entries, **exclusive.vectors}
 
 
 def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) -> tuple[Router, dict[str, Any]]:
@@ -167,6 +187,8 @@ def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) 
     examples = fits.examples(wanted, lambda: progress.advance(bar))
     router = kind.fit(fits.config(wanted), examples, settings.options)
     progress.update(bar, completed=settings.epochs)
+    if training.answers:
+        router = _on_task_loss(fits, wanted, router)
     chosen = (examples.held_out, examples.held_out_owners)
     keep = settings.keep if settings.fallback else None
     calibrated(router, *chosen, auto=settings.temperature == "auto", keep=keep)
@@ -217,6 +239,20 @@ class _Fits:
         return (router(examples.held_out).argmax(dim=1) == examples.held_out_owners).double().mean().item()
 
 
+def _on_task_loss(fits: _Fits, reads: tuple[Read, ...], router: Router) -> Router:
+    """Return the router, trained on the loss of the fused model's answers."""
+    training, twin = fits.training, fits.twin
+    assert isinstance(twin, TwinClassifier)
+    hidden = torch.cat([fits.features[read] for read in reads], dim=1)
+    bar = training.progress.add_task("router: task loss", total=EPOCHS)
+    parts = [
+        answered(twin, training.rows, hidden, mask, training.answers, limit)
+        for mask, limit in ((~fits.held_out, ROWS), (fits.held_out, CHOOSING_ROWS))
+    ]
+    seed = training.recipe.seed
+    return trained_on_task_loss(router, twin, *parts, seed=seed, advance=lambda: training.progress.advance(bar))
+
+
 def _candidates(settings: RouterSettings, depth: int, *, causal: bool) -> list[Read]:
     """Return what the recipe's router reads, or may read if that is to be chosen."""
     poolings = (settings.pooling,) if settings.pooling != "auto" else ("mean", "last") if causal else POOLINGS
@@ -232,7 +268,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> t
     """
     epochs = training.settings.epochs
     settings = RouterSettings(data="", epochs=epochs, max_rows=training.settings.max_rows)
-    training = replace(training, settings=settings)
+    training = replace(training, settings=settings, answers={})
     twin = training.twin("paper")
     both = [*training.rows, *test_rows]
     tested = torch.arange(len(both)) >= len(training.rows)
