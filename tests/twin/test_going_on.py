@@ -148,6 +148,22 @@ def test_biases_of_relative_positions_are_below_every_layer() -> None:
     assert below - blocks - others == every
 
 
+def test_language_models_have_layers_below_too(causal_families: Any, seq2seq_families: Any, tmp_path: Path) -> None:
+    """Of an encoder-decoder they are the encoder's, and the decoder keeps its own."""
+    for family, block, table in (
+        (causal_families("llama"), "model.layers.{}.", "model.embed_tokens."),
+        (seq2seq_families("t5"), "encoder.block.{}.", "shared."),
+    ):
+        recipe = {**family.recipe, "exclusive": {"rank": 3, "from_layer": 1}, "router": None}
+        twin = built(recipe, tmp_path / family.kind)
+        names = {name for own in load_parts(twin).exclusive.values() for name in own.names()}
+        every = {name for name, _ in family.base.named_parameters()}
+        below = {name for name in every if name.startswith((block.format(0), table))}
+        assert below
+        assert names == every - below
+        assert TwinModel.from_pretrained(twin)
+
+
 def test_a_layer_that_leaves_nothing_is_refused(recipes: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     recipe = {**recipes["bert"], "exclusive": {"rank": 3, "from_layer": DEPTH}}
     with pytest.raises(InputError, match=r"exclusive.from_layer 4: the base model has 4 blocks; give 0 to 3"):

@@ -31,6 +31,7 @@ from twin_bench.checkpoints.peft_files import save_tensors
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transformers, read_config, skeleton_of
 from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.checkpoints.tokenizers import save_tokenizer
+from twin_bench.config import parse
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, shown
 from twin_bench.files import digest, digest_file, write_json, written_at_once
@@ -288,16 +289,15 @@ def _save_paper(folder: Path, paper: PaperParts) -> None:
 def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
     """Return the parts for the protocol paper, or None if the twin was built without them."""
     router = load_router(folder)
-    truncation = ExclusiveSettings.model_validate(manifest["exclusive"]).truncation
-    if (folder / "lora.safetensors").is_file():
-        density, rank = truncation
+    biases = folder / "biases.safetensors"
+    if not (folder / "lora.safetensors").is_file() and not biases.is_file():
+        return None
+    density, rank = parse(ExclusiveSettings, manifest.get("exclusive"), "twin.json: exclusive").truncation
+    if not biases.is_file():
         adapters = _load_adapters(folder / "lora.safetensors")
         factors = PaperFactors(adapters, manifest["shared"]["scaling"], density, rank)
         return PaperParts(router=router, factors=factors)
-    biases = folder / "biases.safetensors"
-    if not biases.is_file():
-        return None
-    return PaperParts(load_file(biases), router, density=truncation[0])
+    return PaperParts(load_file(biases), router, density=density)
 
 
 def _save_adapters(adapters: Mapping[str, AdapterStack], file: Path) -> None:

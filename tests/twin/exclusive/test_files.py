@@ -116,3 +116,11 @@ def test_a_twin_of_an_older_format_answers_bit_for_bit(twins: Any, tmp_path: Pat
         weights = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0]])
         answers = [twin(**batch(2), fusion_weights=weights, task="cola").logits for twin in (old, new)]
         assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("settings", [{"density": "much"}, {}, None])
+def test_damaged_settings_are_named(twins: Any, tmp_path: Path, settings: Any) -> None:
+    copy = shutil.copytree(twins("bert"), tmp_path / "twin")
+    resealed(copy, exclusive=settings)
+    with pytest.raises(InputError, match=r"twin\.json: exclusive"):
+        load_parts(copy)
