@@ -126,11 +126,11 @@ def test_costs_are_the_multiplications_of_a_token() -> None:
     fusion = Fusion(5)
     TwinLinear(nn.Linear(40, 96), fusion, "x", {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)})
     costs = fusion.costs()
-    assert costs.columns == pytest.approx([6 * 136 / 3840] * 5)
-    assert costs.joint == pytest.approx((10 * 136 + 10 * 10) / 3840)
+    assert [own / costs.token for own in costs.columns] == pytest.approx([6 * 136 / 3840] * 5)
+    assert costs.joint / costs.token == pytest.approx((10 * 136 + 10 * 10) / 3840)
     for used in itertools.product([False, True], repeat=5):
         expected = min(sum(used) * 6 * 136, 1460) / 3840
-        assert costs.low_rank(torch.tensor([used])).item() == pytest.approx(expected)
+        assert costs.low_rank(torch.tensor([used])).item() / costs.token == pytest.approx(expected)
 
 
 def test_half_precision_keeps_every_direction() -> None:

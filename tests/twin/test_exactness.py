@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.support.dense import batch, mixes
 from tests.support.families import DENSITY, SCALING, Family
+from tests.support.paths import force_path
 from twin_bench import TwinModel
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
@@ -61,11 +62,11 @@ def dense_logits(family: Family, parts: Any, weights: Tensor, task: str, inputs:
 @pytest.mark.parametrize("mix", list(mixes(1, 3)))
 @pytest.mark.parametrize("path", ["planned", "fused", "low-rank"])
 def test_logits_equal_the_dense_fusion_of_every_sample(
-    families: Any, twins: Any, kind: str, mix: str, path: str, monkeypatch: pytest.MonkeyPatch
+    families: Any, twins: Any, kind: str, mix: str, path: str
 ) -> None:
     family = families(kind)
     twin = TwinModel.from_pretrained(twins(kind))
-    force_path(twin, path, monkeypatch)
+    force_path(twin, path)
     rows = 6
     inputs, weights = batch(rows), mixes(rows, 3)[mix]
     tasks = [list(family.experts)[row % 3] for row in range(rows)]
@@ -77,14 +78,6 @@ def test_logits_equal_the_dense_fusion_of_every_sample(
         found.append(logits[row, : len(expected[-1])].double())
         assert torch.isneginf(logits[row, len(expected[-1]) :]).all()
     assert (torch.cat(found) - torch.cat(expected)).norm() <= 1e-5 * torch.cat(expected).norm()
-
-
-def force_path(twin: TwinModel, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = twin.fusion.costs()
-    free = {"fused": 0.0, "low-rank": 1e12}.get(path)
-    if free is not None:
-        forced = type(costs)(tuple(free for _ in costs.fuse), free, tuple(1.0 for _ in costs.fuse), 1.0)
-        monkeypatch.setattr(type(twin.fusion), "costs", lambda self: forced)
 
 
 @pytest.mark.parametrize("kind", KINDS)

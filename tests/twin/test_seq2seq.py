@@ -19,6 +19,7 @@ from tests.support.dense import dense, mixes
 from tests.support.families import DENSITY, SCALING, built
 from tests.support.models import CAUSAL_VOCABULARY as VOCABULARY
 from tests.support.models import tiny_seq2seq_tokenizer
+from tests.support.paths import force_path
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.merging.export import merge_to_directory
@@ -55,12 +56,6 @@ def unpadded(batch: dict[str, Tensor], row: int) -> Tensor:
     return batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
 
 
-def force_path(twin: TwinModel, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs, free = twin.fusion.costs(), {"fused": 0.0, "low-rank": 1e12}[path]
-    forced = type(costs)(tuple(free for _ in costs.fuse), free, tuple(1.0 for _ in costs.fuse), 1.0)
-    monkeypatch.setattr(type(twin.fusion), "costs", lambda self: forced)
-
-
 @functools.cache
 def references(families: Any, kind: str, mix: str) -> list[Any]:
     """Return the dense model of each of four rows."""
@@ -71,10 +66,10 @@ def references(families: Any, kind: str, mix: str) -> list[Any]:
 @pytest.mark.parametrize("mix", ["mixed", "any real number"])
 @pytest.mark.parametrize("path", ["fused", "low-rank"])
 def test_logits_equal_the_dense_fusion_of_every_sample(
-    seq2seq_families: Any, seq2seq_twins: Any, kind: str, mix: str, path: str, monkeypatch: pytest.MonkeyPatch
+    seq2seq_families: Any, seq2seq_twins: Any, kind: str, mix: str, path: str
 ) -> None:
     twin = TwinModel.from_pretrained(seq2seq_twins(kind))
-    force_path(twin, path, monkeypatch)
+    force_path(twin, path)
     weights, target = MIXES[mix], targets(4)
     for pad in ("right", "left"):
         batch = sources(4, pad=pad)

@@ -41,8 +41,8 @@ def classifier_cases(
     encoded, tasks = _stream(twin, data, split, rows)
     stream = _Stream(twin, encoded, tasks, batch_size)
     lengths = [len(row["input_ids"]) for row in encoded]
-    everything = Group(tuple(range(len(encoded))), None)
-    plain_batches = [list(b.rows) for b in batches(everything, lengths, batch_size, overhead=twin.batch_overhead)]
+    everything = Group(tuple(range(len(encoded))), torch.zeros(len(twin.expert_names)))
+    plain_batches = [list(b.rows) for b in batches(everything, lengths, batch_size, twin.costs)]
     one_hot = _one_hot([twin.expert_names.index(task) for task in tasks], twin)
     generator = torch.Generator().manual_seed(0)
     exponentials = -torch.rand(one_hot.shape, generator=generator).log()

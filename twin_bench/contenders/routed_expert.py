@@ -24,6 +24,7 @@ from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.model import TwinModel, twin_class
 from twin_bench.twin.plan import Costs
+from twin_bench.twin.speed import DeviceSpeed
 
 EXCLUSIVE = MappingProxyType({"density": 0.1})
 """The exclusive vectors of the twin whose router is taken. They are a twin's default, so that both are one build."""
@@ -154,7 +155,7 @@ class WholeExperts(Fusion):
             yield
 
     @contextmanager
-    def per_row(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
+    def per_row(self, weights: Tensor, bias_weights: Tensor | None = None, *, steps: bool = False) -> Iterator[None]:
         """Run the block with the expert that has the largest weight in all rows of weights (batch, experts).
 
         InputError if the rows have several: they can't run together.
@@ -166,12 +167,13 @@ class WholeExperts(Fusion):
                 f"the rows of a batch go to several whole experts ({named}), which can't run together; give the rows "
                 "one by one, or as a list of requests"
             )
-        with super().per_row(weights, bias_weights), self._placing(chosen[0]):
+        with super().per_row(weights, bias_weights, steps=steps), self._placing(chosen[0]):
             yield
 
-    def costs(self) -> Costs:
+    def costs(self, speed: DeviceSpeed | None = None) -> Costs:
         """Return costs with which the planner runs all rows of one expert together, and no others with them."""
-        return Costs((0.0,) * self.experts, rebuild=0.0, columns=(DEAR,) * self.experts, joint=DEAR)
+        free, dear = (0.0,) * self.experts, (DEAR,) * self.experts
+        return dataclasses.replace(super().costs(speed), fuse=free, rebuild=0.0, fusion=0.0, columns=dear, joint=DEAR)
 
     @contextmanager
     def _placing(self, expert: int | None) -> Iterator[None]:

@@ -60,7 +60,8 @@ class TwinCausalLM(TwinLanguageModel):
                 with self.fusion.shared():
                     begun = [*hidden_states(self.backbone, kept, [read.layer for read in reads])]
             lengths = {row: len(inputs[row]) - shared.length for row in shared.rows}
-            for batch in batches(Group(shared.rows, None), lengths, batch_size, overhead=self.batch_overhead):
+            alike = Group(shared.rows, torch.zeros(self.fusion.experts))
+            for batch in batches(alike, lengths, batch_size, self.costs):
                 rest = [tokens(inputs[row][shared.length :]) for row in batch.rows]
                 given = self._after(prefix, self.collate(rest))
                 mask = given["attention_mask"][:, shared.length :]
@@ -174,7 +175,7 @@ class TwinCausalLM(TwinLanguageModel):
         """
         options.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         group, weights = self._by_sequence(group, weights, options)
-        with self.fused(group, weights), self._finite_steps(group, weights):
+        with self.fused(group, weights, steps=True), self._finite_steps(group, weights):
             return self.model.generate(**inputs, **options)
 
     @torch.no_grad()

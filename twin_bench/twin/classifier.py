@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -105,9 +106,9 @@ class TwinClassifier(TwinModel):
             weights = self.checked_weights(fusion_weights, size)
         elif self.routing == "router" and self.expert_names:
             with self._remembered() as states:
-                weights = self.simplest(self._routed_batch(inputs))
+                weights = self.simplest(self._routed_batch(inputs).cpu())
         else:
-            weights = self.route_all([{}] * size, [str(name) for name in tasks])
+            weights = self.route_all([{}] * size, [str(name) for name in tasks]).cpu()
         heads = self._heads_of(weights, tasks)
         keys = self._fusion_keys(weights, heads)
         groups = plan(keys, [input_ids.shape[1]] * size, self.costs)
@@ -179,7 +180,7 @@ class TwinClassifier(TwinModel):
                 progress(len(encoded))
         else:
             with self._remembered() as states:
-                weights = self.route_all(encoded, tasks, batch_size=batch_size, progress=progress)
+                weights = self.route_all(encoded, tasks, batch_size=batch_size, progress=progress).cpu()
         heads = self._heads_of(weights, list(tasks))
         keys = self._fusion_keys(weights, heads)
         used = [tuple(row) for row in weights.tolist()]
@@ -266,11 +267,11 @@ class TwinClassifier(TwinModel):
     @functools.cached_property
     def costs(self) -> Costs:
         """The costs that the planner compares. Under `paper` a row's biases add keys that cost nothing."""
-        costs = self.fusion.costs()
+        costs = super().costs
         if self.protocol != "paper":
             return costs
         free = [0.0] * len(costs.fuse)
-        return Costs((*costs.fuse, *free), costs.rebuild, (*costs.columns, *free), costs.joint)
+        return replace(costs, fuse=(*costs.fuse, *free), columns=(*costs.columns, *free))
 
     def _heads_of(self, weights: Tensor, tasks: Sequence[str | None]) -> list[str]:
         if self.protocol == "routed":

@@ -20,23 +20,33 @@ that is tied to the embeddings uses the embeddings' factors.
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from twin_bench.twin.plan import Costs
+from twin_bench.twin.speed import CPU_BATCH_TOKENS, CPU_RATE, CPU_REBUILD_TOKENS, CPU_STEP_TOKENS, DeviceSpeed
+
+Mode = Literal["shared", "fused", "rows"]
+VectorKind = Literal["vectors", "bias_vectors"]
+Made = TypeVar("Made")
 
 
 class Fusion:
     """The mode and the fusion weights with which the twin layers of one model run at the moment.
 
-    `weights` is (experts,) in the mode `fused` and (batch, experts) in the mode `rows`. `bias_weights` has the same
-    shape and applies to biases. It differs from `weights` only under the protocol paper, which takes all biases from
-    the true task's expert.
+    `weights` is (experts,) in the mode `fused` and (batch, experts) in the mode `rows`, on the model's device.
+    `bias_weights` has the same shape and applies to biases. It differs from `weights` only under the protocol paper,
+    which takes all biases from the true task's expert.
+
+    A caller gives weights on the CPU or on the device. What depends on their values, such as which experts are in use,
+    is decided on the CPU when a block begins. So weights that are on the CPU make no layer wait for the device.
 
     A model is in one mode at a time. The blocks of `shared`, `fuse` and `per_row` therefore hold a lock: another thread
     waits until the block ends. A thread may open one block inside another.
@@ -45,18 +55,35 @@ class Fusion:
     def __init__(self, experts: int) -> None:
         self.experts = experts
         self._lock = threading.RLock()
-        self.mode: Literal["shared", "fused", "rows"] = "shared"
-        self.weights: Tensor | None = None
-        self.bias_weights: Tensor | None = None
         self.layers: list[FusedLayer] = []
+        self._setting = Setting()
         self._fused: tuple[Tensor, Tensor] | None = None
-        self._columns: dict[tuple[int, ...], Columns] = {}
-        self._users: dict[int, Tensor] | None = None
+        self._stacks: dict[VectorKind, dict[torch.dtype, Stack]] = {}
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the innermost block."""
+        return self._setting.mode
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The fusion weights of the innermost block, None in the mode `shared`."""
+        return self._setting.weights
+
+    @property
+    def bias_weights(self) -> Tensor | None:
+        """The biases' weights of the innermost block, None in the mode `shared`."""
+        return self._setting.bias_weights
+
+    @property
+    def known_weights(self) -> Tensor | None:
+        """The fusion weights on the CPU. None if they are known on the device alone."""
+        return self._setting.known
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Run the block with the shared expert alone."""
-        with self._running("shared", None, None):
+        with self._running(Setting()):
             yield
 
     @contextmanager
@@ -65,113 +92,231 @@ class Fusion:
 
         The fused weights are kept, and computed again only for other weights.
         """
-        bias_weights = weights if bias_weights is None else bias_weights
-        with self._running("fused", weights, bias_weights):
-            if self._fused is None or not all(map(_same, self._fused, (weights, bias_weights))):
+        biases = weights if bias_weights is None else bias_weights
+        setting = self._entered("fused", weights, biases)
+        with self._running(setting):
+            known = _known(weights), _known(biases)
+            if self._fused is None or not all(map(torch.equal, self._fused, known)):
                 self._fused = None
+                assert setting.weights is not None
+                assert setting.bias_weights is not None
                 for layer in self.layers:
-                    layer.fuse(weights, bias_weights)
-                self._fused = (weights.clone(), bias_weights.clone())
+                    layer.fuse(setting.weights, setting.bias_weights)
+                self._fused = known[0].clone(), known[1].clone()
             yield
 
     @contextmanager
-    def per_row(self, weights: Tensor, bias_weights: Tensor | None = None) -> Iterator[None]:
-        """Run the block with weights (batch, experts), of which weights[b] applies to row b of every batch."""
-        with self._running("rows", weights, weights if bias_weights is None else bias_weights):
+    def per_row(self, weights: Tensor, bias_weights: Tensor | None = None, *, steps: bool = False) -> Iterator[None]:
+        """Run the block with weights (batch, experts), of which weights[b] applies to row b of every batch.
+
+        `steps` says that the block runs many forwards, as a generation does. Layers then keep what they compute from
+        the weights alone until it ends.
+        """
+        with self._running(self._entered("rows", weights, weights if bias_weights is None else bias_weights, steps)):
             yield
 
     def forget(self) -> None:
-        """Compute the fused weights anew next time. The model's parameters have changed their dtype or device."""
-        self._fused = None
+        """Compute everything anew next time. The model's parameters have changed, or their dtype or device has."""
+        self._fused, self._stacks = None, {}
 
     def follow(self, weights: Tensor) -> None:
         """Run with weights (batch, experts) as `per_row` does, from here on. It is for a router inside the model."""
-        self.mode, self.weights, self.bias_weights, self._columns, self._users = "rows", weights, weights, {}, None
+        self._setting = Setting("rows", weights, weights)
 
-    def columns(self, owner: Tensor, ranks: tuple[int, ...]) -> Columns:
-        """Return the columns that the rows use and their weights, for factors of `ranks` with columns of `owner`.
+    def cast(self, like: Tensor) -> Tensor:
+        """Return the fusion weights in the dtype of `like`. They are cast once for all layers of that dtype."""
+        weights = self.weights
+        assert weights is not None
+        return self._setting.once(("weights", like.dtype), lambda: weights.to(like))
+
+    def columns(self, ranks: tuple[int, ...], like: Tensor) -> Columns:
+        """Return the columns in use of factors of `ranks`, and their weights in the dtype of `like`.
 
         The result is computed once for all layers with the same ranks.
         """
-        if ranks not in self._columns:
-            assert self.weights is not None
-            active = self.weights.any(dim=0)
-            used = None if bool(active.all()) else active[owner].nonzero().squeeze(1)
-            self._columns[ranks] = Columns(used, self.weights[:, owner if used is None else owner[used]])
-        return self._columns[ranks]
+
+        def make() -> Columns:
+            owner = [expert for expert, rank in enumerate(ranks) for _ in range(rank)]
+            used = [column for column, expert in enumerate(owner) if self._setting.uses[expert]]
+            weights, every = self.cast(like), len(used) == len(owner)
+            places = torch.tensor([[owner[column] for column in used], used], dtype=torch.long)
+            places = places.to(weights.device, non_blocking=True)
+            return Columns(None if every else places[1], weights[..., places[0]])
+
+        return self._setting.once(("columns", ranks, like.dtype), make)
 
     def users(self) -> dict[int, Tensor]:
         """Return the experts that have a weight in some row, each with the indices of these rows.
 
         The result is computed once for all layers.
         """
-        if self._users is None:
-            assert self.weights is not None
-            rows, experts = self.weights.nonzero(as_tuple=True)
-            self._users = {expert: rows[experts == expert] for expert in experts.unique().tolist()}
-        return self._users
 
-    def costs(self) -> Costs:
-        """Return the planner's costs, computed from the layers' shapes, in multiplications of a plain token."""
+        def make() -> dict[int, Tensor]:
+            weights = self.weights
+            assert weights is not None
+            rows, experts = (weights if self.known_weights is None else self.known_weights).nonzero(as_tuple=True)
+            found = {expert: rows[experts == expert] for expert in experts.unique().tolist()}
+            return {expert: own.to(weights.device, non_blocking=True) for expert, own in found.items()}
+
+        return self._setting.once("users", make)
+
+    def vectors(self, layer: FusedLayer, kind: VectorKind) -> Tensor:
+        """Return a layer's fused 1-D weight or bias: (n,) in the mode `fused`, (batch, n) in the mode `rows`.
+
+        All layers' are computed in one product.
+        """
+        if kind not in self._stacks:
+            with torch.inference_mode(False):  # what is kept is used outside it as well
+                self._stacks[kind] = stacked(self.layers, kind)
+        dtype = layer.weight.dtype
+        stack = self._stacks[kind][dtype]
+
+        def make() -> Tensor:
+            weights = self.bias_weights if kind == "bias_vectors" else self.weights
+            assert weights is not None
+            weights = weights.to(stack.vectors)
+            if weights.ndim == 1:
+                return stack.shared + weights @ stack.vectors
+            return torch.addmm(stack.shared, weights, stack.vectors)
+
+        return self._setting.once((kind, dtype), make)[..., stack.places[id(layer)]]
+
+    def kept(self, layer: object, what: str, make: Callable[[], Made]) -> Made:
+        """Return what `make` computes for a layer from the weights alone. A block of many forwards computes it once."""
+        return self._setting.once((what, id(layer)), make) if self._setting.steps else make()
+
+    def costs(self, speed: DeviceSpeed | None = None) -> Costs:
+        """Return the planner's costs, computed from the layers' shapes. Without `speed` they are those of a CPU."""
         matrices = [layer for layer in self.layers if layer.is_matrix]
         plain = sum(layer.weight.numel() for layer in matrices) or 1
         fuse, columns = [0.0] * self.experts, [0.0] * self.experts
+        token = plain / (CPU_RATE if speed is None else speed.rate)
         for layer in matrices:
             for expert in range(len(layer.ranks)):
-                fuse[expert] += layer.fuse_cost(expert) / plain
-                columns[expert] += layer.row_cost(expert) / plain
-        joint = sum(layer.joint_cost() for layer in matrices) / plain
-        return Costs(tuple(fuse), rebuild=REBUILD_TOKENS, columns=tuple(columns), joint=joint)
+                fuse[expert] += layer.fuse_cost(expert) / plain * token
+                columns[expert] += layer.row_cost(expert) / plain * token
+        joint = sum(layer.joint_cost() for layer in matrices) / plain * token
+        found = Costs(tuple(fuse), CPU_REBUILD_TOKENS * token, tuple(columns), joint, token)
+        if speed is None:
+            return replace(found, batch=CPU_BATCH_TOKENS * token, step=CPU_STEP_TOKENS * token)
+        written = sum(layer.weight.nbytes for layer in matrices)
+        passed = sum((sum(layer.weight.shape) + max(layer.weight.shape)) * layer.weight.itemsize for layer in matrices)
+        return replace(
+            found,
+            rebuild=2 * written / speed.bandwidth,
+            plain=speed.plain,
+            by_row=speed.by_row,
+            fusion=FUSION_LAUNCHES * len(matrices) * speed.launch,
+            moved=passed / speed.bandwidth,
+        )
+
+    def _entered(self, mode: Mode, weights: Tensor, bias_weights: Tensor, steps: bool = False) -> Setting:
+        """Return the setting of a block: the weights on the model's device, and those on the CPU."""
+        device = self.layers[0].weight.device if self.layers else weights.device
+        own = weights.to(device, non_blocking=True)
+        biases = own if bias_weights is weights else bias_weights.to(device, non_blocking=True)
+        return Setting(mode, own, biases, _known(weights), steps)
 
     @contextmanager
-    def _running(
-        self, mode: Literal["shared", "fused", "rows"], weights: Tensor | None, bias_weights: Tensor | None
-    ) -> Iterator[None]:
+    def _running(self, setting: Setting) -> Iterator[None]:
         with self._lock:
-            before = self.mode, self.weights, self.bias_weights, self._columns, self._users
-            self.mode, self.weights, self.bias_weights, self._columns, self._users = (
-                mode,
-                weights,
-                bias_weights,
-                {},
-                None,
-            )
+            before, self._setting = self._setting, setting
             try:
                 yield
             finally:
-                self.mode, self.weights, self.bias_weights, self._columns, self._users = before
+                self._setting = before
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the lock, which can be neither copied nor pickled."""
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        """Leave out the lock, which can be neither copied nor pickled, and what is known of these very layers."""
+        return {**{name: value for name, value in self.__dict__.items() if name != "_lock"}, "_stacks": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state without a lock, and make a new one."""
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and torch.equal(one, other)
+class Setting:
+    """The mode of one block, its weights, and what layers have computed from them for all of the block.
+
+    `known` are the fusion weights on the CPU, or None where a router inside the model computes them on its device.
+    `uses` says of each expert whether some row gives it a weight. Weights that are not known may use all.
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "shared",
+        weights: Tensor | None = None,
+        bias_weights: Tensor | None = None,
+        known: Tensor | None = None,
+        steps: bool = False,
+    ) -> None:
+        self.mode: Mode = mode
+        self.weights, self.bias_weights, self.known, self.steps = weights, bias_weights, known, steps
+        experts = 0 if weights is None else weights.shape[-1]
+        found = None if known is None else (known != 0)[None].flatten(0, -2).any(dim=0)
+        self.uses: list[bool] = [True] * experts if found is None else found.tolist()
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what `make` returned when it was first asked for under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+
+def _known(weights: Tensor) -> Tensor:
+    """Return weights on the CPU. Only weights that are on another device make the caller wait for it."""
+    return weights.detach().cpu()
 
 
 class Columns(NamedTuple):
-    """The indices of the columns that a batch uses (None for all), and the rows' weights of them, (batch, columns)."""
+    """The indices of the columns in use (None for all), and their weights, (columns,) or a row of them each."""
 
     used: Tensor | None
     scale: Tensor
 
 
-REBUILD_TOKENS = 16.0
-"""The cost of writing every fused weight once, in tokens of the plain forward.
+class Stack(NamedTuple):
+    """All layers' 1-D weights, or biases, that some expert changes: the shared ones (total,), one behind the other.
 
-The cost is bound by memory, not by multiplications. It was measured on two cores for a 6-layer, 384-wide encoder.
-"""
+    `vectors` (experts, total) are the experts' differences, and `places` the layers' places by their ids.
+    """
+
+    shared: Tensor
+    vectors: Tensor
+    places: dict[int, slice]
+
+
+def stacked(layers: Sequence[FusedLayer], kind: VectorKind) -> dict[torch.dtype, Stack]:
+    """Return the stack of the layers' vectors of each dtype."""
+    found: dict[torch.dtype, list[tuple[FusedLayer, Tensor, Tensor]]] = {}
+    for layer in layers:
+        vectors = getattr(layer, kind, None)
+        if vectors is not None:
+            shared = layer.bias if kind == "bias_vectors" else layer.weight
+            assert shared is not None
+            found.setdefault(layer.weight.dtype, []).append((layer, shared.detach(), vectors))
+    stacks = {}
+    for dtype, own in found.items():
+        ends = list(itertools.accumulate(vectors.shape[1] for _, _, vectors in own))
+        spans = itertools.starmap(slice, itertools.pairwise([0, *ends]))
+        places = {id(layer): span for (layer, _, _), span in zip(own, spans, strict=True)}
+        stacks[dtype] = Stack(
+            torch.cat([one for _, one, _ in own]), torch.cat([one for _, _, one in own], dim=1), places
+        )
+    return stacks
+
+
+FUSION_LAUNCHES = 4
+"""The operations that fusing one matrix takes, in units of the launches that are measured: a product starts slowly."""
 
 
 class FusedLayer(Protocol):
     """The interface of a layer that Fusion controls."""
 
     weight: Tensor
+    bias: Tensor | None
     ranks: tuple[int, ...]
     is_matrix: bool
 

@@ -163,13 +163,13 @@ class TwinLanguageModel(TwinModel):
     def _weights_of(
         self, inputs: Mapping[str, Tensor], fusion_weights: Tensor | None, task: str | Sequence[str] | None
     ) -> Tensor:
-        """Return the fusion weights of a batch: the given ones, or those that `routing` asks for."""
+        """Return the fusion weights of a batch on the CPU: the given ones, or those that `routing` asks for."""
         rows = len(inputs["input_ids"])
         if fusion_weights is not None:
             return self.checked_weights(fusion_weights, rows)
         if self.routing == "router" and self.expert_names:
-            return self.simplest(self._routed_batch(inputs))
-        return self.route_all([{}] * rows, None if task is None else tasks_of(task, rows))
+            return self.simplest(self._routed_batch(inputs).cpu())
+        return self.route_all([{}] * rows, None if task is None else tasks_of(task, rows)).cpu()
 
     def check_tokens(self, ids: Sequence[int], what: str = "context") -> None:
         """Raise an error that names `what` unless `ids` is a list of tokens of the vocabulary, and not empty."""

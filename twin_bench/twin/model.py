@@ -31,8 +31,9 @@ from twin_bench.twin.features import Read, hidden_states, in_order, pool, reads_
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
 from twin_bench.twin.parts import ROUTINGS, Parts, Routing
-from twin_bench.twin.plan import BATCH_TOKENS, GPU_BATCH_TOKENS, Costs, Group, batches, plan
+from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.routers.base import Router
+from twin_bench.twin.timing import timed
 from twin_bench.twin.tolerance import allowed_tolerance, simplified
 
 
@@ -100,6 +101,7 @@ class TwinModel(nn.Module, abc.ABC):
         """Move or convert all tensors, as `to`, `half` and `cuda` do, and what is computed from them with them."""
         super()._apply(fn, recurse)
         self.fusion.forget()
+        self.__dict__.pop("costs", None)  # those of another device or dtype
         self.router_overrides = {name: fn(tensor) for name, tensor in self.router_overrides.items()}
         self.tolerance = self._allowed()
         return self
@@ -171,11 +173,6 @@ class TwinModel(nn.Module, abc.ABC):
     def backbone(self) -> Any:
         """The part of the model whose hidden states the router reads."""
         return self.model.base_model
-
-    @property
-    def batch_overhead(self) -> float:
-        """The fixed cost of a batch, in tokens of the plain forward."""
-        return BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor) -> Tensor:
@@ -268,7 +265,7 @@ class TwinModel(nn.Module, abc.ABC):
         if self.routing == "task":
             if tasks is None:
                 raise InputError("routing=task needs the rows' tasks")
-            return self._one_hot(tasks_of(tasks, len(encoded)))
+            return self._one_hot(tasks_of(tasks, len(encoded))).to(self.device)
         if not encoded or self.routing == "none" or not self.expert_names:
             return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         router = self._required_router()
@@ -320,8 +317,8 @@ class TwinModel(nn.Module, abc.ABC):
     ) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
         """Yield the indices and the features (on each of `layers`) of one batch of rows after the other."""
         lengths = [len(row["input_ids"]) for row in rows]
-        everything = Group(tuple(range(len(rows))), None)
-        for batch in batches(everything, lengths, batch_size, overhead=self.batch_overhead):
+        everything = Group(tuple(range(len(rows))), torch.zeros(self.fusion.experts))
+        for batch in batches(everything, lengths, batch_size, self.costs):
             yield batch.rows, self.features(self.collate([rows[row] for row in batch.rows]), layers)
 
     @functools.cached_property
@@ -340,31 +337,35 @@ class TwinModel(nn.Module, abc.ABC):
             batch_size: the largest number of rows in a batch.
             rows: the rows to run; by default all N.
         """
-        for group in plan(keys, tokens, self.costs, rows=rows):
-            yield from batches(group, tokens, batch_size, overhead=self.batch_overhead)
+        for group in plan(keys, tokens, self.costs, rows=rows, batch_size=batch_size):
+            yield from batches(group, tokens, batch_size, self.costs)
 
-    def fused(self, group: Group, keys: Tensor) -> AbstractContextManager[None]:
+    def fused(self, group: Group, keys: Tensor, *, steps: bool = False) -> AbstractContextManager[None]:
         """Return a context in which the model runs a batch of a plan.
 
         The model has the group's fused weights, or each row its own ones where the group takes the low-rank path.
 
         Args:
             group: the rows of the batch.
-            keys: (N, K), the keys of the plan, which `group.rows` index. They may be on another device.
+            keys: (N, K), the keys of the plan, which `group.rows` index. Keys on the CPU make nothing wait.
+            steps: whether the model runs many forwards in the context, as in a generation.
         """
         if group.weights is not None:
-            return self.fusion.fuse(*self._split(group.weights.to(self.device)))
-        return self.fusion.per_row(*self._split(keys[list(group.rows)].to(self.device)))
+            return self.fusion.fuse(*self._split(group.weights))
+        return self.fusion.per_row(*self._split(keys[list(group.rows)]), steps=steps)
 
     @functools.cached_property
     def costs(self) -> Costs:
-        """The costs that the planner compares."""
-        return self.fusion.costs()
+        """The costs that the planner compares. On a GPU they are measured when they are first asked for."""
+        if self.device.type == "cpu":
+            return self.fusion.costs()
+        return self.fusion.costs(timed(self.model, self.fusion))
 
     def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
-        """Return given fusion weights on the device, simplified. An error says what is wrong with them."""
-        require_weights(weights, rows, self.expert_names)
-        return self.simplest(weights.to(self.device, torch.promote_types(weights.dtype, torch.float32)))
+        """Return given fusion weights on the CPU, simplified. An error says what is wrong with them."""
+        known = weights.cpu() if isinstance(weights, Tensor) else weights
+        require_weights(known, rows, self.expert_names)
+        return self.simplest(known.to(torch.promote_types(known.dtype, torch.float32)))
 
     def simplest(self, weights: Tensor) -> Tensor:
         """Return the cheapest fusion weights (rows, experts) whose logits are within the twin's tolerance."""
@@ -379,15 +380,15 @@ class TwinModel(nn.Module, abc.ABC):
         return self.router
 
     def _one_hot(self, tasks: Sequence[str]) -> Tensor:
-        """Return fusion weights (rows, experts) with weight 1 on the expert of each row's task."""
+        """Return fusion weights (rows, experts), on the CPU, with weight 1 on the expert of each row's task."""
         require_known(tasks, self.expert_names, "the twin has no expert of task")
-        owner = torch.tensor([self.expert_names.index(task) for task in tasks], device=self.device)
+        owner = torch.tensor([self.expert_names.index(task) for task in tasks])
         return nn.functional.one_hot(owner, len(self.expert_names)).float()
 
     def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the fusion weights and the biases' weights that a row's key (or rows' keys) consists of."""
         experts = len(self.expert_names)
-        return keys[..., :experts], keys[..., -experts:] if experts else keys
+        return (keys, keys) if keys.shape[-1] == experts else (keys[..., :experts], keys[..., -experts:])
 
 
 _KINDS: dict[TaskType, type[TwinModel]] = {}

@@ -92,6 +92,6 @@ def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> Non
 def _ways(twin: TwinLanguageModel, rows: int) -> tuple[Tensor, list[Group]]:
     """Return fusion weights (rows, experts) that use all experts, and the groups that run a batch with them."""
     experts = len(twin.expert_names)
-    weights = torch.full((rows, experts), 1 / max(1, experts), device=twin.device)
+    weights = torch.full((rows, experts), 1 / max(1, experts))
     every = tuple(range(rows))
     return weights, [Group(every, weights[0]), *([Group(every, None)] if experts else [])]

@@ -299,7 +299,7 @@ def routed(
     batch_size: int,
     progress: Progress | None,
 ) -> Tensor:
-    """Return the requests' fusion weights (requests, experts): the given ones, or those that the twin finds."""
+    """Return the requests' fusion weights (requests, experts) on the CPU: the given ones, or those of the twin."""
     if given is not None:
         if progress:
             progress(len(contexts))
@@ -307,7 +307,8 @@ def routed(
     tasks = [request.task for request in requests if request.task is not None]
     named = tasks if len(tasks) == len(requests) else None
     # Not `tokens`, whose copies and masks would take several times the memory of a long list's contexts.
-    return twin.route_all([{"input_ids": ids} for ids in contexts], named, batch_size=batch_size, progress=progress)
+    rows = [{"input_ids": ids} for ids in contexts]
+    return twin.route_all(rows, named, batch_size=batch_size, progress=progress).cpu()
 
 
 def last_tokens(ids: Sequence[int], window: int) -> list[int]:
@@ -354,7 +355,7 @@ def _prefixed(
                 prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
             rest = {row: lengths[row] - shared.length for row in shared.rows}
             alike = Group(shared.rows, group.weights)
-            for batch in batches(alike, rest, batch_size, steps=steps, overhead=twin.batch_overhead):
+            for batch in batches(alike, rest, batch_size, twin.costs, steps=steps):
                 yield batch, prefix
 
 

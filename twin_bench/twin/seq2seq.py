@@ -161,7 +161,7 @@ class TwinSeq2Seq(TwinLanguageModel):
         with self.fused(group, weights):
             encoded = self.backbone(**inputs)
         group, weights = self._by_sequence(group, weights, options)
-        with self.fused(group, weights), self._finite_steps(group, weights):
+        with self.fused(group, weights, steps=True), self._finite_steps(group, weights):
             return self.model.generate(**inputs, encoder_outputs=encoded, **options)
 
     @torch.no_grad()

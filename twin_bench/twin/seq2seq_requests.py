@@ -170,7 +170,7 @@ def _texts(
     lengths = [len(sources[row]) for row, _ in copies]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     for group in plan(own, lengths, twin.costs, steps=max(limits), batch_size=batch_size):
-        for batch in batches(group, lengths, batch_size, steps=max(limits), overhead=twin.batch_overhead):
+        for batch in batches(group, lengths, batch_size, twin.costs, steps=max(limits)):
             asked = [copies[place] for place in batch.rows]
             allowed = [limits[place] for place in batch.rows]
             inputs = twin.collate([tokens(sources[row]) for row, _ in asked])

@@ -108,30 +108,29 @@ class TwinLayer(nn.Module):
         return total
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
-        """Compute the fused weight and bias from the shared ones, for weights and bias weights (experts,)."""
+        """Compute the fused weight and bias from the shared ones, for a block's weights and bias weights (experts,)."""
         if sum(self.ranks) or self.entries is not None:
             self.fused_weight = overwritable(self.fused_weight, self.weight)
             self._fuse_matrix(weights, self.fused_weight)
         elif self.vectors is not None:
-            self.fused_weight = self.weight + weights.to(self.vectors) @ self.vectors
+            self.fused_weight = self.fusion.vectors(self, "vectors")
         else:
             self.fused_weight = self.weight.detach()
         if self.bias is not None:
-            self.fused_bias = self.bias.detach()
-            if self.bias_vectors is not None:
-                self.fused_bias = self.bias + bias_weights.to(self.bias_vectors) @ self.bias_vectors
+            shared = self.bias_vectors is None
+            self.fused_bias = self.bias.detach() if shared else self.fusion.vectors(self, "bias_vectors")
 
     def _fuse_matrix(self, weights: Tensor, fused: Tensor) -> None:
         """Write the weight that is fused with weights (experts,) into `fused`."""
         if sum(self.ranks):
-            scale = weights.to(self.weight)[self.owner]
-            used = scale.nonzero().squeeze(1)
-            B, A = self.factors(None if len(used) == len(scale) else used)
-            torch.addmm(self.weight, B * scale[used], A, out=fused)
+            used, scale = self.fusion.columns(self.ranks, self.weight)
+            B, A = self.factors(used)
+            torch.addmm(self.weight, B * scale, A, out=fused)
         else:
             fused.copy_(self.weight)
         if self.entries is not None:
-            self.entries.add_to(fused, weights)
+            known = self.fusion.known_weights
+            self.entries.add_to(fused, weights if known is None else known)
 
     def fuse_cost(self, expert: int) -> float:
         """Return what adding an expert's matrix to the weight costs, in multiplications of a plain token."""
@@ -149,24 +148,18 @@ class TwinLayer(nn.Module):
 
     def row_columns(self, dims: int) -> Columns:
         """Return the columns in use and each row's weights over them, (batch, 1, ..., r) with `dims` dimensions."""
-        used, scale = self.fusion.columns(self.owner, self.ranks)
-        return Columns(used, broadcastable(scale.to(self.weight), dims))
+        used, scale = self.fusion.columns(self.ranks, self.weight)
+        return Columns(used, broadcastable(scale, dims))
 
     def row_bias(self, dims: int) -> Tensor | None:
         """Return each row's bias, (batch, 1, ..., n) with `dims` dimensions, or (n,) if all rows share it."""
         if self.bias is None or self.bias_vectors is None:
             return self.bias
-        weights = self.fusion.bias_weights
-        assert weights is not None
-        return broadcastable(torch.addmm(self.bias, weights.to(self.bias_vectors), self.bias_vectors), dims)
+        return broadcastable(self.fusion.vectors(self, "bias_vectors"), dims)
 
     def row_vector(self, dims: int) -> Tensor:
         """Return each row's 1-D weight, (batch, 1, ..., n) with `dims` dimensions, or (n,) if all rows share it."""
-        if self.vectors is None:
-            return self.weight
-        weights = self.fusion.weights
-        assert weights is not None
-        return broadcastable(torch.addmm(self.weight, weights.to(self.vectors), self.vectors), dims)
+        return self.weight if self.vectors is None else broadcastable(self.fusion.vectors(self, "vectors"), dims)
 
     def current(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias that all rows share in the modes `shared` and `fused`."""

@@ -45,14 +45,17 @@ class TwinEmbedding(TwinLayer):
         if self.entries is not None:
             super().fuse(weights, bias_weights)
         else:
-            self.fused_weight = weights.to(self.weight)[self.owner]
+            self.fused_weight = self._columns()
 
     def scale(self, dims: int) -> Tensor:
         """Return the columns' weights: (R,), or in mode `rows` (batch, 1, ..., R) with `dims` dimensions."""
         if self.fusion.mode == "fused":
             return self.current()[0]
-        assert self.fusion.weights is not None
-        return broadcastable(self.fusion.weights[:, self.owner].to(self.weight), dims)
+        return broadcastable(self._columns(), dims)
+
+    def _columns(self) -> Tensor:
+        """Return the columns' weights, in the mode `rows` a line of them for each row."""
+        return self.fusion.kept(self, "columns", lambda: self.fusion.cast(self.weight)[..., self.owner])
 
     @property
     def whole(self) -> Tensor | None:

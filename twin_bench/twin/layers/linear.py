@@ -99,13 +99,16 @@ class TwinLinear(TwinLayer):
         if (basis := self.basis) is not None:
             columns = scale.shape[-1] * sum(self.weight.shape) * (1 + basis.down.shape[1] / tokens)
             if self.joint_cost() + basis.cores.numel() * rows / tokens < columns:
-                assert self.fusion.weights is not None
-                weights = self.fusion.weights.to(basis.cores)
-                mixed = (weights @ basis.cores.flatten(1)).view(rows, *basis.cores.shape[1:])
+                mixed = self.fusion.kept(self, "mixed", lambda: self._mixed(basis))
                 z = torch.bmm((x @ basis.down).view(rows, -1, mixed.shape[1]), mixed)
                 return z.view(tokens, -1), basis.up
-        down, up = self.input_first(*self.factors(used))
+        down, up = self.fusion.kept(self, "factors", lambda: self.input_first(*self.factors(used)))
         return ((x @ down) * scale).view(tokens, -1) if up.shape[0] else x.new_zeros(tokens, 0), up
+
+    def _mixed(self, basis: JointBasis) -> Tensor:
+        """Return each row's weighted sum of the basis's cores."""
+        weights = self.fusion.cast(basis.cores)
+        return (weights @ basis.cores.flatten(1)).view(len(weights), *basis.cores.shape[1:])
 
 
 class TwinConv1D(TwinLinear):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,9 +28,9 @@ class TwinLayerNorm(TwinLayer):
         """Return x (batch, ..., n), normalised and then scaled by each row's own weight and bias."""
         if self.fusion.mode != "rows":
             return F.layer_norm(x, self.normalized_shape, *self.current(), self.eps)
-        y = F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.row_vector(x.ndim)
+        y, weight = F.layer_norm(x, self.normalized_shape, eps=self.eps), self.row_vector(x.ndim)
         bias = self.row_bias(x.ndim)
-        return y if bias is None else y + bias
+        return y * weight if bias is None else torch.addcmul(bias, y, weight)
 
 
 class TwinRMSNorm(TwinLayer):

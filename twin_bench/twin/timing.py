@@ -1,0 +1,37 @@
+"""The speed of a twin's model on its device, which a GPU's planner needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.speed import DeviceSpeed, measured_speed, seconds
+
+SMALLEST = 8
+"""The number of tokens of the smallest forward that is timed."""
+
+
+@torch.no_grad()
+def timed(model: Any, fusion: Fusion) -> DeviceSpeed:
+    """Return the speed of a device, and that of a model's smallest forwards on it: plain, and on the low-rank path.
+
+    Args:
+        model: the transformers model with twin layers. It is run without its head, for one row.
+        fusion: what controls these layers.
+    """
+    ids = torch.ones(1, SMALLEST, dtype=torch.long, device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+
+    def run() -> None:
+        model.base_model(**inputs)
+
+    with fusion.shared():
+        plain = seconds(run, model.device)
+    with fusion.per_row(torch.full((1, fusion.experts), 1 / max(1, fusion.experts))):
+        by_row = seconds(run, model.device)
+    return replace(measured_speed(model.device, model.dtype), plain=plain, by_row=by_row)
