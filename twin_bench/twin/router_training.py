@@ -32,7 +32,7 @@ from twin_bench.twin.model import TwinModel, twin_class
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.routers.base import Examples, Router, RouterConfig
-from twin_bench.twin.routers.calibration import calibrated, report
+from twin_bench.twin.routers.calibration import calibrate, report, set_threshold
 from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
 from twin_bench.twin.routers.mlp import train_router
 from twin_bench.twin.routers.registry import find_kind
@@ -187,11 +187,13 @@ def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) 
     examples = fits.examples(wanted, lambda: progress.advance(bar))
     router = kind.fit(fits.config(wanted), examples, settings.options)
     progress.update(bar, completed=settings.epochs)
-    if training.answers:
-        router = _on_task_loss(fits, wanted, router)
     chosen = (examples.held_out, examples.held_out_owners)
-    keep = settings.keep if settings.fallback else None
-    calibrated(router, *chosen, auto=settings.temperature == "auto", keep=keep)
+    if settings.temperature == "auto":
+        calibrate(router, *chosen)
+    if training.answers:  # after the temperature, which task ids decide
+        router = _on_task_loss(fits, wanted, router)
+    if settings.fallback:
+        set_threshold(router, examples.held_out, keep=settings.keep)
     told = _summary(router, *chosen, len(examples.features), "held-out training rows")
     return router, {**told, "layer_accuracy": {as_text(read): value for read, value in accuracy.items()}}
 

@@ -17,10 +17,11 @@ from twin_bench import TwinModel
 from twin_bench.errors import UnsuitedError
 from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
 from twin_bench.twin.routers.calibration import (
-    calibrated,
+    calibrate,
     calibration_error,
     likeliest_temperature,
     report,
+    set_threshold,
     threshold_that_keeps,
 )
 from twin_bench.twin.routers.registry import find_kind
@@ -66,7 +67,8 @@ def test_a_threshold_keeps_its_fraction_of_rows_and_hardly_more(keep: float) -> 
 
 def test_the_report_is_scikit_learns() -> None:
     logits, owners = scored(500)
-    router = calibrated(Plain(RouterConfig(TASKS, 3)), logits, owners, auto=False, keep=0.9)
+    router = Plain(RouterConfig(TASKS, 3))
+    set_threshold(router, logits, keep=0.9)
     found = report(router, logits, owners)
     predicted = logits.argmax(dim=1)
     assert found["accuracy"] == pytest.approx(accuracy_score(owners, predicted))
@@ -78,8 +80,8 @@ def test_the_report_is_scikit_learns() -> None:
     kept = sure >= sure.quantile(0.1)
     assert found["kept_accuracy"] == pytest.approx((predicted == owners)[kept].double().mean().item(), abs=0.005)
     assert found["calibration_error"] > 0.08
-    mended = report(calibrated(router, logits, owners, auto=True, keep=None), logits, owners)
-    assert mended["calibration_error"] < 0.06
+    calibrate(router, logits, owners)
+    assert report(router, logits, owners)["calibration_error"] < 0.06
 
 
 def test_the_calibration_error_of_two_bins() -> None:
@@ -95,8 +97,9 @@ def test_rows_of_no_task_fall_back(kind: str) -> None:
     owners = torch.arange(600) % 3
     features = 5 * torch.eye(3, 12)[owners] + torch.randn(600, 12, generator=generator)
     examples = Examples(features[:300], owners[:300], features[300:], owners[300:])
-    fit = find_kind(kind).fit(RouterConfig(TASKS, 12, kind=kind), examples, {})
-    router = calibrated(fit, features[300:], owners[300:], auto=True, keep=0.95)
+    router = find_kind(kind).fit(RouterConfig(TASKS, 12, kind=kind), examples, {})
+    calibrate(router, features[300:], owners[300:])
+    set_threshold(router, features[300:], keep=0.95)
     fresh = 5 * torch.eye(3, 12)[owners] + torch.randn(600, 12, generator=generator)
     kept = router.weights(fresh).sum(dim=1)
     assert set(kept.round(decimals=5).tolist()) == {0.0, 1.0}

@@ -88,21 +88,14 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     return float(total)
 
 
-def calibrated(router: Router, features: Tensor, owners: Tensor, *, auto: bool, keep: float | None) -> Router:
-    """Set a router's temperature, if it is chosen by these rows, and its threshold, if `keep` says what it keeps.
+@torch.no_grad()
+def calibrate(router: Router, features: Tensor, owners: Tensor) -> None:
+    """Set a router's temperature by the likelihood of held-out rows' owners (N,), for their features (N, width)."""
+    router.config = dataclasses.replace(router.config, temperature=likeliest_temperature(router(features), owners))
 
-    Args:
-        router: The router, whose config is replaced.
-        features: (N, width) of held-out rows.
-        owners: (N,), the indices of the rows' experts.
-        auto: Choose the temperature by the likelihood of the owners.
-        keep: The fraction of rows that is to be over the threshold, or None for no threshold.
-    """
-    with torch.no_grad():
-        logits = router(features)
-    if auto:
-        router.config = dataclasses.replace(router.config, temperature=likeliest_temperature(logits, owners))
-    if keep is not None:
-        threshold = threshold_that_keeps(router.confidence(logits), keep)
-        router.config = dataclasses.replace(router.config, threshold=threshold)
-    return router
+
+@torch.no_grad()
+def set_threshold(router: Router, features: Tensor, *, keep: float) -> None:
+    """Set a router's threshold so that a fraction `keep` of held-out rows is over it, for their features (N, width)."""
+    threshold = threshold_that_keeps(router.confidence(router(features)), keep)
+    router.config = dataclasses.replace(router.config, threshold=threshold)
