@@ -80,7 +80,7 @@ def losses(twin: TwinClassifier, router: Router, rows: Answered, batch: Sequence
     weights = fusion_weights(router(rows.features[list(batch)].to(twin.device)), softmax)
     tasks = [rows.tasks[row] for row in batch]
     inputs = twin.collate([rows.encoded[row] for row in batch])
-    with twin.fusion.per_row(weights), heads_in_use(twin.heads, tasks):
+    with twin.fusion.per_row(weights), heads_in_use(twin.heads, tasks, twin.device):
         logits = twin.model(**inputs).logits.float()
     found = []
     for place, (row, task) in enumerate(zip(batch, tasks, strict=True)):
