@@ -121,13 +121,15 @@ def score(
         rest = [inputs[row][prefix.length :] for row in batch.rows]
         logits = twin.logits(rest, [position - prefix.length for position in kept], batch, weights, prefix)
         place = {position: index for index, position in enumerate(kept)}
+        graded: dict[int, Tensor] = {}
         for row, row_logits in zip(batch.rows, logits, strict=True):
             length = len(inputs[row])
             for asker in askers[row]:
-                at = [place[position] for position in range(length - asked[asker], length)]
-                scores[asker] = scored(row_logits[at], requests[asker].continuation, used[asker])
-            if progress:
-                progress(len(askers[row]))
+                at = slice(place[length - asked[asker]], place[length - 1] + 1)
+                graded[asker] = graded_by(row_logits[at], requests[asker].continuation)
+        scores |= scored(graded, used)
+        if progress:
+            progress(len(graded))
     return [scores[row] for row in range(len(requests))]
 
 
@@ -359,9 +361,26 @@ def _prefixed(
                 yield batch, prefix
 
 
-def scored(logits: Tensor, continuation: Sequence[int], weights: tuple[float, ...]) -> Scored:
-    """Return the score of a continuation under the logits (tokens, vocabulary) that predict it, with these weights."""
-    asked = torch.tensor(list(continuation), device=logits.device)
+def graded_by(logits: Tensor, continuation: Sequence[int]) -> Tensor:
+    """Return a continuation's log-probabilities under the logits (tokens, vocabulary) that predict it.
+
+    Behind them stands 1 if every token is the most probable one, and 0 otherwise: (tokens + 1,), on the device, whose
+    caller reads the numbers of a whole batch at once.
+    """
+    asked = torch.tensor(list(continuation)).to(logits.device, non_blocking=True)
     exact = torch.promote_types(logits.dtype, torch.float32)
     log_probs = torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, asked[:, None])[:, 0]
-    return Scored(log_probs.cpu(), bool((logits.argmax(dim=-1) == asked).all()), weights)
+    greedy = (logits.argmax(dim=-1) == asked).all()
+    return torch.cat([log_probs, greedy[None].to(exact)])
+
+
+def scored(graded: Mapping[int, Tensor], weights: Sequence[tuple[float, ...]]) -> dict[int, Scored]:
+    """Return the scores of a batch's rows, by row. The device is asked once.
+
+    Args:
+        graded: what `graded_by` returns of each row.
+        weights: all rows' fusion weights.
+    """
+    parts = torch.cat([*graded.values()]).cpu().split([len(own) for own in graded.values()])
+    found = zip(graded, parts, strict=True)
+    return {row: Scored(own[:-1].clone(), bool(own[-1]), weights[row]) for row, own in found}

@@ -25,6 +25,7 @@ from twin_bench.twin.requests import (
     Text,
     check_score,
     copies_of,
+    graded_by,
     last_tokens,
     routed,
     scored,
@@ -80,8 +81,9 @@ def score(
     for batch in twin.planned(weights, lengths, batch_size, sorted(same)):
         own_targets = [targets[row] for row in batch.rows]
         logits = twin.logits([sources[row] for row in batch.rows], own_targets, batch, weights)
-        for row, target, row_logits in zip(batch.rows, own_targets, logits, strict=True):
-            answer = scored(row_logits[: len(target)], target, used[row])
+        found = zip(batch.rows, own_targets, logits, strict=True)
+        graded = {row: graded_by(row_logits[: len(target)], target) for row, target, row_logits in found}
+        for row, answer in scored(graded, used).items():
             scores |= dict.fromkeys(same[row], answer)
             if progress:
                 progress(len(same[row]))
