@@ -68,8 +68,7 @@ class RouterTraining:
     `shared` holds the shared expert's parameters. `given` are all rows that may be used, and `rows` the sample of the
     training rows that is. `feature_cache` is the directory in which features and routers are kept from run to run, or
     None. `device` is where features are computed, and `batch_size` the largest number of rows in a forward pass, if it
-    is given; the routers themselves are small, and trained on the CPU. `answers` are expected of labelled rows, where
-    the router is trained on them.
+    is given. `answers` are expected of labelled rows, where the router is trained on them.
     """
 
     recipe: Recipe
@@ -89,6 +88,11 @@ class RouterTraining:
     def experts(self) -> tuple[str, ...]:
         """The experts' names, in the order of the weights' columns."""
         return tuple(self.recipe.experts)
+
+    @property
+    def trains_on(self) -> torch.device:
+        """Where the steps of a router's training run: on a GPU of CUDA's, else on the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def twin(self, protocol: ProtocolName = "standard") -> TwinModel:
         """Return the twin without a router, in the recipe's dtype."""
@@ -229,7 +233,7 @@ class _Fits:
         owner = training.owners(training.rows)
         rows = (hidden[~held_out], owner[~held_out], hidden[held_out], owner[held_out])
         directions = functools.partial(reading_directions, self.twin, training.parts.exclusive, reads[0].layer)
-        return Examples(*rows, training.settings.epochs, training.recipe.seed, directions, advance)
+        return Examples(*rows, training.settings.epochs, training.recipe.seed, directions, advance, training.trains_on)
 
     def probe(self, reads: tuple[Read, ...]) -> float:
         """Return the accuracy on held-out rows: of ridge regression in place of a router that takes long to train."""
@@ -285,6 +289,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> t
             epochs=epochs,
             seed=training.recipe.seed,
             advance=lambda: training.progress.advance(bar),
+            device=training.trains_on,
         )
         trained.router.notes = {"epoch": trained.epoch}
         rows = (hidden[tested], owner[tested], trained.rows)

@@ -55,7 +55,7 @@ class Examples:
     `features` is (N, width) and `owners` (N,), the indices of the rows' experts. `held_out` (M, width) and
     `held_out_owners` (M,) are of rows that choose between routers, such as the epochs of one training. `directions`
     returns what each expert reads of the hidden state: see `Router.reads_experts`. `advance` is called after each of
-    `epochs`.
+    `epochs`. All tensors are on the CPU, and so is the router that is made. `device` is where many steps may run.
     """
 
     features: Tensor
@@ -66,6 +66,7 @@ class Examples:
     seed: int = 0
     directions: Callable[[], Sequence[Tensor]] = tuple
     advance: Callable[[], None] = field(default=lambda: None)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def few(self, experts: int, rows: int) -> list[Tensor]:
         """Return the features of the first `rows` rows of each expert, in float64."""

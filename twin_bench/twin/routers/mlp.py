@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ of at least 32 rows, so that an epoch has about as many steps.
 """
 LEARNING_RATE = 5e-4
 DROPOUT = 0.5
+CPU = torch.device("cpu")
 
 
 @router_kind("mlp", title="The paper's MLP", paper="arXiv:2406.15479", needs=("task ids of training inputs", "seed"))
@@ -49,7 +51,8 @@ class MlpRouter(Router):
     def fit(cls, config: RouterConfig, examples: Examples) -> MlpRouter:
         """Train the MLP for `examples.epochs`."""
         rows = (examples.features, examples.owners, examples.held_out, examples.held_out_owners)
-        trained = train_router(config, *rows, epochs=examples.epochs, seed=examples.seed, advance=examples.advance)
+        given: Any = {"epochs": examples.epochs, "seed": examples.seed, "advance": examples.advance}
+        trained = train_router(config, *rows, **given, device=examples.device)
         trained.router.notes = {"epoch": trained.epoch}
         return trained.router
 
@@ -82,6 +85,7 @@ def train_router(
     epochs: int = 50,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    device: torch.device = CPU,
 ) -> Trained:
     """Train a router and return its state after the epoch with the best accuracy on the selection rows.
 
@@ -97,15 +101,18 @@ def train_router(
         epochs: The number of passes over the training rows.
         seed: The seed of initialisation, order and dropout. The global random state is not changed.
         advance: Called after each epoch.
+        device: Where it is trained. The router that is returned is on the CPU.
 
     Raises:
         InputError: There are fewer than two training rows, or the loss is not finite after any epoch.
     """
     if len(features) < 2:
         raise InputError(f"router: {len(features)} training rows are too few to train on")
-    with torch.random.fork_rng(devices=[]):
+    features, tasks = features.to(device), tasks.to(device)
+    selection_features, selection_tasks = selection_features.to(device), selection_tasks.to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        router = MlpRouter(config)
+        router = MlpRouter(config).to(device)  # first on the CPU: every device begins with the same numbers
         optimizer = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
         best: tuple[float, float] | None = None
         chosen, state = 0, router.state_dict()
@@ -126,7 +133,7 @@ def train_router(
                 state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
             advance()
         router.load_state_dict(state)
-    router.requires_grad_(False)
+    router.cpu().requires_grad_(False)
     if best is None or not math.isfinite(best[1]):
         raise InputError("router: the loss on the selection rows is not finite; check the training rows and the model")
     return Trained(router, chosen, best[0], len(features))
