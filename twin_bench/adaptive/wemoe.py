@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -136,7 +137,7 @@ def install_gates(model: Any, vectors: Mapping[str, Exclusive], *, scaling: floa
     """
     generator = torch.Generator().manual_seed(seed)
     masks = _Mask()
-    model.register_forward_pre_hook(masks, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(masks, with_kwargs=True)  # it may also run without its head
     gates = nn.ModuleList()
     for layers in mlp_layers(model):
         names = {f"{path}.{kind}" for path in layers for kind in ("weight", "bias")}
@@ -188,7 +189,8 @@ class _Mask:
     current: Tensor | None = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.current = kwargs.get("attention_mask")
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        self.current = given.get("attention_mask")
 
 
 class _Follow:
