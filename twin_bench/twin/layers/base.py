@@ -66,6 +66,11 @@ class TwinLayer(nn.Module):
         self.register_buffer("fused_bias", None, persistent=False)
         fusion.layers.append(self)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Change the dtype or the device as a module does. What the fusion has kept is of the ones before."""
+        self.fusion.forget()
+        return super()._apply(fn, recurse)
+
     def placed(self, parent: nn.Module) -> None:
         """Do what is to be done once this layer is an attribute of `parent`. By default this is nothing."""
 
