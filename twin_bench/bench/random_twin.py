@@ -115,7 +115,7 @@ def write_random_twin(
         exclusive={name: _exclusive(model, skeleton, rank, vectors=shape.vectors) for name in names},
         router=MlpRouter(RouterConfig(tuple(names), config.hidden_size, layer=min(3, config.num_hidden_layers))).eval(),
     )
-    save_twin(directory, model.cpu(), _tokenizer(data, tasks, shape), parts, skeleton, {"random": True})
+    save_twin(directory, model.cpu(), _tokenizer(data, tasks, shape), parts, skeleton, {"exclusive": {"rank": rank}})
 
 
 def _exclusive(model: Any, skeleton: Skeleton, rank: int, *, vectors: bool) -> Exclusive:
