@@ -95,12 +95,10 @@ def train_router(
         config: The router's config.
         features: (N, width) features of the training rows.
         tasks: (N,) indices of the rows' experts.
-        selection_features: (M, width) features of the selection rows. They are held-out training rows, or, as in the
-            authors' code, the test rows.
+        selection_features: (M, width) features of held-out training rows or, as in the authors' code, of the test rows.
         selection_tasks: (M,) indices of the rows' experts.
-        epochs: The number of passes over the training rows.
+        epochs: The number of passes over the training rows. `advance` is called after each.
         seed: The seed of initialisation, order and dropout. The global random state is not changed.
-        advance: Called after each epoch.
         device: Where it is trained. The router that is returned is on the CPU.
 
     Raises:
