@@ -97,8 +97,9 @@ def train_router(
         tasks: (N,) indices of the rows' experts.
         selection_features: (M, width) features of held-out training rows or, as in the authors' code, of the test rows.
         selection_tasks: (M,) indices of the rows' experts.
-        epochs: The number of passes over the training rows. `advance` is called after each.
+        epochs: The number of passes over the training rows.
         seed: The seed of initialisation, order and dropout. The global random state is not changed.
+        advance: Called after each epoch.
         device: Where it is trained. The router that is returned is on the CPU.
 
     Raises:
