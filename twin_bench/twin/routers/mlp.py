@@ -87,16 +87,13 @@ def train_router(
     advance: Callable[[], None] = lambda: None,
     device: torch.device = CPU,
 ) -> Trained:
-    """Train a router and return its state after the epoch with the best accuracy on the selection rows.
-
-    Of epochs with equal accuracy, the one with the lowest loss on the selection rows is taken.
+    """Return a trained router as it was after the epoch with the best accuracy, then lowest loss, on selection rows.
 
     Args:
         config: The router's config.
         features: (N, width) features of the training rows.
         tasks: (N,) indices of the rows' experts.
-        selection_features: (M, width) features of the selection rows. They are held-out training rows, or, as in the
-            authors' code, the test rows.
+        selection_features: (M, width) features of held-out training rows or, as in the authors' code, of the test rows.
         selection_tasks: (M,) indices of the rows' experts.
         epochs: The number of passes over the training rows.
         seed: The seed of initialisation, order and dropout. The global random state is not changed.
@@ -108,8 +105,8 @@ def train_router(
     """
     if len(features) < 2:
         raise InputError(f"router: {len(features)} training rows are too few to train on")
-    features, tasks = features.to(device), tasks.to(device)
-    selection_features, selection_tasks = selection_features.to(device), selection_tasks.to(device)
+    given = (features, tasks, selection_features, selection_tasks)
+    features, tasks, selection_features, selection_tasks = (tensor.to(device) for tensor in given)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         router = MlpRouter(config).to(device)  # first on the CPU: every device begins with the same numbers
