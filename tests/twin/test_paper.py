@@ -18,7 +18,7 @@ from tests.support.models import CAUSAL_VOCABULARY
 from twin_bench import InputError, TwinModel
 from twin_bench.checkpoints.sources import open_sources
 from twin_bench.data.registry import TASKS
-from twin_bench.twin.builder import build_twin
+from twin_bench.twin.builder import ORACLE_PARAMETERS, build_twin
 from twin_bench.twin.paper import AdapterStack, PaperFactors, authors_rank, install_paper_layers, merge_lora_factors
 from twin_bench.twin.recipe import Recipe
 
@@ -174,3 +174,9 @@ def test_tokens_that_come_flattened_keep_their_rows() -> None:
         torch.testing.assert_close(model["x"](x.flatten(0, 1)), whole.flatten(0, 1))
         torch.testing.assert_close(model["x"](x[:, 0]), whole[:, 0])
     assert not torch.allclose(whole[0], model["x"](x)[0])
+
+
+def test_a_table_of_relative_positions_is_no_bias() -> None:
+    named = ["mpnet.encoder.layer.0.attention.attn.q.bias", "deberta.encoder.layer.0.attention.self.q_bias"]
+    assert all(map(ORACLE_PARAMETERS.search, named))
+    assert not ORACLE_PARAMETERS.search("mpnet.encoder.relative_attention_bias.weight")
