@@ -169,3 +169,19 @@ def test_a_layer_that_leaves_nothing_is_refused(recipes: dict[str, dict[str, Any
     with pytest.raises(InputError, match=r"exclusive.from_layer 4: the base model has 4 blocks; give 0 to 3"):
         built(recipe, tmp_path / "twin")
     assert Recipe.model_validate({**recipe, "exclusive": {"rank": 3, "from_layer": 0}})
+
+
+def test_a_router_on_exclusive_vectors_reads_layers_that_have_some(
+    recipes: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = {**recipes["bert"], "exclusive": {"rank": 3, "from_layer": 2}}
+    projection = {**recipe["router"], "kind": "projection"}
+    twin: Any = TwinModel.from_pretrained(
+        built({**recipe, "router": {**projection, "layer": "auto"}}, tmp_path / "auto")
+    )
+    assert twin.router.config.layer in (2, 3)
+    with pytest.raises(InputError, match=r"router.layer 1: .* exclusive.from_layer 2 leaves them out; 2 to 3, or auto"):
+        built({**recipe, "router": {**projection, "layer": 1}}, tmp_path / "twin")
+    entries = {"exclusive": {"kind": "magnitude", "density": 0.1}, "router": {**projection, "layer": 1}}
+    with pytest.raises(InputError, match=r"router.kind projection: .* exclusive.kind magnitude keeps single entries"):
+        built({**recipe, **entries}, tmp_path / "twin")

@@ -162,6 +162,23 @@ def test_experts_that_cannot_be_added(lora: Any, causal_families: Any, tmp_path:
         TwinModel.from_pretrained(tmp_path / "twin", protocol="paper")
 
 
+@pytest.mark.parametrize("more", [{"bits": 4}, {"from_layer": 1}])
+def test_adapters_are_not_what_other_exclusive_vectors_would_be(
+    lora: Any, tmp_path: Path, more: dict[str, int]
+) -> None:
+    """The protocol truncates the adapters itself: it would score a twin of other exclusive vectors than these."""
+    family, root, _ = lora
+    recipe = {
+        "base_model": family.recipe["base_model"],
+        "experts": {task: str(root / task) for task in TASKS_HERE},
+        "shared": {"method": "task_arithmetic", "scaling": SCALING},
+        "exclusive": {"rank": 2, **more},
+    }
+    build_twin(Recipe.model_validate(recipe), tmp_path / "twin")
+    with pytest.raises(InputError, match="protocol paper adds the factors of LoRA adapters"):
+        TwinModel.from_pretrained(tmp_path / "twin", protocol="paper")
+
+
 def test_tokens_that_come_flattened_keep_their_rows() -> None:
     """OPT gives its MLP (batch * length, n); a single token a row is (batch, n)."""
     generator = torch.Generator().manual_seed(0)

@@ -165,14 +165,15 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     """Return what the protocol paper needs, or None if the twin can't run under it.
 
     The protocol needs the pretrained biases of classifiers. Of causal LMs it needs LoRA experts of one rank on the
-    same nn.Linear layers, merged by task arithmetic, and truncated SVDs of one density or rank. Random exclusive
-    vectors can't take the place of such adapters.
+    same nn.Linear layers, merged by task arithmetic, and truncated SVDs of one density or rank. It truncates A and B
+    itself, so exclusive vectors that are random, quantised or left out below a layer would have no effect.
     """
-    density, rank = recipe.exclusive.truncation
+    exclusive = recipe.exclusive
+    density, rank = exclusive.truncation
     if sources.skeleton.head:
         biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
         return PaperParts(biases, density=density)
-    if recipe.exclusive.random or (density, rank) == (None, None):
+    if exclusive.random or exclusive.bits or exclusive.from_layer is not None or (density, rank) == (None, None):
         return None
     if recipe.shared.method != "task_arithmetic":
         return None
@@ -216,6 +217,16 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
             raise InputError(f"router.layer {layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
         if layer != "auto" and kind.router.reads_experts and not 0 <= layer <= top:
             raise InputError(f"router.layer {layer}: no block reads it, and kind {kind.name} does; 0 to {top}, or auto")
+        if layer != "auto" and kind.router.reads_experts and layer < (from_layer or 0):
+            raise InputError(
+                f"router.layer {layer}: kind {kind.name} reads the exclusive vectors of the block above it, and "
+                f"exclusive.from_layer {from_layer} leaves them out; {from_layer} to {top}, or auto"
+            )
+    if kind.router.reads_experts and recipe.exclusive.kind != "svd":
+        raise InputError(
+            f"router.kind {kind.name}: it reads low-rank exclusive vectors, and exclusive.kind {recipe.exclusive.kind} "
+            "keeps single entries; give another kind of either"
+        )
     if router.objective == "task_loss" and not sources.skeleton.head:
         raise InputError("router.objective task_loss: it is the loss of classifiers; leave it out for a language model")
     if router.objective == "task_loss" and not kind.router.trains:

@@ -37,14 +37,7 @@ from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
 from twin_bench.twin.routers.mlp import train_router
 from twin_bench.twin.routers.registry import find_kind
 from twin_bench.twin.routers.store import kept_router
-from twin_bench.twin.task_loss import (
-    CHOOSING_ROWS,
-    EPOCHS,
-    ROWS,
-    answered,
-    require_answers,
-    trained_on_task_loss,
-)
+from twin_bench.twin.task_loss import CHOOSING_ROWS, EPOCHS, ROWS, answered, require_answers, trained_on_task_loss
 from twin_bench.twin.tolerance import sensitivity
 
 PROBE_ROWS = 16
@@ -179,7 +172,7 @@ def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) 
     """Return the router of the recipe, on the layer that is given or chosen, and a summary of it."""
     settings, progress = training.settings, training.progress
     kind, depth = find_kind(settings.kind), training.sources.config.num_hidden_layers
-    reads = _candidates(settings, depth, causal=training.sources.skeleton.task_type == "causal_lm")
+    reads = _candidates(training, depth)
     features = dict(zip(reads, _features(training, twin, training.rows, reads), strict=True))
     fits = _Fits(training, twin, held_out, features)
     accuracy: dict[Read, float] = {}
@@ -259,11 +252,13 @@ def _on_task_loss(fits: _Fits, reads: tuple[Read, ...], router: Router) -> Route
     return trained_on_task_loss(router, twin, *parts, seed=seed, advance=lambda: training.progress.advance(bar))
 
 
-def _candidates(settings: RouterSettings, depth: int, *, causal: bool) -> list[Read]:
-    """Return what the recipe's router reads, or may read if that is to be chosen."""
+def _candidates(training: RouterTraining, depth: int) -> list[Read]:
+    """Return what the recipe's router reads, or may read. One that reads exclusive vectors needs them a block above."""
+    settings, causal = training.settings, training.sources.skeleton.task_type == "causal_lm"
     poolings = (settings.pooling,) if settings.pooling != "auto" else ("mean", "last") if causal else POOLINGS
-    top = depth - 1 if find_kind(settings.kind).router.reads_experts else depth
-    layers = tuple(range(top + 1)) if settings.layer == "auto" else settings.layers or (settings.layer,)
+    changed = range(training.recipe.exclusive.from_layer or 0, depth)
+    every = changed if find_kind(settings.kind).router.reads_experts else range(depth + 1)
+    layers = tuple(every) if settings.layer == "auto" else settings.layers or (settings.layer,)
     return [Read(layer, pooling) for layer in layers for pooling in poolings]
 
 

@@ -100,6 +100,10 @@ def test_a_budget_below_the_smallest_direction_is_refused(expert: dict[str, Tens
     )
     with pytest.raises(InputError, match=message):
         exclusive_vector(expert, zeros(), budget_bytes=least - 1, name="cola")
+    bias = {"bias": expert["bias"]}
+    with pytest.raises(InputError, match="its vectors take 40; give at least 40"):
+        exclusive_vector(bias, {"bias": torch.zeros(10)}, budget_bytes=39)
+    assert exclusive_vector(bias, {"bias": torch.zeros(10)}, budget_bytes=40).nbytes() == 40
 
 
 def test_the_levels_are_those_of_normal_float_4() -> None:

@@ -149,12 +149,14 @@ def _within_budget(differences: ExpertDifferences, budget: int, bits: int | None
         costs[name] = direction_bytes((m, n), bits) * (matrix.itemsize // 4 if bits is None else 1)
         most = min(m, n, max(0, left) // costs[name])
         whole[name] = _truncated(name, matrix, most, differences.seed)
-    least = min(costs, key=lambda name: costs[name], default=None)
-    if least is not None and left < costs[least]:
+    taken = budget - left
+    smallest = min(costs, key=lambda name: costs[name], default="")
+    least = costs.get(smallest, 0)
+    if left < least:
+        first = f", and rank 1 of the smallest matrix ({smallest}) {least}" if smallest else ""
         raise InputError(
             f"exclusive: a budget of {budget} bytes is too small for expert {differences.expert!r}: its vectors take "
-            f"{budget - left}, and rank 1 of the smallest matrix ({least}) {costs[least]}; give at least "
-            f"{budget - left + costs[least]}"
+            f"{taken}{first}; give at least {taken + least}"
         )
     counts = directions_within({name: _singular_values(pair) for name, pair in whole.items()}, costs, left)
     return {name: _cut(pair, counts[name]) for name, pair in whole.items()}
