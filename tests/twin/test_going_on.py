@@ -17,7 +17,9 @@ from tests.support.families import built, make_family
 from twin_bench import InputError, TwinModel
 from twin_bench.twin import going_on
 from twin_bench.twin.directory import load_parts
+from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.features import blocks_of
+from twin_bench.twin.layers import install
 from twin_bench.twin.recipe import Recipe
 
 pytestmark = pytest.mark.versions
@@ -131,6 +133,19 @@ def test_only_states_that_no_expert_changes_are_gone_on_from(
     assert [runs[block] for block in range(DEPTH)] == [6, 6, 6, 3]
     plain = TwinModel.from_pretrained(built({**recipes["bert"], "router": None}, tmp_path / "plain"))
     assert going_on.latest_start(plain.backbone).layer == 0
+
+
+def test_an_embedding_that_shares_its_weight_is_changed_as_well() -> None:
+    """BART's encoder has its own module for the table that an expert changes under another name."""
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=3, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8
+    )
+    config.encoder_attention_heads = config.decoder_attention_heads = 2
+    model = transformers.BartForSequenceClassification(config).eval()
+    table = {"model.shared.weight": model.model.shared.weight.detach()}
+    changed = {name: tensor + torch.randn_like(tensor) for name, tensor in table.items()}
+    with install(model, {"mnli": exclusive_vector(changed, table, rank=4)}).shared():
+        assert going_on.latest_start(model.base_model).layer == 0
 
 
 def test_biases_of_relative_positions_are_below_every_layer() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from twin_bench.twin.encoded import Encoded, identity
 from twin_bench.twin.features import blocks_of, hidden_states
-from twin_bench.twin.layers import TwinLayer
+from twin_bench.twin.layers import TiedEmbedding, TwinLayer
 
 KEPT_BYTES = 2**30
 """The largest size of the hidden states that are kept of a list of rows. Rows beyond it are run from the beginning."""
@@ -71,7 +71,7 @@ def latest_start(backbone: Any) -> Start:
 
     with ExitStack() as stack:
         for module in backbone.modules():
-            if isinstance(module, TwinLayer):
+            if isinstance(module, TwinLayer | TiedEmbedding):
                 stack.callback(module.register_forward_pre_hook(lambda *_: changed.append(True)).remove)
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(lambda *_: untouched.append(not changed)).remove)
