@@ -55,7 +55,7 @@ def test_a_twin_is_built_and_answers_on_a_device(
     ):
         monkeypatch.setattr(module, name, value)
     exclusive = {"kind": "sign_mask", "density": 0.3}
-    router = {"kind": "linear", "objective": "task_loss", "fallback": "shared"}
+    router = {"kind": "linear", "objective": "task_loss", "fallback": "shared", "max_rows": 20, "paper": False}
     suite = {**tiny, "methods": [{"twin": {"exclusive": exclusive, "router": router}}]}
     expected = answers(served(suite, "twin", tmp_path / "cpu", rows=12).twin)
     with pretended() as ran:

@@ -51,7 +51,7 @@ class TwinLanguageModel(TwinModel):
         if parts.paper is None or parts.paper.factors is None:
             raise UnsuitedError(
                 "protocol paper adds the factors of LoRA adapters: build the twin from adapters of one rank on the "
-                "same matrices, with shared: task_arithmetic"
+                "same matrices, with shared: task_arithmetic and exclusive: a density or a rank alone"
             )
         return install_paper_layers(model, parts.paper.factors)
 
