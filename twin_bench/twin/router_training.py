@@ -179,7 +179,8 @@ def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) 
     """Return the router of the recipe, on the layer that is given or chosen, and a summary of it."""
     settings, progress = training.settings, training.progress
     kind, depth = find_kind(settings.kind), training.sources.config.num_hidden_layers
-    reads = _candidates(settings, depth, causal=training.sources.skeleton.task_type == "causal_lm")
+    causal, lowest = training.sources.skeleton.task_type == "causal_lm", training.recipe.exclusive.from_layer or 0
+    reads = _candidates(settings, depth, causal=causal, lowest=lowest if kind.router.reads_experts else 0)
     features = dict(zip(reads, _features(training, twin, training.rows, reads), strict=True))
     fits = _Fits(training, twin, held_out, features)
     accuracy: dict[Read, float] = {}
@@ -259,11 +260,11 @@ def _on_task_loss(fits: _Fits, reads: tuple[Read, ...], router: Router) -> Route
     return trained_on_task_loss(router, twin, *parts, seed=seed, advance=lambda: training.progress.advance(bar))
 
 
-def _candidates(settings: RouterSettings, depth: int, *, causal: bool) -> list[Read]:
-    """Return what the recipe's router reads, or may read if that is to be chosen."""
+def _candidates(settings: RouterSettings, depth: int, *, causal: bool, lowest: int = 0) -> list[Read]:
+    """Return what the recipe's router reads, or may read if that is to be chosen: no layer below `lowest`."""
     poolings = (settings.pooling,) if settings.pooling != "auto" else ("mean", "last") if causal else POOLINGS
     top = depth - 1 if find_kind(settings.kind).router.reads_experts else depth
-    layers = tuple(range(top + 1)) if settings.layer == "auto" else settings.layers or (settings.layer,)
+    layers = tuple(range(lowest, top + 1)) if settings.layer == "auto" else settings.layers or (settings.layer,)
     return [Read(layer, pooling) for layer in layers for pooling in poolings]
 
 
