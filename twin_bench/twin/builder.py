@@ -222,7 +222,7 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
             raise InputError(f"router.layer {layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
         if layer != "auto" and kind.router.reads_experts and not lowest <= layer <= top:
             raise InputError(
-                f"router.layer {layer}: kind {kind.name} needs a block above it that has exclusive vectors; {lowest} to "
+                f"router.layer {layer}: kind {kind.name} needs exclusive vectors in the block above it; {lowest} to "
                 f"{top}, or auto"
             )
     if router.objective == "task_loss" and not sources.skeleton.head:

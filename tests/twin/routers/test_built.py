@@ -214,8 +214,14 @@ def test_wrong_settings_of_a_router(families: Any, router: dict[str, Any], says:
     ("router", "says"),
     [
         ({"layers": [0, 3]}, "router.layer 3: the base model has 2 blocks; -1 to 2"),
-        ({"kind": "projection"}, "router.layer -1: kind projection needs a block above it .*; 0 to 1, or auto"),
-        ({"kind": "projection", "layer": 2}, "router.layer 2: kind projection needs a block above it"),
+        (
+            {"kind": "projection"},
+            "router.layer -1: kind projection needs exclusive vectors in the block above it; 0 to 1, or auto",
+        ),
+        (
+            {"kind": "projection", "layer": 2},
+            "router.layer 2: kind projection needs exclusive vectors in the block above it",
+        ),
         ({"kind": "projection", "layers": [0, 1]}, "kind projection reads one layer"),
         ({"layers": [0, 1], "pooling": "auto"}, "chosen for one layer"),
         ({"pooling": "first"}, "a causal model's first token sees no other"),
