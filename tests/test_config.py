@@ -35,7 +35,8 @@ def refused(read: Any, file: Path, text: str) -> str:
         ("exclusive: {density: true}", ": exclusive.density: expected a number (found True)"),
         ("exclusive: {rank: false}", ": exclusive.rank: expected a number (found False)"),
         ("exclusive: {density: .nan}", ": exclusive.density: Input should be a finite number (found nan)"),
-        ("router: {data: d, temperature: .inf}", ": router.temperature: Input should be a finite number (found inf)"),
+        ("router: {data: d, temperature: .inf}", ": router.temperature: Input should be a finite number or: "
+         "Input should be 'auto' (found inf)"),
         ("router: {data: d, layer: true}", ": router.layer: expected a number (found True)"),
         ("router: {data: d, layer: x}", ": router.layer: Input should be a valid integer, unable to parse string as an "
          "integer or: Input should be 'auto' (found 'x')"),

@@ -68,10 +68,15 @@ def parse(kind: type[SettingsType], raw: Any, source: str = "") -> SettingsType:
             message = f"unknown key{nearest(keys[-1], _fields(kind, keys[:-1]))}"
         else:  # a value that may be of several kinds has a problem with each of them
             alike = [other for other in problems if _keys(other["loc"], raw, missing=False) == keys] or [problem]
-            message = " or: ".join(dict.fromkeys(other["msg"].removeprefix("Value error, ") for other in alike))
+            message = " or: ".join(dict.fromkeys(_said(other["msg"]) for other in alike))
             if not isinstance(problem.get("input", {}), dict):
                 message += f" (found {shown(problem['input'])})"
         raise InputError(": ".join(part for part in (source, ".".join(keys), message) if part)) from None
+
+
+def _said(message: str) -> str:
+    """Return pydantic's message without what a user has never heard of: its prefix, and the class of a block."""
+    return re.sub(r"dictionary or instance of \w+", "mapping of keys", message.removeprefix("Value error, "))
 
 
 def replaced(settings: SettingsType, **given: Any) -> SettingsType:

@@ -116,7 +116,9 @@ class Method:
 
     def require_weights_alone(self) -> None:
         """Raise an InputError unless the method merges weights and needs nothing else."""
-        raise InputError(f"{self.name} is not a static merge method; known: task_arithmetic, average, ties, ...")
+        raise InputError(
+            f"{self.name} is not a static merge method; run it in a suite, or give another: average, ties, ..."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

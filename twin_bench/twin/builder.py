@@ -211,22 +211,21 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
     if router is None:
         return
     kind = find_kind(router.kind)
+    if kind.router.reads_experts and recipe.exclusive.kind != "svd":
+        raise InputError(
+            f"router.kind {kind.name}: it reads factors, and exclusive.kind {recipe.exclusive.kind} has none; give "
+            "another kind of router, or exclusive.kind svd"
+        )
     top = depth - 1 if kind.router.reads_experts else depth
+    lowest = from_layer or 0
     for layer in router.layers or [router.layer]:
         if layer != "auto" and not -1 <= layer <= depth:
             raise InputError(f"router.layer {layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
-        if layer != "auto" and kind.router.reads_experts and not 0 <= layer <= top:
-            raise InputError(f"router.layer {layer}: no block reads it, and kind {kind.name} does; 0 to {top}, or auto")
-        if layer != "auto" and kind.router.reads_experts and layer < (from_layer or 0):
+        if layer != "auto" and kind.router.reads_experts and not lowest <= layer <= top:
             raise InputError(
-                f"router.layer {layer}: kind {kind.name} reads the exclusive vectors of the block above it, and "
-                f"exclusive.from_layer {from_layer} leaves them out; {from_layer} to {top}, or auto"
+                f"router.layer {layer}: kind {kind.name} needs exclusive vectors in the block above it; {lowest} to "
+                f"{top}, or auto"
             )
-    if kind.router.reads_experts and recipe.exclusive.kind != "svd":
-        raise InputError(
-            f"router.kind {kind.name}: it reads low-rank exclusive vectors, and exclusive.kind {recipe.exclusive.kind} "
-            "keeps single entries; give another kind of either"
-        )
     if router.objective == "task_loss" and not sources.skeleton.head:
         raise InputError("router.objective task_loss: it is the loss of classifiers; leave it out for a language model")
     if router.objective == "task_loss" and not kind.router.trains:

@@ -363,7 +363,7 @@ class TwinModel(nn.Module, abc.ABC):
 
     def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
         """Return given fusion weights on the CPU, simplified. An error says what is wrong with them."""
-        known = weights.cpu() if isinstance(weights, Tensor) else weights
+        known = weights.cpu() if isinstance(weights, Tensor) and not weights.is_meta else weights
         require_weights(known, rows, self.expert_names)
         return self.simplest(known.to(torch.promote_types(known.dtype, torch.float32)))
 

@@ -214,8 +214,14 @@ def test_wrong_settings_of_a_router(families: Any, router: dict[str, Any], says:
     ("router", "says"),
     [
         ({"layers": [0, 3]}, "router.layer 3: the base model has 2 blocks; -1 to 2"),
-        ({"kind": "projection"}, "router.layer -1: no block reads it, and kind projection does; 0 to 1, or auto"),
-        ({"kind": "projection", "layer": 2}, "router.layer 2: no block reads it"),
+        (
+            {"kind": "projection"},
+            "router.layer -1: kind projection needs exclusive vectors in the block above it; 0 to 1, or auto",
+        ),
+        (
+            {"kind": "projection", "layer": 2},
+            "router.layer 2: kind projection needs exclusive vectors in the block above it",
+        ),
         ({"kind": "projection", "layers": [0, 1]}, "kind projection reads one layer"),
         ({"layers": [0, 1], "pooling": "auto"}, "chosen for one layer"),
         ({"pooling": "first"}, "a causal model's first token sees no other"),
@@ -228,6 +234,23 @@ def test_settings_that_a_model_does_not_allow(
     with pytest.raises(InputError, match=says):
         build_twin(Recipe.model_validate(recipe_of(family, **router)), tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
+
+
+def test_a_router_on_the_experts_directions_needs_factors_above_its_layer(families: Any, tmp_path: Path) -> None:
+    """What has none is refused before a merge is made. With auto, layers that have none are no candidates."""
+    for exclusive, layer, says in (
+        (
+            {"kind": "sign_mask"},
+            "auto",
+            "router.kind projection: it reads factors, and exclusive.kind sign_mask has none",
+        ),
+        ({"rank": 2, "from_layer": 1}, 0, "router.layer 0: kind projection needs .*; 1 to 1, or auto"),
+    ):
+        recipe = {**recipe_of(families("bert"), kind="projection", layer=layer), "exclusive": exclusive}
+        with pytest.raises(InputError, match=says):
+            build_twin(Recipe.model_validate(recipe), tmp_path / "twin")
+    recipe = {**recipe_of(families("bert"), kind="projection", layer="auto"), "exclusive": {"rank": 2, "from_layer": 1}}
+    assert told(built(recipe, tmp_path / "twin"))["layer_accuracy"].keys() == {"1"}
 
 
 def test_a_directory_with_an_unknown_kind_names_its_file(twins: Any, tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ class ExclusiveKind:
         """Raise an InputError for an option that this kind does not have, or one that it needs and `given` lacks."""
         for option in given:
             if option not in self.options:
-                raise InputError(f"exclusive: kind {self.name} has no option {option!r}{nearest(option, self.options)}")
+                raise InputError(f"kind {self.name} has no option {option!r}{nearest(option, self.options)}")
         for option, needed in self.options.items():
             if needed and option not in given:
-                raise InputError(f"exclusive: kind {self.name} needs {option}")
+                raise InputError(f"kind {self.name} needs {option}")
 
     def of(self, differences: ExpertDifferences, options: Mapping[str, Any]) -> Exclusive:
         """Return the exclusive vector of one expert. Raises InputError for an option out of its range."""

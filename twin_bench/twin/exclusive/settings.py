@@ -49,7 +49,7 @@ class ExclusiveSettings(Settings):
         options = self.options()
         find_kind(self.kind).require(options)
         if self.kind == "svd" and len(options.keys() - {"bits"}) != 1:
-            raise InputError("give either density or rank, or a budget")
+            raise InputError("give either density or rank, or a budget: exactly one of them")
         if isinstance(self.rank, int) and self.rank < 1:
             raise InputError(f"rank must be at least 1, not {self.rank}")
         if isinstance(self.budget, float) and not 0 < self.budget <= 1:
