@@ -195,7 +195,9 @@ def test_a_router_on_exclusive_vectors_reads_layers_that_have_some(
         built({**recipe, "router": {**projection, "layer": "auto"}}, tmp_path / "auto")
     )
     assert twin.router.config.layer in (2, 3)
-    with pytest.raises(InputError, match=r"router.layer 1: .* needs exclusive vectors in the block above it; 2 to 3, or auto"):
+    with pytest.raises(
+        InputError, match=r"router.layer 1: .* needs exclusive vectors in the block above it; 2 to 3, or auto"
+    ):
         built({**recipe, "router": {**projection, "layer": 1}}, tmp_path / "twin")
     entries = {"exclusive": {"kind": "magnitude", "density": 0.1}, "router": {**projection, "layer": 1}}
     with pytest.raises(InputError, match=r"router.kind projection: .* exclusive.kind magnitude has none"):
