@@ -143,6 +143,15 @@ def test_subspace_is_the_residual_of_least_squares() -> None:
     assert fitted("subspace", rows=32, rank=3)(SCORED).shape == (50, 3)
 
 
+def test_subspace_of_repeated_rows_has_the_directions_of_those_rows_alone() -> None:
+    own = [EXAMPLES.features[EXAMPLES.owners == expert][:3] for expert in range(3)]
+    owners = torch.arange(3).repeat_interleave(6)
+    repeated = dataclasses.replace(EXAMPLES, features=torch.cat([rows.repeat(2, 1) for rows in own]), owners=owners)
+    torch.testing.assert_close(
+        fitted("subspace", repeated, rows=6)(SCORED), fitted("subspace", rows=3)(SCORED), atol=1e-4, rtol=0
+    )
+
+
 def test_projection_is_the_residual_on_each_experts_directions() -> None:
     router = fitted("projection", rank=2)
     for task, own in enumerate(directions()):

@@ -12,6 +12,9 @@ from twin_bench.errors import InputError
 from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
 from twin_bench.twin.routers.registry import router_kind
 
+SPANNED = 1e-6
+"""The smallest singular value of a direction that rows span, in units of the largest. Features are float32."""
+
 
 @router_kind("subspace", title="SiM's projection residual", paper="arXiv:2606.22589")
 class SubspaceRouter(StoredRouter):
@@ -41,11 +44,17 @@ class SubspaceRouter(StoredRouter):
                 "fewer, or a rank"
             )
         few = [own / own.norm(dim=1, keepdim=True) for own in examples.few(len(config.experts), rows)]
-        return cls(config, bases=torch.stack([torch.linalg.svd(own, full_matrices=False)[2][:kept] for own in few]))
+        return cls(config, bases=torch.stack([_directions(own)[:kept] for own in few]))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (N, T) for features (N, width)."""
         return -residuals(torch.nn.functional.normalize(features, dim=1), self.bases)
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Return the orthonormal directions that rows (N, width) span, and zeros beyond their rank: rows may repeat."""
+    _, singular, directions = torch.linalg.svd(rows, full_matrices=False)
+    return directions * (singular > SPANNED * singular[0])[:, None]
 
 
 def residuals(features: Tensor, bases: Tensor) -> Tensor:
