@@ -25,6 +25,9 @@ STREAMED = [
 ]
 
 
+BUFFERS = 4 << 20  # bytes that BLAS and LAPACK keep: another processor's took 2.5 MB more for the same decomposition
+
+
 class Sizes(NamedTuple):
     """In bytes: the largest tensor in float32, and all five models as they are stored."""
 
@@ -68,7 +71,7 @@ def peaks(root: Path, width: int, merges: list[dict[str, Any]]) -> dict[str, dic
 
 
 def test_a_merge_holds_twice_its_largest_stack_of_tensors(tmp_path: Path) -> None:
-    """Peak anonymous memory stays below 2 x the largest tensor x (T + 2): less than the models themselves take.
+    """Peak anonymous memory stays below 2 x the largest tensor x (T + 2), and the libraries' own buffers.
 
     The experts are of full rank, so that whoever decomposes matrices decomposes them whole. The largest matrices are
     square: where such a one is the largest, KnOTS' m x m basis of a tall matrix and WUDI's n x n Gram matrix of a wide
@@ -78,10 +81,10 @@ def test_a_merge_holds_twice_its_largest_stack_of_tensors(tmp_path: Path) -> Non
     width = 1024
     sizes = save_family(tmp_path, width=width, layers=2)
     limit = 2 * sizes.largest * (len(EXPERTS) + 2)
-    assert limit < sizes.family
+    assert limit + BUFFERS < sizes.family  # less than the models themselves take
     measured = peaks(tmp_path, width, [{"method": method} for method in STREAMED] + [{"method": "wudi", "steps": 3}])
     mapped = (len(EXPERTS) + 1) * sizes.largest // 2  # of every model a bfloat16 tensor
     assert len(measured) == len(STREAMED) + 1
     for method, peak in measured.items():
-        assert sizes.largest < peak["anonymous"] < limit, method
-        assert peak["total"] < limit + 1.25 * mapped, method  # a loaded machine drops read pages of files later
+        assert sizes.largest < peak["anonymous"] < limit + BUFFERS, method
+        assert peak["total"] < limit + BUFFERS + 1.25 * mapped, method  # a loaded machine drops read pages of files later
