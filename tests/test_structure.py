@@ -16,6 +16,8 @@ LAYERS = (
     {"merging", "demo"},
     {"twin"},
     {"serving"},
+    {"export"},
+    {"front"},
     {"contenders"},
     {"adaptive"},
     {"results"},

@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = {
     "methods": "twin_bench.commands.methods",
     "tasks": "twin_bench.commands.tasks",
     "convert": "twin_bench.commands.convert",
+    "export": "twin_bench.commands.export",
     "schema": "twin_bench.commands.schema",
     "doctor": "twin_bench.doctor",
 }

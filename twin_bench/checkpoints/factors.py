@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,3 +16,9 @@ class Factors(NamedTuple):
 
     B: Tensor
     A: Tensor
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """Return the same product with `rank` columns in B and rows in A. What is added is 0. `rank` is no smaller."""
+    more = rank - len(factors.A)
+    return Factors(F.pad(factors.B, (0, more)), F.pad(factors.A, (0, 0, 0, more)))

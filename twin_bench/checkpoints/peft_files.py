@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twin_bench.checkpoints.factors import Factors
+from twin_bench.checkpoints.factors import Factors, padded
 from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.hub import on_hub
 from twin_bench.checkpoints.skeleton import Skeleton
@@ -32,6 +32,7 @@ def save_adapter(
     *,
     base_model: str,
     head: Mapping[str, Tensor] | None = None,
+    rank: int | None = None,
 ) -> None:
     """Write factors as a PEFT LoRA adapter of scale 1: W + lora_B lora_A.
 
@@ -42,8 +43,12 @@ def save_adapter(
         base_model: The base model's name or path, for the adapter's config.
         head: A classifier's head, which the adapter then replaces. Without it a classifier's adapter applies to the
             backbone alone, saved without a head.
+        rank: Pads all factors to one rank, which no factor exceeds. The config then has no patterns, which some servers
+            do not read. By default each matrix keeps its own rank.
     """
     head = head or {}
+    if rank is not None:
+        factors = {name: padded(pair, rank) for name, pair in factors.items()}
     prefix = "" if head else _saved_prefix(skeleton)
     ranks: dict[str, int] = {}
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
@@ -51,7 +56,7 @@ def save_adapter(
         module = name.removeprefix(prefix).removesuffix(".weight")
         ranks[module] = pair.A.shape[0]
         tensors |= {f"{PREFIX}{module}.{key}": tensor for key, tensor in _lora_tensors(name, pair, skeleton).items()}
-    _save_config(folder, ranks, skeleton, base_model, head)
+    _save_config(folder, ranks, skeleton, base_model, head, patterns=rank is None)
     save_tensors(tensors, folder / "adapter_model.safetensors")
 
 
@@ -98,9 +103,15 @@ def _lora_tensors(name: str, factors: Factors, skeleton: Skeleton) -> dict[str, 
 
 
 def _save_config(
-    folder: Path, ranks: Mapping[str, int], skeleton: Skeleton, base_model: str, head: Mapping[str, Tensor]
+    folder: Path,
+    ranks: Mapping[str, int],
+    skeleton: Skeleton,
+    base_model: str,
+    head: Mapping[str, Tensor],
+    *,
+    patterns: bool,
 ) -> None:
-    """Write adapter_config.json. Each matrix has its own rank, and alpha = rank makes the scale 1."""
+    """Write adapter_config.json. alpha = rank makes the scale 1. With `patterns` each matrix has its own rank."""
     from peft import LoraConfig
 
     rank = max(ranks.values(), default=1)
@@ -109,8 +120,8 @@ def _save_config(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(ranks),
-        rank_pattern=dict(ranks),
-        alpha_pattern=dict(ranks),
+        rank_pattern=dict(ranks) if patterns else {},
+        alpha_pattern=dict(ranks) if patterns else {},
         fan_in_fan_out=bool(skeleton.transposed),
         modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
         base_model_name_or_path=model.path if model else base_model,
