@@ -297,7 +297,7 @@ def _temporary(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".{glob.escape(target.name)}-????????{TEMPORARY}"):
         _remove_unless_locked(abandoned)
-    with _naming(target):
+    with named_where_full(target):
         path, handle = _made_and_locked(target)
         try:
             yield path
@@ -332,7 +332,7 @@ def _remove_unless_locked(path: Path) -> None:
 
 
 @contextmanager
-def _naming(target: Path) -> Iterator[None]:
+def named_where_full(target: Path) -> Iterator[None]:
     """Have the error of a disk that is full, or can't be written, name what was to be written.
 
     safetensors raises its own error, which is no OSError.

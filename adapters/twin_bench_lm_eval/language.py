@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate import find_executable_batch_size  # type: ignore[import-untyped]
+from accelerate import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import clear_torch_cache, stop_sequences_criteria

@@ -14,6 +14,7 @@ from torch import Tensor
 from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.errors import InputError, nearest, shown
 from twin_bench.twin.finite import require_finite
+from twin_bench.twin.placement import input_device
 
 WHOLE = (torch.int64, torch.int32)
 MASKS = (*WHOLE, torch.int8, torch.uint8, torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,7 @@ def checked_batch(inputs: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """
     ids = inputs["input_ids"]
     given = {name: value for name, value in inputs.items() if name == "input_ids" or value is not None}
+    device = input_device(model)
     for name, value in given.items():
         require_tensor(value, name, "(batch, length)")
         if value.dtype not in (MASKS if name == "attention_mask" else WHOLE):
@@ -54,8 +56,8 @@ def checked_batch(inputs: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
         if value.ndim != 2 or value.shape != ids.shape:
             expected = "(batch, length)" if value is ids else f"that of input_ids, {tuple(ids.shape)}"
             raise InputError(f"{name} has the shape {tuple(value.shape)}, not {expected}")
-        if value.device != model.device:
-            raise InputError(f"{name} is on {value.device}, and the twin on {model.device}; move it there")
+        if value.device != device:
+            raise InputError(f"{name} is on {value.device}, and the twin on {device}; move it there")
     if not len(ids):
         raise InputError("input_ids is an empty batch, (0, length); give one row at least")
     require_in_window(ids.shape[1], model.config, f"an input of {ids.shape[1]} tokens;")
@@ -85,9 +87,10 @@ def checked_target(decoder_input_ids: Any, labels: Any, input_ids: Tensor, model
     require_tensor(target, name, "(batch, target length)")
     if target.ndim != 2 or len(target) != len(input_ids) or not target.shape[1]:
         raise InputError(f"{name} has the shape {tuple(target.shape)}, not ({len(input_ids)}, target length)")
-    if target.dtype not in WHOLE or target.device != model.device:
+    device = input_device(model)
+    if target.dtype not in WHOLE or target.device != device:
         kind = str(target.dtype).removeprefix("torch.")
-        raise InputError(f"{name} is {kind} on {target.device}, not int64 on {model.device}")
+        raise InputError(f"{name} is {kind} on {target.device}, not int64 on {device}")
     require_in_window(target.shape[1], model.config, f"{name} of {target.shape[1]} tokens;")
     size = vocabulary_size(model.config)
     low, high = torch.stack((target if labels is None else target.masked_fill(target == -100, 0)).aminmax()).tolist()

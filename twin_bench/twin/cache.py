@@ -18,6 +18,7 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
+from twin_bench.twin.encoded import Encoded, identity
 from twin_bench.twin.features import Read
 from twin_bench.twin.layers.entries import KeptEntries
 
@@ -67,27 +68,58 @@ def cached(
     return [found[read] for read in reads]
 
 
+def kept_features(
+    folder: Path,
+    twin: Any,
+    rows: Sequence[Encoded],
+    reads: Sequence[Read],
+    batch_size: int,
+    compute: Callable[[list[Read]], list[Tensor]],
+) -> list[Tensor]:
+    """Return the features of each read of a twin's rows, (rows, width) on the CPU, by `cached`."""
+    decisive = {
+        **surroundings(twin.device, twin.model),
+        "backbone": twin.backbone_digest,
+        "dtype": str(twin.model.dtype),
+        "rows": [digest(identity(row).hex()) for row in rows],
+        "batch_size": batch_size,
+    }
+    last = twin.backbone.config.num_hidden_layers
+    numbered = [read._replace(layer=last) if read.layer == -1 else read for read in reads]
+    return cached(folder, decisive, numbered, compute)
+
+
 def _name(read: Read) -> str:
     return str(read.layer) if read.pooling == "mean" else f"{read.layer}-{read.pooling}"
 
 
-def backbone_digest(backbone: Any, overrides: Mapping[str, Tensor]) -> str:
+def backbone_digest(backbone: Any, overrides: Mapping[str, Tensor], stored: str = "") -> str:
     """Return a digest of everything in a transformers model without a head that its hidden states depend on.
 
-    `overrides` replace the backbone's parameters of the same names. Tensors that only fusion uses are not in the state
-    dict and not in the digest, and neither are the modules that hold them.
+    `overrides` replace the backbone's parameters of the same names. `stored` is the digest of the files that hold the
+    parameters: it stands for those that are offloaded, which have no values outside a forward. Tensors that only fusion
+    uses are not in the state dict and not in the digest, and neither are the modules that hold them.
     """
     config = {name: value for name, value in backbone.config.to_dict().items() if name != "_name_or_path"}
     named = ((path, module) for path, module in backbone.named_modules() if not isinstance(module, KeptEntries))
     modules = [(path, type(module).__name__) for path, module in named]
     plain = [config, backbone.config._attn_implementation, modules]
-    return digest([plain, digest_tensors({**backbone.state_dict(), **overrides})])
+    tensors = {**backbone.state_dict(), **overrides}
+    offloaded = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if offloaded:
+        plain = [*plain, stored, offloaded]
+    return digest([plain, digest_tensors({name: t for name, t in tensors.items() if not t.is_meta})])
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Return what else can change the last bit of a result: versions, device, threads and precision of products."""
+def surroundings(device: torch.device, model: Any = None) -> dict[str, Any]:
+    """Return what else can change the last bit of a result: versions, device, threads and precision of products.
+
+    `model` is the model that computes it, which may be on several devices.
+    """
     on_gpu = device.type == "cuda"
+    spread = {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {str(device), "disk"}
     return {
+        **({"devices": {name: str(place) for name, place in model.hf_device_map.items()}} if spread else {}),
         "versions": [version(package) for package in ("torch", "transformers")],
         "device": [
             device.type,

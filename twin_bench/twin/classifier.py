@@ -26,6 +26,7 @@ from twin_bench.twin.layers import install
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.paper import at_authors_ranks
 from twin_bench.twin.parts import PaperParts, Parts
+from twin_bench.twin.placement import require_in_memory
 from twin_bench.twin.plan import Costs, Group, plan
 
 
@@ -289,6 +290,7 @@ class TwinClassifier(TwinModel):
             if self.expert_names:
                 raise InputError("this twin was built without what the paper protocol needs; build it again")
             return
+        require_in_memory(self.model)
         prefix = f"{self.model.base_model_prefix}."
         self.router_overrides = {name.removeprefix(prefix): bias for name, bias in paper.biases.items()}
         self.router = paper.router

@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from twin_bench.twin.exclusive.files import exclusive_files, load_exclusive, sav
 from twin_bench.twin.exclusive.settings import ExclusiveSettings
 from twin_bench.twin.paper import AdapterStack, PaperFactors
 from twin_bench.twin.parts import PaperParts, Parts
+from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.routers.store import load_router, save_router
 
 FORMAT_VERSION = 3
@@ -101,25 +103,37 @@ class Loaded(NamedTuple):
     parts: Parts
 
 
-def load_twin(directory: Path, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False) -> Loaded:
+def load_twin(
+    directory: Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    devices: Devices | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
     """Read a twin directory and verify its checksums.
 
     Args:
         directory: Written by `save_twin`.
         dtype: The dtype of the shared expert, or its name; by default the one that it is stored in.
+        devices: The devices that the shared expert is spread over; by default it is on the CPU.
         trust_remote_code: Let transformers run code that comes with the shared expert.
 
     Raises:
-        InputError: There is no twin, its format is newer, a file is missing, edited or damaged, or the dtype is
-            unknown.
+        InputError: There is no twin, its format is newer, a file is missing, edited or damaged, the dtype is unknown,
+            or the devices do not suit.
     """
     parts = load_parts(directory, trust_remote_code=trust_remote_code)
     task_type: TaskType = read_manifest(directory)["task_type"]
-    with quiet_transformers():
+    folder, chosen, where = directory / "model", known_dtype(dtype), dict[str, Any]()
+    if devices is not None:
+        config = read_config(folder, trust_remote_code=trust_remote_code)
+        where["device_map"], copies = find_placement(devices, config, task_type, parts.exclusive, chosen)
+        where["offload_folder"], parts = devices.offload_folder, replace(parts, copies=copies)
+    with quiet_transformers(), offloading(devices):
         model = AUTO_MODEL[task_type].from_pretrained(
-            directory / "model", dtype=known_dtype(dtype) or "auto", trust_remote_code=trust_remote_code
+            folder, dtype=chosen or "auto", trust_remote_code=trust_remote_code, **where
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory / "model", trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return Loaded(task_type, model, tokenizer, parts)
 
 

@@ -108,8 +108,8 @@ def pool_after(
     if pooling == "first":
         assert before is not None
         return pool(before, None, pooling).expand(len(hidden), -1)
-    count = attention_mask.sum(dim=1, keepdim=True)
-    begun = 0.0 if before is None else pool(before, None) * length
+    count = attention_mask.to(hidden.device).sum(dim=1, keepdim=True)
+    begun = 0.0 if before is None else pool(before, None).to(hidden.device) * length
     return (begun + pool(hidden, attention_mask) * count) / (length + count)
 
 
@@ -117,6 +117,7 @@ def _token(hidden: Tensor, attention_mask: Tensor | None, *, last: bool) -> Tens
     """Return each row's first or last hidden state that is not padding, (batch, width)."""
     if attention_mask is None:
         return hidden[:, -1 if last else 0]
+    attention_mask = attention_mask.to(hidden.device)
     places = torch.arange(hidden.shape[1], device=hidden.device)
     real = attention_mask != 0
     place = torch.where(real, places, -1).amax(dim=1) if last else real.int().argmax(dim=1)

@@ -21,6 +21,7 @@ that is tied to the embeddings uses the embeddings' factors.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from twin_bench.twin.placement import device_of, values_of
 from twin_bench.twin.plan import Costs
 from twin_bench.twin.speed import CPU_BATCH_TOKENS, CPU_RATE, CPU_REBUILD_TOKENS, CPU_STEP_TOKENS, DeviceSpeed
 
@@ -45,6 +47,10 @@ class Fusion:
     `bias_weights` has the same shape and applies to biases. It differs from `weights` only under the protocol paper,
     which takes all biases from the true task's expert.
 
+    `keeps_copies` says whether layers may keep fused copies of their weights. Without them only `per_row` is to be had,
+    and the planner chooses nothing else. Layers may be on several devices. What is computed for all layers is then
+    computed once for each device.
+
     A caller gives weights on the CPU or on the device. What depends on their values, such as which experts are in use,
     is decided on the CPU when a block begins. So weights that are on the CPU make no layer wait for the device.
 
@@ -54,11 +60,12 @@ class Fusion:
 
     def __init__(self, experts: int) -> None:
         self.experts = experts
+        self.keeps_copies = True
         self._lock = threading.RLock()
         self.layers: list[FusedLayer] = []
         self._setting = Setting()
         self._fused: tuple[Tensor, Tensor] | None = None
-        self._stacks: dict[VectorKind, dict[torch.dtype, Stack]] = {}
+        self._stacks: dict[VectorKind, dict[Place, Stack]] = {}
 
     @property
     def mode(self) -> Mode:
@@ -91,7 +98,12 @@ class Fusion:
         """Run the block with weights (experts,) fused into every layer.
 
         The fused weights are kept, and computed again only for other weights.
+
+        Raises:
+            RuntimeError: the layers keep no fused copies of their weights.
         """
+        if not self.keeps_copies:
+            raise RuntimeError("no layer keeps a fused copy of its weight: use per_row")
         biases = weights if bias_weights is None else bias_weights
         setting = self._entered("fused", weights, biases)
         with self._running(setting):
@@ -127,12 +139,12 @@ class Fusion:
         """Return the fusion weights in the dtype of `like`. They are cast once for all layers of that dtype."""
         weights = self.weights
         assert weights is not None
-        return self._setting.once(("weights", like.dtype), lambda: weights.to(like))
+        return self._setting.once(("weights", like.dtype, like.device), lambda: weights.to(like))
 
     def columns(self, ranks: tuple[int, ...], like: Tensor) -> Columns:
         """Return the columns in use of factors of `ranks`, and their weights in the dtype of `like`.
 
-        The result is computed once for all layers with the same ranks.
+        The result is computed once for all layers with the same ranks on a device.
         """
 
         def make() -> Columns:
@@ -143,12 +155,12 @@ class Fusion:
             places = places.to(weights.device, non_blocking=True)
             return Columns(None if every else places[1], weights[..., places[0]])
 
-        return self._setting.once(("columns", ranks, like.dtype), make)
+        return self._setting.once(("columns", ranks, like.dtype, like.device), make)
 
-    def users(self) -> dict[int, Tensor]:
-        """Return the experts that have a weight in some row, each with the indices of these rows.
+    def users(self, device: torch.device) -> dict[int, Tensor]:
+        """Return the experts that have a weight in some row, each with the indices of these rows on `device`.
 
-        The result is computed once for all layers.
+        The result is computed once for all layers of the device.
         """
 
         def make() -> dict[int, Tensor]:
@@ -156,20 +168,20 @@ class Fusion:
             assert weights is not None
             rows, experts = (weights if self.known_weights is None else self.known_weights).nonzero(as_tuple=True)
             found = {expert: rows[experts == expert] for expert in experts.unique().tolist()}
-            return {expert: own.to(weights.device, non_blocking=True) for expert, own in found.items()}
+            return {expert: own.to(device, non_blocking=True) for expert, own in found.items()}
 
-        return self._setting.once("users", make)
+        return self._setting.once(("users", device), make)
 
     def vectors(self, layer: FusedLayer, kind: VectorKind) -> Tensor:
         """Return a layer's fused 1-D weight or bias: (n,) in the mode `fused`, (batch, n) in the mode `rows`.
 
-        All layers' are computed in one product.
+        Those of all layers of a device are computed in one product.
         """
         if kind not in self._stacks:
             with torch.inference_mode(False):  # what is kept is used outside it as well
                 self._stacks[kind] = stacked(self.layers, kind)
-        dtype = layer.weight.dtype
-        stack = self._stacks[kind][dtype]
+        place = layer.weight.dtype, layer.weight.device
+        stack = self._stacks[kind][place]
 
         def make() -> Tensor:
             weights = self.bias_weights if kind == "bias_vectors" else self.weights
@@ -179,7 +191,7 @@ class Fusion:
                 return stack.shared + weights @ stack.vectors
             return torch.addmm(stack.shared, weights, stack.vectors)
 
-        return self._setting.once((kind, dtype), make)[..., stack.places[id(layer)]]
+        return self._setting.once((kind, place), make)[..., stack.places[id(layer)]]
 
     def kept(self, layer: object, what: str, make: Callable[[], Made]) -> Made:
         """Return what `make` computes for a layer from the weights alone. A block of many forwards computes it once."""
@@ -196,14 +208,15 @@ class Fusion:
                 fuse[expert] += layer.fuse_cost(expert) / plain * token
                 columns[expert] += layer.row_cost(expert) / plain * token
         joint = sum(layer.joint_cost() for layer in matrices) / plain * token
-        found = Costs(tuple(fuse), CPU_REBUILD_TOKENS * token, tuple(columns), joint, token)
+        never = 0.0 if self.keeps_copies else math.inf
+        found = Costs(tuple(fuse), CPU_REBUILD_TOKENS * token + never, tuple(columns), joint, token)
         if speed is None:
             return replace(found, batch=CPU_BATCH_TOKENS * token, step=CPU_STEP_TOKENS * token)
         written = sum(layer.weight.nbytes for layer in matrices)
         passed = sum((sum(layer.weight.shape) + max(layer.weight.shape)) * layer.weight.itemsize for layer in matrices)
         return replace(
             found,
-            rebuild=2 * written / speed.bandwidth,
+            rebuild=2 * written / speed.bandwidth + never,
             plain=speed.plain,
             by_row=speed.by_row,
             fusion=FUSION_LAUNCHES * len(matrices) * speed.launch,
@@ -212,7 +225,7 @@ class Fusion:
 
     def _entered(self, mode: Mode, weights: Tensor, bias_weights: Tensor, steps: bool = False) -> Setting:
         """Return the setting of a block: the weights on the model's device, and those on the CPU."""
-        device = self.layers[0].weight.device if self.layers else weights.device
+        device = device_of(self.layers[0]) if self.layers else weights.device
         own = weights.to(device, non_blocking=True)
         biases = own if bias_weights is weights else bias_weights.to(device, non_blocking=True)
         return Setting(mode, own, biases, _known(weights), steps)
@@ -277,6 +290,10 @@ class Columns(NamedTuple):
     scale: Tensor
 
 
+Place = tuple[torch.dtype, torch.device]
+"""The dtype of a layer, and the device where it runs."""
+
+
 class Stack(NamedTuple):
     """All layers' 1-D weights, or biases, that some expert changes: the shared ones (total,), one behind the other.
 
@@ -288,21 +305,20 @@ class Stack(NamedTuple):
     places: dict[int, slice]
 
 
-def stacked(layers: Sequence[FusedLayer], kind: VectorKind) -> dict[torch.dtype, Stack]:
-    """Return the stack of the layers' vectors of each dtype."""
-    found: dict[torch.dtype, list[tuple[FusedLayer, Tensor, Tensor]]] = {}
+def stacked(layers: Sequence[FusedLayer], kind: VectorKind) -> dict[Place, Stack]:
+    """Return the stack of the layers' vectors of each dtype and device."""
+    found: dict[Place, list[tuple[FusedLayer, Tensor, Tensor]]] = {}
     for layer in layers:
         vectors = getattr(layer, kind, None)
         if vectors is not None:
-            shared = layer.bias if kind == "bias_vectors" else layer.weight
-            assert shared is not None
-            found.setdefault(layer.weight.dtype, []).append((layer, shared.detach(), vectors))
+            shared = values_of(layer, "bias" if kind == "bias_vectors" else "weight")
+            found.setdefault((layer.weight.dtype, device_of(layer)), []).append((layer, shared, vectors))
     stacks = {}
-    for dtype, own in found.items():
+    for place, own in found.items():
         ends = list(itertools.accumulate(vectors.shape[1] for _, _, vectors in own))
         spans = itertools.starmap(slice, itertools.pairwise([0, *ends]))
         places = {id(layer): span for (layer, _, _), span in zip(own, spans, strict=True)}
-        stacks[dtype] = Stack(
+        stacks[place] = Stack(
             torch.cat([one for _, one, _ in own]), torch.cat([one for _, _, one in own], dim=1), places
         )
     return stacks

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from twin_bench.twin.encoded import Encoded, identity
 from twin_bench.twin.features import blocks_of, hidden_states
 from twin_bench.twin.layers import TiedEmbedding, TwinLayer
+from twin_bench.twin.placement import input_device
 
 KEPT_BYTES = 2**30
 """The largest size of the hidden states that are kept of a list of rows. Rows beyond it are run from the beginning."""
@@ -135,7 +136,7 @@ class States:
 
     def of_batch(self, rows: Tensor) -> Begun | None:
         """Return the states of some rows of the last batch, by their indices, or None if no pass has run."""
-        return None if self.last is None else Begun(self.layer, self.last[rows])
+        return None if self.last is None else Begun(self.layer, self.last[rows.to(self.last.device)])
 
     def of(self, rows: Sequence[Encoded]) -> Begun | None:
         """Return the states of a batch of rows, padded with zeros on the right, or None if one is lacking."""
@@ -161,14 +162,17 @@ def going_on(backbone: Any, start: Start, begun: Begun) -> Iterator[None]:
 
     handle = blocks[layer].register_forward_pre_hook(begin, with_kwargs=True)
     skipped = list(zip(blocks[:layer], start.outputs, strict=False))
+    own = [block.__dict__.get("forward") for block, _ in skipped]  # accelerate's, where it moves what a block reads
     for block, further in skipped:
         block.forward = _unchanged(further)
     try:
         yield
     finally:
         handle.remove()
-        for block, _ in skipped:
+        for (block, _), forward in zip(skipped, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _unchanged(further: int | None) -> Callable[..., Any]:
@@ -182,5 +186,5 @@ def _unchanged(further: int | None) -> Callable[..., Any]:
 
 
 def _two_tokens(backbone: Any) -> dict[str, Tensor]:
-    ids = torch.tensor([[0, 1]], device=backbone.device)
+    ids = torch.tensor([[0, 1]], device=input_device(backbone))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

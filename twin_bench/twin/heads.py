@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from twin_bench.checkpoints.skeleton import meta_model, skeleton_of
 from twin_bench.errors import InputError
+from twin_bench.twin.placement import device_of
 
 
 class TaskHead(nn.Module):
@@ -34,13 +35,20 @@ class HeadSwitch(nn.Module):
         self.name = name
         self._heads = dict(heads)  # The TwinModel owns the heads. A plain dict does not register them again.
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the heads' parameters."""
+        head = next(iter(self._heads.values()))
+        return device_of(head.parts[self.name])
+
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., labels) for x (batch, ..., width). The widest head in use sets the number of labels.
 
         A row whose head has fewer labels is filled up with -inf.
         """
+        x = x.to(self.device)
         outputs = {
-            task: head.parts[self.name](x if len(head.rows) == len(x) else x[head.rows])
+            task: head.parts[self.name](x if len(head.rows) == len(x) else x[head.rows.to(x.device)])
             for task, head in self._heads.items()
             if head.rows is not None
         }
@@ -50,7 +58,7 @@ class HeadSwitch(nn.Module):
         first = next(iter(outputs.values()))
         joined = first.new_full((len(x), *first.shape[1:-1], widest), -torch.inf)
         for task, output in outputs.items():
-            joined[self._heads[task].rows, ..., : output.shape[-1]] = output
+            joined[self._heads[task].rows.to(x.device), ..., : output.shape[-1]] = output
         return joined
 
 
@@ -83,7 +91,8 @@ def install_heads(model: Any, heads: Mapping[str, Mapping[str, Tensor]]) -> Any:
         labels = tensors[skeleton.head_output].shape[0]
         blank = meta_model(model.config, "sequence_classification", num_labels=labels)
         blank.load_state_dict({k: v.to(model.dtype) for k, v in tensors.items()}, strict=False, assign=True)
-        built[task] = TaskHead({name: getattr(blank, name) for name in names}, labels)
+        parts = {name: getattr(blank, name).to(device_of(getattr(model, name))) for name in names}
+        built[task] = TaskHead(parts, labels)
     for name in names:
         setattr(model, name, HeadSwitch(name, built))
     return nn.ModuleDict(built)

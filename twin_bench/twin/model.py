@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
-from twin_bench.files import digest
 from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.arguments import (
     checked_batch,
@@ -24,13 +23,14 @@ from twin_bench.twin.arguments import (
     require_weights,
     tasks_of,
 )
-from twin_bench.twin.cache import backbone_digest, cached, surroundings
+from twin_bench.twin.cache import backbone_digest, kept_features
 from twin_bench.twin.device import usable_device
-from twin_bench.twin.encoded import Encoded, Text, alike, distinct, identity
+from twin_bench.twin.encoded import Encoded, Text, alike, distinct
 from twin_bench.twin.features import Read, hidden_states, in_order, pool, reads_of
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
 from twin_bench.twin.parts import ROUTINGS, Parts, Routing
+from twin_bench.twin.placement import Devices, input_device, require_movable
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.routers.base import Router
 from twin_bench.twin.timing import timed
@@ -81,6 +81,7 @@ class TwinModel(nn.Module, abc.ABC):
         self.expert_names = tuple(parts.exclusive)
         self.digests = dict(parts.digests)
         self.fusion = self._install(model, parts)
+        self.fusion.keeps_copies = self.fusion.keeps_copies and parts.copies
         self.model = model
         self.router = parts.router
         self.router_overrides: Mapping[str, Tensor] = {}  # replace the backbone's parameters when the router reads it
@@ -88,6 +89,8 @@ class TwinModel(nn.Module, abc.ABC):
         self._asked_tolerance = tolerance
         self.tolerance = self._allowed()
         self._complete(parts)
+        if self.router is not None:
+            self.router.to(self.device)
         self.requires_grad_(False)
         self.eval()
 
@@ -99,6 +102,7 @@ class TwinModel(nn.Module, abc.ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move or convert all tensors, as `to`, `half` and `cuda` do, and what is computed from them with them."""
+        require_movable(self.model)
         super()._apply(fn, recurse)
         self.fusion.forget()
         self.__dict__.pop("costs", None)  # those of another device or dtype
@@ -127,6 +131,9 @@ class TwinModel(nn.Module, abc.ABC):
         directory: str | Path,
         *,
         device: str | torch.device | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        offload_folder: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         protocol: ProtocolName = "standard",
         routing: Routing = "router",
@@ -138,6 +145,10 @@ class TwinModel(nn.Module, abc.ABC):
         Args:
             directory: a directory written by `twin-bench build`.
             device: the device to run on; the CPU by default. `auto` is cuda, else mps, else cpu.
+            device_map: several devices in place of one, as transformers takes them: `auto`, or a mapping of the model's
+                parts to devices, `cpu` or `disk`. What the experts add is where their layer is, and counts in `auto`.
+            max_memory: for `auto`, the largest memory of each device to use, in bytes or as 10GiB.
+            offload_folder: where weights on `disk` are written. Those of safetensors files are read from there.
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
             routing: router, task or none.
@@ -148,26 +159,24 @@ class TwinModel(nn.Module, abc.ABC):
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
-            InputError: the directory holds no twin, a twin of a newer format, a damaged or edited file, or a twin of
-                another kind than this class; the twin can't serve the protocol; or it has no sensitivity and a
-                tolerance was given.
+            InputError: the directory holds no twin, one of a newer format or of another kind than this class, or a
+                damaged or edited file; the twin can't serve the protocol, or the tolerance; or the devices don't suit.
         """
         from twin_bench.twin.directory import load_twin
 
-        loaded = load_twin(Path(directory), dtype=dtype, trust_remote_code=trust_remote_code)
+        devices = Devices.of(device_map, max_memory, offload_folder, device=device)
+        loaded = load_twin(Path(directory), dtype=dtype, devices=devices, trust_remote_code=trust_remote_code)
         kind = twin_class(loaded.task_type)
         if not issubclass(kind, cls):
             raise InputError(f"{directory}: a {loaded.task_type} twin, which {cls.__name__} does not serve")
-        twin = kind(
-            loaded.model, loaded.tokenizer, loaded.parts, protocol=protocol, routing=routing, tolerance=tolerance
-        )
-        return twin.to(usable_device(device))
+        chosen: Any = {"protocol": protocol, "routing": routing, "tolerance": tolerance}
+        twin = kind(loaded.model, loaded.tokenizer, loaded.parts, **chosen)
+        return twin.to(usable_device(device)) if devices is None else twin
 
     @property
     def device(self) -> torch.device:
-        """The device of the shared expert's parameters."""
-        device: torch.device = self.model.device
-        return device
+        """The device of the shared expert's parameters. Of several devices it is the one that inputs go to."""
+        return input_device(self.model)
 
     @property
     def backbone(self) -> Any:
@@ -203,11 +212,12 @@ class TwinModel(nn.Module, abc.ABC):
         A layer alone stands for the mean over the tokens (see `Read`).
         """
         reads = reads_of(layers)
-        overrides = {name: tensor.to(self.device, self.model.dtype) for name, tensor in self.router_overrides.items()}
+        backbone, own = self.backbone, self.router_overrides
+        overrides = {name: tensor.to(backbone.get_parameter(name)) for name, tensor in own.items()}
         with self.fusion.shared():
-            states = hidden_states(self.backbone, inputs, [read.layer for read in reads], overrides=overrides)
+            states = hidden_states(backbone, inputs, [read.layer for read in reads], overrides=overrides)
         mask = inputs.get("attention_mask")
-        return [pool(state, mask, read.pooling) for state, read in zip(states, reads, strict=True)]
+        return [pool(state, mask, read.pooling).to(self.device) for state, read in zip(states, reads, strict=True)]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:
         """Tokenise (text, text_pair or None) rows without padding, each truncated to `max_length` tokens.
@@ -301,16 +311,7 @@ class TwinModel(nn.Module, abc.ABC):
 
         if self.feature_cache is None:
             return compute(reads_of(layers))
-        decisive = {
-            **surroundings(self.device),
-            "backbone": self.backbone_digest,
-            "dtype": str(self.model.dtype),
-            "rows": [digest(identity(row).hex()) for row in rows],
-            "batch_size": batch_size,
-        }
-        last = self.backbone.config.num_hidden_layers
-        reads = [read._replace(layer=last) if read.layer == -1 else read for read in reads_of(layers)]
-        return cached(self.feature_cache, decisive, reads, compute)
+        return kept_features(self.feature_cache, self, rows, reads_of(layers), batch_size, compute)
 
     def _feature_batches(
         self, rows: Sequence[Encoded], layers: Sequence[int | Read], batch_size: int
@@ -324,7 +325,7 @@ class TwinModel(nn.Module, abc.ABC):
     @functools.cached_property
     def backbone_digest(self) -> str:
         """The digest of what the router's features depend on. It is taken once, because the parameters never change."""
-        return backbone_digest(self.backbone, self.router_overrides)
+        return backbone_digest(self.backbone, self.router_overrides, self.digests.get("model", ""))
 
     def planned(
         self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int] | None = None

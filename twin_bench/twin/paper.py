@@ -33,6 +33,7 @@ from twin_bench.twin.exclusive.kinds.svd import exclusive_rank
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import by_row
 from twin_bench.twin.layers.base import overwritable
+from twin_bench.twin.placement import require_in_memory
 
 
 def authors_rank(shape: torch.Size, density: float) -> int:
@@ -131,8 +132,9 @@ def install_paper_layers(model: nn.Module, parts: PaperFactors) -> Fusion:
     """Replace the adapted layers of `model` by PaperLinear layers, and return the Fusion that controls them.
 
     `model` holds the shared expert theta_s = theta_0 + lambda sum_t tau_t. The layers subtract the task vectors to
-    recover theta_0. Raises InputError for an adapted layer that is not nn.Linear.
+    recover theta_0. Raises InputError for an adapted layer that is not nn.Linear, and for offloaded weights.
     """
+    require_in_memory(model)
     experts = len(next(iter(parts.adapters.values())).A)
     fusion = Fusion(experts)
     modules = dict(model.named_modules())

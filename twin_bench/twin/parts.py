@@ -42,6 +42,7 @@ class Parts:
     the model's window for a language model.
     `sensitivity` says how far logits move with the fusion weights (see `twin_bench.twin.tolerance`). It is None if it
     was not measured. `digests` holds one sha256 for the shared expert, for each expert and for the router.
+    `copies` says whether the devices have room for a fused copy of each weight that an expert changes.
     """
 
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -51,3 +52,4 @@ class Parts:
     max_length: int | None = None
     sensitivity: float | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    copies: bool = True

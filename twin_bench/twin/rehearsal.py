@@ -94,4 +94,5 @@ def _ways(twin: TwinLanguageModel, rows: int) -> tuple[Tensor, list[Group]]:
     experts = len(twin.expert_names)
     weights = torch.full((rows, experts), 1 / max(1, experts))
     every = tuple(range(rows))
-    return weights, [Group(every, weights[0]), *([Group(every, None)] if experts else [])]
+    fused = [Group(every, weights[0])] if twin.fusion.keeps_copies or not experts else []
+    return weights, [*fused, *([Group(every, None)] if experts else [])]

@@ -21,6 +21,7 @@ from twin_bench.twin.features import Read
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
 from twin_bench.twin.parts import Parts
+from twin_bench.twin.placement import input_device
 from twin_bench.twin.plan import Group
 
 START_TOKENS = 1
@@ -37,7 +38,7 @@ class TwinSeq2Seq(TwinLanguageModel):
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
         try:
-            _behind_start(model, torch.tensor([[1]], device=model.device))
+            _behind_start(model, torch.tensor([[1]], device=input_device(model)))
         except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{type(model).__name__}: its config does not say with which token a decoder begins "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.placement import input_device
 from twin_bench.twin.speed import DeviceSpeed, measured_speed, seconds
 
 SMALLEST = 8
@@ -22,7 +23,8 @@ def timed(model: Any, fusion: Fusion) -> DeviceSpeed:
         model: the transformers model with twin layers. It is run without its head, for one row.
         fusion: what controls these layers.
     """
-    ids = torch.ones(1, SMALLEST, dtype=torch.long, device=model.device)
+    device = input_device(model)
+    ids = torch.ones(1, SMALLEST, dtype=torch.long, device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
@@ -31,7 +33,7 @@ def timed(model: Any, fusion: Fusion) -> DeviceSpeed:
         model.base_model(**inputs)
 
     with fusion.shared():
-        plain = seconds(run, model.device)
+        plain = seconds(run, device)
     with fusion.per_row(torch.full((1, fusion.experts), 1 / max(1, fusion.experts))):
-        by_row = seconds(run, model.device)
-    return replace(measured_speed(model.device, model.dtype), plain=plain, by_row=by_row)
+        by_row = seconds(run, device)
+    return replace(measured_speed(device, model.dtype), plain=plain, by_row=by_row)

@@ -20,7 +20,8 @@ class TwinLayer(nn.Module):
 
     A subclass stands for one kind of layer. It names the modules that it replaces in `replaces`, or overrides
     `stands_for`, and defines `forward` for the three modes of `Fusion`. `twin_bench.twin.layers.kinds.TWINS`
-    lists the subclasses. `reads_rows` says that it reads single rows of a matrix.
+    lists the subclasses. `reads_rows` says that it reads single rows of a matrix. `at_hand` says that the model also
+    uses the layer outside its forward, so that its weight is never offloaded.
 
     `weight` and `bias` are the shared expert's parameters. `bias` is None in a layer without one.
     `B` (m, R) and `A` (R, n) are the factors of all experts side by side. `ranks` holds each expert's number of
@@ -33,6 +34,7 @@ class TwinLayer(nn.Module):
     replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
     is_matrix = False
     reads_rows = False
+    at_hand = False
     weight: Tensor
     bias: Tensor | None
     vectors: Tensor | None

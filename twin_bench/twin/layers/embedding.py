@@ -55,25 +55,27 @@ class TwinEmbedding(TwinLayer):
 
     def _columns(self) -> Tensor:
         """Return the columns' weights, in the mode `rows` a line of them for each row."""
-        return self.fusion.kept(self, "columns", lambda: self.fusion.cast(self.weight)[..., self.owner])
+        return self.fusion.kept(self, "columns", lambda: self.fusion.cast(self.A)[..., self.owner])
 
-    @property
-    def whole(self) -> Tensor | None:
-        """The table (vocabulary, width) that all rows share. None if it is fused where it is read."""
+    def whole(self, weight: Tensor) -> Tensor | None:
+        """Return the table (vocabulary, width) that all rows share. None if it is fused where it is read.
+
+        `weight` is the shared expert's table, as the layer that reads it has it.
+        """
         if self.fusion.mode == "shared":
-            return self.weight
+            return weight
         return self.current()[0] if self.fusion.mode == "fused" and self.entries is not None else None
 
-    def looked_up(self, ids: Tensor) -> Tensor:
+    def looked_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Return the fused table's rows (batch, length, width) of token ids (batch, length), before they are scaled.
 
-        Ids (length,) are those of every row of the batch.
+        Ids (length,) are those of every row of the batch. `weight` is the shared expert's table.
         """
-        if (table := self.whole) is not None:
+        if (table := self.whole(weight)) is not None:
             return F.embedding(ids, table)
         if ids.ndim == 1 and self.fusion.mode == "rows":
             ids = ids[None]
-        embedded = F.embedding(ids, self.weight)
+        embedded = F.embedding(ids, weight)
         if len(self.owner):
             embedded = embedded + (F.embedding(ids, self.B) * self.scale(ids.ndim + 1)) @ self.A
         if self.entries is not None:
@@ -82,7 +84,7 @@ class TwinEmbedding(TwinLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings (batch, length, width) of token ids (batch, length)."""
-        return _scaled(self.looked_up(ids), self.embed_scale)
+        return _scaled(self.looked_up(ids, self.weight), self.embed_scale)
 
 
 class TiedEmbedding(nn.Module):
@@ -100,7 +102,7 @@ class TiedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings (batch, length, width) of token ids (batch, length)."""
         (table,) = self._table
-        return _scaled(table.looked_up(ids), self.embed_scale)
+        return _scaled(table.looked_up(ids, self.weight), self.embed_scale)
 
 
 class TiedLinear(nn.Module):
@@ -118,7 +120,7 @@ class TiedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (batch, ..., vocabulary) for x (batch, ..., width)."""
         (table,) = self._table
-        if (whole := table.whole) is not None:
+        if (whole := table.whole(self.weight)) is not None:
             return F.linear(x, whole, self.bias)
         y = F.linear(x, self.weight, self.bias)
         if len(table.owner):

@@ -59,9 +59,9 @@ class KeptEntries(nn.Module):
             if weight and (matrix := self.of(expert)) is not None:
                 matrix.add_to(fused, weight)
 
-    def used(self, fusion: Fusion) -> Iterator[tuple[int, Sparse, Tensor]]:
-        """Yield what the rows of a batch use: an expert, its matrix, and the indices of the rows that use it."""
-        for expert, rows in fusion.users().items():
+    def used(self, fusion: Fusion, device: torch.device) -> Iterator[tuple[int, Sparse, Tensor]]:
+        """Yield what the rows of a batch on `device` use: an expert, its matrix, and the indices of its rows."""
+        for expert, rows in fusion.users(device).items():
             if (matrix := self.of(expert)) is not None:
                 yield expert, matrix, rows
 
@@ -74,9 +74,8 @@ class KeptEntries(nn.Module):
             fusion: in mode `rows`.
             product: a function of the rows that use an expert, and its matrix.
         """
-        assert fusion.weights is not None
-        for expert, matrix, rows in self.used(fusion):
-            own = fusion.weights[rows, expert].to(y).view(-1, *[1] * (y.ndim - 1))
+        for expert, matrix, rows in self.used(fusion, y.device):
+            own = fusion.cast(y)[rows, expert].view(-1, *[1] * (y.ndim - 1))
             y.index_add_(0, rows, own * product(x[rows], matrix.dense()))
 
     def looked_up(self, ids: Tensor, fusion: Fusion) -> Tensor:
@@ -89,7 +88,7 @@ class KeptEntries(nn.Module):
         assert fusion.weights is not None
         found, place = ids.unique(return_inverse=True)
         total = torch.zeros((), device=ids.device)
-        for expert, matrix, _ in self.used(fusion):
+        for expert, matrix, _ in self.used(fusion, ids.device):
             rows = matrix.rows(found)
             total = total + fusion.weights[:, expert].to(rows).view(-1, *[1] * ids.ndim) * rows[place]
         return total

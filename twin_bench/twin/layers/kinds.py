@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from torch import nn
@@ -15,6 +16,7 @@ from twin_bench.twin.layers.embedding import TiedEmbedding, TiedLinear, TwinEmbe
 from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
 from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
 from twin_bench.twin.layers.positions import TwinLearnedPositions, TwinRelativeBias
+from twin_bench.twin.placement import in_place_of, is_offloaded
 
 TWINS: tuple[type[TwinLayer], ...] = (
     *(TwinLinear, TwinConv1D, TwinRelativeBias, TwinLearnedPositions, TwinEmbedding),
@@ -56,20 +58,21 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
             )
         kind = _kind_for(layer, modules[path.rpartition(".")[0]], names[0])
         sharing = places[id(layer._parameters["weight"])]
-        twin = kind(layer, fusion, path, exclusive)
+        twin = in_place_of(layer, functools.partial(kind, layer, fusion, path, exclusive), at_hand=kind.at_hand)
         for place in sharing:
             parent = model.get_submodule(place.rpartition(".")[0])
             model.set_submodule(place, twin if modules[place] is layer else _tied(modules[place], twin, place))
             twin.placed(parent)
+    fusion.keeps_copies = not any(is_offloaded(layer) for layer in fusion.layers)
     return fusion
 
 
 def _tied(layer: nn.Module, twin: TwinLayer, path: str) -> nn.Module:
     """Return what replaces `layer`, whose weight is also that of the layer that `twin` has replaced."""
     if isinstance(twin, TwinEmbedding) and type(layer) is nn.Linear:
-        return TiedLinear(layer, twin)
+        return in_place_of(layer, lambda: TiedLinear(layer, twin))
     if isinstance(twin, TwinEmbedding) and TwinEmbedding.stands_for(layer, layer):
-        return TiedEmbedding(layer, twin)
+        return in_place_of(layer, lambda: TiedEmbedding(layer, twin))
     raise InputError(
         f"{path} is a {type(layer).__name__} that shares its weight with another layer, and twins fuse shared weights "
         "of embeddings and output layers alone; give experts that leave it unchanged"

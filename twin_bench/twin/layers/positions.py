@@ -39,7 +39,7 @@ class TwinLearnedPositions(TwinEmbedding):
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         """Return the embeddings (batch or 1, length, width) of the positions that the original module computes."""
-        if (table := self.whole) is not None:
+        if (table := self.whole(self.weight)) is not None:
             return self._read(table, *args, **options)
         embedded = self._read(self.weight, *args, **options)
         if len(self.owner):
@@ -47,7 +47,7 @@ class TwinLearnedPositions(TwinEmbedding):
         if self.entries is not None:
             weights = self.fusion.weights
             assert weights is not None
-            for expert, matrix, _ in self.entries.used(self.fusion):
+            for expert, matrix, _ in self.entries.used(self.fusion, embedded.device):
                 own = self._read(matrix.dense(), *args, **options)
                 embedded = embedded + broadcastable(weights[:, expert : expert + 1].to(own), own.ndim) * own
         return embedded
@@ -70,6 +70,7 @@ class TwinRelativeBias(TwinLayer):
     table.
     """
 
+    at_hand = True
     tables: Tensor
 
     @classmethod
