@@ -21,7 +21,7 @@ from twin_bench.twin.finite import peaks
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Generate, Score, generate, score
 from twin_bench.twin.routers.base import RouterConfig
-from twin_bench.twin.routers.mlp import MlpRouter, train_router
+from twin_bench.twin.routers.kinds.mlp import MlpRouter, train_router
 from twin_bench.twin.sampling import Sampling
 from twin_bench.twin.tolerance import sensitivity
 

@@ -13,9 +13,9 @@ from twin_bench import InputError, TwinModel
 from twin_bench.data.task import TaskInput
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
-from twin_bench.twin.router_training import held_out_rows
+from twin_bench.twin.routers.rows import divided, held_out_rows
 from twin_bench.twin.routers.base import RouterConfig, fusion_weights
-from twin_bench.twin.routers.mlp import MlpRouter, train_router
+from twin_bench.twin.routers.kinds.mlp import MlpRouter, train_router
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])
@@ -125,3 +125,27 @@ def test_routers_round_trip(twin: TwinModel, families: Any, tmp_path: Path) -> N
     assert (loaded.router.config.layer, loaded.router.config.top_k, loaded.router.config.temperature) == (1, 2, 0.7)
     weights = loaded.route(**batch(6))
     assert ((weights > 0).sum(dim=1) == 2).all()
+
+
+def test_half_of_the_held_out_rows_choose_and_the_other_half_reports() -> None:
+    rows = [TaskInput(f"{name} {row % 50}", None, name) for row in range(60) for name in ("a", "b")]
+    for limit, held_out in ((1000, 0.2), (40, 0.35)):
+        parted = divided(rows, ("a", "b"), limit=limit, held_out=held_out, seed=0)
+        assert torch.equal(parted.held_out, held_out_rows(parted.rows, ("a", "b"), held_out, seed=0))
+        assert not (parted.choosing & parted.reporting).any()
+        assert parted.reported_on == "other held-out training rows"
+        masks = (~parted.held_out, parted.choosing, parted.reporting)
+        texts = [{row.text for row, own in zip(parted.rows, mask, strict=True) if own} for mask in masks]
+        assert len(set.union(*texts)) == sum(map(len, texts))  # copies of a text stand together
+        for name in ("a", "b"):
+            own = torch.tensor([row.task == name for row in parted.rows])
+            assert 0 <= int((parted.choosing & own).sum()) - int((parted.reporting & own).sum()) <= 2
+            assert parted.fitted((name,)) == [int((~parted.held_out & own).sum())]
+
+
+def test_a_task_with_one_held_out_text_is_reported_on_what_chose() -> None:
+    rows = [TaskInput(f"a {row}", None, "a") for row in range(40)] + [TaskInput(f"b {row}", None, "b") for row in "123"]
+    parted = divided(rows, ("a", "b"), limit=1000, held_out=0.2, seed=0)
+    assert torch.equal(parted.choosing, parted.reporting)
+    assert int(parted.choosing.sum()) == 8 + 1
+    assert parted.reported_on == "the rows that it was chosen on"

@@ -36,7 +36,7 @@ from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.routers.base import RouterConfig
-from twin_bench.twin.routers.mlp import MlpRouter
+from twin_bench.twin.routers.kinds.mlp import MlpRouter
 
 VOCABULARY = 8000
 """The largest number of tokens that the tokenizer learns from the rows. The embeddings have the model's own size."""

@@ -31,7 +31,7 @@ from twin_bench.twin.plan import Group
 from twin_bench.twin.prefix import NO_PREFIX, Prefix
 from twin_bench.twin.requests import Score, score
 from twin_bench.twin.routers.base import RouterConfig
-from twin_bench.twin.routers.mlp import MlpRouter
+from twin_bench.twin.routers.kinds.mlp import MlpRouter
 
 VOCABULARY = 512
 EXPERTS = 4

@@ -27,11 +27,11 @@ from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.exclusive import find_kind
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
-from twin_bench.twin.router_training import require_two
+from twin_bench.twin.routers.rows import require_two
 
 SUITE_ROWS = "the suite's training rows"
 """A suite's recipe has it in place of `router.data`."""
-TWIN_FORMAT = 2
+TWIN_FORMAT = 3
 """It is raised when the same recipe builds another twin."""
 BUILD_FORMAT = 2
 """The format of the record of what a build took."""

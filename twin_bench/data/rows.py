@@ -138,14 +138,15 @@ class RouterRows(NamedTuple):
     tested: Sequence[TaskRows] = ()
     labelled: Sequence[TaskRows] = ()
 
-    def answers(self) -> dict[TaskInput, Any]:
-        """Return the expected answers of training rows that have one."""
-        found: dict[TaskInput, Any] = {}
+    def answers(self) -> dict[TaskInput, list[Any]]:
+        """Return the expected answers of training rows that have one: all of them where several rows have one text."""
+        found: dict[TaskInput, list[Any]] = {}
         for rows in self.labelled:
             read = rows.read("train")
-            expected = map(rows.task.expected, read)
-            found |= zip(rows.task.inputs(read, rows.pool()), expected, strict=True)
-        return {row: answer for row, answer in found.items() if answer is not None}
+            for row, answer in zip(rows.task.inputs(read, rows.pool()), map(rows.task.expected, read), strict=True):
+                if answer is not None:
+                    found.setdefault(row, []).append(answer)
+        return found
 
     def test(self, limit: int) -> list[TaskInput]:
         """Return the first `limit` test rows of each task."""

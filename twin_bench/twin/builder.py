@@ -23,6 +23,7 @@ from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
+from twin_bench.twin.exclusive.budget import check_budget
 from twin_bench.twin.exclusive.files import stored_as_adapter
 from twin_bench.twin.exclusive_random import random_like
 from twin_bench.twin.going_on import parameters_below
@@ -30,7 +31,7 @@ from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.router_training import RouterTraining, train_routers
-from twin_bench.twin.routers.registry import find_kind
+from twin_bench.twin.routers.limits import check_router, check_rows
 
 ORACLE_PARAMETERS = re.compile(r"bias$")
 """The parameters that the protocol paper neither merges nor replaces. It takes them from the true task's expert.
@@ -79,6 +80,8 @@ def build_twin(
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
     sources = open_sources(recipe.base_model, recipe.experts, labels=labels, **trust)
     check_limits(recipe, sources)
+    if rows is not None:
+        check_rows(recipe, sources, rows)
     options = merge_options(recipe)
     transposed = sources.skeleton.transposed
     merged = merge_lazily(
@@ -201,40 +204,12 @@ def _require_writable(directory: Path) -> None:
 
 def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
-    config, router = sources.config, recipe.router
+    config = sources.config
     window = position_limit(config)
     if recipe.max_length and window is not None and recipe.max_length > window:
         raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")
     depth, from_layer = config.num_hidden_layers, recipe.exclusive.from_layer
     if from_layer is not None and from_layer >= depth:
         raise InputError(f"exclusive.from_layer {from_layer}: the base model has {depth} blocks; give 0 to {depth - 1}")
-    if router is None:
-        return
-    kind = find_kind(router.kind)
-    if kind.router.reads_experts and recipe.exclusive.kind != "svd":
-        raise InputError(
-            f"router.kind {kind.name}: it reads factors, and exclusive.kind {recipe.exclusive.kind} has none; give "
-            "another kind of router, or exclusive.kind svd"
-        )
-    top = depth - 1 if kind.router.reads_experts else depth
-    lowest = from_layer or 0
-    for layer in router.layers or [router.layer]:
-        if layer != "auto" and not -1 <= layer <= depth:
-            raise InputError(f"router.layer {layer}: the base model has {depth} blocks; -1 to {depth}, or auto")
-        if layer != "auto" and kind.router.reads_experts and not lowest <= layer <= top:
-            raise InputError(
-                f"router.layer {layer}: kind {kind.name} needs exclusive vectors in the block above it; {lowest} to "
-                f"{top}, or auto"
-            )
-    if router.objective == "task_loss" and not sources.skeleton.head:
-        raise InputError("router.objective task_loss: it is the loss of classifiers; leave it out for a language model")
-    if router.objective == "task_loss" and not kind.router.trains:
-        raise InputError(f"router.objective task_loss: kind {kind.name} has no parameters to train; give mlp or linear")
-    if router.layers and kind.router.reads_experts:
-        raise InputError(f"router.layers: kind {kind.name} reads one layer; give layer")
-    if router.layers and router.pooling == "auto":
-        raise InputError("router.pooling auto: it is chosen for one layer; give mean, first or last with layers")
-    if router.pooling == "first" and sources.skeleton.task_type == "causal_lm":
-        raise InputError("router.pooling first: a causal model's first token sees no other; give mean or last")
-    if router.top_k > len(recipe.experts):
-        raise InputError(f"router.top_k {router.top_k}: there are {len(recipe.experts)} experts; 0 keeps all")
+    check_budget(recipe.exclusive, sources)
+    check_router(recipe, sources)

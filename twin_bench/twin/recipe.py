@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from twin_bench.config import Dtype, Seed, Settings, locate, parse, read_yaml, with_models_located
 from twin_bench.errors import InputError
@@ -37,7 +44,8 @@ class RouterSettings(Settings):
     of the held-out rows.
     With `objective` task_loss, the parameters of a classifier's router are trained on: on the loss of the fused model's
     answers to labelled training rows.
-    `max_rows` limits each task's rows. `held_out` is the fraction of them on which all that is chosen is chosen.
+    `max_rows` limits each task's rows. `held_out` is the fraction of them that the router is not fitted on. One half
+    of them chooses all that is chosen, and twin.json tells what the router does to the other half.
     `epochs` counts the passes over the training rows.
     With `paper`, the authors' router for the protocol paper is trained too if `data` holds each task's validation
     rows, on which the authors select it.
@@ -59,11 +67,41 @@ class RouterSettings(Settings):
     epochs: int = Field(default=50, ge=1)
     paper: bool = True
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        find_kind(kind)
+        return kind
+
+    @field_validator("options")
+    @classmethod
+    def _of_the_kind(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "kind" in info.data:  # not if it is unknown
+            find_kind(info.data["kind"]).checked(options)
+        return options
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if not layers:
+            raise InputError("no layer; name one, or leave layers out")
+        for layer in layers:
+            if layers.count(layer) > 1:
+                raise InputError(f"{layer} stands twice; remove one")
+        return layers
+
     @model_validator(mode="after")
-    def _known(self) -> RouterSettings:
-        find_kind(self.kind).checked(self.options)
+    def _in_effect(self) -> RouterSettings:
+        """Refuse keys that would change nothing beside the others."""
         if self.layers and "layer" in self.model_fields_set:
             raise InputError("give either layer or layers")
+        if self.fallback is None and "keep" in self.model_fields_set:
+            raise InputError("keep: without fallback: shared it changes nothing; give both, or neither")
+        if self.fallback and find_kind(self.kind).router.confidence_of is None:
+            raise InputError(
+                f"fallback: kind {self.kind} is as sure of one input as of any other; give another kind, or leave "
+                "fallback out"
+            )
         return self
 
     @model_serializer(mode="wrap")

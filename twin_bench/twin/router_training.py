@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from twin_bench.checkpoints.finite import all_finite
@@ -34,8 +33,9 @@ from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.routers.base import Examples, Router, RouterConfig
 from twin_bench.twin.routers.calibration import calibrate, report, set_threshold
 from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
-from twin_bench.twin.routers.mlp import train_router
+from twin_bench.twin.routers.kinds.mlp import train_router
 from twin_bench.twin.routers.registry import find_kind
+from twin_bench.twin.routers.rows import Divided, divided
 from twin_bench.twin.routers.store import kept_router
 from twin_bench.twin.task_loss import CHOOSING_ROWS, EPOCHS, ROWS, answered, require_answers, trained_on_task_loss
 from twin_bench.twin.tolerance import sensitivity
@@ -75,7 +75,7 @@ class RouterTraining:
     device: torch.device
     batch_size: int | None = None
     rows: Sequence[TaskInput] = ()
-    answers: Mapping[TaskInput, Any] = field(default_factory=dict)
+    answers: Mapping[TaskInput, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -103,20 +103,22 @@ class RouterTraining:
 def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
     """Return the twin's parts with its routers and the twin's sensitivity, and a summary of the choices.
 
-    All that is chosen about the router is chosen on held-out training rows. If the twin can run under the protocol
+    All that is chosen about the router is chosen on held-out training rows, and what is told about it is measured on
+    others. If the twin can run under the protocol
     paper and the data holds test rows, a second router is trained as the authors do.
     """
     settings, seed = training.settings, training.recipe.seed
-    rows = _sampled(training.given.train, training.experts, settings.max_rows, seed)
-    training = replace(training, rows=rows)
-    held_out = held_out_rows(rows, training.experts, settings.held_out, seed)
+    parted = divided(
+        training.given.train, training.experts, limit=settings.max_rows, held_out=settings.held_out, seed=seed
+    )
+    training = replace(training, rows=parted.rows)
     twin = training.twin()
     if settings.objective == "task_loss":
         training = replace(training, answers=training.given.answers())
         require_answers(training.answers, training.experts)
-    router, told = _kept(training, twin, rows, held_out, lambda: _chosen_router(training, twin, held_out))
+    router, told = _kept(training, twin, parted, lambda: _chosen_router(training, twin, parted))
     twin.router = copy.deepcopy(router).to(training.device)
-    probes = [row for row, chooses in zip(rows, held_out, strict=True) if chooses]
+    probes = [row for row, out in zip(parted.rows, parted.held_out, strict=True) if out]
     parts = replace(training.parts, router=router, sensitivity=_sensitivity(twin, probes))
     summary = {**settings.model_dump(exclude={"data"}), **told}
     if settings.paper and parts.paper is not None:
@@ -130,19 +132,18 @@ def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
 def _kept(
     training: RouterTraining,
     twin: TwinModel,
-    rows: Sequence[TaskInput],
-    held_out: Tensor,
+    parted: Divided,
     fit: Callable[[], tuple[Router, dict[str, Any]]],
 ) -> tuple[Router, dict[str, Any]]:
     """Return what `fit` returns, or what it returned in an earlier build on the same shared expert and rows."""
     if training.feature_cache is None:
         return fit()
     kind = find_kind(training.settings.kind)
-    labels = sorted(digest([*row, answer]) for row, answer in training.answers.items())
+    labels = sorted(digest([*row, *answers]) for row, answers in training.answers.items())
     read = kind.router.reads_experts or bool(labels)
     exclusive = [_tensors_of(own) for own in training.parts.exclusive.values()] if read else []
     heads = training.parts.heads.values() if labels else ()
-    encoded = twin.encode([(row.text, row.text_pair) for row in rows])
+    encoded = twin.encode([(row.text, row.text_pair) for row in parted.rows])
     decisive = {
         **surroundings(training.device),
         "kind": kind.identity,
@@ -154,8 +155,8 @@ def _kept(
         "parts": [digest_tensors(own) for own in (*exclusive, *heads)],
         "backbone": twin.backbone_digest,
         "dtype": str(twin.model.dtype),
-        "rows": digest([(identity(one).hex(), row.task) for one, row in zip(encoded, rows, strict=True)]),
-        "held_out": digest(held_out.tolist()),
+        "rows": digest([(identity(one).hex(), row.task) for one, row in zip(encoded, parted.rows, strict=True)]),
+        "held_out": digest([parted.choosing.tolist(), parted.reporting.tolist()]),
         "batch_size": training.batch_size,
     }
     return kept_router(training.feature_cache, decisive, fit)
@@ -168,31 +169,46 @@ def _tensors_of(exclusive: Exclusive) -> dict[str, Tensor]:
     return {**factors, **entries, **exclusive.vectors}
 
 
-def _chosen_router(training: RouterTraining, twin: TwinModel, held_out: Tensor) -> tuple[Router, dict[str, Any]]:
+def _chosen_router(training: RouterTraining, twin: TwinModel, parted: Divided) -> tuple[Router, dict[str, Any]]:
     """Return the router of the recipe, on the layer that is given or chosen, and a summary of it."""
     settings, progress = training.settings, training.progress
     kind, depth = find_kind(settings.kind), training.sources.config.num_hidden_layers
     reads = _candidates(training, depth)
     features = dict(zip(reads, _features(training, twin, training.rows, reads), strict=True))
-    fits = _Fits(training, twin, held_out, features)
+    fits = _Fits(training, twin, parted, features)
     accuracy: dict[Read, float] = {}
     wanted = tuple(reads)
     if "auto" in (settings.layer, settings.pooling):
         accuracy = {read: fits.probe((read,)) for read in progress.track(reads, description="router: layers")}
-        wanted = (cheapest(accuracy, int(held_out.sum()), depth),)
-    bar = progress.add_task(f"router: {kind.name}", total=settings.epochs)
-    examples = fits.examples(wanted, lambda: progress.advance(bar))
+        wanted = (cheapest(accuracy, int(parted.choosing.sum()), depth),)
+    examples = fits.examples(wanted, _bar(progress, f"router: {kind.name}", settings.epochs))
     router = kind.fit(fits.config(wanted), examples, settings.options)
-    progress.update(bar, completed=settings.epochs)
-    chosen = (examples.held_out, examples.held_out_owners)
     if settings.temperature == "auto":
-        calibrate(router, *chosen)
+        calibrate(router, examples.held_out, examples.held_out_owners)
     if training.answers:  # after the temperature, which task ids decide
         router = _on_task_loss(fits, wanted, router)
     if settings.fallback:
         set_threshold(router, examples.held_out, keep=settings.keep)
-    told = _summary(router, *chosen, len(examples.features), "held-out training rows")
-    return router, {**told, "layer_accuracy": {as_text(read): value for read, value in accuracy.items()}}
+    told = {
+        **_summary(router, len(examples.features), "held-out training rows", len(examples.held_out)),
+        **report(router, *fits.reporting(wanted)),
+        "reported_on": parted.reported_on,
+        "report_rows": int(parted.reporting.sum()),
+        "layer_accuracy": {as_text(read): value for read, value in accuracy.items()},
+    }
+    return router, told
+
+
+def _bar(progress: Progress, description: str, epochs: int) -> Callable[[], None]:
+    """Return what is called after each epoch. The bar appears with the first one: not every fit has epochs."""
+    bar: list[TaskID] = []
+
+    def advance() -> None:
+        if not bar:
+            bar.append(progress.add_task(description, total=epochs))
+        progress.advance(bar[0])
+
+    return advance
 
 
 @dataclass(frozen=True)
@@ -201,7 +217,7 @@ class _Fits:
 
     training: RouterTraining
     twin: TwinModel
-    held_out: Tensor
+    parted: Divided
     features: Mapping[Read, Tensor]
 
     def config(self, reads: tuple[Read, ...]) -> RouterConfig:
@@ -221,12 +237,21 @@ class _Fits:
 
     def examples(self, reads: tuple[Read, ...], advance: Callable[[], None] = lambda: None) -> Examples:
         """Return what a router on these reads is made from."""
-        training, held_out = self.training, self.held_out
-        hidden = torch.cat([self.features[read] for read in reads], dim=1)
-        owner = training.owners(training.rows)
-        rows = (hidden[~held_out], owner[~held_out], hidden[held_out], owner[held_out])
+        training, parted = self.training, self.parted
+        hidden, owner = self._read(reads)
+        fitting = ~parted.held_out
+        rows = (hidden[fitting], owner[fitting], hidden[parted.choosing], owner[parted.choosing])
         directions = functools.partial(reading_directions, self.twin, training.parts.exclusive, reads[0].layer)
         return Examples(*rows, training.settings.epochs, training.recipe.seed, directions, advance, training.trains_on)
+
+    def reporting(self, reads: tuple[Read, ...]) -> tuple[Tensor, Tensor]:
+        """Return the features (rows, width) and the owners (rows,) of the rows that the router is reported on."""
+        hidden, owner = self._read(reads)
+        return hidden[self.parted.reporting], owner[self.parted.reporting]
+
+    def _read(self, reads: tuple[Read, ...]) -> tuple[Tensor, Tensor]:
+        hidden = torch.cat([self.features[read] for read in reads], dim=1)
+        return hidden, self.training.owners(self.training.rows)
 
     def probe(self, reads: tuple[Read, ...]) -> float:
         """Return the accuracy on held-out rows: of ridge regression in place of a router that takes long to train."""
@@ -243,13 +268,12 @@ def _on_task_loss(fits: _Fits, reads: tuple[Read, ...], router: Router) -> Route
     training, twin = fits.training, fits.twin
     assert isinstance(twin, TwinClassifier)
     hidden = torch.cat([fits.features[read] for read in reads], dim=1)
-    bar = training.progress.add_task("router: task loss", total=EPOCHS)
     parts = [
         answered(twin, training.rows, hidden, mask, training.answers, limit)
-        for mask, limit in ((~fits.held_out, ROWS), (fits.held_out, CHOOSING_ROWS))
+        for mask, limit in ((~fits.parted.held_out, ROWS), (fits.parted.choosing, CHOOSING_ROWS))
     ]
-    seed = training.recipe.seed
-    return trained_on_task_loss(router, twin, *parts, seed=seed, advance=lambda: training.progress.advance(bar))
+    advance = _bar(training.progress, "router: task loss", EPOCHS)
+    return trained_on_task_loss(router, twin, *parts, seed=training.recipe.seed, advance=advance)
 
 
 def _candidates(training: RouterTraining, depth: int) -> list[Read]:
@@ -273,24 +297,29 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> t
     twin = training.twin("paper")
     both = [*training.rows, *test_rows]
     tested = torch.arange(len(both)) >= len(training.rows)
+    parted = Divided(both, tested, tested)
 
     def fit() -> tuple[Router, dict[str, Any]]:
         hidden = _features(training, twin, both, [Read(-1)], "router features (paper)")[0]
         owner = training.owners(both)
-        bar = training.progress.add_task("router (paper)", total=epochs)
         trained = train_router(
             RouterConfig(training.experts, hidden.shape[1]),
             *(hidden[~tested], owner[~tested], hidden[tested], owner[tested]),
             epochs=epochs,
             seed=training.recipe.seed,
-            advance=lambda: training.progress.advance(bar),
+            advance=_bar(training.progress, "router (paper)", epochs),
             device=training.trains_on,
         )
         trained.router.notes = {"epoch": trained.epoch}
-        rows = (hidden[tested], owner[tested], trained.rows)
-        return trained.router, _summary(trained.router, *rows, "test rows, as the authors do")
+        told = {
+            **_summary(trained.router, trained.rows, "test rows, as the authors do", len(test_rows)),
+            **report(trained.router, hidden[tested], owner[tested]),
+            "reported_on": parted.reported_on,
+            "report_rows": len(test_rows),
+        }
+        return trained.router, told
 
-    return _kept(training, twin, both, tested, fit)
+    return _kept(training, twin, parted, fit)
 
 
 def _features(
@@ -340,47 +369,8 @@ def _sensitivity(twin: TwinModel, rows: Sequence[TaskInput]) -> float:
     return sensitivity(twin, probes, tasks, twin.route_all(probes))
 
 
-def _sampled(rows: Sequence[TaskInput], names: Sequence[str], limit: int, seed: int) -> list[TaskInput]:
-    """Return a random sample of at most `limit` rows of each task."""
-    generator = torch.Generator().manual_seed(seed)
-    sample: list[TaskInput] = []
-    for name in names:
-        own = [row for row in rows if row.task == name]
-        sample += [own[index] for index in torch.randperm(len(own), generator=generator)[:limit].tolist()]
-    return sample
-
-
-def require_two(rows: Sequence[TaskInput], names: Sequence[str], where: str) -> None:
-    """Raise an InputError that begins with `where` if a task has fewer than two rows: one of them is held out."""
-    counts = Counter(row.task for row in rows)
-    for name in names:
-        if counts[name] < 2:
-            raise InputError(f"{where}: expert {name!r} has {counts[name]} rows; it needs two, one of them held out")
-
-
-def held_out_rows(rows: Sequence[TaskInput], names: Sequence[str], fraction: float, seed: int) -> Tensor:
-    """Return a mask (rows,) of the rows that are held out of training, on which the router is chosen.
-
-    A fraction of each task's rows is held out, and at least one row. Rows with equal texts are all held out or all
-    trained on, so that the router is not chosen on rows that it was trained on.
-
-    Raises:
-        InputError: A task has fewer than two rows.
-    """
-    require_two(rows, names, "router")
-    texts = sorted({(row.text, row.text_pair or "") for row in rows})
-    shuffled = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    rank = dict(zip(texts, shuffled, strict=True))
-    mask = torch.zeros(len(rows), dtype=torch.bool)
-    for name in names:
-        own = sorted((rank[row.text, row.text_pair or ""], i) for i, row in enumerate(rows) if row.task == name)
-        cut = own[max(1, int(fraction * len(own))) - 1][0]
-        mask[[i for position, i in own if position <= cut]] = True
-    return mask
-
-
-def _summary(router: Router, features: Tensor, owners: Tensor, rows: int, selected_on: str) -> dict[str, Any]:
-    """Return what twin.json says of a router. `features` and `owners` are of the rows on which it was chosen."""
+def _summary(router: Router, rows: int, selected_on: str, selection_rows: int) -> dict[str, Any]:
+    """Return what twin.json says of how a router was made: on how many rows, and what chose it."""
     return {
         "layer": router.config.layer,
         "pooling": router.config.pooling,
@@ -388,7 +378,6 @@ def _summary(router: Router, features: Tensor, owners: Tensor, rows: int, select
         "threshold": router.config.threshold,
         "selected_on": selected_on,
         **router.notes,
-        **report(router, features, owners),
         "rows": rows,
-        "selection_rows": len(features),
+        "selection_rows": selection_rows,
     }

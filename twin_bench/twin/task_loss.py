@@ -33,16 +33,17 @@ Answer = int | float
 class Answered:
     """Rows with their features (rows, width) for the router, their tasks, and the answers that are expected.
 
-    An answer is the id of a label, or a number where the task's head has one output.
+    An answer is the id of a label, or a number where the task's head has one output. A row has several where rows of
+    one text are labelled in several ways. Its loss is their mean.
     """
 
     encoded: Sequence[Encoded]
     features: Tensor
     tasks: Sequence[str]
-    answers: Sequence[Answer]
+    answers: Sequence[Sequence[Answer]]
 
 
-def require_answers(answers: Mapping[TaskInput, Answer], experts: Sequence[str]) -> None:
+def require_answers(answers: Mapping[TaskInput, Sequence[Answer]], experts: Sequence[str]) -> None:
     """Raise an InputError for an expert none of whose training rows has a label."""
     having = {row.task for row in answers}
     for name in experts:
@@ -58,7 +59,7 @@ def answered(
     rows: Sequence[TaskInput],
     features: Tensor,
     of: Tensor,
-    answers: Mapping[TaskInput, Answer],
+    answers: Mapping[TaskInput, Sequence[Answer]],
     limit: int,
 ) -> Answered:
     """Return the first `limit` rows of each task that have an answer and are in the mask `of` (rows,)."""
@@ -84,11 +85,11 @@ def losses(twin: TwinClassifier, router: Router, rows: Answered, batch: Sequence
         logits = twin.model(**inputs).logits.float()
     found = []
     for place, (row, task) in enumerate(zip(batch, tasks, strict=True)):
-        own, answer = logits[place, : twin.num_labels[task]], rows.answers[row]
+        own, answers = logits[place, : twin.num_labels[task]], torch.tensor(rows.answers[row], device=logits.device)
         if len(own) == 1:
-            found.append((own[0] - float(answer)) ** 2)
+            found.append((own[0] - answers.float()).square().mean())
         else:
-            found.append(F.cross_entropy(own, torch.tensor(int(answer), device=own.device)))
+            found.append(F.cross_entropy(own.expand(len(answers), -1), answers.long()))
     return torch.stack(found)
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from tests.support.dense import batch, dense
 from tests.support.families import Family, built
 from twin_bench import InputError, TwinModel
+from twin_bench.config import parse
 from twin_bench.files import digest, digest_file
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.directory import FORMAT_VERSION
@@ -199,15 +201,21 @@ def test_directories_of_older_formats_answer_bit_for_bit(twins: Any, tmp_path: P
     ("router", "says"),
     [
         ({"kind": "nearest_centre"}, r"unknown router kind 'nearest_centre'; did you mean 'nearest_centroid'\?"),
-        ({"kind": "knn", "options": {"k": 3}}, r"router.options: k: unknown key; .*known: neighbours, rows"),
+        ({"kind": "knn", "options": {"k": 3}}, r"^[^:]*: router.options: k: unknown key; .*known: neighbours, rows"),
+        ({"kind": "uniform", "options": {"rows": 3}}, "router.options: kind uniform has none; remove rows"),
+        ({"keep": 0.9}, "keep: without fallback: shared it changes nothing; give both, or neither"),
+        ({"layers": []}, "router.layers: no layer; name one, or leave layers out"),
+        ({"layers": [1, 0, 1]}, "router.layers: 1 stands twice; remove one"),
+        ({"kind": "uniform", "fallback": "shared"}, "fallback: kind uniform is as sure of one input as of any other"),
+        ({"kind": "random", "fallback": "shared"}, "fallback: kind random is as sure of one input as of any other"),
         ({"layer": 1, "layers": [0, 1]}, "give either layer or layers"),
         ({"pooling": "max"}, "pooling"),
         ({"temperature": "warm"}, "temperature"),
     ],
 )
 def test_wrong_settings_of_a_router(families: Any, router: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Recipe.model_validate(recipe_of(families("bert"), **router))
+    with pytest.raises(InputError, match=says):
+        parse(Recipe, recipe_of(families("bert"), **router), "recipe.yaml")
 
 
 @pytest.mark.parametrize(
@@ -224,12 +232,22 @@ def test_wrong_settings_of_a_router(families: Any, router: dict[str, Any], says:
         ),
         ({"kind": "projection", "layers": [0, 1]}, "kind projection reads one layer"),
         ({"layers": [0, 1], "pooling": "auto"}, "chosen for one layer"),
+        ({"layers": [0, -1, 2]}, r"router.layers: -1 and 2 are the same layer of 2 blocks; remove one"),
+        ({"kind": "knn", "options": {"neighbours": 67}}, r"options.neighbours 67: only 66 rows are stored; give fewer"),
+        ({"max_rows": 10, "kind": "knn", "options": {"neighbours": 28}}, r"options.neighbours 28: only 27 rows are stor"),
         ({"pooling": "first"}, "a causal model's first token sees no other"),
     ],
 )
 def test_settings_that_a_model_does_not_allow(
-    families: Any, causal_families: Any, tmp_path: Path, router: dict[str, Any], says: str
+    families: Any,
+    causal_families: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    router: dict[str, Any],
+    says: str,
 ) -> None:
+    """They are refused before a merge is made, which can take hours."""
+    monkeypatch.setattr("twin_bench.twin.builder.merge_lazily", None)
     family = causal_families("llama") if router == {"pooling": "first"} else families("bert")
     with pytest.raises(InputError, match=says):
         build_twin(Recipe.model_validate(recipe_of(family, **router)), tmp_path / "twin")
@@ -251,6 +269,16 @@ def test_a_router_on_the_experts_directions_needs_factors_above_its_layer(famili
             build_twin(Recipe.model_validate(recipe), tmp_path / "twin")
     recipe = {**recipe_of(families("bert"), kind="projection", layer="auto"), "exclusive": {"rank": 2, "from_layer": 1}}
     assert told(built(recipe, tmp_path / "twin"))["layer_accuracy"].keys() == {"1"}
+
+
+def test_a_bar_counts_epochs_where_there_are_some(families: Any, tmp_path: Path) -> None:
+    for kind, counted in (("mlp", True), ("linear", False), ("nearest_centroid", False)):
+        progress = Progress(disable=True)
+        recipe = Recipe.model_validate(recipe_of(families("bert"), kind=kind, epochs=3))
+        build_twin(recipe, tmp_path / kind, progress=progress)
+        bars = {task.description: (task.completed, task.total) for task in progress.tasks}
+        assert bars["router features"][0] == bars["router features"][1]
+        assert bars.get(f"router: {kind}") == ((3, 3) if counted else None)
 
 
 def test_a_directory_with_an_unknown_kind_names_its_file(twins: Any, tmp_path: Path) -> None:

@@ -200,14 +200,18 @@ def test_a_fit_is_pure_and_a_router_round_trips(name: str, tmp_path: Path) -> No
 def test_wrong_kinds_and_options() -> None:
     with pytest.raises(InputError, match=r"unknown router kind 'knnn'; did you mean 'knn'\?"):
         find_kind("knnn")
-    with pytest.raises(InputError, match=r"router.options: neighbors: unknown key; did you mean 'neighbours'\?"):
+    with pytest.raises(InputError, match=r"^neighbors: unknown key; did you mean 'neighbours'\?"):
         find_kind("knn").checked({"neighbors": 3})
-    with pytest.raises(InputError, match=r"router.options: rows: .*greater than or equal to 1"):
+    with pytest.raises(InputError, match=r"^rows: .*greater than or equal to 1"):
         find_kind("mahalanobis").checked({"rows": 0})
     with pytest.raises(InputError, match="kind uniform has none; remove rows"):
         find_kind("uniform").checked({"rows": 3})
     with pytest.raises(InputError, match="neighbours 7: only 6 rows are stored"):
         fitted("knn", rows=2, neighbours=7)
+    for counts, width, options in (([30, 24], 24, {"rows": 24, "rank": 0}), ([30, 40], 5, {"rows": 32, "rank": 5})):
+        with pytest.raises(InputError, match=f"they span all {width} features"):
+            find_kind("subspace").router.check(counts, width, options)
+        find_kind("subspace").router.check(counts, width + 1, options)
 
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "routers.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from tests.support.families import built
 from tests.support.models import WORDS
 from twin_bench import InputError, TwinModel
+from twin_bench.data.rows import read_router_rows
+from twin_bench.data.task import TaskInput
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.routers.base import Examples, RouterConfig
@@ -42,7 +45,7 @@ def setting(twins: Any) -> tuple[Any, Any, Answered]:
     ]
     examples = Examples(features, owners, features, owners)
     router = find_kind("linear").fit(RouterConfig(TASKS, 24, 1, kind="linear"), examples, {"strength": 100.0})
-    return twin, router, Answered(encoded, features, tasks, answers)
+    return twin, router, Answered(encoded, features, tasks, [[answer] for answer in answers])
 
 
 def test_the_gradient_is_that_of_the_fused_models_loss(setting: Any) -> None:
@@ -60,7 +63,7 @@ def test_the_gradient_is_that_of_the_fused_models_loss(setting: Any) -> None:
         answers = twin.answer([rows.encoded[row] for row in batch], tasks, fusion_weights=weights)
         sums = 0.0
         for row, answer in zip(batch, answers, strict=True):
-            target = rows.answers[row]
+            (target,) = rows.answers[row]
             if len(answer.logits) == 1:
                 sums += (float(answer.logits) - target) ** 2
             else:
@@ -73,6 +76,26 @@ def test_the_gradient_is_that_of_the_fused_models_loss(setting: Any) -> None:
         shift = step * torch.eye(3)[expert]
         expected = (total(shift) - total(-shift)) / (2 * step)
         assert gradient[expert].item() == pytest.approx(expected, rel=0.02, abs=1e-3)
+
+
+def test_a_text_with_several_labels_has_the_mean_of_their_losses(setting: Any, tmp_path: Path) -> None:
+    twin, router, rows = setting
+    first = {"cola": [0], "stsb": [1.5], "mnli": [2]}
+    second = {"cola": [1], "stsb": [4.0], "mnli": [0]}
+    both = {task: [*first[task], *second[task]] for task in TASKS}
+    one, other, together = (
+        losses(twin, router, replace(rows, answers=[given[task] for task in rows.tasks]), range(6))
+        for given in (first, second, both)
+    )
+    torch.testing.assert_close(together, (one + other) / 2)
+    assert (one - other).abs().min() > 0.01
+    data = labelled_rows(tmp_path / "data")
+    lines = (data / "cola" / "train.jsonl").read_text().splitlines()
+    twice = {**json.loads(lines[0]), "label": 1 - json.loads(lines[0])["label"]}
+    (data / "cola" / "train.jsonl").write_text("\n".join([*lines, json.dumps(twice)]))
+    answers = read_router_rows(data, TASKS).answers()
+    assert answers[TaskInput(twice["sentence"], None, "cola")] == [0, 1]
+    assert sum(map(len, answers.values())) == 61
 
 
 def test_training_lowers_the_loss_and_changes_the_router_alone(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +123,7 @@ def test_an_epoch_that_makes_it_worse_is_not_taken(setting: Any, monkeypatch: py
         float(found.logits) if len(found.logits) == 1 else int(found.logits.argmax())
         for found in twin.answer(rows.encoded, rows.tasks, fusion_weights=weights)
     ]
-    choosing = Answered(rows.encoded, rows.features, rows.tasks, answers)
+    choosing = Answered(rows.encoded, rows.features, rows.tasks, [[answer] for answer in answers])
     trained = trained_on_task_loss(router, twin, rows, choosing, epochs=1)
     assert trained.notes["task_loss"]["epoch"] == 0
     assert torch.equal(trained.linear.weight, router.linear.weight)
@@ -143,7 +166,11 @@ def test_a_recipe_asks_for_it(families: Any, tmp_path: Path) -> None:
         ({"kind": "knn"}, "kind knn has no parameters to train; give mlp or linear"),
     ],
 )
-def test_task_loss_that_can_t_be(families: Any, tmp_path: Path, router: dict[str, Any], says: str) -> None:
+def test_task_loss_that_can_t_be(
+    families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router: dict[str, Any], says: str
+) -> None:
+    """It is refused before a merge is made."""
+    monkeypatch.setattr("twin_bench.twin.builder.merge_lazily", None)
     family = families("bert")
     asked = {**family.recipe, "router": {**family.recipe["router"], "objective": "task_loss", **router}}
     with pytest.raises(InputError, match=says):

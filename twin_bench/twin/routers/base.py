@@ -68,6 +68,10 @@ class Examples:
     advance: Callable[[], None] = field(default=lambda: None)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def counts(self, experts: int) -> list[int]:
+        """Return the number of training rows of each expert."""
+        return [int((self.owners == expert).sum()) for expert in range(experts)]
+
     def few(self, experts: int, rows: int) -> list[Tensor]:
         """Return the features of the first `rows` rows of each expert, in float64."""
         return [self.features[self.owners == expert][:rows].double() for expert in range(experts)]
@@ -78,13 +82,14 @@ class Router(nn.Module, abc.ABC):
 
     `trains` says that a fit takes many steps. The layer of such a router is chosen by a closed-form probe, and of any
     other by the router itself. `reads_experts` says that a fit reads the exclusive vectors: `Examples.directions`.
-    `confidence_of` is what a threshold is compared with. `notes` is what a fit tells about itself, as plain data.
+    `confidence_of` is what a threshold is compared with, or None for a kind that is as sure of one input as of any
+    other, which has no threshold. `notes` is what a fit tells about itself, as plain data.
     """
 
     kind: ClassVar[str]
     trains: ClassVar[bool] = False
     reads_experts: ClassVar[bool] = False
-    confidence_of: ClassVar[Confidence] = "probability"
+    confidence_of: ClassVar[Confidence | None] = "probability"
 
     def __init__(self, config: RouterConfig) -> None:
         """Keep the config. InputError if a number of it is out of its range."""
@@ -99,6 +104,13 @@ class Router(nn.Module, abc.ABC):
         """Return a router made from examples. Keywords with a default are the options of the kind.
 
         The result depends on the arguments alone, and the global random state is not changed.
+        """
+
+    @classmethod
+    def check(cls, counts: Sequence[int], width: int, options: Mapping[str, Any]) -> None:
+        """Raise an InputError for options of `fit` that the number of training rows or features does not allow.
+
+        It is called before any feature is computed. `counts` are the numbers of training rows of the experts.
         """
 
     @abc.abstractmethod

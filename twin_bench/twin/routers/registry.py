@@ -1,8 +1,8 @@
 """The registry of router kinds: their headers, and how a kind is found by its name.
 
 A kind is a subclass of `Router` in a file of its own, with `@router_kind(...)` above it. Its docstring is its
-documentation, and the keywords of its `fit` are its options. The files of this package are found by themselves. Those
-of other packages are found as merge methods are: by the entry-point group `twin_bench.methods`, or as a plugin.
+documentation, and the keywords of its `fit` are its options. The files of `kinds/` are found by themselves. Kinds of
+other packages are found as merge methods are: by the entry-point group `twin_bench.methods`, or as a plugin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import create_model
 
-import twin_bench.twin.routers as own
 from twin_bench.config import Settings, parse
 from twin_bench.errors import InputError, nearest, shown
 from twin_bench.files import digest_code
@@ -50,8 +49,8 @@ class RouterKind:
         The message says which options there are, if there are none.
         """
         if options and not self.options.model_fields:
-            raise InputError(f"router.options: kind {self.name} has none; remove {', '.join(map(str, options))}")
-        settings = parse(self.options, dict(options), "router.options")
+            raise InputError(f"kind {self.name} has none; remove {', '.join(map(str, options))}")
+        settings = parse(self.options, dict(options))
         return {name: getattr(settings, name) for name in self.options.model_fields}
 
     def fit(self, config: RouterConfig, examples: Examples, options: Mapping[str, Any]) -> Router:
@@ -95,8 +94,9 @@ def router_kind(
 @cache
 def _load_own() -> None:
     """Import this package's modules, which register its kinds."""
-    for found in pkgutil.iter_modules(own.__path__):
-        importlib.import_module(f"{own.__name__}.{found.name}")
+    package = importlib.import_module(f"{__package__}.kinds")
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{found.name}")
 
 
 def router_kinds() -> Mapping[str, RouterKind]:

@@ -17,7 +17,7 @@ from twin_bench.files import digest, read_json, read_tensors, write_json, write_
 from twin_bench.twin.routers.base import Router, RouterConfig
 from twin_bench.twin.routers.registry import find_kind
 
-FORMAT = 2
+FORMAT = 3
 """The version of kept routers. It is raised with every change in how a router is chosen or fitted."""
 FOLDER = "routers"
 """The folder of kept routers, in that of the features."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import InputError
 from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.twin.exclusive.budget import direction_cost, require_budget
 from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
-from twin_bench.twin.exclusive.quantised import direction_bytes, quantised
+from twin_bench.twin.exclusive.quantised import quantised
 from twin_bench.twin.exclusive.registry import exclusive_kind
 
 
@@ -141,22 +142,14 @@ def _share_of(differences: ExpertDifferences, budget: float) -> int:
 
 
 def _within_budget(differences: ExpertDifferences, budget: int, bits: int | None) -> dict[str, Factors]:
-    left = budget - sum(vector.nbytes for vector in differences.vectors.values())
+    taken = sum(vector.nbytes for vector in differences.vectors.values())
+    left = budget - taken
     whole: dict[str, Factors] = {}
     costs: dict[str, int] = {}
     for name, matrix in differences.matrices():
         m, n = matrix.shape
-        costs[name] = direction_bytes((m, n), bits) * (matrix.itemsize // 4 if bits is None else 1)
-        most = min(m, n, max(0, left) // costs[name])
-        whole[name] = _truncated(name, matrix, most, differences.seed)
-    taken = budget - left
-    smallest = min(costs, key=lambda name: costs[name], default="")
-    least = costs.get(smallest, 0)
-    if left < least:
-        first = f", and rank 1 of the smallest matrix ({smallest}) {least}" if smallest else ""
-        raise InputError(
-            f"exclusive: a budget of {budget} bytes is too small for expert {differences.expert!r}: its vectors take "
-            f"{taken}{first}; give at least {taken + least}"
-        )
+        costs[name] = direction_cost((m, n), matrix.dtype, bits)
+        whole[name] = _truncated(name, matrix, min(m, n, max(0, left) // costs[name]), differences.seed)
+    require_budget(budget, differences.expert, taken, costs)
     counts = directions_within({name: _singular_values(pair) for name, pair in whole.items()}, costs, left)
     return {name: _cut(pair, counts[name]) for name, pair in whole.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -37,14 +38,20 @@ class SubspaceRouter(StoredRouter):
         rank: Annotated[int, Field(ge=0)] = 0,
     ) -> SubspaceRouter:
         """Find an orthonormal basis of each task's rows. InputError if a task's rows span the whole space."""
-        kept = min(rank or rows, rows, *(len(own) for own in examples.few(len(config.experts), rows)))
-        if kept >= config.width:
-            raise InputError(
-                f"router.options.rows {rows}: they span all {config.width} features, so that no residual is left; give "
-                "fewer, or a rank"
-            )
+        counts = examples.counts(len(config.experts))
+        cls.check(counts, config.width, {"rows": rows, "rank": rank})
+        kept = min(rank or rows, rows, *counts)
         few = [own / own.norm(dim=1, keepdim=True) for own in examples.few(len(config.experts), rows)]
         return cls(config, bases=torch.stack([_directions(own)[:kept] for own in few]))
+
+    @classmethod
+    def check(cls, counts: Sequence[int], width: int, options: Mapping[str, Any]) -> None:
+        """Raise an InputError if the rows span all features."""
+        if min(options["rank"] or options["rows"], options["rows"], *counts) >= width:
+            raise InputError(
+                f"router.options.rows {options['rows']}: they span all {width} features, so that no residual is left; "
+                "give fewer, or a rank"
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (N, T) for features (N, width)."""

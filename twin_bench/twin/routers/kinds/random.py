@@ -19,6 +19,7 @@ SHARPNESS = 20.0
 class RandomRouter(StoredRouter):
     """One expert for each input, drawn by a hash of its features: what routing is worth that knows nothing. A bound."""
 
+    confidence_of = None
     hashes: Tensor
     phases: Tensor
     mean: Tensor

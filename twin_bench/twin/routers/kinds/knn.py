@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from twin_bench.errors import InputError
 from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
-from twin_bench.twin.routers.nearest_centroid import distances
+from twin_bench.twin.routers.kinds.nearest_centroid import distances
 from twin_bench.twin.routers.registry import router_kind
 
 DOUBT = 0.01
@@ -36,11 +37,17 @@ class KnnRouter(StoredRouter):
         neighbours: Annotated[int, Field(ge=1)] = 5,
     ) -> KnnRouter:
         """Store the first rows of each task. InputError if they are fewer than the neighbours."""
+        cls.check(examples.counts(len(config.experts)), config.width, {"rows": rows, "neighbours": neighbours})
         few = examples.few(len(config.experts), rows)
         owners = torch.repeat_interleave(torch.arange(len(few)), torch.tensor([len(own) for own in few]))
-        if neighbours > len(owners):
-            raise InputError(f"router.options.neighbours {neighbours}: only {len(owners)} rows are stored; give fewer")
         return cls(config, examples=torch.cat(few), owners=owners, neighbours=torch.tensor(neighbours))
+
+    @classmethod
+    def check(cls, counts: Sequence[int], width: int, options: Mapping[str, Any]) -> None:
+        """Raise an InputError if fewer rows are stored than there are neighbours."""
+        stored, neighbours = sum(min(own, options["rows"]) for own in counts), options["neighbours"]
+        if neighbours > stored:
+            raise InputError(f"router.options.neighbours {neighbours}: only {stored} rows are stored; give fewer")
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (N, T) for features (N, width): the logarithms of the votes."""

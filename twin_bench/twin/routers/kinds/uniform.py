@@ -13,6 +13,8 @@ from twin_bench.twin.routers.registry import router_kind
 class UniformRouter(Router):
     """w_t = 1 / T for every input: what a fusion is worth without routing. A bound."""
 
+    confidence_of = None
+
     @classmethod
     def fit(cls, config: RouterConfig, examples: Examples) -> UniformRouter:
         """Read nothing."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
 from twin_bench.twin.routers.registry import router_kind
-from twin_bench.twin.routers.subspace import residuals
+from twin_bench.twin.routers.kinds.subspace import residuals
 
 
 @router_kind("projection", title="MASS's projection residual", paper="arXiv:2504.05342", needs=())

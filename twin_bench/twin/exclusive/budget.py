@@ -1,0 +1,72 @@
+"""Budgets of exclusive vectors: what a direction costs, and which budget is too small for any, before a merge is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from twin_bench.checkpoints.sources import Sources
+from twin_bench.errors import InputError
+from twin_bench.twin.exclusive.quantised import direction_bytes
+from twin_bench.twin.exclusive.settings import Bytes, ExclusiveSettings
+
+
+def direction_cost(shape: tuple[int, int], dtype: torch.dtype, bits: int | None) -> int:
+    """Return the bytes of one direction of an (m, n) difference: of factors in its dtype, or in `bits`."""
+    return direction_bytes(shape, bits) * (dtype.itemsize // 4 if bits is None else 1)
+
+
+def require_budget(budget: int, expert: str, vectors: int, costs: Mapping[str, int]) -> None:
+    """Raise an InputError for a budget in bytes that holds not even one direction.
+
+    Args:
+        budget: The bytes for one expert.
+        expert: Its name.
+        vectors: The bytes of its vectors, which are kept whole.
+        costs: The bytes of one direction of each of its matrices, by name.
+    """
+    smallest = min(costs, key=lambda name: costs[name], default="")
+    least = costs.get(smallest, 0)
+    if budget - vectors < least:
+        first = f", and rank 1 of the smallest matrix ({smallest}) {least}" if smallest else ""
+        raise InputError(
+            f"exclusive: a budget of {budget} bytes is too small for expert {expert!r}: its vectors take "
+            f"{vectors}{first}; give at least {vectors + least}"
+        )
+
+
+def check_budget(settings: ExclusiveSettings, sources: Sources) -> None:
+    """Raise an InputError for a budget that is too small for an expert, whatever the shared expert is.
+
+    Vectors are counted that the expert changes itself, and matrices that any expert may change. With `from_layer` the
+    vectors are not counted, because some of them may be left out.
+    """
+    if settings.budget is None:
+        return
+    shapes = sources.skeleton.backbone
+    dtypes = {name: sources.base.dtype(name) for name in shapes}
+    exact = {name: torch.promote_types(one, torch.float32) for name, one in dtypes.items() if one.is_floating_point}
+    whole = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes.items())
+    budget = settings.budget.bytes if isinstance(settings.budget, Bytes) else int(settings.budget * whole)
+    changed = _may_change(sources)
+    costs = {
+        name: direction_cost((shape[0], shape[1]), exact[name], settings.bits)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name in exact and name in changed
+    }
+    vectors = [name for name, shape in shapes.items() if len(shape) == 1 and name in exact and name in changed]
+    for expert, model in sources.experts.items():
+        own = [] if settings.from_layer is not None else vectors
+        differing = (name for name in own if not torch.equal(model[name], sources.base[name]))
+        kept = sum(shapes[name].numel() * exact[name].itemsize for name in differing)
+        require_budget(budget, expert, kept, costs)
+
+
+def _may_change(sources: Sources) -> set[str]:
+    """Return the names of the parameters that an expert may change: of an adapter, those that it stores."""
+    names: set[str] = set()
+    for expert in sources.experts.values():
+        stored = expert.low_rank.keys() | expert.replaced
+        names |= stored or sources.skeleton.backbone.keys()
+    return names
