@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
 from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.device import exact_device
+from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
@@ -27,6 +29,7 @@ from twin_bench.twin.exclusive.budget import check_budget
 from twin_bench.twin.exclusive.files import stored_as_adapter
 from twin_bench.twin.exclusive_random import random_like
 from twin_bench.twin.going_on import parameters_below
+from twin_bench.twin.kept_svd import kept_svd
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
@@ -63,7 +66,7 @@ def build_twin(
             else cpu.
         batch_size: How many rows are in a forward pass for features at most, by default what 8,192 tokens hold, up to
             64.
-        feature_cache: The directory in which the routers' features are kept from run to run, or None.
+        feature_cache: The directory in which SVDs and the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
 
     Returns:
@@ -83,14 +86,12 @@ def build_twin(
     if rows is not None:
         check_rows(recipe, sources, rows)
     options = merge_options(recipe)
-    transposed = sources.skeleton.transposed
-    merged = merge_lazily(
-        recipe.shared.method, sources.base, sources.experts, transposed=transposed, device=on, **options
-    )
+    given = {"transposed": sources.skeleton.transposed, "device": on, **options}
+    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **given)
     shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
     parts = Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},
-        exclusive=_exclusive_vectors(recipe, sources, shared, progress, on),
+        exclusive=_exclusive_vectors(recipe, sources, shared, progress, on, feature_cache),
         paper=_paper_parts(recipe, sources),
         max_length=recipe.max_length,
     )
@@ -142,15 +143,21 @@ def merge_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _exclusive_vectors(
-    recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], progress: Progress, device: torch.device
+    recipe: Recipe,
+    sources: Sources,
+    shared: Mapping[str, Tensor],
+    progress: Progress,
+    device: torch.device,
+    cache: Path | None,
 ) -> dict[str, Exclusive]:
     """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
     without = _left_out(sources, shared, settings.from_layer)
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
+    decompose = truncated_svd if cache is None else partial(kept_svd, cache / "svd")
     for name, expert in experts:
         options = {"kind": settings.kind, "name": name, "seed": seed, "without": without, **settings.options()}
-        own = exclusive_vector(expert, shared, device=exact_device(device), **options)
+        own = exclusive_vector(expert, shared, device=exact_device(device), decompose=decompose, **options)
         found[name] = random_like(own, name, seed=seed) if settings.random else own
     return found
 

@@ -159,8 +159,8 @@ class TwinModel(nn.Module, abc.ABC):
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
-            InputError: the directory holds no twin, one of a newer format or of another kind than this class, or a
-                damaged or edited file; the twin can't serve the protocol, or the tolerance; or the devices don't suit.
+            InputError: no twin is there, or one of a newer format or of another kind than this class; a file is damaged
+                or edited; the twin can't serve the protocol or the tolerance; or the devices don't suit.
         """
         from twin_bench.twin.directory import load_twin
 
@@ -212,11 +212,10 @@ class TwinModel(nn.Module, abc.ABC):
         A layer alone stands for the mean over the tokens (see `Read`).
         """
         reads = reads_of(layers)
-        backbone, own = self.backbone, self.router_overrides
+        backbone, own, mask = self.backbone, self.router_overrides, inputs.get("attention_mask")
         overrides = {name: tensor.to(backbone.get_parameter(name)) for name, tensor in own.items()}
         with self.fusion.shared():
             states = hidden_states(backbone, inputs, [read.layer for read in reads], overrides=overrides)
-        mask = inputs.get("attention_mask")
         return [pool(state, mask, read.pooling).to(self.device) for state, read in zip(states, reads, strict=True)]
 
     def encode(self, texts: Sequence[Text], *, max_length: int | None = None) -> list[Encoded]:

@@ -49,7 +49,8 @@ class ExpertDifferences:
 
     `matrices()` yields each matrix's name and difference (m, n), and computes one after the other. They are on the
     device of the build; what a kind keeps of them is on the CPU. `vectors` are the differences of 1-D tensors. Equal
-    parameters are left out. All are in float32, or in float64 for float64 parameters.
+    parameters are left out. All are in float32, or in float64 for float64 parameters. `svd(matrix, rank)` returns the
+    best approximation of a matrix of that rank, as `twin_bench.merging.linear_algebra.truncated_svd` does.
     `expert` is the expert's name, which draws depend on besides `seed`. `model_bytes` is the size of a whole expert
     without its head.
     """
@@ -59,3 +60,4 @@ class ExpertDifferences:
     model_bytes: int
     vectors: Mapping[str, Tensor]
     matrices: Callable[[], Iterator[tuple[str, Tensor]]]
+    svd: Callable[[Tensor, int], Factors]

@@ -6,14 +6,17 @@ tensors are kept unchanged, as in the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.finite import require_no_overflow, require_weights
 from twin_bench.errors import InputError
+from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
 from twin_bench.twin.exclusive.registry import find_kind
 
@@ -29,6 +32,7 @@ def exclusive_vector(
     seed: int = 0,
     without: Container[str] = (),
     device: str | torch.device = "cpu",
+    decompose: Callable[..., Factors] = truncated_svd,
     **options: Any,
 ) -> Exclusive:
     """Return v_t of one expert over the shared expert, parameter by parameter.
@@ -41,6 +45,7 @@ def exclusive_vector(
         seed: The seed of a randomised SVD, and of draws.
         without: Names of parameters of which nothing is kept.
         device: Where matrices are decomposed and sorted. What is kept of them is on the CPU.
+        decompose: What computes `truncated_svd`, or has kept it.
         **options: The kind's options, for example `rank` or `density`.
 
     Returns:
@@ -71,6 +76,7 @@ def exclusive_vector(
             model_bytes=sum(tensor.nbytes for tensor in shared.values()),
             vectors=dict(differences(1)),
             matrices=lambda: ((parameter, matrix.to(device)) for parameter, matrix in differences(2)),
+            svd=partial(decompose, seed=seed),
         ),
         options,
     )

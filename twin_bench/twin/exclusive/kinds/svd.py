@@ -9,7 +9,6 @@ from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.errors import InputError
-from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.exclusive.budget import direction_cost, require_budget
 from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
 from twin_bench.twin.exclusive.quantised import quantised
@@ -105,13 +104,13 @@ def _decomposed(
     for name, matrix in differences.matrices():
         full = density is None and rank is None
         limit = min(matrix.shape) if full else exclusive_rank(matrix.shape, density=density, rank=rank)
-        yield name, matrix, _truncated(name, matrix, limit, differences.seed)
+        yield name, matrix, _truncated(differences, name, matrix, limit)
 
 
-def _truncated(name: str, matrix: Tensor, rank: int, seed: int) -> Factors:
+def _truncated(differences: ExpertDifferences, name: str, matrix: Tensor, rank: int) -> Factors:
     """Return the factors of a truncated SVD on the CPU. InputError that names the tensor if it fails."""
     try:
-        B, A = truncated_svd(matrix, rank, seed=seed)
+        B, A = differences.svd(matrix, rank)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise InputError(f"tensor {name}: the SVD of its difference fails ({error}); correct the expert") from None
     return Factors(B.cpu(), A.cpu())
@@ -149,7 +148,7 @@ def _within_budget(differences: ExpertDifferences, budget: int, bits: int | None
     for name, matrix in differences.matrices():
         m, n = matrix.shape
         costs[name] = direction_cost((m, n), matrix.dtype, bits)
-        whole[name] = _truncated(name, matrix, min(m, n, max(0, left) // costs[name]), differences.seed)
+        whole[name] = _truncated(differences, name, matrix, min(m, n, max(0, left) // costs[name]))
     require_budget(budget, differences.expert, taken, costs)
     counts = directions_within({name: _singular_values(pair) for name, pair in whole.items()}, costs, left)
     return {name: _cut(pair, counts[name]) for name, pair in whole.items()}
