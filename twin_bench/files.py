@@ -270,6 +270,18 @@ def locked(file: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def made_by_one(path: Path) -> Iterator[None]:
+    """Hold the lock under which `path` is made. Another process that would make it waits, and then finds it.
+
+    The lock is a hidden file beside `path`, which stays. Where it can't be written nobody waits.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            held.enter_context(locked(path.with_name(f".{path.name}.lock")))
+        yield
+
+
 def _warn_damaged(file: Path, reason: str) -> None:
     _log.warning("%s: damaged (%s); its content is computed again", file, reason)
 

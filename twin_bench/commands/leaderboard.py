@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="score only the first N rows of each task")
     _add_more(parser)
+    _add_executor(parser)
     add_comparison(parser)
 
 
@@ -94,11 +95,38 @@ def _add_more(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_executor(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where lines of the table are computed."""
+    parser.add_argument(
+        "--executor",
+        choices=("local", "processes", "ray"),
+        default="local",
+        help="where models are made and scored: one after the other in this process, in processes of this machine, or "
+        "on a Ray cluster (default: local). Scores do not depend on it",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=positive, help="so many processes (default: 2; with ray, what the cluster has)"
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the Ray cluster; auto is one that runs on this machine (default: RAY_ADDRESS, or Ray's own choice)",
+    )
+    parser.add_argument(
+        "--gpus-per-worker",
+        metavar="N",
+        type=float,
+        help="GPUs of each Ray worker; 0.5 lets two share one (default: 1 where the cluster has GPUs)",
+    )
+    parser.add_argument("--retry", action="store_true", help="compute again what failed in a worker of an earlier run")
+
+
 def run(options: argparse.Namespace) -> None:
     """Run the suite, write its results and print its table; InputError for what is wrong with the suite."""
     from twin_bench.config import replaced
     from twin_bench.console import progress_bars
     from twin_bench.files import require_writable
+    from twin_bench.leaderboard.executors import EXECUTORS, Given
     from twin_bench.leaderboard.forecast import described
     from twin_bench.leaderboard.run import RunOptions, plan_suite, run_suite
     from twin_bench.leaderboard.suite import read_suite
@@ -129,16 +157,17 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.with_speed:
         _check_speed(suite, wanted)
+    given = Given(options.workers, options.address, options.gpus_per_worker, options.retry)
+    executor = EXECUTORS[options.executor](given)
     for file in (FILE, *FILES):
         require_writable(options.out / file)
-    with progress_bars(options) as progress:
-        if options.plan:
-            planned = plan_suite(suite, options.out, wanted, progress=progress)
-        else:
-            board = run_suite(suite, options.out, wanted, progress=progress)
     if options.plan:
+        with progress_bars(options) as progress:
+            planned = plan_suite(suite, options.out, wanted, progress=progress)
         print(described(planned, suite.name))
         return
+    with executor, progress_bars(options) as progress:
+        board = run_suite(suite, options.out, wanted, progress=progress, executor=executor)
     if options.with_speed:
         _measure_speed(board, options.out)
     write_board(board._replace(identity={**board.identity, "command": options.command_line}), options.out)

@@ -16,7 +16,7 @@ from twin_bench.contenders.storage import twin_bytes
 from twin_bench.data.classification import labels_of
 from twin_bench.data.rows import RouterRows, read_router_rows, router_rows
 from twin_bench.errors import InputError
-from twin_bench.files import digest, read_record, write_record
+from twin_bench.files import digest, made_by_one, read_record, write_record
 from twin_bench.measured import Meter, Taken
 from twin_bench.merging.recipe import Shared
 from twin_bench.merging.registry import MergeMethod, ServedMethod, find_method, served_method
@@ -221,24 +221,26 @@ def rows_for_routers(context: Context) -> RouterRows:
 def _build(recipe: Recipe, directory: Path, context: Context) -> Taken:
     """Build the twin unless it exists. Return what the build took, which may have been one of an earlier run.
 
-    If another process has built the same twin first, its twin is used. Nobody may have measured that build.
+    Another process that would build the same twin waits, and uses it. On a file system without locks both build it, and
+    the first one's twin is used. Nobody may have measured that build.
     """
     record = directory.with_suffix(".json")  # beside the twin, whose own files depend on its inputs alone
-    if not directory.is_dir():
-        try:
-            with Meter(context.device) as meter:
-                build_twin(
-                    recipe,
-                    directory,
-                    rows=rows_for_routers(context),
-                    labels=labels_of(rows.task for rows in context.tasks),
-                    device=context.device,
-                    feature_cache=context.feature_cache,
-                    progress=context.progress,
-                )
-            write_record(record, asdict(meter.taken), format_number=BUILD_FORMAT)
-        except (InputError, OSError):
-            if not directory.is_dir():
-                raise
+    with made_by_one(directory):
+        if not directory.is_dir():
+            try:
+                with Meter(context.device) as meter:
+                    build_twin(
+                        recipe,
+                        directory,
+                        rows=rows_for_routers(context),
+                        labels=labels_of(rows.task for rows in context.tasks),
+                        device=context.device,
+                        feature_cache=context.feature_cache,
+                        progress=context.progress,
+                    )
+                write_record(record, asdict(meter.taken), format_number=BUILD_FORMAT)
+            except (InputError, OSError):
+                if not directory.is_dir():
+                    raise
     stored = read_record(record, format_number=BUILD_FORMAT)
     return Taken() if stored is None else Taken(**stored)

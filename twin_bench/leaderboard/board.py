@@ -47,12 +47,12 @@ def board_of(
             line = protocol, entry.label
             if not entry.runs_under(protocol) or line in passed_over:
                 continue
-            found = cells.get(line) or _finished(run, entry, protocol)
+            found = cells.get(line) or finished(run, entry, protocol)
             if found:
                 lines[line] = sorted(found, key=lambda cell: order.index(cell.task))
             elif entry.label in own_labels and not isinstance(entry.method, ReferenceMethod):
                 missing.append(f"{entry.label} ({protocol})")
-    matrix = [cell for entry in matrix_entries(suite) for cell in _finished(run, entry, MATRIX_PROTOCOL)]
+    matrix = [cell for entry in matrix_entries(suite) for cell in finished(run, entry, MATRIX_PROTOCOL)]
     others = run.cells.others([*(cell for own in lines.values() for cell in own), *matrix])
     shown = [dataclasses.replace(cell, protocol=protocol) for (protocol, _), own in lines.items() for cell in own]
     labels = {label for _, label in lines}
@@ -155,6 +155,8 @@ def _header(entry: Entry, seed: int) -> dict[str, Any]:
 def _machine(device: str) -> str:
     """Return the device in words."""
     if device.startswith("cuda"):
+        if not torch.cuda.is_available():  # the workers have it
+            return "GPUs of other machines"
         return str(torch.cuda.get_device_name(device))
     return f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}"
 
@@ -190,7 +192,7 @@ def listed_entries(suite: Suite, asked: Sequence[Entry], found: Sequence[str]) -
     return listed
 
 
-def _finished(run: Run, entry: Entry, protocol: ProtocolName) -> list[Cell]:
+def finished(run: Run, entry: Entry, protocol: ProtocolName) -> list[Cell]:
     """Return a line's cells if all of them are finished, else none. A reference has those that it could answer."""
     protocol, found = run.computed_under(entry, protocol), list[Cell]()
     for own in run.of_each_seed(entry):

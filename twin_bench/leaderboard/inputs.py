@@ -12,7 +12,15 @@ from twin_bench.data.rows import NoSplitError, TaskRows, hub_rows
 from twin_bench.data.task import Task
 from twin_bench.demo import experts_directory, write_data
 from twin_bench.errors import InputError
-from twin_bench.files import digest, digest_file, digest_files, read_record, write_json_lines, write_record
+from twin_bench.files import (
+    digest,
+    digest_file,
+    digest_files,
+    made_by_one,
+    read_record,
+    write_json_lines,
+    write_record,
+)
 from twin_bench.leaderboard.harness import Harness
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.tasks import EMBEDDED, HUB, HubRows
@@ -46,7 +54,8 @@ def rows_of(
         elif data == EMBEDDED:
             found[name] = TaskRows(task, out / "data" / EMBEDDED, split)
             if not any(rows.directory == found[name].directory for rows in [*found.values()][:-1]):
-                write_data(found[name].directory)  # of the seed that the shipped experts were trained on
+                with made_by_one(found[name].directory):
+                    write_data(found[name].directory)  # of the seed that the shipped experts were trained on
         elif data == HUB or isinstance(data, HubRows):
             found[name] = TaskRows(task, out / "data" / HUB, split)
             _download(found[name], trained=trained)

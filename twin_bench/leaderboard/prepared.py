@@ -16,7 +16,7 @@ from twin_bench.contenders import Context
 from twin_bench.contenders.references import ReferenceMethod
 from twin_bench.data.classification import labels_of
 from twin_bench.data.rows import TaskRows
-from twin_bench.files import digest, remove_abandoned
+from twin_bench.files import digest
 from twin_bench.leaderboard import inputs as run_inputs
 from twin_bench.leaderboard.checks import check_kind
 from twin_bench.leaderboard.harness import Harness
@@ -154,8 +154,7 @@ def prepared(
     progress: Progress,
     trial: Callable[[Suite], Board],
 ) -> Run:
-    """Clear what killed runs have left, open the experts, find the rows and take the digests of both."""
-    remove_abandoned(out)
+    """Open the experts, find the rows and take the digests of both."""
     harness.check(suite)
     labels = labels_of(suite.kinds.values())
     sources = open_sources(suite.base_model, suite.expert_paths, labels=labels, **suite.trust)

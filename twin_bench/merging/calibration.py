@@ -23,7 +23,7 @@ from twin_bench.data.generative import shuffled
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, TaskInput
 from twin_bench.errors import UnsuitedError
-from twin_bench.files import StoredTensors, read_tensors, write_tensors
+from twin_bench.files import StoredTensors, made_by_one, read_tensors, write_tensors
 from twin_bench.measured import Meter, Taken
 from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import Statistics, StatisticsKind
@@ -225,7 +225,8 @@ def calibrate(
     """Return the statistics of all experts. A tensor is read from `folder`/EXPERT.safetensors when it is accessed.
 
     Statistics that are not stored there yet are computed on `device`, or on the CPU if the device has no float64. The
-    name of `folder` must identify everything that they depend on, the kind of device included. Raises as
+    name of `folder` must identify everything that they depend on, the kind of device included. Another process that
+    would compute them waits, and reads them. Raises as
     `experts_examples` does, before anything is computed.
     """
     progress = progress or Progress(disable=True)
@@ -233,13 +234,14 @@ def calibrate(
     stored: dict[str, StoredTensors] = {}
     for name, shown in examples.items():
         file = folder / f"{name}.safetensors"
-        found = read_tensors(file, format_number=FORMAT)
-        if found is None:
-            with Meter(device) as meter:
-                tensors = _statistics(kind, sources, name, shown, seed, exact_device(device), progress)
-            took = {"seconds": str(meter.taken.seconds), "peak_bytes": str(meter.taken.peak_bytes)}
-            write_tensors(file, tensors, format_number=FORMAT, notes={"rows": str(len(shown)), **took})
-            found = StoredTensors(file)
+        with made_by_one(file):
+            found = read_tensors(file, format_number=FORMAT)
+            if found is None:
+                with Meter(device) as meter:
+                    tensors = _statistics(kind, sources, name, shown, seed, exact_device(device), progress)
+                took = {"seconds": str(meter.taken.seconds), "peak_bytes": str(meter.taken.peak_bytes)}
+                write_tensors(file, tensors, format_number=FORMAT, notes={"rows": str(len(shown)), **took})
+                found = StoredTensors(file)
         stored[name] = found
     counts = {name: int(own.notes["rows"]) for name, own in stored.items()}
     taken = functools.reduce(Taken.after, map(_taken, stored.values()), Taken(0.0, 0))

@@ -76,6 +76,11 @@ def load_plugins(files: Iterable[str | Path]) -> None:
         _load_file(Path(file).resolve())
 
 
+def loaded_plugins() -> list[str]:
+    """Return the files that `load_plugins` has imported, in the order in which they were."""
+    return [str(sys.modules[name].__file__) for name in _CONTENTS]
+
+
 _CONTENTS: dict[str, bytes] = {}
 """What was imported, by the names of the modules."""
 

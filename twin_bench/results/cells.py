@@ -72,13 +72,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A method that does not suit these experts or rows. It has no row in the table, and `reason` says why."""
+    """A method that has no row in the table, and the `reason`: it does not suit these experts or rows, or it failed."""
 
     suite: str
     protocol: str
     method: str
     track: str
     reason: str
+    failed: bool = False
 
 
 @functools.cache

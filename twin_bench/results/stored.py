@@ -85,7 +85,10 @@ def analysed(board: Board, directory: Path, *, compare_to: str | None = None, dr
         missing = [f"No method is compared with {compare_to}: it lacks a task, or no task has an expert."]
     else:
         missing = []
-    skipped = [f"Skipped: {one.method} ({one.protocol}): {one.reason}." for one in board.skipped]
+    skipped = [
+        f"{'Failed' if one.failed else 'Skipped'}: {one.method} ({one.protocol}): {one.reason}."
+        for one in board.skipped
+    ]
     return Leaderboard(
         directory=directory,
         identity=identity,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
+from twin_bench.files import digest, digest_tensors, made_by_one, read_tensors, write_tensors
 from twin_bench.twin.encoded import Encoded, identity
 from twin_bench.twin.features import Read
 from twin_bench.twin.layers.entries import KeptEntries
@@ -39,7 +39,8 @@ def cached(
 ) -> list[Tensor]:
     """Return the features of each read, (rows, width) on the CPU.
 
-    Those that are not in the cache are computed and stored. A damaged file is computed again, with a warning.
+    Those that are not in the cache are computed and stored. A damaged file is computed again, with a warning. Another
+    process that asks for the same rows waits, and reads what is stored.
 
     Args:
         folder: The cache's directory, with one file for each list of rows and read. It is created if necessary.
@@ -56,15 +57,16 @@ def cached(
         raise InputError(f"{folder}: features can't be kept there ({error.strerror}); name another directory") from None
     key = digest({"format": FORMAT, **decisive})
     files = {read: folder / f"{key}-{_name(read)}.safetensors" for read in reads}
-    stored = {read: read_tensors(file, format_number=FORMAT) for read, file in files.items()}
-    found = {read: tensors["features"] for read, tensors in stored.items() if tensors is not None}
-    missing = [read for read in files if read not in found]
-    for read, features in zip(missing, compute(missing) if missing else [], strict=True):
-        try:
-            write_tensors(files[read], {"features": features}, format_number=FORMAT)
-        except OSError as error:
-            _log.warning("%s: the features can't be kept (%s)", files[read], error)
-        found[read] = features
+    with made_by_one(folder / key):
+        stored = {read: read_tensors(file, format_number=FORMAT) for read, file in files.items()}
+        found = {read: tensors["features"] for read, tensors in stored.items() if tensors is not None}
+        missing = [read for read in files if read not in found]
+        for read, features in zip(missing, compute(missing) if missing else [], strict=True):
+            try:
+                write_tensors(files[read], {"features": features}, format_number=FORMAT)
+            except OSError as error:
+                _log.warning("%s: the features can't be kept (%s)", files[read], error)
+            found[read] = features
     return [found[read] for read in reads]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from twin_bench.checkpoints.peft_files import save_tensors
 from twin_bench.errors import InputError
-from twin_bench.files import digest, read_json, read_tensors, write_json, write_tensors
+from twin_bench.files import digest, made_by_one, read_json, read_tensors, write_json, write_tensors
 from twin_bench.twin.routers.base import Router, RouterConfig
 from twin_bench.twin.routers.registry import find_kind
 
@@ -57,6 +57,8 @@ def kept_router(
 ) -> tuple[Router, dict[str, Any]]:
     """Return a fitted router and what is told about it. It is fitted unless `folder` holds it, and kept there.
 
+    Another process that would fit the same router waits, and reads it.
+
     Args:
         folder: That of the features, or None to keep nothing.
         decisive: Everything that decides the router, as plain data.
@@ -65,16 +67,17 @@ def kept_router(
     if folder is None:
         return fit()
     file = folder / FOLDER / f"{digest({'format': FORMAT, **decisive})}.safetensors"
-    stored = read_tensors(file, format_number=FORMAT)
-    if stored is not None:
-        config = _config(json.loads(stored.notes["config"]))
-        router = find_kind(config.kind).router.restored(config, dict(stored)).eval().requires_grad_(False)
-        return router, json.loads(stored.notes["told"])
-    router, told = fit()
-    notes = {"config": json.dumps(asdict(router.config)), "told": json.dumps(told)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, router.state_dict(), format_number=FORMAT, notes=notes)
-    except OSError as error:
-        _log.warning("%s: the router can't be kept (%s)", file, error)
-    return router, told
+    with made_by_one(file):
+        stored = read_tensors(file, format_number=FORMAT)
+        if stored is not None:
+            config = _config(json.loads(stored.notes["config"]))
+            router = find_kind(config.kind).router.restored(config, dict(stored)).eval().requires_grad_(False)
+            return router, json.loads(stored.notes["told"])
+        router, told = fit()
+        notes = {"config": json.dumps(asdict(router.config)), "told": json.dumps(told)}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(file, router.state_dict(), format_number=FORMAT, notes=notes)
+        except OSError as error:
+            _log.warning("%s: the router can't be kept (%s)", file, error)
+        return router, told
