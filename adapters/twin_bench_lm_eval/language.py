@@ -6,7 +6,7 @@ import abc
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from twin_bench.twin.cache import named_directory
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import twin_class
+from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading
@@ -102,7 +103,8 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
             task: the task of all requests. It is needed only where the twin's routing is `task`.
             device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
-                device that the machine does not have.
+                device that the machine does not have. For several devices, give HFLM's `parallelize=True`, or a
+                `device_map`.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
@@ -146,7 +148,10 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         options = self._taken(options, config)
         self._loading = loading(options)
         self._parts = load_parts(directory, trust_remote_code=trusted)
-        options["dtype"] = known_dtype(options.get("dtype")) or "auto"
+        self._dtype = known_dtype(options.get("dtype"))
+        options["dtype"] = self._dtype or "auto"
+        self._spread = bool(options.get("parallelize")) or options.get("device_map") is not None
+        options["parallelize"] = self._spread
         options["max_length"] = self._checked_window(options.get("max_length") or self._parts.max_length, config)
         given = {"device": usable(device), "batch_size": batch_size}
         super().__init__(pretrained=str(directory / "model"), **given, **options)
@@ -193,7 +198,10 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
         try:
-            super()._create_model(pretrained, **options)
+            with offloading(options.get("offload_folder") if self._spread else None):
+                super()._create_model(pretrained, **options)
+        except InputError:
+            raise
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             if not self._loading:
                 raise
@@ -203,7 +211,20 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         chosen: Any = {"protocol": self._protocol, "tolerance": self._tolerance}
         self.twin = twin_class(self.kind)(model, self.tokenizer, self._parts, **chosen)
         self.twin.feature_cache = named_directory()
-        self.twin.to(self._device)
+        if self._spread:
+            self._device = self.twin.device
+        else:
+            self.twin.to(self._device)
+
+    def _get_accelerate_args(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return what HFLM tells transformers of devices. What the experts add counts in a planned map."""
+        found: dict[str, Any] = super()._get_accelerate_args(*args, **options)
+        if found.get("max_memory") is None:  # one device
+            return found
+        devices = Devices(found["device_map"], found["max_memory"] or None, found["offload_folder"])
+        placement = find_placement(devices, self._config, self.kind, self._parts.exclusive, self._dtype)
+        self._parts = replace(self._parts, copies=placement.copies)
+        return {"device_map": placement.device_map, "offload_folder": found["offload_folder"]}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy answer) of (context, continuation) requests."""

@@ -227,7 +227,7 @@ def _silent(count: int) -> None:
     """Report nothing."""
 
 
-_ENGINES: dict[tuple[str, TwinSettings], Engine | str] = {}
+_ENGINES: dict[tuple[str, str], Engine | str] = {}
 """The engines by twin and settings, and why there is none for a twin that could not be loaded."""
 _LOADING = threading.Lock()
 
@@ -241,7 +241,7 @@ def hold(name: str, engine: Engine) -> None:
     with _LOADING:
         for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
             del _ENGINES[key]
-        _ENGINES[(name, TwinSettings(batch_size=engine.batch_size))] = engine
+        _ENGINES[(name, TwinSettings(batch_size=engine.batch_size).model_dump_json())] = engine
 
 
 def engine(directory: str, settings: TwinSettings) -> Engine:
@@ -256,7 +256,7 @@ def engine(directory: str, settings: TwinSettings) -> Engine:
     Raises:
         InputError: a twin that can't be loaded or does not generate text.
     """
-    key = (directory, settings)
+    key = (directory, settings.model_dump_json())
     with _LOADING:
         if key not in _ENGINES:
             try:
@@ -276,6 +276,9 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
     twin = TwinModel.from_pretrained(
         directory,
         device=settings.device or AUTO,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        offload_folder=settings.offload_folder,
         dtype=settings.dtype,
         protocol=settings.protocol,
         tolerance=settings.tolerance,

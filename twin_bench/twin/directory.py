@@ -129,7 +129,7 @@ def load_twin(
         config = read_config(folder, trust_remote_code=trust_remote_code)
         where["device_map"], copies = find_placement(devices, config, task_type, parts.exclusive, chosen)
         where["offload_folder"], parts = devices.offload_folder, replace(parts, copies=copies)
-    with quiet_transformers(), offloading(devices):
+    with quiet_transformers(), offloading(where.get("offload_folder")):
         model = AUTO_MODEL[task_type].from_pretrained(
             folder, dtype=chosen or "auto", trust_remote_code=trust_remote_code, **where
         )

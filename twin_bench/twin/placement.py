@@ -235,9 +235,8 @@ def _heads_in_memory(device_map: Mapping[str, Any], model: Any) -> dict[str, Any
 
 
 @contextmanager
-def offloading(devices: Devices | None) -> Iterator[None]:
+def offloading(folder: str | Path | None) -> Iterator[None]:
     """Raise an InputError that names the folder of offloaded weights if writing there fails in the block."""
-    folder = None if devices is None else devices.offload_folder
     if folder is None:
         yield
         return
@@ -287,7 +286,7 @@ def require_in_memory(model: nn.Module) -> None:
         )
 
 
-def is_offloaded(model: nn.Module) -> bool:
+def is_offloaded(model: Any) -> bool:
     """Return whether some weights of a model come to a device for their layer's forward alone."""
     return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
 
