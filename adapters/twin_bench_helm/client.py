@@ -63,6 +63,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         device_map: str | dict[str, str | int] | None = None,
         max_memory: dict[int | str, int | str] | None = None,
         offload_folder: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
     ) -> None:
         """Make a client of the twin in the directory `twin`. `twin-bench helm-config` has the same other arguments.
 
@@ -79,6 +80,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             "device_map": device_map,
             "max_memory": max_memory,
             "offload_folder": offload_folder,
+            "quantization": quantization,
         }
         self._settings = parse(TwinSettings, given, f"HELM's deployment of {twin}")
         self._directory, self._chat = twin, apply_chat_template

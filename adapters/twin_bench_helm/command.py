@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the largest memory of each device to use with --device-map, such as 0=20GiB cpu=60GiB",
     )
     parser.add_argument("--offload-folder", help="where weights are written that --device-map leaves to the disk")
+    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="keep the shared expert in few bits")
     parser.add_argument("--dtype", help="what it computes in: float32, bfloat16 or float16 (default: the twin's own)")
     parser.add_argument(
         "--protocol",
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         device_map=options.device_map,
         max_memory=_sizes(options.max_memory),
         offload_folder=options.offload_folder,
+        quantization=options.quantization,
         replace=options.replace,
     )
     print(f"twin_merged/{options.name} is in {', '.join(map(str, files))}")

@@ -36,6 +36,7 @@ def write_helm_config(
     device_map: str | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | None = None,
+    quantization: str | None = None,
     replace: bool = False,
 ) -> list[Path]:
     """Add a twin to HELM's model_deployments.yaml, model_metadata.yaml and tokenizer_configs.yaml; return the files.
@@ -55,6 +56,7 @@ def write_helm_config(
         device_map: spread the twin over several devices: auto, balanced, balanced_low_0 or sequential.
         max_memory: the largest memory of each device to use, in bytes or as 10GiB.
         offload_folder: where weights on the disk are written.
+        quantization: keep the shared expert in 4bit or 8bit.
         replace: replace the entries of that name, if there are any.
 
     Raises:
@@ -71,6 +73,7 @@ def write_helm_config(
         "device_map": device_map,
         "max_memory": max_memory,
         "offload_folder": offload_folder,
+        "quantization": quantization,
     }
     settings = parse(TwinSettings, given, "helm-config")
     if not NAME.fullmatch(name):

@@ -16,7 +16,7 @@ _REASONS: Mapping[str, Collection[str]] = {
         *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder", "tokenizer"),
         *("variant", "config", "state_dict", "key_mapping", "ignore_mismatched_sizes"),
     ),
-    "a twin's layers add to whole matrices and not to quantised ones": (
+    "a twin is quantised by its own argument, quantization=4bit or 8bit": (
         *("quantization_config", "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type"),
         *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
     ),

@@ -20,6 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from twin_bench.checkpoints.dtypes import known_dtype
+from twin_bench.checkpoints.quantization import bits_of, quantization_config, require_quantisable
 from twin_bench.checkpoints.skeleton import read_config
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest
@@ -94,6 +95,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         data: str | Path | None = None,
         split: str | None = None,
         shots: int | None = None,
+        quantization: str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
@@ -112,6 +114,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             data: where this project's tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
+            quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
             **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
                 transformers (attn_implementation, attributes of the model's config, ...).
 
@@ -125,6 +128,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
+        self._quantization = quantization
         self._loading: dict[str, Any] = {}
         self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
@@ -146,6 +150,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         trusted = bool(options.get("trust_remote_code"))
         config = read_config(directory / "model", trust_remote_code=trusted)
         options = self._taken(options, config)
+        require_quantisable(directory / "model", config, self._quantization)
         self._loading = loading(options)
         self._parts = load_parts(directory, trust_remote_code=trusted)
         self._dtype = known_dtype(options.get("dtype"))
@@ -197,6 +202,10 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
+        if self._quantization is not None:
+            dtype = self._dtype or getattr(self._config, "dtype", None)
+            options["quantization_config"] = quantization_config(self._quantization, dtype)
+        self._bits = bits_of(options.get("quantization_config"))
         try:
             with offloading(options.get("offload_folder") if self._spread else None):
                 super()._create_model(pretrained, **options)
@@ -222,7 +231,9 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if found.get("max_memory") is None:  # one device
             return found
         devices = Devices(found["device_map"], found["max_memory"] or None, found["offload_folder"])
-        placement = find_placement(devices, self._config, self.kind, self._parts.exclusive, self._dtype)
+        placement = find_placement(
+            devices, self._config, self.kind, self._parts.exclusive, self._dtype, bits=self._bits
+        )
         self._parts = replace(self._parts, copies=placement.copies)
         return {"device_map": placement.device_map, "offload_folder": found["offload_folder"]}
 

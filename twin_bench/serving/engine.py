@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from twin_bench.checkpoints.quantization import config_keys
 from twin_bench.errors import InputError, NotFiniteError, RefusedError, first_line
 from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
@@ -69,12 +70,14 @@ class Engine:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides an answer beside the request: a cache's key holds it, or another twin's answers are served."""
+        quantised = config_keys(self.twin.model.config)
         return {
             "digests": self.twin.digests,
             "protocol": self.twin.protocol,
             "tolerance": self.twin.tolerance,
             "sensitivity": self.twin.sensitivity,
             "dtype": str(self.twin.model.dtype),
+            **({} if quantised is None else {"quantization": quantised}),
         }
 
     def ask(self, request: Ask) -> list[Completion]:
@@ -279,6 +282,7 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
         device_map=settings.device_map,
         max_memory=settings.max_memory,
         offload_folder=settings.offload_folder,
+        quantization=settings.quantization,
         dtype=settings.dtype,
         protocol=settings.protocol,
         tolerance=settings.tolerance,

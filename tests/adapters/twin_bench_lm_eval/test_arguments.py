@@ -24,7 +24,7 @@ pytestmark = pytest.mark.versions
         ),
         (
             {"tp_plan": "auto"},
-            "tp_plan=auto: tensor parallelism splits the matrices that a twin's layers add to; paral",
+            "tp_plan=auto: tensor parallelism splits the matrices that a twin's layers add to",
         ),
         ({"max_memory": {"cpu": 9}}, "max_memory={'cpu': 9}: the memory of devices is max_memory_per_gpu and max_cpu"),
         ({"device_map": "autto"}, "device_map: device 'autto'"),
@@ -32,7 +32,10 @@ pytestmark = pytest.mark.versions
         ({"parallelize": True, "max_cpu_memory": "much"}, "max_memory {'cpu': 'much'}: "),
         ({"device_map": {"": "disk"}, "offload_folder": "/proc/none"}, "weights.safetensors: can't be written"),
         ({"softmax_dtype": "float16"}, "softmax_dtype=float16: a twin's log-softmax is in float32"),
-        ({"load_in_8bit": True}, "load_in_8bit=True: a twin's layers add to whole matrices"),
+        (
+            {"load_in_8bit": True},
+            "load_in_8bit=True: a twin is quantised by its own argument, quantization=4bit or 8bit",
+        ),
         ({"attn_implementation": "fastest"}, "can't be loaded with attn_implementation=fastest: "),
         ({"attn_implementatoin": "sdpa"}, "unknown argument 'attn_implementatoin'; did you mean 'attn_implementation'"),
         ({"torch_dtype": "bfloat16"}, "torch_dtype=bfloat16: a twin has the precision `dtype`; leave torch_dtype out"),
