@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from twin_bench.checkpoints.dtypes import known_dtype
-from twin_bench.checkpoints.quantization import bits_of, quantization_config, require_quantisable
+from twin_bench.checkpoints.quantization import asked_of, bits_of, config_keys
 from twin_bench.checkpoints.skeleton import read_config
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest
@@ -128,11 +128,10 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
-        self._quantization = quantization
         self._loading: dict[str, Any] = {}
         self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
-            self._load(pretrained, device, batch_size, options)
+            self._load(pretrained, device, batch_size, quantization, options)
         else:
             self.twin: Any = twin
             taken = self._taken(options, twin.model.config)
@@ -140,7 +139,12 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self.twin.tokenizer = self.tokenizer
 
     def _load(
-        self, pretrained: str | Path | None, device: str | None, batch_size: int | str | None, options: dict[str, Any]
+        self,
+        pretrained: str | Path | None,
+        device: str | None,
+        batch_size: int | str | None,
+        quantization: str | Mapping[str, Any] | None,
+        options: dict[str, Any],
     ) -> None:
         """Have HFLM load the shared expert and its tokenizer. `_create_model` then adds the experts and the router."""
         if pretrained is None:
@@ -150,11 +154,11 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         trusted = bool(options.get("trust_remote_code"))
         config = read_config(directory / "model", trust_remote_code=trusted)
         options = self._taken(options, config)
-        require_quantisable(directory / "model", config, self._quantization)
         self._loading = loading(options)
         self._parts = load_parts(directory, trust_remote_code=trusted)
         self._dtype = known_dtype(options.get("dtype"))
         options["dtype"] = self._dtype or "auto"
+        self._quantised = asked_of(directory / "model", config, self.kind, quantization, self._dtype)
         self._spread = bool(options.get("parallelize")) or options.get("device_map") is not None
         options["parallelize"] = self._spread
         options["max_length"] = self._checked_window(options.get("max_length") or self._parts.max_length, config)
@@ -202,10 +206,8 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
-        if self._quantization is not None:
-            dtype = self._dtype or getattr(self._config, "dtype", None)
-            options["quantization_config"] = quantization_config(self._quantization, dtype)
-        self._bits = bits_of(options.get("quantization_config"))
+        options["quantization_config"] = self._quantised or options.get("quantization_config")
+        self._bits = bits_of(options["quantization_config"])
         try:
             with offloading(options.get("offload_folder") if self._spread else None):
                 super()._create_model(pretrained, **options)
@@ -236,6 +238,10 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         )
         self._parts = replace(self._parts, copies=placement.copies)
         return {"device_map": placement.device_map, "offload_folder": found["offload_folder"]}
+
+    @property
+    def _quantised_as(self) -> str | None:
+        return config_keys(self.twin.model.config)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy answer) of (context, continuation) requests."""
@@ -374,6 +380,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             "sensitivity": self.twin.sensitivity,
             "routing": self.twin.routing,
             "fusion": "exact",
+            **({} if self._quantised_as is None else {"quantization": self._quantised_as}),
             "max_length": self.max_length,
             "loaded_with": {name: str(value) for name, value in self._loading.items() if name != "token"},
             "digests": dict(self.twin.digests),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest, shown
 
 Quantization = str | Mapping[str, Any]
@@ -72,17 +73,31 @@ def require_bitsandbytes() -> None:
         raise InputError("quantised weights need bitsandbytes: pip install 'twin-bench[quantized]'")
 
 
-def require_quantisable(folder: Path, config: Any, asked: Quantization | None) -> None:
-    """Raise an InputError for a model in `folder` that is quantised already, or with what is not at hand.
+def require_quantisable(task_type: TaskType) -> None:
+    """Raise an InputError for models that a twin does not keep quantised."""
+    if task_type != "causal_lm":
+        raise InputError(f"quantization: it is for causal language models, not {task_type}; leave it out")
+
+
+def asked_of(folder: Path, config: Any, task_type: TaskType, asked: Quantization | None, dtype: Any) -> Any:
+    """Return transformers' config with which a stored model is quantised as it is loaded, None where it is not.
 
     Args:
         folder: where the model is.
         config: its transformers config.
+        task_type: what it serves.
         asked: how it is to be quantised, or None.
+        dtype: what it is loaded in; None is its own dtype.
+
+    Raises:
+        InputError: it is quantised already, or can't be; or what `quantization_config` refuses.
     """
     stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    if asked is not None:
+    if asked is None:
+        if stored is not None:
+            require_bitsandbytes()
+        return None
+    if stored is not None:
         raise InputError(f"{folder}: is quantised already; leave quantization out")
-    require_bitsandbytes()
+    require_quantisable(task_type)
+    return quantization_config(asked, dtype or getattr(config, "dtype", None))

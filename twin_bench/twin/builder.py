@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from twin_bench.checkpoints.quantization import quantization_config
+from twin_bench.checkpoints.quantization import quantization_config, require_quantisable
 from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import RouterRows, read_router_rows
@@ -213,9 +213,8 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
     config, router = sources.config, recipe.router
     if recipe.quantization is not None:
+        require_quantisable(sources.skeleton.task_type)
         quantization_config(recipe.quantization)
-        if sources.skeleton.task_type != "causal_lm":
-            raise InputError(f"quantization: it is for causal language models, not {sources.skeleton.task_type}")
     window = position_limit(config)
     if recipe.max_length and window is not None and recipe.max_length > window:
         raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")

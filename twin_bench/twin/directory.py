@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.peft_files import save_tensors
-from twin_bench.checkpoints.quantization import Quantization, bits_of, quantization_config, require_quantisable
+from twin_bench.checkpoints.quantization import Quantization, asked_of, bits_of
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transformers, read_config, skeleton_of
 from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.checkpoints.tokenizers import save_tokenizer
@@ -129,11 +129,11 @@ def load_twin(
     task_type: TaskType = read_manifest(directory)["task_type"]
     folder, chosen, where = directory / "model", known_dtype(dtype), dict[str, Any]()
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    require_quantisable(folder, config, quantization)
-    if quantization is not None:
-        where["quantization_config"] = quantization_config(quantization, chosen or getattr(config, "dtype", None))
+    quantised = asked_of(folder, config, task_type, quantization, chosen)
+    if quantised is not None:
+        where["quantization_config"] = quantised
     if devices is not None:
-        bits = bits_of(where.get("quantization_config") or getattr(config, "quantization_config", None))
+        bits = bits_of(quantised or getattr(config, "quantization_config", None))
         where["device_map"], copies = find_placement(devices, config, task_type, parts.exclusive, chosen, bits=bits)
         where["offload_folder"], parts = devices.offload_folder, replace(parts, copies=copies)
     with quiet_transformers(), offloading(where.get("offload_folder")):
