@@ -60,6 +60,10 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         tolerance: float | None = None,
         batch_size: int = 8,
         apply_chat_template: bool = False,
+        device_map: str | dict[str, str | int] | None = None,
+        max_memory: dict[int | str, int | str] | None = None,
+        offload_folder: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
     ) -> None:
         """Make a client of the twin in the directory `twin`. `twin-bench helm-config` has the same other arguments.
 
@@ -73,6 +77,10 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             "protocol": protocol,
             "tolerance": tolerance,
             "batch_size": batch_size,
+            "device_map": device_map,
+            "max_memory": max_memory,
+            "offload_folder": offload_folder,
+            "quantization": quantization,
         }
         self._settings = parse(TwinSettings, given, f"HELM's deployment of {twin}")
         self._directory, self._chat = twin, apply_chat_template

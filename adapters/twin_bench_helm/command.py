@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from twin_bench.errors import InputError
+
+PLANNED = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The maps that are planned, as `twin_bench.twin.placement` has them, which is slow to import."""
 SUMMARY = "tell HELM of a twin: write its entries into the files that helm-run reads"
 
 
@@ -20,6 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the folder of HELM's files, helm-run's --local-path (default: prod_env)",
     )
     parser.add_argument("--device", help="where the twin runs: cpu, cuda, cuda:1, mps or auto (default: auto)")
+    parser.add_argument(
+        "--device-map",
+        choices=PLANNED,
+        help="spread the twin over several devices (docs/scale/devices.md), in place of --device",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="DEVICE=SIZE",
+        nargs="+",
+        help="the largest memory of each device to use with --device-map, such as 0=20GiB cpu=60GiB",
+    )
+    parser.add_argument("--offload-folder", help="where weights are written that --device-map leaves to the disk")
+    parser.add_argument("--quantization", choices=("4bit", "8bit"), help="keep the shared expert in few bits")
     parser.add_argument("--dtype", help="what it computes in: float32, bfloat16 or float16 (default: the twin's own)")
     parser.add_argument(
         "--protocol",
@@ -55,6 +73,23 @@ def run(options: argparse.Namespace) -> None:
         tolerance=options.tolerance,
         batch_size=options.batch_size,
         apply_chat_template=options.chat_template,
+        device_map=options.device_map,
+        max_memory=_sizes(options.max_memory),
+        offload_folder=options.offload_folder,
+        quantization=options.quantization,
         replace=options.replace,
     )
     print(f"twin_merged/{options.name} is in {', '.join(map(str, files))}")
+
+
+def _sizes(given: Sequence[str] | None) -> dict[int | str, int | str] | None:
+    """Return the sizes of devices that the command line names, as DEVICE=SIZE each."""
+    if given is None:
+        return None
+    sizes: dict[int | str, int | str] = {}
+    for one in given:
+        device, equals, size = one.partition("=")
+        if not equals or not device or not size:
+            raise InputError(f"--max-memory {one}: give DEVICE=SIZE, such as 0=20GiB or cpu=60GiB")
+        sizes[int(device) if device.isdecimal() else device] = int(size) if size.isdecimal() else size
+    return sizes

@@ -33,6 +33,10 @@ def write_helm_config(
     tolerance: float | None = None,
     batch_size: int = 8,
     apply_chat_template: bool = False,
+    device_map: str | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | None = None,
+    quantization: str | None = None,
     replace: bool = False,
 ) -> list[Path]:
     """Add a twin to HELM's model_deployments.yaml, model_metadata.yaml and tokenizer_configs.yaml; return the files.
@@ -49,6 +53,10 @@ def write_helm_config(
         tolerance: of the logits, relative to their size; by default 0 in float32.
         batch_size: the largest number of rows in a forward.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
+        device_map: spread the twin over several devices: auto, balanced, balanced_low_0 or sequential.
+        max_memory: the largest memory of each device to use, in bytes or as 10GiB.
+        offload_folder: where weights on the disk are written.
+        quantization: keep the shared expert in 4bit or 8bit.
         replace: replace the entries of that name, if there are any.
 
     Raises:
@@ -62,6 +70,10 @@ def write_helm_config(
         "protocol": protocol,
         "tolerance": tolerance,
         "batch_size": batch_size,
+        "device_map": device_map,
+        "max_memory": max_memory,
+        "offload_folder": offload_folder,
+        "quantization": quantization,
     }
     settings = parse(TwinSettings, given, "helm-config")
     if not NAME.fullmatch(name):

@@ -16,14 +16,16 @@ _REASONS: Mapping[str, Collection[str]] = {
         *("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "revision", "subfolder", "tokenizer"),
         *("variant", "config", "state_dict", "key_mapping", "ignore_mismatched_sizes"),
     ),
-    "a twin's layers add to whole matrices and not to quantised ones": (
+    "a twin is quantised by its own argument, quantization=4bit or 8bit": (
         *("quantization_config", "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_type"),
         *("bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
     ),
-    "a twin is on one device": (
-        *("parallelize", "tp_plan", "tp_size", "device_map", "device_mesh", "distributed_config", "max_memory"),
-        *("max_memory_per_gpu", "max_cpu_memory", "offload_folder", "offload_buffers"),
-    ),
+    (
+        "tensor parallelism splits the matrices that a twin's layers add to; parallelize=True places whole layers on "
+        "several devices, and accelerate launch runs a whole twin on each"
+    ): ("tp_plan", "tp_size", "device_mesh", "distributed_config"),
+    "the memory of devices is max_memory_per_gpu and max_cpu_memory": ("max_memory",),
+    "what a twin adds to an offloaded layer stays on a device": ("offload_buffers",),
     "kernels and fused modules read weights that a twin's layers replace": (
         *("use_kernels", "kernel_config", "allow_all_kernels", "fusion_config"),
     ),
@@ -37,7 +39,7 @@ LOADING = frozenset(
     (
         *("attn_implementation", "experts_implementation", "generation_config", "low_cpu_mem_usage", "use_safetensors"),
         *("weights_only", "disable_mmap", "local_files_only", "force_download", "cache_dir", "token", "proxies"),
-        *("code_revision", "rope_scaling"),
+        *("code_revision", "rope_scaling", "device_map"),
     )
 )
 """Arguments of `from_pretrained` that HFLM passes on, and a twin too. Attributes of the model's config are others.

@@ -15,6 +15,7 @@ from twin_bench.errors import InputError
 from twin_bench.files import digest
 from twin_bench.twin.device import AUTO, fastest_device
 from twin_bench.twin.model import TwinModel
+from twin_bench.twin.placement import Devices
 
 
 class Request(Protocol):
@@ -90,6 +91,24 @@ def usable(device: str | None) -> str:
     if device is None or device == AUTO:
         return fastest_device()
     return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+
+
+def places(
+    parallelize: Any,
+    device_map: Any = None,
+    max_memory_per_gpu: int | str | None = None,
+    max_cpu_memory: int | str | None = None,
+    offload_folder: str | None = None,
+) -> Devices | None:
+    """Return what arguments of HFLM's say of several devices, None where they name one. A `device_map` is enough."""
+    if not parallelize and device_map is None:
+        return None
+    memory: dict[int | str, int | str] = {}
+    if max_memory_per_gpu is not None:
+        memory = dict.fromkeys(range(torch.cuda.device_count()), max_memory_per_gpu)
+    if max_cpu_memory is not None:
+        memory["cpu"] = max_cpu_memory
+    return Devices("auto" if device_map is None else device_map, memory or None, offload_folder)
 
 
 def positive(name: str, value: Any) -> int:

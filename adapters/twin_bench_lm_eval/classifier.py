@@ -14,7 +14,7 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.base import Request, ServedTwin, positive, provenance, usable
+from twin_bench_lm_eval.base import Request, ServedTwin, places, positive, provenance, usable
 
 
 class ClassifierTwin(ServedTwin):
@@ -41,6 +41,11 @@ class ClassifierTwin(ServedTwin):
         data: str | Path | None = None,
         split: str | None = None,
         trust_remote_code: bool = False,
+        parallelize: bool = False,
+        device_map: Any = None,
+        max_memory_per_gpu: int | str | None = None,
+        max_cpu_memory: int | str | None = None,
+        offload_folder: str | None = None,
         **unknown: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
@@ -60,6 +65,11 @@ class ClassifierTwin(ServedTwin):
             data: where the tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             trust_remote_code: let transformers run code that comes with the shared expert.
+            parallelize: spread the layers over several devices, as HFLM does.
+            device_map: which layer is where: `auto`, as `parallelize` does it, or a mapping of names to devices.
+            max_memory_per_gpu: the largest memory of each GPU to use, in bytes or as 10GiB.
+            max_cpu_memory: likewise the processor's, for layers that no GPU has room for.
+            offload_folder: where weights on the disk are written.
             **unknown: any other argument is an error.
 
         Raises:
@@ -73,8 +83,10 @@ class ClassifierTwin(ServedTwin):
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         self.batch_size = 32 if str(batch_size).startswith("auto") else positive("batch_size", batch_size)
         if twin is None:
-            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance}
-            twin = _loaded(pretrained, device, dtype, trust_remote_code=trust_remote_code, **chosen)
+            devices = places(parallelize, device_map, max_memory_per_gpu, max_cpu_memory, offload_folder)
+            spread = {"device": usable(device)} if devices is None else vars(devices)
+            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance, **spread}
+            twin = _loaded(pretrained, dtype, trust_remote_code=trust_remote_code, **chosen)
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin
@@ -181,13 +193,11 @@ class ClassifierTwin(ServedTwin):
         return bool(self.twin.num_labels[task] == 1)
 
 
-def _loaded(
-    pretrained: str | Path | None, device: str | None, dtype: str | torch.dtype | None, **options: Any
-) -> TwinClassifier:
+def _loaded(pretrained: str | Path | None, dtype: str | torch.dtype | None, **options: Any) -> TwinClassifier:
     """Return the twin in a directory, with the router's features kept where the environment says."""
     if pretrained is None:
         raise InputError("twin_merged: name a twin directory: pretrained=MY_TWIN")
     named = None if dtype == "auto" else dtype
-    twin = TwinClassifier.from_pretrained(str(pretrained), device=usable(device), dtype=named, **options)
+    twin = TwinClassifier.from_pretrained(str(pretrained), dtype=named, **options)
     twin.feature_cache = named_directory()
     return twin

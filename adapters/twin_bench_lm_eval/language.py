@@ -6,7 +6,7 @@ import abc
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from twin_bench.checkpoints.dtypes import known_dtype
+from twin_bench.checkpoints.quantization import asked_of, bits_of, config_keys
 from twin_bench.checkpoints.skeleton import read_config
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest
@@ -28,6 +29,7 @@ from twin_bench.twin.cache import named_directory
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import twin_class
+from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading
@@ -93,6 +95,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         data: str | Path | None = None,
         split: str | None = None,
         shots: int | None = None,
+        quantization: str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
@@ -102,7 +105,8 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
             task: the task of all requests. It is needed only where the twin's routing is `task`.
             device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
-                device that the machine does not have.
+                device that the machine does not have. For several devices, give HFLM's `parallelize=True`, or a
+                `device_map`.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
@@ -110,6 +114,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             data: where this project's tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
+            quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
             **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
                 transformers (attn_implementation, attributes of the model's config, ...).
 
@@ -126,7 +131,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self._loading: dict[str, Any] = {}
         self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
-            self._load(pretrained, device, batch_size, options)
+            self._load(pretrained, device, batch_size, quantization, options)
         else:
             self.twin: Any = twin
             taken = self._taken(options, twin.model.config)
@@ -134,7 +139,12 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self.twin.tokenizer = self.tokenizer
 
     def _load(
-        self, pretrained: str | Path | None, device: str | None, batch_size: int | str | None, options: dict[str, Any]
+        self,
+        pretrained: str | Path | None,
+        device: str | None,
+        batch_size: int | str | None,
+        quantization: str | Mapping[str, Any] | None,
+        options: dict[str, Any],
     ) -> None:
         """Have HFLM load the shared expert and its tokenizer. `_create_model` then adds the experts and the router."""
         if pretrained is None:
@@ -146,7 +156,11 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         options = self._taken(options, config)
         self._loading = loading(options)
         self._parts = load_parts(directory, trust_remote_code=trusted)
-        options["dtype"] = known_dtype(options.get("dtype")) or "auto"
+        self._dtype = known_dtype(options.get("dtype"))
+        options["dtype"] = self._dtype or "auto"
+        self._quantised = asked_of(directory / "model", config, self.kind, quantization, self._dtype)
+        self._spread = bool(options.get("parallelize")) or options.get("device_map") is not None
+        options["parallelize"] = self._spread
         options["max_length"] = self._checked_window(options.get("max_length") or self._parts.max_length, config)
         given = {"device": usable(device), "batch_size": batch_size}
         super().__init__(pretrained=str(directory / "model"), **given, **options)
@@ -192,8 +206,13 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
+        options["quantization_config"] = self._quantised or options.get("quantization_config")
+        self._bits = bits_of(options["quantization_config"])
         try:
-            super()._create_model(pretrained, **options)
+            with offloading(options.get("offload_folder") if self._spread else None):
+                super()._create_model(pretrained, **options)
+        except InputError:
+            raise
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             if not self._loading:
                 raise
@@ -203,7 +222,26 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         chosen: Any = {"protocol": self._protocol, "tolerance": self._tolerance}
         self.twin = twin_class(self.kind)(model, self.tokenizer, self._parts, **chosen)
         self.twin.feature_cache = named_directory()
-        self.twin.to(self._device)
+        if self._spread:
+            self._device = self.twin.device
+        else:
+            self.twin.to(self._device)
+
+    def _get_accelerate_args(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return what HFLM tells transformers of devices. What the experts add counts in a planned map."""
+        found: dict[str, Any] = super()._get_accelerate_args(*args, **options)
+        if found.get("max_memory") is None:  # one device
+            return found
+        devices = Devices(found["device_map"], found["max_memory"] or None, found["offload_folder"])
+        placement = find_placement(
+            devices, self._config, self.kind, self._parts.exclusive, self._dtype, bits=self._bits
+        )
+        self._parts = replace(self._parts, copies=placement.copies)
+        return {"device_map": placement.device_map, "offload_folder": found["offload_folder"]}
+
+    @property
+    def _quantised_as(self) -> str | None:
+        return config_keys(self.twin.model.config)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy answer) of (context, continuation) requests."""
@@ -342,6 +380,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             "sensitivity": self.twin.sensitivity,
             "routing": self.twin.routing,
             "fusion": "exact",
+            **({} if self._quantised_as is None else {"quantization": self._quantised_as}),
             "max_length": self.max_length,
             "loaded_with": {name: str(value) for name, value in self._loading.items() if name != "token"},
             "digests": dict(self.twin.digests),

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from twin_bench import InputError, TwinModel
+from twin_bench.config import parse
 from twin_bench.errors import RefusedError
-from twin_bench.serving.engine import Ask, Engine
+from twin_bench.serving.engine import Ask, Engine, engine
+from twin_bench.serving.settings import TwinSettings
 
 pytestmark = pytest.mark.versions
 
@@ -166,3 +168,12 @@ def test_a_scored_prompt_takes_its_share_of_the_time(directory: Path) -> None:
     (short,), (long,) = engine.answer([SCORED, dataclasses.replace(SCORED, prompt=SCORED.prompt * 3)])
     assert 0 < 3 * short.seconds == pytest.approx(long.seconds)
     assert short.seconds + long.seconds <= time.perf_counter() - begun
+
+
+def test_a_twin_on_several_devices_answers_as_on_one(directory: Path) -> None:
+    settings = parse(TwinSettings, {"device_map": {"": "disk"}, "max_memory": {0: "1GiB", "cpu": 9}}, "-M")
+    spread, alone = engine(str(directory), settings), Engine(TwinModel.from_pretrained(directory), 8)
+    assert spread is engine(str(directory), settings)
+    assert all(layer.weight.is_meta for layer in spread.twin.fusion.layers)
+    for ours, theirs in zip(spread.answer(ASKED), alone.answer(ASKED), strict=True):
+        assert [one.tokens for one in ours] == [one.tokens for one in theirs]

@@ -53,7 +53,7 @@ def directory(twins: Any, causal_twins: Any, seq2seq_twins: Any) -> Any:
 
 def logits(twin: Any, mix: str) -> Tensor:
     """Return the logits of rows with fusion weights of their own, or the router's for `routed`."""
-    inputs = batch(ROWS)
+    inputs = {name: tensor.to(twin.device) for name, tensor in batch(ROWS).items()}
     weights = None if mix == "routed" else mixes(ROWS, 3)[mix]
     options: dict[str, Any] = {"fusion_weights": weights}
     if twin.task_type == "sequence_classification":
@@ -61,7 +61,7 @@ def logits(twin: Any, mix: str) -> Tensor:
     elif twin.task_type == "seq2seq_lm":
         options["decoder_input_ids"] = inputs["input_ids"]
     found: Tensor = twin(**inputs, **options).logits
-    return found[inputs["attention_mask"].bool()] if twin.task_type == "causal_lm" else found
+    return (found[inputs["attention_mask"].bool()] if twin.task_type == "causal_lm" else found).cpu()
 
 
 @pytest.mark.parametrize("kind", list(MAPS))
@@ -217,3 +217,16 @@ def test_a_twin_on_several_devices_is_not_moved(directory: Any) -> None:
     twin = TwinModel.from_pretrained(directory("llama"), device_map=EVERYTHING)
     with pytest.raises(InputError, match="can't be moved or converted; load it anew"):
         twin.to(torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("places", [("cpu", 0), (0, "disk"), ("disk", "cpu"), (0, 1)])
+def test_logits_are_those_of_one_device_on_gpus(directory: Any, places: tuple[Any, Any]) -> None:
+    if places[1] == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    device_map = {**dict.fromkeys(MAPS["llama"], 0), "model.layers.0": places[0], "model.layers.1": places[1]}
+    alone = TwinModel.from_pretrained(directory("llama"))
+    twin = TwinModel.from_pretrained(directory("llama"), device_map=device_map)
+    assert twin.device.type == "cuda"
+    for mix in ("routed", "diffuse", "one_hot", "equal", "none"):
+        torch.testing.assert_close(logits(twin, mix), logits(alone, mix), rtol=1e-4, atol=1e-4)

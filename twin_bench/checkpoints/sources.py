@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from twin_bench.checkpoints.adapter import open_expert
 from twin_bench.checkpoints.checkpoint import Checkpoint, open_checkpoint, stored_apart, stored_buffers
 from twin_bench.checkpoints.hub import WHOLE_VOCABULARIES, HubId, model_directory, on_hub
+from twin_bench.checkpoints.quantization import Quantization, quantization_config
 from twin_bench.checkpoints.skeleton import (
     Skeleton,
     meta_model,
@@ -171,19 +172,27 @@ def read_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_model(sources: Sources, parameters: Mapping[str, Tensor], dtype: str | None = None) -> Any:
+def load_model(
+    sources: Sources,
+    parameters: Mapping[str, Tensor],
+    dtype: str | None = None,
+    quantization: Quantization | None = None,
+) -> Any:
     """Return a transformers model that holds `parameters`, named as in the skeleton, in `dtype` or their own dtype.
 
     It is what transformers loads in that dtype: rotary frequencies stay float32, and so do some of T5's layers in
-    float16, which `to` would round.
+    float16, which `to` would round. `quantization` asks for quantised weights (see `quantization_config`).
     """
+    chosen = getattr(torch, dtype) if dtype else _dtype(parameters)
+    quantised = {} if quantization is None else {"quantization_config": quantization_config(quantization, chosen)}
     kind = type(meta_model(sources.config, sources.skeleton.task_type, num_labels=2))
     with quiet_transformers():
         model = kind.from_pretrained(
             None,
             config=sources.config,
             state_dict={**parameters, **sources.buffers},
-            dtype=getattr(torch, dtype) if dtype else _dtype(parameters),
+            dtype=chosen,
+            **quantised,
         )
     if sources.generation is not None:
         model.generation_config = sources.generation

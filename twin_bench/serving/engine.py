@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from twin_bench.checkpoints.quantization import config_keys
 from twin_bench.errors import InputError, NotFiniteError, RefusedError, first_line
 from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
@@ -69,12 +70,14 @@ class Engine:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides an answer beside the request: a cache's key holds it, or another twin's answers are served."""
+        quantised = config_keys(self.twin.model.config)
         return {
             "digests": self.twin.digests,
             "protocol": self.twin.protocol,
             "tolerance": self.twin.tolerance,
             "sensitivity": self.twin.sensitivity,
             "dtype": str(self.twin.model.dtype),
+            **({} if quantised is None else {"quantization": quantised}),
         }
 
     def ask(self, request: Ask) -> list[Completion]:
@@ -227,7 +230,7 @@ def _silent(count: int) -> None:
     """Report nothing."""
 
 
-_ENGINES: dict[tuple[str, TwinSettings], Engine | str] = {}
+_ENGINES: dict[tuple[str, str], Engine | str] = {}
 """The engines by twin and settings, and why there is none for a twin that could not be loaded."""
 _LOADING = threading.Lock()
 
@@ -241,7 +244,7 @@ def hold(name: str, engine: Engine) -> None:
     with _LOADING:
         for key in [key for key in _ENGINES if key[0].startswith("twin_merged/")]:
             del _ENGINES[key]
-        _ENGINES[(name, TwinSettings(batch_size=engine.batch_size))] = engine
+        _ENGINES[(name, TwinSettings(batch_size=engine.batch_size).model_dump_json())] = engine
 
 
 def engine(directory: str, settings: TwinSettings) -> Engine:
@@ -256,7 +259,7 @@ def engine(directory: str, settings: TwinSettings) -> Engine:
     Raises:
         InputError: a twin that can't be loaded or does not generate text.
     """
-    key = (directory, settings)
+    key = (directory, settings.model_dump_json())
     with _LOADING:
         if key not in _ENGINES:
             try:
@@ -276,6 +279,10 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
     twin = TwinModel.from_pretrained(
         directory,
         device=settings.device or AUTO,
+        device_map=settings.device_map,
+        max_memory=settings.max_memory,
+        offload_folder=settings.offload_folder,
+        quantization=settings.quantization,
         dtype=settings.dtype,
         protocol=settings.protocol,
         tolerance=settings.tolerance,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import Field, field_validator
 
 from twin_bench.config import Dtype, Settings
@@ -12,12 +14,17 @@ from twin_bench.protocols import ProtocolName
 class TwinSettings(Settings):
     """The settings of a twin that answers a harness.
 
-    `device` is where it runs. None is the fastest device there is, and `auto` becomes None. `dtype` is what it computes
-    in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits (see
-    `TwinModel.from_pretrained`). `batch_size` is the largest number of rows in a forward.
+    `device` is where it runs. None is the fastest device there is, and `auto` becomes None. `device_map`, `max_memory`
+    and `offload_folder` spread it over several devices, and `quantization` keeps it in few bits. `dtype` is what it
+    computes in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits. For all of
+    these see `TwinModel.from_pretrained`. `batch_size` is the largest number of rows in a forward.
     """
 
     device: str | None = None
+    device_map: str | dict[str, str | int] | None = None
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
+    quantization: Literal["4bit", "8bit"] | dict[str, Any] | None = None
     dtype: Dtype | None = None
     protocol: ProtocolName = "standard"
     tolerance: float | None = Field(default=None, ge=0, lt=1)

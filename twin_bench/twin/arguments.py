@@ -221,6 +221,13 @@ def require_known(tasks: Sequence[Any], known: Any, message: str) -> None:
             raise InputError(f"{message} {shown(task)}{nearest(str(task), known)}")
 
 
+def one_hot(tasks: Sequence[str], experts: Sequence[str]) -> Tensor:
+    """Return fusion weights (rows, experts), on the CPU, with weight 1 on the expert of each row's task."""
+    require_known(tasks, experts, "the twin has no expert of task")
+    owner = torch.tensor([experts.index(task) for task in tasks])
+    return torch.nn.functional.one_hot(owner, len(experts)).float()
+
+
 def tasks_of(task: Any, rows: int) -> list[Any]:
     """Return each row's task, for one task of all rows, or a sequence with each row's.
 

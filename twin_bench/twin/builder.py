@@ -14,6 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from twin_bench.checkpoints.quantization import quantization_config, require_quantisable
 from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import RouterRows, read_router_rows
@@ -102,7 +103,8 @@ def build_twin(
         )
         parts, chosen = train_routers(training)
     settings = _summary(recipe, shared, parts, {"method": recipe.shared.method, **options}, chosen)
-    save_twin(directory, load_model(sources, shared), sources.tokenizer, parts, sources.skeleton, settings)
+    model = load_model(sources, shared, quantization=recipe.quantization)
+    save_twin(directory, model, sources.tokenizer, parts, sources.skeleton, settings)
     return settings
 
 
@@ -118,6 +120,7 @@ def _summary(
         "exclusive": exclusive,
         "router": dict(router),
         "seed": recipe.seed,
+        **({} if recipe.quantization is None else {"quantization": recipe.quantization}),
         "max_length": recipe.max_length,  # None means the default of the twin's kind.
         "sensitivity": parts.sensitivity,
         "parameters": {
@@ -176,16 +179,23 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
 
     The protocol needs the pretrained biases of classifiers. Of causal LMs it needs LoRA experts of one rank on the
     same nn.Linear layers, merged by task arithmetic, and truncated SVDs of one density or rank. It truncates A and B
-    itself, so exclusive vectors that are random, quantised or left out below a layer would have no effect.
+    itself, so exclusive vectors that are random, quantised or left out below a layer would have no effect. It computes
+    weights of its own, which can't be quantised.
     """
     exclusive = recipe.exclusive
     density, rank = exclusive.truncation
     if sources.skeleton.head:
         biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
         return PaperParts(biases, density=density)
-    if exclusive.random or exclusive.bits or exclusive.from_layer is not None or (density, rank) == (None, None):
+    if (
+        recipe.quantization is not None
+        or exclusive.random
+        or exclusive.bits
+        or exclusive.from_layer is not None
+        or (density, rank) == (None, None)
+    ):
         return None
-    if recipe.shared.method != "task_arithmetic":
+    if recipe.shared.method != "task_arithmetic" or recipe.quantization is not None:
         return None
     if not all(expert.low_rank for expert in sources.experts.values()):
         return None
@@ -212,6 +222,9 @@ def _require_writable(directory: Path) -> None:
 def check_limits(recipe: Recipe, sources: Sources) -> None:
     """Raise an InputError for settings that this base model or this number of experts does not allow."""
     config = sources.config
+    if recipe.quantization is not None:
+        require_quantisable(sources.skeleton.task_type)
+        quantization_config(recipe.quantization)
     window = position_limit(config)
     if recipe.max_length and window is not None and recipe.max_length > window:
         raise InputError(f"max_length {recipe.max_length}: the base model has a window of {window}; give no more")

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from twin_bench.checkpoints.skeleton import default_max_length
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.twin.arguments import checked_batch, require_count, require_encoded, require_known, tasks_of
+from twin_bench.twin.arguments import checked_batch, one_hot, require_count, require_encoded, require_known, tasks_of
 from twin_bench.twin.encoded import Encoded, Text, identity
 from twin_bench.twin.features import Read
 from twin_bench.twin.finite import require_finite_logits
@@ -263,7 +263,7 @@ class TwinClassifier(TwinModel):
         """Return what decides each row's fused model: its fusion weights and, under `paper`, its biases' weights."""
         if self.protocol != "paper" or not self.expert_names:
             return weights
-        return torch.cat([weights, self._one_hot(heads).to(weights)], dim=1)
+        return torch.cat([weights, one_hot(heads, self.expert_names).to(weights)], dim=1)
 
     @functools.cached_property
     def costs(self) -> Costs:

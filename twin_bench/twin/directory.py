@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.peft_files import save_tensors
+from twin_bench.checkpoints.quantization import Quantization, asked_of, bits_of
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, Skeleton, quiet_transformers, read_config, skeleton_of
 from twin_bench.checkpoints.sources import require_expert_name
 from twin_bench.checkpoints.tokenizers import save_tokenizer
@@ -108,6 +109,7 @@ def load_twin(
     *,
     dtype: torch.dtype | str | None = None,
     devices: Devices | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Read a twin directory and verify its checksums.
@@ -116,20 +118,25 @@ def load_twin(
         directory: Written by `save_twin`.
         dtype: The dtype of the shared expert, or its name; by default the one that it is stored in.
         devices: The devices that the shared expert is spread over; by default it is on the CPU.
+        quantization: How the shared expert is quantised as it is loaded (see `quantization_config`).
         trust_remote_code: Let transformers run code that comes with the shared expert.
 
     Raises:
         InputError: There is no twin, its format is newer, a file is missing, edited or damaged, the dtype is unknown,
-            or the devices do not suit.
+            the devices do not suit, or the shared expert is quantised and bitsandbytes is missing.
     """
     parts = load_parts(directory, trust_remote_code=trust_remote_code)
     task_type: TaskType = read_manifest(directory)["task_type"]
     folder, chosen, where = directory / "model", known_dtype(dtype), dict[str, Any]()
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    quantised = asked_of(folder, config, task_type, quantization, chosen)
+    if quantised is not None:
+        where["quantization_config"] = quantised
     if devices is not None:
-        config = read_config(folder, trust_remote_code=trust_remote_code)
-        where["device_map"], copies = find_placement(devices, config, task_type, parts.exclusive, chosen)
+        bits = bits_of(quantised or getattr(config, "quantization_config", None))
+        where["device_map"], copies = find_placement(devices, config, task_type, parts.exclusive, chosen, bits=bits)
         where["offload_folder"], parts = devices.offload_folder, replace(parts, copies=copies)
-    with quiet_transformers(), offloading(devices):
+    with quiet_transformers(), offloading(where.get("offload_folder")):
         model = AUTO_MODEL[task_type].from_pretrained(
             folder, dtype=chosen or "auto", trust_remote_code=trust_remote_code, **where
         )

@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ class Fusion:
     which takes all biases from the true task's expert.
 
     `keeps_copies` says whether layers may keep fused copies of their weights. Without them only `per_row` is to be had,
-    and the planner chooses nothing else. Layers may be on several devices. What is computed for all layers is then
-    computed once for each device.
+    and the planner chooses nothing else. `dtype` is that of the model's parameters that are not quantised. Layers may
+    be on several devices. What is computed for all layers is then computed once for each device.
 
     A caller gives weights on the CPU or on the device. What depends on their values, such as which experts are in use,
     is decided on the CPU when a block begins. So weights that are on the CPU make no layer wait for the device.
@@ -58,8 +58,8 @@ class Fusion:
     waits until the block ends. A thread may open one block inside another.
     """
 
-    def __init__(self, experts: int) -> None:
-        self.experts = experts
+    def __init__(self, experts: int, dtype: torch.dtype = torch.float32) -> None:
+        self.experts, self.dtype = experts, dtype
         self.keeps_copies = True
         self._lock = threading.RLock()
         self.layers: list[FusedLayer] = []
@@ -335,6 +335,7 @@ class FusedLayer(Protocol):
     bias: Tensor | None
     ranks: tuple[int, ...]
     is_matrix: bool
+    fusible: ClassVar[bool]
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Compute the weight and bias for the mode `fused`, for weights and bias weights (experts,)."""

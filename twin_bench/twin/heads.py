@@ -58,7 +58,9 @@ class HeadSwitch(nn.Module):
         first = next(iter(outputs.values()))
         joined = first.new_full((len(x), *first.shape[1:-1], widest), -torch.inf)
         for task, output in outputs.items():
-            joined[self._heads[task].rows.to(x.device), ..., : output.shape[-1]] = output
+            own = self._heads[task].rows
+            assert own is not None
+            joined[own.to(x.device), ..., : output.shape[-1]] = output
         return joined
 
 

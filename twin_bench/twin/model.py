@@ -18,7 +18,7 @@ from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.arguments import (
     checked_batch,
     checked_length,
-    require_known,
+    one_hot,
     require_texts,
     require_weights,
     tasks_of,
@@ -138,6 +138,7 @@ class TwinModel(nn.Module, abc.ABC):
         protocol: ProtocolName = "standard",
         routing: Routing = "router",
         tolerance: float | None = None,
+        quantization: str | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> Self:
         """Load a twin directory and verify its digests.
@@ -152,10 +153,10 @@ class TwinModel(nn.Module, abc.ABC):
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
             routing: router, task or none.
+            quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
             tolerance: the allowed error of the logits against the exact fusion's, relative to their size, as a root
-                mean square over rows. A tolerance lets the twin use weights that cost less (see
-                `twin_bench.twin.tolerance`). By default it is 0 in float32, and an eighth of the rounding unit in half
-                precision. `paper` ignores it.
+                mean square over rows. Weights within it that cost less are used (see `twin_bench.twin.tolerance`). By
+                default it is 0 in float32, and an eighth of the rounding unit in half precision. `paper` ignores it.
             trust_remote_code: let transformers run code that comes with the shared expert.
 
         Raises:
@@ -165,7 +166,8 @@ class TwinModel(nn.Module, abc.ABC):
         from twin_bench.twin.directory import load_twin
 
         devices = Devices.of(device_map, max_memory, offload_folder, device=device)
-        loaded = load_twin(Path(directory), dtype=dtype, devices=devices, trust_remote_code=trust_remote_code)
+        given: Any = {"dtype": dtype, "devices": devices, "quantization": quantization}
+        loaded = load_twin(Path(directory), trust_remote_code=trust_remote_code, **given)
         kind = twin_class(loaded.task_type)
         if not issubclass(kind, cls):
             raise InputError(f"{directory}: a {loaded.task_type} twin, which {cls.__name__} does not serve")
@@ -274,7 +276,7 @@ class TwinModel(nn.Module, abc.ABC):
         if self.routing == "task":
             if tasks is None:
                 raise InputError("routing=task needs the rows' tasks")
-            return self._one_hot(tasks_of(tasks, len(encoded))).to(self.device)
+            return one_hot(tasks_of(tasks, len(encoded)), self.expert_names).to(self.device)
         if not encoded or self.routing == "none" or not self.expert_names:
             return torch.zeros(len(encoded), len(self.expert_names), device=self.device)
         router = self._required_router()
@@ -378,12 +380,6 @@ class TwinModel(nn.Module, abc.ABC):
                 + (" that holds each task's validation.jsonl" if self.protocol == "paper" else "")
             )
         return self.router
-
-    def _one_hot(self, tasks: Sequence[str]) -> Tensor:
-        """Return fusion weights (rows, experts), on the CPU, with weight 1 on the expert of each row's task."""
-        require_known(tasks, self.expert_names, "the twin has no expert of task")
-        owner = torch.tensor([self.expert_names.index(task) for task in tasks])
-        return nn.functional.one_hot(owner, len(self.expert_names)).float()
 
     def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Return the fusion weights and the biases' weights that a row's key (or rows' keys) consists of."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +159,7 @@ class PaperLinear(nn.Module):
     B: Tensor
     fused_weight: Tensor | None
     is_matrix = True
+    fusible: ClassVar[bool] = True
 
     def __init__(self, layer: nn.Linear, fusion: Fusion, stack: AdapterStack, parts: PaperFactors) -> None:
         super().__init__()

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import infer_auto_device_map
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from accelerate.utils import get_balanced_memory, get_max_memory, set_module_tensor_to_device
+from accelerate.utils import CustomDtype, get_balanced_memory, get_max_memory, set_module_tensor_to_device
 from torch import Tensor, nn
 
 from twin_bench.checkpoints.skeleton import meta_model
+from twin_bench.compat import Conv1D
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest, shown
 from twin_bench.files import CANNOT_WRITE, named_where_full, require_writable
@@ -80,7 +81,13 @@ class Placement(NamedTuple):
 
 
 def find_placement(
-    devices: Devices, config: Any, task_type: TaskType, exclusive: Mapping[str, Exclusive], dtype: torch.dtype | None
+    devices: Devices,
+    config: Any,
+    task_type: TaskType,
+    exclusive: Mapping[str, Exclusive],
+    dtype: torch.dtype | None,
+    *,
+    bits: int | None = None,
 ) -> Placement:
     """Return where the parts of a twin go.
 
@@ -93,19 +100,26 @@ def find_placement(
         task_type: what it serves.
         exclusive: the experts' exclusive vectors.
         dtype: what the twin computes in; None is the dtype of the config.
+        bits: those of quantised weights, 4 or 8. None where they are not.
 
     Raises:
-        InputError: a device that is not there, a map that leaves out a part or names one that the model lacks, tied
-            weights on two devices, memory that is none, or a folder that can't be written.
+        InputError: quantised weights that would be offloaded, a device that is not there, a map that leaves out a part
+            or names one that the model lacks, tied weights on two devices, memory that is none, or a folder that can't
+            be written.
     """
     model = meta_model(config, task_type, num_labels=2).to(dtype or getattr(config, "dtype", None) or torch.float32)
     asked = devices.device_map
     if isinstance(asked, Mapping):
         found = Placement(_checked(asked, model), copies=True)
     elif asked in PLANNED:
-        found = _planned(devices, model, exclusive)
+        found = _planned(devices, model, exclusive, bits)
     else:
         found = Placement({"": _checked_device(asked, "device_map")}, copies=True)
+    used = {str(place) for place in found.device_map.values()}
+    if bits is not None and (used & {"disk"} or ("cpu" in used and used != {"cpu"})):
+        raise InputError(
+            "quantised weights can't be offloaded to cpu or disk; name devices whose memory holds them all"
+        )
     if task_type == "sequence_classification":
         found = found._replace(device_map=_heads_in_memory(found.device_map, model))
     if "disk" in found.device_map.values() and devices.offload_folder is not None:
@@ -113,7 +127,7 @@ def find_placement(
     return found
 
 
-def _planned(devices: Devices, model: Any, exclusive: Mapping[str, Exclusive]) -> Placement:
+def _planned(devices: Devices, model: Any, exclusive: Mapping[str, Exclusive], bits: int | None) -> Placement:
     """Return accelerate's map of a model on the meta device, which gets what the twin adds to it as buffers."""
     memory = devices.max_memory
     if memory is not None:
@@ -131,6 +145,8 @@ def _planned(devices: Devices, model: Any, exclusive: Mapping[str, Exclusive]) -
     copied = {name for own in exclusive.values() for name in (*own.factors, *own.sparse)}
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in copied}
     layers = {n: layer for n, layer in layers.items() if not isinstance(layer, nn.Embedding)}
+    if bits is not None:
+        return Placement(_inferred(model, str(devices.device_map), memory, _few_bits(model, bits)), copies=False)
     for name, layer in layers.items():
         layer.register_buffer("fused_copy", torch.empty_like(whole(name)))
     found = _inferred(model, str(devices.device_map), memory)
@@ -151,15 +167,26 @@ def _added(own: Exclusive) -> Iterator[tuple[str, list[Tensor]]]:
         yield name, [vector]
 
 
-def _inferred(model: Any, mode: str, memory: Mapping[Any, Any] | None) -> dict[str, Any]:
+def _few_bits(model: Any, bits: int) -> dict[str, Any]:
+    """Return the dtypes of the weights that transformers quantises: those of linear layers but for the output."""
+    dtype = CustomDtype.INT4 if bits == 4 else torch.int8
+    output = model.get_output_embeddings()
+    layers = ((n, layer) for n, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D))
+    return {f"{name}.weight": dtype for name, layer in layers if layer is not output}
+
+
+def _inferred(
+    model: Any, mode: str, memory: Mapping[Any, Any] | None, special: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    few = dict(special or {})
     whole = list(getattr(model, "_no_split_modules", None) or [])
     try:
         if mode == "sequential":
             limits = get_max_memory(memory)
         else:
             low = mode == "balanced_low_0"
-            limits = get_balanced_memory(model, memory, no_split_module_classes=whole, low_zero=low)
-        found = infer_auto_device_map(model, limits, no_split_module_classes=whole)
+            limits = get_balanced_memory(model, memory, no_split_module_classes=whole, special_dtypes=few, low_zero=low)
+        found = infer_auto_device_map(model, limits, no_split_module_classes=whole, special_dtypes=few)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"max_memory {shown(memory)}: {first_line(error)}; name devices that are there, such as 0 and cpu, each "
@@ -235,9 +262,8 @@ def _heads_in_memory(device_map: Mapping[str, Any], model: Any) -> dict[str, Any
 
 
 @contextmanager
-def offloading(devices: Devices | None) -> Iterator[None]:
+def offloading(folder: str | Path | None) -> Iterator[None]:
     """Raise an InputError that names the folder of offloaded weights if writing there fails in the block."""
-    folder = None if devices is None else devices.offload_folder
     if folder is None:
         yield
         return
@@ -287,7 +313,7 @@ def require_in_memory(model: nn.Module) -> None:
         )
 
 
-def is_offloaded(model: nn.Module) -> bool:
+def is_offloaded(model: Any) -> bool:
     """Return whether some weights of a model come to a device for their layer's forward alone."""
     return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
 

@@ -120,6 +120,8 @@ class Recipe(WithPlugins):
     paper, and the model's window for language models.
     `dtype` is the dtype in which the router's features are computed, by default the base model's. It should be the
     dtype in which the twin will run.
+    `quantization` keeps the shared expert in few bits: 4bit, 8bit, or keys of transformers' BitsAndBytesConfig. The
+    exclusive vectors stay as they are.
     `plugins` are Python files that register methods or metrics; they are imported.
     `allow_pickle` also reads weights from pickles. `trust_remote_code` lets transformers run code that comes with a
     model.
@@ -133,6 +135,7 @@ class Recipe(WithPlugins):
     seed: Seed = 0
     max_length: int | None = Field(default=None, ge=2)
     dtype: Dtype | None = None
+    quantization: Literal["4bit", "8bit"] | dict[str, Any] | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
 

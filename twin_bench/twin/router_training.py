@@ -89,7 +89,7 @@ class RouterTraining:
 
     def twin(self, protocol: ProtocolName = "standard") -> TwinModel:
         """Return the twin without a router, in the recipe's dtype."""
-        model = load_model(self.sources, self.shared, self.recipe.dtype)
+        model = load_model(self.sources, self.shared, self.recipe.dtype, self.recipe.quantization)
         kind = twin_class(self.sources.skeleton.task_type)
         twin = kind(model, self.sources.tokenizer, self.parts, protocol=protocol)
         twin.feature_cache = self.feature_cache

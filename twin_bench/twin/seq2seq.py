@@ -193,7 +193,7 @@ class TwinSeq2Seq(TwinLanguageModel):
         read = _behind_start(self.model, torch.tensor(padded, device=self.device))
         with self.fused(group, weights):
             logits: Tensor = self.model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=hidden[every]),
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden[every.to(hidden.device)]),
                 attention_mask=inputs["attention_mask"][every],
                 decoder_input_ids=read,
                 use_cache=False,

@@ -277,6 +277,16 @@ def test_helm_run_fills_helms_tables(causal_families: Any, tmp_path: Path) -> No
     assert [cell["value"] for cell in table["rows"][0][:2]] == ["tiny", pytest.approx(score)]
 
 
+def test_several_devices_are_written_down(twin: Path, tmp_path: Path) -> None:
+    command = ["helm-config", str(twin), "--name", "tiny", "--local-path", str(tmp_path), "--device-map", "auto"]
+    assert main([*command, "--offload-folder", "f", "--max-memory", "0=20GiB", "cpu=9000"]) == 0
+    (entry,) = yaml.safe_load((tmp_path / "model_deployments.yaml").read_text())["model_deployments"]
+    given = {"device_map": "auto", "max_memory": {0: "20GiB", "cpu": 9000}, "offload_folder": "f"}
+    assert given.items() <= entry["client_spec"]["args"].items()
+    assert "device" not in entry["client_spec"]["args"]
+    assert main([*command, "--max-memory", "20GiB"]) == 2
+
+
 def test_a_helm_without_plugins_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.5.9")
     with pytest.raises(InputError, match=r"crfm-helm 0\.5\.9 takes no plugins.*crfm-helm>=0\.5\.16"):

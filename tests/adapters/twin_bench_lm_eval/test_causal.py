@@ -228,3 +228,26 @@ def test_a_chat_template_is_applied(three):
     assert model.chat_template(True) == model.tokenizer.chat_template
     history = [{"role": "system", "content": "big"}, {"role": "user", "content": "cat"}]
     assert model.apply_chat_template(history) == "system big user cat "
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"device_map": {"": "disk"}},
+        {"parallelize": True},
+        {"parallelize": True, "max_cpu_memory": 40000},
+        {"parallelize": True, "device_map": "sequential", "max_cpu_memory": "40KB"},
+    ],
+)
+def test_layers_on_several_devices_answer_as_on_one(three, tmp_path, places):
+    """HFLM's arguments of several devices. 40 KB hold a part of the tiny Llama."""
+    alone, spread = served(three, batch_size=4), served(three, batch_size=4, offload_folder=str(tmp_path), **places)
+    offloaded = {layer.weight.is_meta for layer in spread.twin.fusion.layers}
+    assert offloaded == ({True} if "device_map" in places and "parallelize" not in places else offloaded)
+    assert (True in offloaded) == (places != {"parallelize": True})
+    pairs = [("the cat", " dog sat"), ("a bird", " is"), ("the cat", " is")]
+    found, expected = (model.loglikelihood(scored(pairs)) for model in (spread, alone))
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in expected], abs=1e-5)
+    prompts = ["the cat", "a dog sat on"]
+    assert spread.generate_until(generated(prompts)) == alone.generate_until(generated(prompts))
+    assert spread.device == spread.twin.device == alone.device

@@ -207,3 +207,10 @@ def test_rows_that_a_classifier_cannot_read(served, ask):
 def test_use_cache_is_refused(served, tmp_path):
     with pytest.raises(InputError, match=r"--use_cache .*leave it out"):
         CachingLM(served(), str(tmp_path / "cache.db"))
+
+
+def test_arguments_of_several_devices_are_handed_on(tmp_path, loaded):
+    ClassifierTwin(pretrained=tmp_path, parallelize=True, max_cpu_memory="1GiB", offload_folder="folder")
+    spread = {"device_map": "auto", "max_memory": {"cpu": "1GiB"}, "offload_folder": "folder"}
+    assert spread.items() <= loaded[-1][1].items()
+    assert "device" not in loaded[-1][1]

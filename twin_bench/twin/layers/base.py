@@ -21,7 +21,8 @@ class TwinLayer(nn.Module):
     A subclass stands for one kind of layer. It names the modules that it replaces in `replaces`, or overrides
     `stands_for`, and defines `forward` for the three modes of `Fusion`. `twin_bench.twin.layers.kinds.TWINS`
     lists the subclasses. `reads_rows` says that it reads single rows of a matrix. `at_hand` says that the model also
-    uses the layer outside its forward, so that its weight is never offloaded.
+    uses the layer outside its forward, so that its weight is never offloaded. `fusible` says that the layer can keep a
+    fused copy of its weight.
 
     `weight` and `bias` are the shared expert's parameters. `bias` is None in a layer without one.
     `B` (m, R) and `A` (R, n) are the factors of all experts side by side. `ranks` holds each expert's number of
@@ -35,6 +36,7 @@ class TwinLayer(nn.Module):
     is_matrix = False
     reads_rows = False
     at_hand = False
+    fusible: ClassVar[bool] = True
     weight: Tensor
     bias: Tensor | None
     vectors: Tensor | None
@@ -58,8 +60,7 @@ class TwinLayer(nn.Module):
         """Take the parameters of `layer`, and the factors and vectors that the experts hold under its `name`."""
         super().__init__()
         self.fusion = fusion
-        self.register_parameter("weight", layer._parameters["weight"])
-        self.register_parameter("bias", layer._parameters.get("bias"))
+        self._take(layer)
         self._register_factors([e.factors.get(f"{name}.weight") for e in exclusive.values()])
         self._register_entries([e.sparse.get(f"{name}.weight") for e in exclusive.values()])
         self._register_vectors("vectors", self.weight, [e.vectors.get(f"{name}.weight") for e in exclusive.values()])
@@ -72,6 +73,11 @@ class TwinLayer(nn.Module):
         """Change the dtype or the device as a module does. What the fusion has kept is of the ones before."""
         self.fusion.forget()
         return super()._apply(fn, recurse)
+
+    def _take(self, layer: nn.Module) -> None:
+        """Take the parameters of the layer that this one replaces."""
+        self.register_parameter("weight", layer._parameters["weight"])
+        self.register_parameter("bias", layer._parameters.get("bias"))
 
     def placed(self, parent: nn.Module) -> None:
         """Do what is to be done once this layer is an attribute of `parent`. By default this is nothing."""

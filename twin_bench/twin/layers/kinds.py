@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,10 +17,11 @@ from twin_bench.twin.layers.embedding import TiedEmbedding, TiedLinear, TwinEmbe
 from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
 from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
 from twin_bench.twin.layers.positions import TwinLearnedPositions, TwinRelativeBias
+from twin_bench.twin.layers.quantised import TwinQuantised
 from twin_bench.twin.placement import in_place_of, is_offloaded
 
 TWINS: tuple[type[TwinLayer], ...] = (
-    *(TwinLinear, TwinConv1D, TwinRelativeBias, TwinLearnedPositions, TwinEmbedding),
+    *(TwinQuantised, TwinLinear, TwinConv1D, TwinRelativeBias, TwinLearnedPositions, TwinEmbedding),
     *(TwinLayerNorm, TwinRMSNorm),
 )
 """The kinds of layers that a twin can fuse. A layer is replaced by the first kind that `stands_for` it."""
@@ -42,7 +44,7 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
     kind_of_model = model.config.model_type if isinstance(model, PreTrainedModel) else ""
     if exclusive and kind_of_model in TOKENS_FIRST:
         raise InputError(f"{type(model).__name__} can't be served as a twin: its layers take tokens before rows")
-    fusion = Fusion(len(exclusive))
+    fusion = Fusion(len(exclusive), getattr(model, "dtype", torch.float32))
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, list[str]] = {}
     for path, layer in modules.items():
@@ -63,7 +65,7 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
             parent = model.get_submodule(place.rpartition(".")[0])
             model.set_submodule(place, twin if modules[place] is layer else _tied(modules[place], twin, place))
             twin.placed(parent)
-    fusion.keeps_copies = not any(is_offloaded(layer) for layer in fusion.layers)
+    fusion.keeps_copies = all(layer.fusible and not is_offloaded(layer) for layer in fusion.layers)
     return fusion
 
 

@@ -68,13 +68,19 @@ class TwinLinear(TwinLayer):
         """Return the layer's output without exclusive vectors, (batch, ..., out), for x (batch, ..., in)."""
         return F.linear(x, weight, bias)
 
+    def shared(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output of the shared expert's weight, (batch, ..., out), for x (batch, ..., in)."""
+        return self.plain(x, self.weight, bias)
+
     @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, ..., out) for x (batch, ..., in)."""
-        if self.fusion.mode != "rows":
+        if self.fusion.mode == "fused":
             return self.plain(x, *self.current())
-        shared_bias = self.bias is None or self.bias_vectors is None
-        y = self.plain(x, self.weight, self.bias if shared_bias else None)
+        shared_bias = self.fusion.mode == "shared" or self.bias is None or self.bias_vectors is None
+        y = self.shared(x, self.bias if shared_bias else None)
+        if self.fusion.mode == "shared":
+            return y
         if sum(self.ranks):
             z, up = self._through_factors(x)
             y.view(-1, y.shape[-1]).addmm_(z, up)
