@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twin_bench.checkpoints.finite import require_no_overflow, require_weights
 from twin_bench.errors import InputError
-from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
+from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences, Keep, keep_nothing
 from twin_bench.twin.exclusive.registry import find_kind
 
 __all__ = ["Exclusive", "exclusive_vector"]
@@ -29,6 +29,7 @@ def exclusive_vector(
     seed: int = 0,
     without: Container[str] = (),
     device: str | torch.device = "cpu",
+    keep: Keep = keep_nothing,
     **options: Any,
 ) -> Exclusive:
     """Return v_t of one expert over the shared expert, parameter by parameter.
@@ -41,6 +42,7 @@ def exclusive_vector(
         seed: The seed of a randomised SVD, and of draws.
         without: Names of parameters of which nothing is kept.
         device: Where matrices are decomposed and sorted. What is kept of them is on the CPU.
+        keep: Where decompositions are kept, if anywhere.
         **options: The kind's options, for example `rank` or `density`.
 
     Returns:
@@ -71,6 +73,7 @@ def exclusive_vector(
             model_bytes=sum(tensor.nbytes for tensor in shared.values()),
             vectors=dict(differences(1)),
             matrices=lambda: ((parameter, matrix.to(device)) for parameter, matrix in differences(2)),
+            keep=keep,
         ),
         options,
     )

@@ -104,11 +104,20 @@ def _decomposed(
     for name, matrix in differences.matrices():
         full = density is None and rank is None
         limit = min(matrix.shape) if full else exclusive_rank(matrix.shape, density=density, rank=rank)
-        yield name, matrix, _truncated(name, matrix, limit, differences.seed)
+        yield name, matrix, _truncated(name, matrix, limit, differences)
 
 
-def _truncated(name: str, matrix: Tensor, rank: int, seed: int) -> Factors:
+def _truncated(name: str, matrix: Tensor, rank: int, differences: ExpertDifferences) -> Factors:
     """Return the factors of a truncated SVD on the CPU. InputError that names the tensor if it fails."""
+
+    def compute() -> Mapping[str, Tensor]:
+        return _decompose(name, matrix, rank, differences.seed)._asdict()
+
+    kept = differences.keep(("svd", differences.expert, name, str(rank)), matrix.numel(), compute)
+    return Factors(kept["B"], kept["A"])
+
+
+def _decompose(name: str, matrix: Tensor, rank: int, seed: int) -> Factors:
     try:
         B, A = truncated_svd(matrix, rank, seed=seed)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -148,7 +157,7 @@ def _within_budget(differences: ExpertDifferences, budget: int, bits: int | None
         m, n = matrix.shape
         costs[name] = direction_bytes((m, n), bits) * (matrix.itemsize // 4 if bits is None else 1)
         most = min(m, n, max(0, left) // costs[name])
-        whole[name] = _truncated(name, matrix, most, differences.seed)
+        whole[name] = _truncated(name, matrix, most, differences)
     taken = budget - left
     smallest = min(costs, key=lambda name: costs[name], default="")
     least = costs.get(smallest, 0)
