@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils import collect_env
 
-from tests.support.families import Family, built, make_causal_family, make_family, make_seq2seq_family
+from tests.support.families import (
+    Family,
+    built,
+    make_causal_family,
+    make_family,
+    make_matrix_family,
+    make_seq2seq_family,
+)
 from tests.support.models import tiny_causal_tokenizer
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -45,6 +52,18 @@ def twins(families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def causal_twins(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function from kind of language model to the directory of its family's twin, likewise."""
     return functools.cache(lambda kind: built(causal_families(kind).recipe, tmp_path_factory.mktemp("twin") / "twin"))
+
+
+@pytest.fixture(scope="session")
+def matrix_family(causal_families: Any, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Return tiny Qwen2s whose experts change matrices of the blocks alone, which adapters hold whole."""
+    return make_matrix_family(causal_families("qwen2"), tmp_path_factory.mktemp("matrices"))
+
+
+@pytest.fixture(scope="session")
+def matrix_twin(matrix_family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of that family's twin, for reading alone."""
+    return built(matrix_family.recipe, tmp_path_factory.mktemp("matrix-twin") / "twin")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, str] = {
     "tasks": "twin_bench.commands.tasks",
     "convert": "twin_bench.commands.convert",
     "export": "twin_bench.commands.export",
+    "serve": "twin_bench.commands.serve",
     "schema": "twin_bench.commands.schema",
     "doctor": "twin_bench.doctor",
 }

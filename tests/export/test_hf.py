@@ -54,7 +54,7 @@ def test_a_classifier_has_its_expert_s_head(twins: Any, tmp_path: Path, kind: st
         expected = twin(**inputs, fusion_weights=torch.tensor([[0.0, 0, 1]]).repeat(4, 1), task="mnli").logits
         torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     card = (tmp_path / "mnli" / "README.md").read_text()
-    assert "head is that of the expert `mnli`" in card
+    assert "The head is that of the expert `mnli`." in card
     assert "| mnli | 0 | 0 | 1 |" in card
     assert str(tmp_path) not in card
 

@@ -1,4 +1,4 @@
-"""PEFT adapters: PEFT computes the twin with weight 1 on an expert; what an adapter can't hold is named and measured."""
+"""PEFT computes the twin with weight 1 on an expert; what an adapter can't hold is named, and its loss measured."""
 
 from __future__ import annotations
 

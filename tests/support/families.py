@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.support.models import (
     tiny_causal,
@@ -63,6 +66,26 @@ def make_family(
 def make_causal_family(root: Path, kind: str) -> Family:
     """Save a tiny language model, three experts, and router rows; return them with a recipe."""
     return _language_family(root, kind, tiny_causal, tiny_causal_tokenizer())
+
+
+def make_matrix_family(family: Family, root: Path) -> Family:
+    """Save experts that differ from a family's base in the nn.Linear weights of their blocks alone: adapters hold them.
+
+    Return them with the family's base, and a recipe.
+    """
+    experts = {}
+    for seed, task in enumerate(family.experts, 1):
+        torch.manual_seed(seed)
+        model: Any = copy.deepcopy(family.base)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "layers." in name and parameter.ndim == 2:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(root / task)
+        experts[task] = model
+    router = {**family.recipe["router"], "epochs": 20, "top_k": 1, "layer": 0}  # it is sure of itself
+    recipe = {**family.recipe, "experts": {task: str(root / task) for task in experts}, "router": router}
+    return Family(family.root, family.kind, family.base, experts, {}, recipe)
 
 
 def make_seq2seq_family(root: Path, kind: str) -> Family:

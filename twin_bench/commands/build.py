@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from twin_bench.console import add_batch_size, add_device, add_dtype, add_plugins
+from twin_bench.console import add_batch_size, add_device, add_dtype, add_plugins, positive
 
 SUMMARY = "build a twin from a recipe"
 
@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_dtype(parser)
     add_batch_size(parser, "as many as 8,192 tokens hold, and no more than 64")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="how many processes compute the tensors; each needs memory for its own, and opens the inputs itself. With "
+        "several GPUs they take turns (default: 1)",
+    )
     add_plugins(parser)
 
 
@@ -46,6 +54,9 @@ def run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             feature_cache=named_directory(),
             progress=progress,
+            resumable=True,
+            workers=options.workers,
+            plugins=options.plugin,
         )
     parameters, router = settings["parameters"], settings["router"]
     print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")

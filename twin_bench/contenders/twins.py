@@ -22,12 +22,13 @@ from twin_bench.merging.recipe import Shared
 from twin_bench.merging.registry import MergeMethod, ServedMethod, find_method, served_method
 from twin_bench.merging.rehearsal import rehearse_merge
 from twin_bench.protocols import PROTOCOLS, ProtocolName, Track
-from twin_bench.twin.builder import build_twin, check_limits, merge_options
+from twin_bench.twin.builder import build_twin, check_limits
 from twin_bench.twin.directory import read_manifest
 from twin_bench.twin.exclusive import find_kind
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
 from twin_bench.twin.routers.rows import require_two
+from twin_bench.twin.shared import merge_options
 
 SUITE_ROWS = "the suite's training rows"
 """A suite's recipe has it in place of `router.data`."""

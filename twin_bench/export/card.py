@@ -19,17 +19,14 @@ from twin_bench.export.stored import StoredTwin
 
 def checkpoint_card(twin: StoredTwin, name: str, weights: Tensor, parameters: int, head: str | None) -> str:
     """Return the model card of a checkpoint that was fused for one vector of weights (experts,)."""
-    heads = {
-        False: "The tokenizer is the base model's.",
-        True: f"The head is that of the expert `{head}`; the tokenizer is the base model's."
-        if head
-        else "This is the backbone alone: each head belongs to a task. The tokenizer is the base model's.",
-    }
+    told = "The tokenizer is the base model's."
+    if twin.skeleton.head:
+        told = f"The head is that of the expert `{head}`. {told}" if head else f"This is the backbone alone. {told}"
     return (
         f"{front(twin, 'transformers')}# {name}\n\n"
-        f"The model that a twin (Twin-Merging, arXiv:2406.15479) fuses for one vector of weights, written by twin-bench "
-        f"{version('twin-bench')}: theta_s + sum_t w_t v_t. It has no router, and answers every input alike.\n\n"
-        f"- parameters: {parameters:,}\n\n{heads[bool(twin.skeleton.head)]}\n\n"
+        "The model that a twin (Twin-Merging, arXiv:2406.15479) fuses for one vector of weights, theta_s + sum_t w_t "
+        f"v_t, written by twin-bench {version('twin-bench')}. It has no router: every input gets the same weights.\n\n"
+        f"- parameters: {parameters:,}\n\n{told}\n\n"
         f"{made_of(twin, {name: weights})}"
     )
 
@@ -43,8 +40,8 @@ def adapters_card(
     labels = f", num_labels={_labels(twin, first)}" if first in twin.parts.heads else ""
     return (
         f"{front(twin, 'peft')}# Adapters of a twin\n\n"
-        f"PEFT LoRA adapters on the shared expert of a twin (Twin-Merging, arXiv:2406.15479), the folder `model` of the "
-        f"twin, written by twin-bench {version('twin-bench')}.\n\n"
+        "PEFT LoRA adapters on the shared expert of a twin (Twin-Merging, arXiv:2406.15479), which is the twin's "
+        f"folder `model`, written by twin-bench {version('twin-bench')}.\n\n"
         f"    base = {auto}.from_pretrained(MODEL{labels})\n"
         f'    model = PeftModel.from_pretrained(base, "{first}")\n\n'
         f"{_lost(adapters, losses)}{made_of(twin, models)}"
@@ -56,8 +53,8 @@ def server_card(
 ) -> str:
     """Return the README of what vLLM serves."""
     routed = (
-        f"The front offers the twin as `{ROUTED}`. It reads each prompt with the twin's router, and sends the request on "
-        "under the name of the nearest adapter (that of the largest weight, where only experts are adapters):\n\n"
+        f"The front offers the twin as `{ROUTED}`. It reads each prompt with the twin's router, and sends the request "
+        "on under the name of the nearest adapter (that of the largest weight, where only experts are adapters):\n\n"
         "    pip install 'twin-bench[serve]'\n"
         "    twin-bench serve . --upstream http://127.0.0.1:8000 --port 8001\n\n"
     )

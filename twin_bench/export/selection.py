@@ -88,6 +88,7 @@ def _number(text: str, expert: str, where: str) -> float:
         raise InputError(f"{where}: {shown(text)}, the weight of {expert}, is no number") from None
     if not math.isfinite(number) or abs(number) > LARGEST_WEIGHT:
         raise InputError(
-            f"{where}: the weight of {expert} is {text.strip()}; give a finite number of size {LARGEST_WEIGHT:g} at most"
+            f"{where}: the weight of {expert} is {text.strip()}; give a finite number, of size {LARGEST_WEIGHT:g} at "
+            "most"
         )
     return number

@@ -40,9 +40,7 @@ def read_served(directory: Path) -> Served:
     """Return what `write_served` wrote. InputError that names the file for what is missing or wrong."""
     file = directory / FILE
     if not file.is_file():
-        raise InputError(
-            f"{directory}: no {FILE} there; write one with twin-bench export TWIN {directory} --format vllm"
-        )
+        raise InputError(f"{directory}: no {FILE} there; write one with twin-bench export TWIN DIRECTORY --format vllm")
     served = parse(Served, read_json(file), str(file))
     for name, weights in served.adapters.items():
         if len(weights) != len(served.experts):

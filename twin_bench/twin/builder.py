@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,7 @@ from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
-from twin_bench.merging.by_name import merge_lazily
 from twin_bench.merging.device import exact_device
-from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
 from twin_bench.twin.directory import save_twin
@@ -36,6 +35,9 @@ from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.router_training import RouterTraining, train_routers
 from twin_bench.twin.routers.limits import check_router, check_rows
+from twin_bench.twin.shared import merge_options, merged_parameters
+from twin_bench.twin.work import Work, work_on
+from twin_bench.twin.workers import Job, compute_tensors, threads_each
 
 ORACLE_PARAMETERS = re.compile(r"bias$")
 """The parameters that the protocol paper neither merges nor replaces. It takes them from the true task's expert.
@@ -55,6 +57,9 @@ def build_twin(
     batch_size: int | None = None,
     feature_cache: Path | None = None,
     progress: Progress | None = None,
+    resumable: bool = False,
+    workers: int = 1,
+    plugins: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Build a twin and write it to `directory`, which appears whole or not at all.
 
@@ -69,6 +74,10 @@ def build_twin(
             64.
         feature_cache: The directory in which SVDs and the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
+        resumable: Keep each tensor on disk until the twin is written (see `twin_bench.twin.work`). The same build goes
+            on from there if it is killed.
+        workers: How many processes compute tensors. Several keep them on disk as well.
+        plugins: The files that were imported besides those of the recipe, for these processes.
 
     Returns:
         The settings of the build that twin.json holds: method, options, the router's accuracy, parameters stored.
@@ -86,37 +95,54 @@ def build_twin(
     check_limits(recipe, sources)
     if rows is not None:
         check_rows(recipe, sources, rows)
-    options = merge_options(recipe)
-    given = {"transposed": sources.skeleton.transposed, "device": on, **options}
-    merged = merge_lazily(recipe.shared.method, sources.base, sources.experts, **given)
-    shared = {n: merged[n] for n in progress.track(sources.skeleton.backbone, description="shared expert")}
-    parts = Parts(
-        heads={name: expert.head() for name, expert in sources.experts.items()},
-        exclusive=_exclusive_vectors(recipe, sources, shared, progress, on, feature_cache),
-        paper=_paper_parts(recipe, sources),
-        max_length=recipe.max_length,
-    )
-    chosen: dict[str, Any] = {}
-    if recipe.router and rows:
-        training = RouterTraining(
-            recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on, batch_size
-        )
-        parts, chosen = train_routers(training)
-    settings = _summary(recipe, shared, parts, {"method": recipe.shared.method, **options}, chosen)
-    model = load_model(sources, shared, quantization=recipe.quantization)
-    save_twin(directory, model, sources.tokenizer, parts, sources.skeleton, settings)
+    with work_on(directory, recipe, str(on)) if resumable or workers > 1 else nullcontext(Work()) as work:
+        if workers > 1:
+            job = Job(recipe, labels, work, str(on), tuple(plugins), threads_each(workers))
+            compute_tensors(job, _largest_first(sources, work.smallest), workers, progress)
+        shared, parts = _merged_parts(recipe, sources, work, feature_cache, progress, on)
+        chosen: dict[str, Any] = {}
+        if recipe.router and rows:
+            training = RouterTraining(
+                recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on, batch_size
+            )
+            parts, chosen = train_routers(training)
+        settings = _summary(recipe, shared, parts, chosen)
+        model = load_model(sources, shared, quantization=recipe.quantization)
+        save_twin(directory, model, sources.tokenizer, parts, sources.skeleton, settings)
     return settings
 
 
-def _summary(
-    recipe: Recipe, shared: Mapping[str, Tensor], parts: Parts, merge: Mapping[str, Any], router: Mapping[str, Any]
-) -> dict[str, Any]:
+def _merged_parts(
+    recipe: Recipe, sources: Sources, work: Work, cache: Path | None, progress: Progress, device: torch.device
+) -> tuple[dict[str, Tensor], Parts]:
+    """Return the shared expert's parameters, and the twin's parts without a router."""
+    merged = merged_parameters(recipe, sources, device)
+    shapes = progress.track(sources.skeleton.backbone.items(), len(merged), description="shared expert")
+    shared = {name: work.parameter(name, shape, partial(merged.__getitem__, name)) for name, shape in shapes}
+    keeping: dict[str, Any] = {"keep": work.tensors}
+    if cache is not None:
+        keeping["decompose"] = partial(kept_svd, cache / "svd")
+    return shared, Parts(
+        heads={name: expert.head() for name, expert in sources.experts.items()},
+        exclusive=_exclusive_vectors(recipe, sources, shared, keeping, progress, device),
+        paper=_paper_parts(recipe, sources),
+        max_length=recipe.max_length,
+    )
+
+
+def _largest_first(sources: Sources, smallest: int) -> list[str]:
+    """Return the names of the parameters of `smallest` entries or more."""
+    entries = {name: shape.numel() for name, shape in sources.skeleton.backbone.items()}
+    return sorted((name for name in entries if entries[name] >= smallest), key=lambda name: -entries[name])
+
+
+def _summary(recipe: Recipe, shared: Mapping[str, Tensor], parts: Parts, router: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the build that twin.json holds."""
     exclusive = recipe.exclusive.model_dump(exclude_none=True)
     return {
         "twin_bench": version("twin-bench"),  # Information only: nothing is decided by it.
         "base_model": recipe.base_model,
-        "shared": dict(merge),
+        "shared": {"method": recipe.shared.method, **merge_options(recipe)},
         "exclusive": exclusive,
         "router": dict(router),
         "seed": recipe.seed,
@@ -139,28 +165,21 @@ def _bytes(exclusive: Mapping[str, Any], shared: Mapping[str, Tensor], parts: Pa
     return {"bytes": {"shared": sum(t.nbytes for t in shared.values()), "exclusive": sum(each)}}
 
 
-def merge_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the options of the static merge that makes the shared expert, with the recipe's seed if it needs one."""
-    header = find_method(recipe.shared.method).given(recipe.shared.options)
-    return {**header.seeded(recipe.seed), **recipe.shared.options}
-
-
 def _exclusive_vectors(
     recipe: Recipe,
     sources: Sources,
     shared: Mapping[str, Tensor],
+    keeping: Mapping[str, Any],
     progress: Progress,
     device: torch.device,
-    cache: Path | None,
 ) -> dict[str, Exclusive]:
     """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
     without = _left_out(sources, shared, settings.from_layer)
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
-    decompose = truncated_svd if cache is None else partial(kept_svd, cache / "svd")
     for name, expert in experts:
         options = {"kind": settings.kind, "name": name, "seed": seed, "without": without, **settings.options()}
-        own = exclusive_vector(expert, shared, device=exact_device(device), decompose=decompose, **options)
+        own = exclusive_vector(expert, shared, device=exact_device(device), **keeping, **options)
         found[name] = random_like(own, name, seed=seed) if settings.random else own
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from twin_bench.checkpoints.peft_files import save_adapter
 from twin_bench.checkpoints.skeleton import context_window, meta_model
 from twin_bench.errors import UnsuitedError
-from twin_bench.export.adapters import Adapter, Refused, adapters_of, require_rank, told
+from twin_bench.export.adapters import Refused, adapters_of, require_rank, told
 from twin_bench.export.card import server_card
 from twin_bench.export.loss import measured_loss
 from twin_bench.export.registry import export_format

@@ -11,6 +11,18 @@ from twin_bench.checkpoints.factors import Factors
 from twin_bench.twin.exclusive.quantised import QuantisedFactors
 from twin_bench.twin.exclusive.sparse import Sparse
 
+Compute = Callable[[], Mapping[str, Tensor]]
+Keep = Callable[[tuple[str, ...], int, Compute], Mapping[str, Tensor]]
+"""A function (key, entries, compute) -> tensors, which are computed unless they are kept under the key.
+
+`entries` is the size of the parameter that they are computed from: see `twin_bench.twin.work`.
+"""
+
+
+def keep_nothing(key: tuple[str, ...], entries: int, compute: Compute) -> Mapping[str, Tensor]:
+    """Return what is computed."""
+    return compute()
+
 
 @dataclass(frozen=True)
 class Exclusive:
@@ -52,7 +64,7 @@ class ExpertDifferences:
     parameters are left out. All are in float32, or in float64 for float64 parameters. `svd(matrix, rank)` returns the
     best approximation of a matrix of that rank, as `twin_bench.merging.linear_algebra.truncated_svd` does.
     `expert` is the expert's name, which draws depend on besides `seed`. `model_bytes` is the size of a whole expert
-    without its head.
+    without its head. `keep` is asked for what takes long to compute.
     """
 
     expert: str
@@ -61,3 +73,4 @@ class ExpertDifferences:
     vectors: Mapping[str, Tensor]
     matrices: Callable[[], Iterator[tuple[str, Tensor]]]
     svd: Callable[[Tensor, int], Factors]
+    keep: Keep = keep_nothing

@@ -17,7 +17,7 @@ from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.finite import require_no_overflow, require_weights
 from twin_bench.errors import InputError
 from twin_bench.merging.linear_algebra import truncated_svd
-from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
+from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences, Keep, keep_nothing
 from twin_bench.twin.exclusive.registry import find_kind
 
 __all__ = ["Exclusive", "exclusive_vector"]
@@ -33,6 +33,7 @@ def exclusive_vector(
     without: Container[str] = (),
     device: str | torch.device = "cpu",
     decompose: Callable[..., Factors] = truncated_svd,
+    keep: Keep = keep_nothing,
     **options: Any,
 ) -> Exclusive:
     """Return v_t of one expert over the shared expert, parameter by parameter.
@@ -46,6 +47,7 @@ def exclusive_vector(
         without: Names of parameters of which nothing is kept.
         device: Where matrices are decomposed and sorted. What is kept of them is on the CPU.
         decompose: What computes `truncated_svd`, or has kept it.
+        keep: Where decompositions are kept, if anywhere.
         **options: The kind's options, for example `rank` or `density`.
 
     Returns:
@@ -77,6 +79,7 @@ def exclusive_vector(
             vectors=dict(differences(1)),
             matrices=lambda: ((parameter, matrix.to(device)) for parameter, matrix in differences(2)),
             svd=partial(decompose, seed=seed),
+            keep=keep,
         ),
         options,
     )

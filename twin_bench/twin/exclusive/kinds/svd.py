@@ -109,11 +109,16 @@ def _decomposed(
 
 def _truncated(differences: ExpertDifferences, name: str, matrix: Tensor, rank: int) -> Factors:
     """Return the factors of a truncated SVD on the CPU. InputError that names the tensor if it fails."""
-    try:
-        B, A = differences.svd(matrix, rank)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise InputError(f"tensor {name}: the SVD of its difference fails ({error}); correct the expert") from None
-    return Factors(B.cpu(), A.cpu())
+
+    def compute() -> Mapping[str, Tensor]:
+        try:
+            B, A = differences.svd(matrix, rank)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise InputError(f"tensor {name}: the SVD of its difference fails ({error}); correct the expert") from None
+        return {"B": B.cpu(), "A": A.cpu()}
+
+    kept = differences.keep(("svd", differences.expert, name, str(rank)), matrix.numel(), compute)
+    return Factors(kept["B"], kept["A"])
 
 
 def _singular_values(factors: Factors) -> Tensor:

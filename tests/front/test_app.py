@@ -1,0 +1,214 @@
+"""The front's API: requests go on under an adapter's name, answers and streams come back, errors say what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.families import Family
+from tests.support.stub_server import Broken, Stub, Waiting
+from twin_bench.cli import main
+from twin_bench.front.routing import PromptRouter
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+
+from twin_bench.front.app import create_app
+
+Ask = Callable[..., httpx.Response]
+
+
+def asking(router: PromptRouter, transport: httpx.AsyncBaseTransport) -> Ask:
+    """Return a function that sends one request to a front whose server is behind `transport`."""
+    server = httpx.AsyncClient(transport=transport, base_url="http://vllm")
+    app = create_app(router, server)
+
+    def ask(method: str, path: str, **request: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
+                return await client.request(method, path, **request)
+
+        return asyncio.run(send())
+
+    return ask
+
+
+@pytest.fixture
+def stub(router: PromptRouter) -> Stub:
+    return Stub([*router.served.adapters, "twin/shared"])
+
+
+@pytest.fixture
+def ask(router: PromptRouter, stub: Stub) -> Ask:
+    return asking(router, httpx.ASGITransport(stub))
+
+
+@pytest.fixture(scope="module")
+def prompts(router: PromptRouter, matrix_family: Family) -> dict[str, str]:
+    """Return a text for each of the adapters that some row of the router goes to; two at least."""
+    rows = [json.loads(line)["text"] for line in (matrix_family.root / "router.jsonl").read_text().splitlines()]
+    found = dict(zip(router.adapters(router.completion_prompts({"prompt": rows})), rows, strict=True))
+    assert len(found) >= 2
+    return found
+
+
+def test_a_completion_goes_to_its_adapter(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    for adapter, prompt in prompts.items():
+        headers = {"authorization": "Bearer x", "x-other": "kept here"}
+        body = {"model": "twin/routed", "prompt": prompt, "temperature": 0.3, "n": 2}
+        answer = ask("POST", "/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["x-twin-adapter"] == adapter
+        assert [choice["text"] for choice in answer.json()["choices"]] == [f"{adapter}: {prompt} {n}" for n in (0, 1)]
+        assert stub.asked[-1] == {**body, "model": adapter}
+        assert stub.headers[-1]["authorization"] == "Bearer x"
+        assert "x-other" not in stub.headers[-1]
+
+
+def test_prompts_of_one_request_go_to_their_own_adapters(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    (a, one), (b, two) = list(prompts.items())[:2]
+    answer = ask("POST", "/v1/completions", json={"model": "twin/routed", "prompt": [one, two, one], "n": 2})
+    assert [body["model"] for body in stub.asked] == [a, b]
+    body = answer.json()
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    expected = [f"{name}: {text} {n}" for name, text in ((a, one), (b, two), (a, one)) for n in (0, 1)]
+    assert [choice["text"] for choice in body["choices"]] == expected
+    assert (body["model"], body["usage"]["total_tokens"]) == ("twin/routed", 14)
+    assert answer.headers["x-twin-adapter"] == f"{a},{b}"
+    streamed = ask("POST", "/v1/completions", json={"prompt": [one, two], "stream": True})
+    assert streamed.status_code == 400
+    assert "send them apart" in streamed.json()["error"]["message"]
+
+
+def test_a_chat_goes_to_the_adapter_of_its_template(
+    ask: Ask, router: PromptRouter, prompts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router.tokenizer, "chat_template", "{{ messages[0].content }}")
+    for adapter, prompt in prompts.items():
+        body = {"model": "twin/routed", "messages": [{"role": "user", "content": prompt}]}
+        answer = ask("POST", "/v1/chat/completions", json=body)
+        assert answer.json()["choices"][0]["message"]["content"] == adapter
+
+
+def test_a_model_that_is_named_is_not_routed(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    for name in ("calm", "bbq", "twin/shared"):
+        ask("POST", "/v1/completions", json={"model": name, "prompt": next(iter(prompts.values()))})
+        assert stub.asked[-1]["model"] == name
+    answer = ask("POST", "/v1/completions", json={"model": "bbc", "prompt": "the cat"})
+    assert answer.status_code == 404
+    assert "'bbc' is not served; did you mean 'bbq'" in answer.json()["error"]["message"]
+    listed = [model["id"] for model in ask("GET", "/v1/models").json()["data"]]
+    assert listed == ["twin/routed", "mmlu", "bbq", "cnn_dailymail", "calm", "twin/shared"]
+
+
+def test_a_stream_is_passed_through(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    adapter, prompt = next(iter(prompts.items()))
+    answer = ask("POST", "/v1/completions", json={"model": "twin/routed", "prompt": prompt, "stream": True})
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["x-twin-adapter"] == adapter
+    assert answer.text == f"data: {adapter} a\n\ndata: {adapter} b\n\ndata: {adapter} [DONE]\n\n"
+
+
+def test_an_event_is_passed_on_before_the_next_one_comes(router: PromptRouter) -> None:
+    seen = asyncio.Event()
+    body = json.dumps({"model": "bbq", "prompt": "x", "stream": True}).encode()
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"},
+        **{"query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http", "root_path": ""},
+        "asgi": {"version": "3.0"},
+    }
+    given = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if given:
+            return given.pop()
+        await asyncio.Event().wait()  # the client stays
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        if message.get("body") == b"data: first\n\n":
+            seen.set()
+
+    async def run() -> None:
+        client = httpx.AsyncClient(transport=Waiting(seen), base_url="http://vllm")
+        await asyncio.wait_for(create_app(router, client)(scope, receive, send), timeout=10)
+
+    asyncio.run(run())
+
+
+def test_the_server_s_own_errors_are_passed_through(ask: Ask, prompts: dict[str, str]) -> None:
+    prompt = next(iter(prompts.values()))
+    for stream in (False, True):
+        answer = ask("POST", "/v1/completions", json={"prompt": prompt, "max_tokens": 0, "stream": stream})
+        assert (answer.status_code, answer.json()) == (400, {"error": {"message": "max_tokens must be 1"}})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"{", "not JSON"), (b"[1]", "no JSON object"), (b'{"prompt": 3}', "expected a text")]
+)
+def test_a_bad_request_is_told_in_openai_s_form(ask: Ask, stub: Stub, content: bytes, said: str) -> None:
+    answer = ask("POST", "/v1/completions", content=content)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert not stub.asked
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [(httpx.ReadTimeout("slow"), 504, "timeout"), (httpx.ConnectError("refused"), 502, "unreachable")],
+)
+def test_a_server_that_fails_is_told_and_counted(
+    router: PromptRouter, error: Exception, status: int, kind: str, stream: bool
+) -> None:
+    ask = asking(router, Broken(error))
+    answer = ask("POST", "/v1/completions", json={"prompt": "the cat", "stream": stream})
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == status
+    assert f'twin_front_errors_total{{kind="{kind}"}} 1' in ask("GET", "/metrics").text
+    health = ask("GET", "/health")
+    assert (health.status_code, "can't be reached" in health.json()["status"]) == (503, True)
+
+
+def test_a_stream_that_breaks_says_so(router: PromptRouter) -> None:
+    ask = asking(router, Broken(httpx.ReadError("gone"), after_event=True))
+    lines = ask("POST", "/v1/completions", json={"prompt": "the cat", "stream": True}).text.split("\n\n")
+    assert lines[0] == "data: first"
+    assert json.loads(lines[1].removeprefix("data: "))["error"]["message"] == "the server's stream broke off (gone)"
+    assert 'kind="broken_stream"} 1' in ask("GET", "/metrics").text
+
+
+def test_health_and_metrics(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    assert ask("GET", "/health").status_code == 200
+    stub.mood = "ill"
+    assert (ask("GET", "/health").status_code, ask("GET", "/health").json()["status"]) == (
+        503,
+        "the server's /health says 503",
+    )
+    adapter, prompt = next(iter(prompts.items()))
+    for _ in range(2):
+        ask("POST", "/v1/completions", json={"prompt": prompt})
+    lines = ask("GET", "/metrics").text.splitlines()
+    assert f'twin_front_requests_total{{adapter="{adapter}",status="200"}} 2' in lines
+    assert "twin_front_routing_seconds_count 2" in lines
+    assert "twin_front_requests_running 0" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--upstream", "localhost:8000"], "expected an address such as http://127.0.0.1:8000"),
+        (["--port", "70000"], "can't be listened on"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_serve(
+    exported: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["serve", str(exported), *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,190 @@
+"""A build that is killed goes on from its tensors, and several processes compute what one does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from twin_bench import InputError
+from twin_bench.cli import main
+from twin_bench.files import digest_file
+from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.twin import workers
+from twin_bench.twin.builder import build_twin
+from twin_bench.twin.directory import load_parts
+from twin_bench.twin.recipe import Recipe
+from twin_bench.twin.work import work_on
+from twin_bench.twin.workers import Job, Worker
+
+MATRICES = 14
+"""How many matrices each expert of the family changes: seven in each of two blocks."""
+
+
+def recipe_of(family: Any, **changes: Any) -> Recipe:
+    return Recipe.model_validate({**family.recipe, "router": None, **changes})
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): digest_file(path) for path in directory.rglob("*") if path.is_file()}
+
+
+def hidden(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".*"))
+
+
+@pytest.fixture(autouse=True)
+def all_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the tensors of small parameters too, without waiting for the disk."""
+    monkeypatch.setattr("twin_bench.twin.work.SMALLEST", 0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Return a function that counts the SVDs from now on, and interrupts the build at the last one that is allowed."""
+
+    def count(allowed: int = 10**6, error: type[BaseException] = KeyboardInterrupt) -> list[int]:
+        done = [0]
+
+        def decompose(*arguments: Any, **options: Any) -> Any:
+            if done[0] == allowed:
+                raise error("here")
+            done[0] += 1
+            return truncated_svd(*arguments, **options)
+
+        monkeypatch.setattr("twin_bench.twin.exclusive.kinds.svd.truncated_svd", decompose)
+        return done
+
+    return count
+
+
+@pytest.mark.parametrize("exclusive", [{"density": 0.5}, {"budget": 0.3, "bits": 8}])
+def test_a_build_that_is_interrupted_goes_on(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]], exclusive: dict[str, Any]
+) -> None:
+    recipe = recipe_of(matrix_family, exclusive=exclusive)
+    build_twin(recipe, tmp_path / "whole")
+    counted(MATRICES + 3)
+    with pytest.raises(KeyboardInterrupt):
+        build_twin(recipe, tmp_path / "twin", resumable=True)
+    assert not (tmp_path / "twin").exists()
+    assert len(hidden(tmp_path)) == 1
+    done = counted()
+    build_twin(recipe, tmp_path / "twin", resumable=True)
+    assert done == [3 * MATRICES - (MATRICES + 3)]
+    assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
+    assert not hidden(tmp_path)
+
+
+def test_a_damaged_tensor_is_computed_again(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_of(matrix_family)
+    build_twin(recipe, tmp_path / "whole")
+    counted(5)
+    with pytest.raises(KeyboardInterrupt):
+        build_twin(recipe, tmp_path / "twin", resumable=True)
+    for file in hidden(tmp_path)[0].glob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(bytes(content))
+    counted()
+    build_twin(recipe, tmp_path / "twin", resumable=True)
+    assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
+    assert "its checksum does not match its content" in caplog.text
+
+
+def test_other_inputs_begin_anew_and_wrong_ones_leave_nothing(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]]
+) -> None:
+    counted(5)
+    with pytest.raises(KeyboardInterrupt):
+        build_twin(recipe_of(matrix_family), tmp_path / "twin", resumable=True)
+    (first,) = hidden(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        build_twin(recipe_of(matrix_family, seed=1), tmp_path / "twin", resumable=True)
+    (second,) = hidden(tmp_path)
+    assert first != second
+    file = Path(matrix_family.recipe["experts"]["bbq"]) / "model.safetensors"
+    with work_on(tmp_path / "twin", recipe_of(matrix_family, seed=1), "cpu") as same:
+        assert same.folder == second
+    times = file.stat()
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    with work_on(tmp_path / "twin", recipe_of(matrix_family, seed=1), "cpu") as other:
+        assert other.folder not in (first, second)
+    counted(5, InputError)
+    with pytest.raises(InputError, match="here"):
+        build_twin(recipe_of(matrix_family), tmp_path / "twin", resumable=True)
+    assert not hidden(tmp_path)
+
+
+def half_built(recipe: Recipe, directory: Path, done: list[int]) -> None:
+    """Compute three parameters as a worker does, and end as an interrupt does."""
+    with work_on(directory, recipe, "cpu") as work:
+        worker = Worker(Job(recipe, None, work, "cpu"))
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
+            worker.compute(name)
+        assert done == [3]  # of three experts; the norm is no matrix, and nobody changes the output layer
+        raise KeyboardInterrupt
+
+
+def test_a_worker_computes_what_the_build_takes(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]]
+) -> None:
+    recipe = recipe_of(matrix_family)
+    build_twin(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        half_built(recipe, tmp_path / "twin", counted())
+    done = counted()
+    build_twin(recipe, tmp_path / "twin", resumable=True)
+    assert done == [3 * MATRICES - 3]
+    assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_build_what_one_does(matrix_family: Any, tmp_path: Path) -> None:
+    recipe = {key: value for key, value in matrix_family.recipe.items() if key != "router"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    build_twin(Recipe.model_validate(recipe), tmp_path / "whole")
+    assert main(["build", str(tmp_path / "recipe.yaml"), str(tmp_path / "twin"), "--workers", "2", "-q"]) == 0
+    assert digests(tmp_path / "twin" / "model") == digests(tmp_path / "whole" / "model")
+    expected = load_parts(tmp_path / "whole").exclusive
+    for name, own in load_parts(tmp_path / "twin").exclusive.items():
+        assert own.names() == expected[name].names()
+        for parameter, (B, A) in own.factors.items():  # another process' LAPACK rounds otherwise
+            pair = expected[name].factors[parameter]
+            torch.testing.assert_close(B @ A, pair.B @ pair.A, rtol=0, atol=1e-6)
+    assert not hidden(tmp_path)
+
+
+class LostPool(ThreadPoolExecutor):
+    """A pool whose processes are ended from outside."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(1)
+
+    def submit(self, *arguments: Any, **options: Any) -> Any:
+        lost: Future[None] = Future()
+        lost.set_exception(BrokenProcessPool("ended"))
+        return lost
+
+
+def test_a_worker_that_is_killed_is_told_and_its_work_kept(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(matrix_family)
+    with pytest.raises(KeyboardInterrupt):
+        half_built(recipe, tmp_path / "twin", counted())
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", LostPool)
+    kept = len(list(hidden(tmp_path)[0].iterdir()))
+    with pytest.raises(InputError, match="--workers 2: a worker was ended"):
+        build_twin(recipe, tmp_path / "twin", workers=2)
+    assert len(list(hidden(tmp_path)[0].iterdir())) == kept
