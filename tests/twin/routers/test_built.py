@@ -234,7 +234,10 @@ def test_wrong_settings_of_a_router(families: Any, router: dict[str, Any], says:
         ({"layers": [0, 1], "pooling": "auto"}, "chosen for one layer"),
         ({"layers": [0, -1, 2]}, r"router.layers: -1 and 2 are the same layer of 2 blocks; remove one"),
         ({"kind": "knn", "options": {"neighbours": 67}}, r"options.neighbours 67: only 66 rows are stored; give fewer"),
-        ({"max_rows": 10, "kind": "knn", "options": {"neighbours": 28}}, r"options.neighbours 28: only 27 rows are stor"),
+        (
+            {"max_rows": 10, "kind": "knn", "options": {"neighbours": 28}},
+            "neighbours 28: only 27 rows are stored",
+        ),
         ({"pooling": "first"}, "a causal model's first token sees no other"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a base model, a number of experts and training rows allow of a router's settings: said before a merge is made."""
+"""What a base model, its experts and training rows allow of a router's settings: said before a merge is made."""
 
 from __future__ import annotations
 
