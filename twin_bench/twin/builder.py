@@ -31,8 +31,8 @@ from twin_bench.twin.going_on import parameters_below
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
-from twin_bench.twin.router_training import RouterTraining, train_routers
 from twin_bench.twin.routers.limits import check_router, check_rows
+from twin_bench.twin.routers.training import RouterTraining, train_routers
 
 ORACLE_PARAMETERS = re.compile(r"bias$")
 """The parameters that the protocol paper neither merges nor replaces. It takes them from the true task's expert.
