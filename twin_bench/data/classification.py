@@ -34,8 +34,8 @@ class Classification(Task):
 
     `fields` holds one name for a single text and two for a pair. `metric` is one that `find_metric` knows.
     `labels` are in the order of the ids that the head gives them, and empty for a regression. A row's label is one of
-    them, or its id where all labels are texts. Of two labels one may be meant by JSON's true or false. `hub` is the data set on the hub; `hub_splits` names its splits that are
-    called otherwise there.
+    them, or its id where all labels are texts. JSON's true and false are the labels that say yes and no, of two labels.
+    `hub` is the data set on the hub; `hub_splits` names its splits that are called otherwise there.
     """
 
     name: str
