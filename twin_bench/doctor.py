@@ -284,7 +284,7 @@ def protocols(task_type: str, parts: Parts) -> list[str]:
     """Return the protocols that a twin of these parts serves."""
     headless, paper = task_type != "sequence_classification", parts.paper
     has_paper = paper is not None and (paper.factors is not None or not headless)
-    routed = headless or parts.router is not None
+    routed = headless or (parts.router is not None and parts.router.config.threshold is None)
     served = {"standard": True, "paper": has_paper or not parts.exclusive, "routed": routed}
     return [name for name, serves in served.items() if serves]
 
@@ -295,7 +295,8 @@ def _router(manifest: Mapping[str, Any], parts: Parts) -> Finding:
     layer, chosen = parts.router.config.layer, manifest.get("router") or {}
     says = f"its router reads layer {layer}"
     if "accuracy" in chosen:
-        says += f", and names the right task for {chosen['accuracy']:.1%} of {chosen['selection_rows']} held-out rows"
+        rows = chosen.get("report_rows", chosen["selection_rows"])  # an older twin's were those that chose it
+        says += f", and names the right task for {chosen['accuracy']:.1%} of {rows} held-out rows"
     return Finding("ok", says)
 
 

@@ -10,7 +10,8 @@ import torch
 
 from tests.support.setting import Setting
 from twin_bench import InputError
-from twin_bench.adaptive.adamerging import entropy_gradient, learn_coefficients, merge_with_coefficients
+from twin_bench.adaptive.adamerging import learn_coefficients, merge_with_coefficients
+from twin_bench.adaptive.entropy import entropy_gradient
 from twin_bench.adaptive.unlabelled import entropy, unlabelled_batches
 from twin_bench.errors import UnsuitedError
 from twin_bench.merging.task_vectors import TaskVectors

@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from tests.support.setting import Setting
 from twin_bench import InputError
-from twin_bench.adaptive.adamerging import entropy_gradient
 from twin_bench.adaptive.adarank import START, LearnedRanks
+from twin_bench.adaptive.entropy import entropy_gradient
 from twin_bench.adaptive.unlabelled import unlabelled_batches
 from twin_bench.merging.task_vectors import TaskVectors
 

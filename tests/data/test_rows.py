@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from twin_bench.data.classification import Classification
 from twin_bench.data.generative import GENERATIVE
 from twin_bench.data.glue import GLUE
 from twin_bench.data.rows import read_router_rows, read_rows, split_path
@@ -101,6 +102,17 @@ def test_a_regression_label_is_a_finite_number(label):
         GLUE["stsb"].check(row, "here")
     for good in (0, 2.5, -1):
         GLUE["stsb"].check(row | {"label": good}, "here")
+
+
+def test_true_and_false_are_the_labels_that_say_so():
+    """The names decide and not the order: true is never the label that says no."""
+    for labels, ids in ((("no", "yes"), (0, 1)), (("True", "False"), (1, 0)), ((0, 1), (0, 1))):
+        task = Classification("mine", ("text",), "acc", labels=labels)
+        found = tuple(task.target({"text": "a", "label": value}) for value in (False, True))
+        assert found == ids, labels
+    for labels in (("good", "bad"), ("no", "yes", "maybe"), ("yes", "true")):
+        with pytest.raises(InputError, match=r"row: label (True|true); mine needs one of: 0 "):
+            Classification("mine", ("text",), "acc", labels=labels).target({"text": "a", "label": True})
 
 
 def test_what_is_wrong_with_a_file(tmp_path):

@@ -21,6 +21,7 @@ import twin_bench
 from tests.support.families import Family
 from tests.support.models import tiny_causal, tiny_causal_tokenizer, tiny_classifier, tiny_tokenizer
 from twin_bench.cli import main
+from twin_bench.merging import export
 from twin_bench.merging.export import merge_to_directory
 from twin_bench.merging.recipe import MergeRecipe
 
@@ -51,6 +52,19 @@ def merged_in_memory(base: Any, experts: dict[str, Any], into: Any, method: str,
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
+
+
+def test_the_device_is_where_parameters_are_merged(
+    families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(recipe_of(families("bert"), "average"), tmp_path)
+    assert main(["merge", str(file), str(tmp_path / "out"), "--device", "abacus"]) == 2
+    assert "error: device 'abacus'" in capsys.readouterr().err
+    used, lazily = [], export.merge_lazily
+    monkeypatch.setattr(export, "merge_lazily", lambda *a, device, **o: used.append(device) or lazily(*a, **o))
+    monkeypatch.setattr("twin_bench.twin.device.usable_device", torch.device)
+    assert main(["merge", str(file), str(tmp_path / "out"), "--device", "cuda:1"]) == 0
+    assert used == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("method", ["average", "dare_ties"])

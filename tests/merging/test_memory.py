@@ -87,4 +87,6 @@ def test_a_merge_holds_twice_its_largest_stack_of_tensors(tmp_path: Path) -> Non
     assert len(measured) == len(STREAMED) + 1
     for method, peak in measured.items():
         assert sizes.largest < peak["anonymous"] < limit + BUFFERS, method
-        assert peak["total"] < limit + BUFFERS + 1.25 * mapped, method  # a loaded machine drops read pages of files later
+        assert peak["total"] < limit + BUFFERS + 1.25 * mapped, (
+            method
+        )  # a loaded machine drops read pages of files later

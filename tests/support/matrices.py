@@ -47,3 +47,14 @@ def assert_moved(found: Tensor, base: Tensor, delta: np.ndarray, *, loosened: fl
     tolerance = loosened * {torch.bfloat16: 2e-2, torch.float32: 2e-5, torch.float64: 1e-10}[found.dtype]
     expected = base.double() + torch.from_numpy(delta)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def ties_by_loops(flat: list[np.ndarray], density: float) -> np.ndarray:
+    """Return TIES of one flat vector an expert, in numpy: trim, elect each entry's sign, mean of those that agree."""
+    keep = int(density * flat[0].size)
+    trimmed = [np.where(abs(row) >= np.sort(abs(row))[-keep], row, 0) for row in flat]
+    merged = []
+    for entries in zip(*trimmed, strict=True):
+        agreeing = [entry for entry in entries if entry * sum(entries) > 0]
+        merged.append(sum(agreeing) / max(1, len(agreeing)))
+    return np.array(merged)

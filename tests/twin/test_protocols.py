@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from safetensors.torch import load_file
 from tests.support.dense import batch
 from tests.support.families import built, make_family
 from twin_bench import InputError, TwinModel
+from twin_bench.contenders.storage import twin_bytes
+from twin_bench.files import digest
+from twin_bench.twin.directory import load_parts
 
 QUERY_A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
 LEFT_OUT = (re.compile(r".*classifier.*"), re.compile(r".*bias.*"))
@@ -25,12 +29,18 @@ def twin_directory(twins: Any) -> Path:
 
 
 def authors_logits(
-    family: Any, router_logits: torch.Tensor, true_task: str, inputs: dict[str, torch.Tensor], rate: float = 0.5
+    family: Any,
+    router_logits: torch.Tensor,
+    true_task: str,
+    inputs: dict[str, torch.Tensor],
+    rate: float = 0.5,
+    shared_alone: tuple[str, ...] = (),
 ) -> Any:
     """Re-state the authors' evaluation of one sample, dense weights throughout.
 
     Task arithmetic over everything but classifiers and biases; SVD to int((1 - rate) * min(m, n)) of 2-D
     tensors; the sample's weights from softmax; head and all biases from its true task's fine-tuned model.
+    Parameters whose names begin with one of `shared_alone` have no exclusive vector, which the authors never do.
     """
     merged_names = [n for n, _ in family.base.named_parameters() if not any(p.match(n) for p in LEFT_OUT)]
     base = dict(family.base.named_parameters())
@@ -42,7 +52,8 @@ def authors_logits(
         for name in merged_names:
             shared = base[name] + 0.29 * sum(expert[name] - base[name] for expert in experts.values())
             fused = shared.double()
-            for weight, expert in zip(weights, experts.values(), strict=True):
+            kept = () if name.startswith(shared_alone or ("none",)) else zip(weights, experts.values(), strict=True)
+            for weight, expert in kept:
                 exclusive = (expert[name] - shared).double()
                 if exclusive.ndim == 2:
                     U, S, V = torch.svd(exclusive)
@@ -84,6 +95,31 @@ def test_paper_takes_the_authors_rank(tmp_path: Path, rate: float, rank: int) ->
         sample = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         expected = authors_logits(family, router_logits[row], task, sample, rate)
         torch.testing.assert_close(found[row, : len(expected)].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_paper_takes_all_biases_of_the_true_task_also_below_a_layer(families: Any, tmp_path: Path) -> None:
+    family, below = families("roberta"), ("roberta.embeddings.", "roberta.encoder.layer.0.")
+    recipe = {**family.recipe, "exclusive": {"density": 0.5, "from_layer": 1}, "router": None}
+    directory = built(recipe, tmp_path / "twin")
+    twin = TwinModel.from_pretrained(directory, protocol="paper")
+    inputs, logits = batch(3), torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    tasks = ["cola", "stsb", "mnli"]
+    found = twin(**inputs, task=tasks, fusion_weights=torch.softmax(logits, dim=1)).logits
+    for row, task in enumerate(tasks):
+        sample = {
+            name: tensor[row : row + 1, : int(inputs["attention_mask"][row].sum())] for name, tensor in inputs.items()
+        }
+        expected = authors_logits(family, logits[row], task, sample, shared_alone=below)
+        torch.testing.assert_close(found[row, : len(expected)].double(), expected, rtol=1e-4, atol=1e-5)
+    standard = {name for own in load_parts(directory).exclusive.values() for name in own.names()}
+    assert not any(name.startswith(below) for name in standard)  # the other protocols store and read none of it
+    assert twin_bytes(directory, "paper", routed=True) > twin_bytes(directory, "standard", routed=True)
+    manifest = json.loads((directory / "twin.json").read_text())
+    del manifest["files"]["router/paper/left_out.safetensors"], manifest["sha256"]
+    (directory / "router" / "paper" / "left_out.safetensors").unlink()
+    (directory / "twin.json").write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+    with pytest.raises(InputError, match="built without what the paper protocol needs; build it again"):
+        TwinModel.from_pretrained(directory, protocol="paper")
 
 
 def test_paper_biases_are_not_the_fused_ones(families: Any, twin_directory: Path) -> None:

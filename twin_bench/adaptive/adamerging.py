@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from twin_bench.adaptive.entropy import Gradient, at_test_time
 from twin_bench.adaptive.learning import Learning, check_learning
-from twin_bench.adaptive.unlabelled import (
-    Batches,
-    adapted_note,
-    earlier_learning,
-    entropy_loss,
-    learning_batches,
-    unlabelled_inputs,
-)
+from twin_bench.adaptive.unlabelled import adapted_note
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import static_contender
 from twin_bench.measured import Meter
-from twin_bench.merging.device import OnDevice, exact_device
+from twin_bench.merging.device import OnDevice
 from twin_bench.merging.registry import served_method
 from twin_bench.merging.task_vectors import TaskVectors
-from twin_bench.twin.classifier import TwinClassifier
-
-Gradient = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""A function from parameters to the gradient of the loss at these parameters."""
 
 
 @served_method(
@@ -58,43 +48,19 @@ def adamerging(
     task adds no loss, and its coefficients follow the other tasks' losses. Learning runs in float32.
     """
     with Meter(context.device) as meter:
-        inputs = unlabelled_inputs(context)
-        learning = earlier_learning(context, inputs)
-        device = exact_device(context.device)
-        base = OnDevice(context.sources.base, device)
-        learner = static_contender(context.sources.base, context.names, context, dtype="float32").twin.to(device)
-        assert isinstance(learner, TwinClassifier)
-        vectors = TaskVectors(base, context.sources.experts)
-        batches = learning_batches(
-            context, learner, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
-        )
+        known = at_test_time(context, batch_size=batch_size, seed=seed, steps=steps)
         coefficients = learn_coefficients(
-            vectors,
-            entropy_gradient(learner, batches),
+            known.vectors,
+            known.gradient,
             scaling=scaling,
             steps=steps,
             learning_rate=learning_rate,
-            learning=learning,
+            learning=known.learning,
         )
-        merged = OnDevice(merge_with_coefficients(vectors, coefficients), "cpu")
+        merged = OnDevice(merge_with_coefficients(known.vectors, coefficients), "cpu")
         contender = static_contender(merged, context.names, context)
-    build = meter.taken.after(learning.earlier)
-    yield dataclasses.replace(contender, build=build, notes=adapted_note(inputs))
-
-
-def entropy_gradient(twin: TwinClassifier, batches: Iterator[Batches]) -> Gradient:
-    """Return the function from parameters of `twin` to the gradient of the next batches' loss at them.
-
-    The loss is the sum over tasks of the mean entropy over a batch. All other parameters keep the twin's values.
-    """
-
-    def gradient(parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
-        for task, inputs in next(batches).items():
-            entropy_loss(twin, task, inputs, leaves).backward()
-        return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-
-    return gradient
+    build = meter.taken.after(known.learning.earlier)
+    yield dataclasses.replace(contender, build=build, notes=adapted_note(known.inputs))
 
 
 def learn_coefficients(

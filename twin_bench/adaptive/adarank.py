@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twin_bench.adaptive.adamerging import Gradient, combined, entropy_gradient
+from twin_bench.adaptive.adamerging import combined
+from twin_bench.adaptive.entropy import Gradient, at_test_time
 from twin_bench.adaptive.learning import Learning, check_learning
-from twin_bench.adaptive.unlabelled import adapted_note, earlier_learning, learning_batches, unlabelled_inputs
+from twin_bench.adaptive.unlabelled import adapted_note
 from twin_bench.contenders import Contender, Context
 from twin_bench.contenders.context import static_contender
 from twin_bench.errors import InputError
 from twin_bench.measured import Meter
-from twin_bench.merging.device import OnDevice, exact_device
+from twin_bench.merging.device import OnDevice
 from twin_bench.merging.registry import served_method
 from twin_bench.merging.spectral import rounding, svd
 from twin_bench.merging.task_vectors import TaskVectors
-from twin_bench.twin.classifier import TwinClassifier
 
 START = 0.1
 """The logit of every mask before the first step, as in the authors' code. A component is kept while it is above 0."""
@@ -68,21 +68,16 @@ def adarank(
     rounding error are left out: a LoRA expert's task vector has as many as its rank.
     """
     with Meter(context.device) as meter:
-        inputs = unlabelled_inputs(context)
-        learning = earlier_learning(context, inputs)
-        sources, device = context.sources, exact_device(context.device)
-        learner = static_contender(sources.base, context.names, context, dtype="float32").twin.to(device)
-        assert isinstance(learner, TwinClassifier)
-        vectors = TaskVectors(OnDevice(sources.base, device), sources.experts)
-        batches = learning_batches(
-            context, learner, inputs, batch_size=batch_size, seed=seed, steps=steps, after=learning.steps
+        known = at_test_time(context, batch_size=batch_size, seed=seed, steps=steps)
+        sources = context.sources
+        learned = LearnedRanks(
+            known.vectors, unmerged=sources.skeleton.embeddings, scaling=scaling, temperature=temperature
         )
-        learned = LearnedRanks(vectors, unmerged=sources.skeleton.embeddings, scaling=scaling, temperature=temperature)
-        learned.learn(entropy_gradient(learner, batches), steps=steps, learning_rate=learning_rate, learning=learning)
+        learned.learn(known.gradient, steps=steps, learning_rate=learning_rate, learning=known.learning)
         merged = {**sources.base, **OnDevice(learned.parameters(), "cpu")}
         contender = static_contender(merged, context.names, context)
-    build = meter.taken.after(learning.earlier)
-    yield dataclasses.replace(contender, build=build, notes=adapted_note(inputs))
+    build = meter.taken.after(known.learning.earlier)
+    yield dataclasses.replace(contender, build=build, notes=adapted_note(known.inputs))
 
 
 class Components(NamedTuple):

@@ -61,5 +61,5 @@ def run(options: argparse.Namespace) -> None:
     parameters, router = settings["parameters"], settings["router"]
     print(f"{options.directory}: {parameters['shared']:,} shared parameters, {parameters['exclusive']:,} exclusive")
     if router:
-        held_out = f"{router['accuracy']:.3f} accuracy on {router['selection_rows']} held-out rows"
+        held_out = f"{router['accuracy']:.3f} accuracy on {router['report_rows']} held-out rows"
         print(f"router on layer {router['layer']}: {held_out}")

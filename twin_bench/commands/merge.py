@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from twin_bench.console import add_dtype, add_plugins
+from twin_bench.console import add_device, add_dtype, add_plugins
 
 SUMMARY = "merge experts into one ordinary checkpoint, or into one LoRA adapter"
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory", metavar="DIRECTORY", type=Path, help="the folder to write the result to; it must not exist yet"
     )
+    add_device(parser, default="cpu")
     add_dtype(parser)
     add_plugins(parser)
 
@@ -33,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
     from twin_bench.console import progress_bars
     from twin_bench.merging.export import merge_to_directory, read_merge_recipe
     from twin_bench.merging.plugins import load_plugins
+    from twin_bench.twin.device import usable_device
 
     load_plugins(options.plugin)
     recipe, difference = read_merge_recipe(options.recipe)
@@ -40,5 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if difference:
         print(f"note: {difference}", file=sys.stderr)
     with progress_bars(options) as progress:
-        parameters = merge_to_directory(recipe, options.directory, progress=progress)
+        parameters = merge_to_directory(
+            recipe, options.directory, device=usable_device(options.device), progress=progress
+        )
     print(f"{options.directory}: {parameters:,} parameters, merged by {recipe.merge.method}")

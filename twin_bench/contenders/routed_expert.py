@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twin_bench.checkpoints.sources import Sources
 from twin_bench.contenders.context import Contender, Context
 from twin_bench.contenders.storage import folder_bytes, head_bytes, model_bytes
-from twin_bench.contenders.twins import RoutedOptions, built_twin, check_twin, checked_options
+from twin_bench.contenders.twins import DEFAULT_EXCLUSIVE, RoutedOptions, built_twin, check_twin, checked_options
 from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.measured import Meter
 from twin_bench.merging.registry import ServedMethod, served_method
@@ -26,8 +26,6 @@ from twin_bench.twin.model import TwinModel, twin_class
 from twin_bench.twin.plan import Costs
 from twin_bench.twin.speed import DeviceSpeed
 
-EXCLUSIVE = MappingProxyType({"density": 0.1})
-"""The exclusive vectors of the twin whose router is taken. They are a twin's default, so that both are one build."""
 DEAR = 1e9
 """A cost that the planner always avoids."""
 
@@ -43,7 +41,7 @@ class RoutedMethod(ServedMethod):
 
 def check_routed(context: Context, *, shared: Mapping[str, Any], router: Mapping[str, Any]) -> None:
     """Raise an InputError for settings of the twin that these experts do not allow."""
-    check_twin(context, shared=shared, exclusive=EXCLUSIVE, router=router, weights="router")
+    check_twin(context, shared=shared, exclusive=DEFAULT_EXCLUSIVE, router=router, weights="router")
 
 
 @served_method(
@@ -68,7 +66,7 @@ def routed_expert(
     settings. It reads the shared expert, so T + 1 whole models are stored, the heads and the router. The build is that
     of the twin. A suite with both builds one, if the twin's exclusive vectors have the default density.
     """
-    built = built_twin(context, shared, EXCLUSIVE, router)
+    built = built_twin(context, shared, DEFAULT_EXCLUSIVE, router)  # one build with a twin of defaults
     with Meter(context.device) as meter:
         loaded = load_twin(built.directory, dtype=context.dtype, trust_remote_code=built.recipe.trust_remote_code)
         chooser = loaded.parts.router

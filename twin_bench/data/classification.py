@@ -22,6 +22,8 @@ from twin_bench.data.task import (
 )
 from twin_bench.errors import InputError, nearest, shown
 
+TRUTH = {True: ("true", "yes", "1"), False: ("false", "no", "0")}
+"""The labels, in small letters, that JSON's true and false stand for."""
 LARGEST_LABEL = 1e30
 """The size below which a number to be predicted must be. A correlation sums squares, which would overflow."""
 
@@ -32,8 +34,8 @@ class Classification(Task):
 
     `fields` holds one name for a single text and two for a pair. `metric` is one that `find_metric` knows.
     `labels` are in the order of the ids that the head gives them, and empty for a regression. A row's label is one of
-    them, or its id where all labels are texts. `hub` is the data set on the hub; `hub_splits` names its splits that are
-    called otherwise there.
+    them, or its id where all labels are texts. JSON's true and false are the labels that say yes and no, of two labels.
+    `hub` is the data set on the hub; `hub_splits` names its splits that are called otherwise there.
     """
 
     name: str
@@ -106,6 +108,10 @@ class Classification(Task):
                 return index
         if self._has_ids and type(value) is int and 0 <= value < len(self.labels):
             return value
+        if isinstance(value, bool) and len(self.labels) == 2:
+            meant = [index for index, label in enumerate(self.labels) if str(label).lower() in TRUTH[value]]
+            if len(meant) == 1:
+                return meant[0]
         raise InputError(f"{where}: {self.label} {shown(value)}; {self.name} needs {self._wanted}")
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +147,14 @@ class RouterRows(NamedTuple):
                 if answer is not None:
                     found.setdefault(row, []).append(answer)
         return found
+
+    def of(self, experts: Collection[str]) -> RouterRows:
+        """Return the rows of some experts."""
+        train = [row for row in self.train if row.task in experts]
+        tested, labelled = (
+            [rows for rows in tasks if rows.task.expert in experts] for tasks in (self.tested, self.labelled)
+        )
+        return RouterRows(train, tested, labelled)
 
     def test(self, limit: int) -> list[TaskInput]:
         """Return the first `limit` test rows of each task."""

@@ -24,7 +24,9 @@ from twin_bench.files import (
 from twin_bench.leaderboard.harness import Harness
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.tasks import EMBEDDED, HUB, HubRows
+from twin_bench.leaderboard.training import has_router
 from twin_bench.protocols import ProtocolName
+from twin_bench.twin.routers.store import FORMAT as ROUTERS_FORMAT
 
 FORMAT = 5
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
@@ -163,7 +165,8 @@ def cell_key(
     """Return the digest of everything that decides a cell's score. `where` names the harness and the kind of device.
 
     A method that sees training rows or the rows that are scored sees those of all tasks, and whose they are. Any other
-    method sees a task's own rows alone: a prompt takes its few-shot examples from them.
+    method sees a task's own rows alone: a prompt takes its few-shot examples from them. The number of the routers'
+    format stands for how they are chosen and fitted.
     """
     seen = {key: inputs[key] for key in ("base_model", "experts")}
     own: dict[str, Any] = {"tasks": inputs["tasks"][task], "rows": _of_task(task, inputs["rows"])}
@@ -178,6 +181,7 @@ def cell_key(
             "task": task,
             "inputs": {**seen, **(all_rows if entry.method.sees - {"task"} else own)},
             "router": suite.router if trained else None,
+            **({"routers": ROUTERS_FORMAT} if has_router(entry) and entry.track == "per-input" else {}),
             "split": suite.split,
             "seed": suite.seed,
             "max_length": suite.max_length,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from twin_bench.contenders import Context
-from twin_bench.contenders.twins import rows_for_routers
+from twin_bench.contenders.twins import check_router_rows, rows_for_routers
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import TaskRows
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, UnsuitedError
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.merging.registry import ServedMethod
 
@@ -35,10 +35,18 @@ def reads_own_rows(entry: Entry, suite: Suite) -> bool:
 
 
 def check_routers(working: Sequence[Working]) -> None:
-    """Raise an InputError if an expert has too few rows for the routers that are trained, or a malformed one."""
-    routed = [context for entry, context in working if has_router(entry)]
-    if routed:
-        rows_for_routers(routed[0])
+    """Raise an InputError if an expert has too few rows for an entry's router, or a malformed one."""
+    routed = {entry.label: context for entry, context in working if has_router(entry)}  # under any of its protocols
+    if not routed:
+        return
+    rows = rows_for_routers(next(iter(routed.values())))
+    for label, context in routed.items():
+        try:
+            check_router_rows(context, rows)
+        except UnsuitedError:  # skipped later, with its reason
+            continue
+        except InputError as error:
+            raise InputError(f"{label}: {error}") from None
 
 
 def check_training(working: Sequence[Working]) -> None:

@@ -46,12 +46,18 @@ def read_merge_recipe(file: Path) -> tuple[MergeRecipe, str]:
 
 
 def merge_to_directory(
-    recipe: MergeRecipe, directory: Path, *, progress: Progress | None = None, shard_bytes: int = SHARD_BYTES
+    recipe: MergeRecipe,
+    directory: Path,
+    *,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Merge and write the result to `directory`, which appears whole or not at all.
 
     Parameters are merged and written one at a time. For classifiers the backbone alone is written, under the name of
-    its own class. With `recipe.head` the classifier is written, with that expert's head and labels.
+    its own class. With `recipe.head` the classifier is written, with that expert's head and labels. `device` is where
+    parameters are merged, by default the CPU; an adapter's factors are always added there.
 
     Returns:
         The number of parameters written.
@@ -73,7 +79,7 @@ def merge_to_directory(
         if recipe.as_adapter:
             parameters = _write_adapter(recipe, sources, options, root)
         else:
-            parameters = _write_checkpoint(recipe, sources, options, root, progress, shard_bytes)
+            parameters = _write_checkpoint(recipe, sources, options, device, root, progress, shard_bytes)
         save_tokenizer(sources.tokenizer, root)
         (root / "README.md").write_text(model_card(recipe, options, sources, directory.name, parameters))
     return parameters
@@ -83,6 +89,7 @@ def _write_checkpoint(
     recipe: MergeRecipe,
     sources: Sources,
     options: Mapping[str, Any],
+    device: str | torch.device | None,
     root: Path,
     progress: Progress,
     shard_bytes: int,
@@ -90,7 +97,7 @@ def _write_checkpoint(
     wanted = getattr(torch, recipe.dtype) if recipe.dtype else None
     base = _Widened(sources.base, wanted) if wanted else sources.base
     transposed = sources.skeleton.transposed
-    merged = merge_lazily(recipe.merge.method, base, sources.experts, transposed=transposed, **options)
+    merged = merge_lazily(recipe.merge.method, base, sources.experts, transposed=transposed, device=device, **options)
     head = sources.experts[recipe.head].head() if recipe.head else {}
     whole = {**head, **sources.buffers}
     kept_prefix = sources.skeleton.prefix if sources.skeleton.head and not head else ""

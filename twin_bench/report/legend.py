@@ -154,9 +154,12 @@ def _adapted(note: Mapping[str, Any]) -> str:
 
 def _routed(note: Mapping[str, Any]) -> str:
     accuracy = ", ".join(f"{task} {value:.2f}" for task, value in note["task_accuracy"].items())
+    rows = "there"
+    if note.get("report_rows"):  # cells of older formats have no rows apart
+        rows = f"on {note['reported_on']} ({note['report_rows']})"
     return (
         f"router on layer {note['layer']}, chosen on {note['selected_on']} ({note['selection_rows']}), "
-        f"task-id accuracy there {note['accuracy']:.3f}: {accuracy}"
+        f"task-id accuracy {rows} {note['accuracy']:.3f}: {accuracy}"
     )
 
 

@@ -161,17 +161,19 @@ def routers(routings: Mapping[tuple[str, str], Routing], protocol: str) -> list[
     for (own, method), routing in routings.items():
         if own != protocol:
             continue
-        lines = []
+        lines, falls = [], any(routing.fallen.values())
         for task, counts in routing.counts.items():
-            rows = sum(counts.values()) or 1
+            rows = sum(counts.values()) + routing.fallen[task] or 1
             own_expert = routing.own_experts[task]
             line = [_share(100 * number / rows, own=expert == own_expert) for expert, number in counts.items()]
+            if falls:
+                line.append(_share(100 * routing.fallen[task] / rows, own=False))
             lines.append({"label": task, "rows": count(rows), "cells": line})
         total = int(routing.own.sum() + routing.other.sum()) or 1
         found.append(
             {
                 "method": method,
-                "columns": routing.experts,
+                "columns": [*routing.experts, *(["shared expert"] if falls else [])],
                 "lines": lines,
                 "right": f"{100 * routing.own.sum() / total:.1f}%",
                 "chart": shares(routing.own.tolist(), routing.other.tolist(), "the largest weight"),

@@ -27,14 +27,15 @@ from twin_bench.twin.directory import save_twin
 from twin_bench.twin.exclusive import Exclusive, exclusive_vector
 from twin_bench.twin.exclusive.budget import check_budget
 from twin_bench.twin.exclusive.files import stored_as_adapter
+from twin_bench.twin.exclusive.vector import exact_difference
 from twin_bench.twin.exclusive_random import random_like
 from twin_bench.twin.going_on import parameters_below
 from twin_bench.twin.kept_svd import kept_svd
 from twin_bench.twin.paper import PaperFactors, stack_adapters
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.recipe import Recipe
-from twin_bench.twin.router_training import RouterTraining, train_routers
 from twin_bench.twin.routers.limits import check_router, check_rows
+from twin_bench.twin.routers.training import RouterTraining, train_routers
 from twin_bench.twin.shared import merge_options, merged_parameters
 from twin_bench.twin.work import Work, work_on
 from twin_bench.twin.workers import Job, compute_tensors, threads_each
@@ -92,9 +93,7 @@ def build_twin(
         rows = read_router_rows(Path(recipe.router.data), list(recipe.experts))
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
     sources = open_sources(recipe.base_model, recipe.experts, labels=labels, **trust)
-    check_limits(recipe, sources)
-    if rows is not None:
-        check_rows(recipe, sources, rows)
+    check_limits(recipe, sources, rows)
     with work_on(directory, recipe, str(on)) if resumable or workers > 1 else nullcontext(Work()) as work:
         if workers > 1:
             job = Job(recipe, labels, work, str(on), tuple(plugins), threads_each(workers))
@@ -122,10 +121,11 @@ def _merged_parts(
     keeping: dict[str, Any] = {"keep": work.tensors}
     if cache is not None:
         keeping["decompose"] = partial(kept_svd, cache / "svd")
+    below = _below(sources, shared, recipe.exclusive.from_layer)
     return shared, Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},
-        exclusive=_exclusive_vectors(recipe, sources, shared, keeping, progress, device),
-        paper=_paper_parts(recipe, sources),
+        exclusive=_exclusive_vectors(recipe, sources, shared, below, keeping, progress, device),
+        paper=_paper_parts(recipe, sources, shared, below),
         max_length=recipe.max_length,
     )
 
@@ -169,13 +169,13 @@ def _exclusive_vectors(
     recipe: Recipe,
     sources: Sources,
     shared: Mapping[str, Tensor],
+    without: frozenset[str],
     keeping: Mapping[str, Any],
     progress: Progress,
     device: torch.device,
 ) -> dict[str, Exclusive]:
     """Return each expert's exclusive vector over the shared expert, or random ones of their sizes."""
     settings, seed, found = recipe.exclusive, recipe.seed, dict[str, Exclusive]()
-    without = _left_out(sources, shared, settings.from_layer)
     experts = progress.track(sources.experts.items(), len(sources.experts), description="exclusive vectors")
     for name, expert in experts:
         options = {"kind": settings.kind, "name": name, "seed": seed, "without": without, **settings.options()}
@@ -184,7 +184,7 @@ def _exclusive_vectors(
     return found
 
 
-def _left_out(sources: Sources, shared: Mapping[str, Tensor], from_layer: int | None) -> frozenset[str]:
+def _below(sources: Sources, shared: Mapping[str, Tensor], from_layer: int | None) -> frozenset[str]:
     """Return the names of the parameters that stay the shared expert's: those that hidden state `from_layer` needs."""
     if from_layer is None:
         return frozenset()
@@ -193,10 +193,13 @@ def _left_out(sources: Sources, shared: Mapping[str, Tensor], from_layer: int | 
     return parameters_below(model.eval(), backbone, from_layer)
 
 
-def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
+def _paper_parts(
+    recipe: Recipe, sources: Sources, shared: Mapping[str, Tensor], below: frozenset[str]
+) -> PaperParts | None:
     """Return what the protocol paper needs, or None if the twin can't run under it.
 
-    The protocol needs the pretrained biases of classifiers. Of causal LMs it needs LoRA experts of one rank on the
+    The protocol needs the pretrained biases of classifiers, and the experts' biases `below` the layer from which on
+    exclusive vectors are kept. Of causal LMs it needs LoRA experts of one rank on the
     same nn.Linear layers, merged by task arithmetic, and truncated SVDs of one density or rank. It truncates A and B
     itself, so exclusive vectors that are random, quantised or left out below a layer would have no effect. It computes
     weights of its own, which can't be quantised.
@@ -205,14 +208,12 @@ def _paper_parts(recipe: Recipe, sources: Sources) -> PaperParts | None:
     density, rank = exclusive.truncation
     if sources.skeleton.head:
         biases = {n: sources.base[n] for n in sources.skeleton.backbone if ORACLE_PARAMETERS.search(n)}
-        return PaperParts(biases, density=density)
-    if (
-        recipe.quantization is not None
-        or exclusive.random
-        or exclusive.bits
-        or exclusive.from_layer is not None
-        or (density, rank) == (None, None)
-    ):
+        left_out = {
+            name: {n: exact_difference(expert[n], shared[n], n) for n in biases if n in below}
+            for name, expert in (sources.experts.items() if below else ())
+        }
+        return PaperParts(biases, density=density, left_out=left_out)
+    if exclusive.random or exclusive.bits or exclusive.from_layer is not None or (density, rank) == (None, None):
         return None
     if recipe.shared.method != "task_arithmetic" or recipe.quantization is not None:
         return None
@@ -238,8 +239,8 @@ def _require_writable(directory: Path) -> None:
         raise InputError(f"{directory}: {parent} can't be written to; give another place")
 
 
-def check_limits(recipe: Recipe, sources: Sources) -> None:
-    """Raise an InputError for settings that this base model or this number of experts does not allow."""
+def check_limits(recipe: Recipe, sources: Sources, rows: RouterRows | None = None) -> None:
+    """Raise an InputError for settings that this base model, its experts or a router's rows do not allow."""
     config = sources.config
     if recipe.quantization is not None:
         require_quantisable(sources.skeleton.task_type)
@@ -252,3 +253,5 @@ def check_limits(recipe: Recipe, sources: Sources) -> None:
         raise InputError(f"exclusive.from_layer {from_layer}: the base model has {depth} blocks; give 0 to {depth - 1}")
     check_budget(recipe.exclusive, sources)
     check_router(recipe, sources)
+    if rows is not None:
+        check_rows(recipe, sources, rows)

@@ -24,7 +24,7 @@ from twin_bench.twin.going_on import Begun, Start, States, going_on, latest_star
 from twin_bench.twin.heads import heads_in_use, install_heads
 from twin_bench.twin.layers import install
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.paper import at_authors_ranks
+from twin_bench.twin.paper import at_authors_ranks, with_all_biases
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.placement import require_in_memory
 from twin_bench.twin.plan import Costs, Group, plan
@@ -55,8 +55,10 @@ class TwinClassifier(TwinModel):
     task_type: ClassVar[TaskType] = "sequence_classification"
 
     def _install(self, model: Any, parts: Parts) -> Fusion:
-        density = parts.paper.density if self.protocol == "paper" and parts.paper else None
-        return install(model, parts.exclusive if density is None else at_authors_ranks(parts.exclusive, density))
+        exclusive, paper = parts.exclusive, parts.paper if self.protocol == "paper" else None
+        if paper is not None and paper.density is not None:
+            exclusive = at_authors_ranks(exclusive, paper.density)
+        return install(model, exclusive if paper is None else with_all_biases(exclusive, paper.left_out))
 
     def _complete(self, parts: Parts) -> None:
         self.heads = install_heads(self.model, parts.heads)

@@ -8,7 +8,8 @@ my-twin/
                        exclusive.safetensors (see `twin_bench.twin.exclusive.files`); vectors.safetensors: the
                        exclusive vector's 1-D tensors, which LoRA cannot express; head.safetensors: a classifier's head
   router/              config.json with the router's kind, router.safetensors
-  router/paper/        for the protocol paper: biases.safetensors (pretrained biases) for classifiers, lora.safetensors
+  router/paper/        for the protocol paper: biases.safetensors (pretrained biases) for classifiers, and
+                       left_out.safetensors (the experts' biases below exclusive.from_layer); lora.safetensors
                        (the experts' own LoRA factors) for language models; the authors' router, if there were test
                        rows to select it on
 """
@@ -54,6 +55,7 @@ twin-bench that built a twin is in twin.json for information only, and is part o
 """
 
 HEAD_FILE = "head.safetensors"
+LEFT_OUT_FILE = "left_out.safetensors"
 
 
 def save_twin(
@@ -301,6 +303,9 @@ def _save_paper(folder: Path, paper: PaperParts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if paper.factors is None:
         save_tensors(paper.biases, folder / "biases.safetensors")
+        if paper.left_out:
+            flat = {f"{task}/{name}": bias for task, own in paper.left_out.items() for name, bias in own.items()}
+            save_tensors(flat, folder / LEFT_OUT_FILE)
     else:
         _save_adapters(paper.factors.adapters, folder / "lora.safetensors")
     if paper.router is not None:
@@ -313,12 +318,20 @@ def _load_paper(folder: Path, manifest: Mapping[str, Any]) -> PaperParts | None:
     biases = folder / "biases.safetensors"
     if not (folder / "lora.safetensors").is_file() and not biases.is_file():
         return None
-    density, rank = parse(ExclusiveSettings, manifest.get("exclusive"), "twin.json: exclusive").truncation
+    exclusive = parse(ExclusiveSettings, manifest.get("exclusive"), "twin.json: exclusive")
+    density, rank = exclusive.truncation
     if not biases.is_file():
         adapters = _load_adapters(folder / "lora.safetensors")
         factors = PaperFactors(adapters, manifest["shared"]["scaling"], density, rank)
         return PaperParts(router=router, factors=factors)
-    return PaperParts(load_file(biases), router, density=density)
+    left_out: dict[str, dict[str, torch.Tensor]] = {}
+    if exclusive.from_layer is not None:
+        if not (folder / LEFT_OUT_FILE).is_file():
+            return None  # of an older version
+        for key, bias in load_file(folder / LEFT_OUT_FILE).items():
+            task, _, name = key.partition("/")
+            left_out.setdefault(task, {})[name] = bias
+    return PaperParts(load_file(biases), router, density=density, left_out=left_out)
 
 
 def _save_adapters(adapters: Mapping[str, AdapterStack], file: Path) -> None:

@@ -16,7 +16,7 @@ shared expert's lambda is squared. Only the protocol paper computes this.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -58,6 +58,13 @@ def at_authors_ranks(exclusive: Mapping[str, Exclusive], density: float) -> dict
         )
         for task, own in exclusive.items()
     }
+
+
+def with_all_biases(
+    exclusive: Mapping[str, Exclusive], left_out: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Exclusive]:
+    """Return exclusive vectors with the biases that they leave out below a layer."""
+    return {task: replace(own, vectors={**own.vectors, **left_out.get(task, {})}) for task, own in exclusive.items()}
 
 
 class AdapterStack(NamedTuple):

@@ -20,7 +20,9 @@ ROUTINGS: tuple[Routing, ...] = ("router", "task", "none")
 class PaperParts:
     """The parts that only the protocol paper needs.
 
-    `biases` are a classifier's pretrained biases, with which the authors' router computes its features. `density` is
+    `biases` are a classifier's pretrained biases, with which the authors' router computes its features. `left_out` are
+    the biases, as differences from the shared expert, that each expert's exclusive vector leaves out below a layer: the
+    protocol takes all biases from the true task's expert. `density` is
     the density of a classifier's exclusive vectors, or None if they were given a rank (see `paper.authors_rank`).
     `factors` are a language model's LoRA experts, which the authors merge factor by factor.
     `router` is the router that was selected on test rows, or None if there were none.
@@ -30,6 +32,7 @@ class PaperParts:
     router: Router | None = None
     factors: PaperFactors | None = None
     density: float | None = None
+    left_out: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

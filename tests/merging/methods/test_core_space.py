@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import twin_bench
-from tests.support.matrices import MATRICES, assert_moved, deltas, random_experts
+from tests.support.matrices import MATRICES, assert_moved, deltas, random_experts, ties_by_loops
 from tests.support.merges import EXPERTS, models
 from twin_bench import InputError
 
@@ -29,16 +29,6 @@ def cores(taus: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray], np.ndar
     return U, [U.T @ tau @ Vh.T for tau in taus], Vh
 
 
-def ties(flat: list[np.ndarray], density: float) -> np.ndarray:
-    keep = int(density * flat[0].size)
-    trimmed = [np.where(abs(row) >= np.sort(abs(row))[-keep], row, 0) for row in flat]
-    merged = []
-    for entries in zip(*trimmed, strict=True):
-        agreeing = [entry for entry in entries if entry * sum(entries) > 0]
-        merged.append(sum(agreeing) / max(1, len(agreeing)))
-    return np.array(merged)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("density", [0.3, 1.0])
 @pytest.mark.parametrize("rank", [None, 2])
@@ -49,7 +39,7 @@ def test_ties_in_core_space_is_the_authors_recipe(rank: int | None, density: flo
     spaces = {name: cores(deltas(base, experts, name)) for name in MATRICES}
     flat = [np.concatenate([M[index].ravel() for _, M, _ in spaces.values()]) for index in range(3)]
     sizes = np.cumsum([M[0].size for _, M, _ in spaces.values()])
-    pieces = np.split(ties(flat, density), sizes[:-1])
+    pieces = np.split(ties_by_loops(flat, density), sizes[:-1])
     for (name, (U, M, Vh)), piece in zip(spaces.items(), pieces, strict=True):
         assert_moved(merged[name], base[name], 0.9 * U @ piece.reshape(M[0].shape) @ Vh)
 

@@ -8,12 +8,12 @@ import torch
 from peft.utils import merge_utils
 
 import twin_bench
-from tests.support.matrices import MATRICES, SHAPES, assert_moved, deltas, random_experts
+from tests.support.matrices import MATRICES, SHAPES, assert_moved, deltas, random_experts, ties_by_loops
 from twin_bench import InputError
 
 
 def knots(taus: dict[str, list[np.ndarray]], density: float) -> dict[str, np.ndarray]:
-    """Return the merged delta of each parameter; TIES by loops over one flat vector an expert."""
+    """Return the merged delta of each parameter; TIES is of one flat vector an expert."""
     bases, factors = {}, {}
     for name, matrices in taus.items():
         U, S, Vh = np.linalg.svd(np.hstack(matrices), full_matrices=False)
@@ -21,14 +21,8 @@ def knots(taus: dict[str, list[np.ndarray]], density: float) -> dict[str, np.nda
         bases[name] = U[:, kept]
         factors[name] = np.split(np.diag(S[kept]) @ Vh[kept], len(matrices), axis=1)
     flat = [np.concatenate([factor[index].ravel() for factor in factors.values()]) for index in range(len(matrices))]
-    keep = int(density * flat[0].size)
-    trimmed = [np.where(abs(row) >= np.sort(abs(row))[-keep], row, 0) for row in flat]
-    merged = []
-    for entries in zip(*trimmed, strict=True):
-        agreeing = [entry for entry in entries if entry * sum(entries) > 0]
-        merged.append(sum(agreeing) / max(1, len(agreeing)))
     sizes = np.cumsum([factor[0].size for factor in factors.values()])
-    pieces = np.split(np.array(merged), sizes[:-1])
+    pieces = np.split(ties_by_loops(flat, density), sizes[:-1])
     return {name: bases[name] @ piece.reshape(factors[name][0].shape) for name, piece in zip(taus, pieces, strict=True)}
 
 

@@ -20,7 +20,7 @@ from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.routers.base import Examples, RouterConfig
 from twin_bench.twin.routers.registry import find_kind
-from twin_bench.twin.task_loss import Answered, losses, trained_on_task_loss
+from twin_bench.twin.routers.task_loss import Answered, losses, trained_on_task_loss
 
 TASKS = ("cola", "stsb", "mnli")
 
@@ -100,7 +100,7 @@ def test_a_text_with_several_labels_has_the_mean_of_their_losses(setting: Any, t
 
 def test_training_lowers_the_loss_and_changes_the_router_alone(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twin, router, rows = setting
-    monkeypatch.setattr("twin_bench.twin.task_loss.LEARNING_RATE", 0.3)
+    monkeypatch.setattr("twin_bench.twin.routers.task_loss.LEARNING_RATE", 0.3)
     before = {name: tensor.clone() for name, tensor in {**twin.state_dict(), **router.state_dict()}.items()}
     state = torch.get_rng_state()
     trained = trained_on_task_loss(router, twin, rows, rows, epochs=6, seed=1)
@@ -117,7 +117,7 @@ def test_training_lowers_the_loss_and_changes_the_router_alone(setting: Any, mon
 
 def test_an_epoch_that_makes_it_worse_is_not_taken(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twin, router, rows = setting
-    monkeypatch.setattr("twin_bench.twin.task_loss.LEARNING_RATE", 30.0)
+    monkeypatch.setattr("twin_bench.twin.routers.task_loss.LEARNING_RATE", 30.0)
     weights = torch.softmax(router(rows.features), dim=1)
     answers = [
         float(found.logits) if len(found.logits) == 1 else int(found.logits.argmax())

@@ -1,4 +1,4 @@
-"""Budgets of exclusive vectors: what a direction costs, and which budget is too small for any, before a merge is made."""
+"""Budgets of exclusive vectors: what a direction costs, and which budget holds none, before a merge is made."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def exclusive_vector(
         for parameter, base in shared.items():
             if base.ndim != dimensions or not base.is_floating_point() or parameter in without:
                 continue
-            difference = _difference(expert[parameter], base, parameter)
+            difference = exact_difference(expert[parameter], base, parameter)
             if difference.any():
                 yield parameter, difference
 
@@ -85,7 +85,7 @@ def exclusive_vector(
     )
 
 
-def _difference(theirs: Tensor, base: Tensor, name: str) -> Tensor:
+def exact_difference(theirs: Tensor, base: Tensor, name: str) -> Tensor:
     """Return theta_t - theta_s of one parameter in float32 or better. InputError if a number of it is not finite."""
     exact = torch.promote_types(base.dtype, torch.float32)
     theirs = require_weights(theirs, name, "expert")

@@ -1,1 +1,1 @@
-"""Routers: what gives each expert a weight for an input. One file a kind, found by the registry."""
+"""Routers: what gives each expert a weight for an input. One file for each kind is in `kinds/`."""

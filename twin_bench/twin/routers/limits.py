@@ -1,4 +1,4 @@
-"""What a base model, a number of experts and training rows allow of a router's settings: said before a merge is made."""
+"""What a base model, its experts and training rows allow of a router's settings: said before a merge is made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from twin_bench.errors import InputError
 from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.routers.registry import RouterKind, find_kind
 from twin_bench.twin.routers.rows import divided
-from twin_bench.twin.task_loss import require_answers
+from twin_bench.twin.routers.task_loss import require_answers
 
 
 def check_router(recipe: Recipe, sources: Sources) -> None:

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from twin_bench.twin.routers.base import Examples, RouterConfig, StoredRouter
-from twin_bench.twin.routers.registry import router_kind
 from twin_bench.twin.routers.kinds.subspace import residuals
+from twin_bench.twin.routers.registry import router_kind
 
 
 @router_kind("projection", title="MASS's projection residual", paper="arXiv:2504.05342", needs=())

@@ -13,9 +13,9 @@ from twin_bench import InputError, TwinModel
 from twin_bench.data.task import TaskInput
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
-from twin_bench.twin.routers.rows import divided, held_out_rows
 from twin_bench.twin.routers.base import RouterConfig, fusion_weights
 from twin_bench.twin.routers.kinds.mlp import MlpRouter, train_router
+from twin_bench.twin.routers.rows import divided, held_out_rows
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2"])

@@ -23,7 +23,6 @@ from twin_bench.files import digest, digest_tensors
 from twin_bench.protocols import ProtocolName
 from twin_bench.twin.cache import surroundings
 from twin_bench.twin.classifier import TwinClassifier
-from twin_bench.twin.directions import reading_directions
 from twin_bench.twin.encoded import Encoded, distinct, identity
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.features import POOLINGS, Read
@@ -33,11 +32,19 @@ from twin_bench.twin.recipe import Recipe, RouterSettings
 from twin_bench.twin.routers.base import Examples, Router, RouterConfig
 from twin_bench.twin.routers.calibration import calibrate, report, set_threshold
 from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
+from twin_bench.twin.routers.directions import reading_directions
 from twin_bench.twin.routers.kinds.mlp import train_router
 from twin_bench.twin.routers.registry import find_kind
 from twin_bench.twin.routers.rows import Divided, divided
 from twin_bench.twin.routers.store import kept_router
-from twin_bench.twin.task_loss import CHOOSING_ROWS, EPOCHS, ROWS, answered, require_answers, trained_on_task_loss
+from twin_bench.twin.routers.task_loss import (
+    CHOOSING_ROWS,
+    EPOCHS,
+    ROWS,
+    answered,
+    require_answers,
+    trained_on_task_loss,
+)
 from twin_bench.twin.tolerance import sensitivity
 
 PROBE_ROWS = 16
