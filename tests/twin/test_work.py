@@ -60,7 +60,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             done[0] += 1
             return truncated_svd(*arguments, **options)
 
-        monkeypatch.setattr("twin_bench.twin.exclusive.kinds.svd.truncated_svd", decompose)
+        monkeypatch.setattr("twin_bench.twin.exclusive.vector.truncated_svd", decompose)
         return done
 
     return count

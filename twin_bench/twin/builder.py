@@ -71,8 +71,7 @@ def build_twin(
         labels: The labels of each expert's task (see `open_sources`).
         device: Where merges, SVDs and the routers' features are computed: the CPU by default; `auto` is cuda, else mps,
             else cpu.
-        batch_size: How many rows are in a forward pass for features at most, by default what 8,192 tokens hold, up to
-            64.
+        batch_size: How many rows a forward pass for features has, by default what 8,192 tokens hold, up to 64.
         feature_cache: The directory in which SVDs and the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
         resumable: Keep each tensor on disk until the twin is written (see `twin_bench.twin.work`). The same build goes

@@ -25,7 +25,7 @@ def test_the_least_budget_is_known_before_the_merge(families: Any, tmp_path: Pat
         return built({**recipe, "exclusive": exclusive}, tmp_path / "twin")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twin_bench.twin.builder.merge_lazily", None)
+        patch.setattr("twin_bench.twin.shared.merge_lazily", None)
         for small in (1e-4, {"bytes": 100}):
             with pytest.raises(InputError, match=r"too small for expert 'cola': its vectors take \d+, and rank 1 of"):
                 within(small)
@@ -61,7 +61,7 @@ def test_an_adapters_budget_is_for_what_it_changes(lora_recipe: dict[str, Any], 
         built({**lora_recipe, "exclusive": {"budget": {"bytes": 1}}}, tmp_path / "twin")
     least = int(re.findall(r"give at least (\d+)", str(refused.value))[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twin_bench.twin.builder.merge_lazily", None)
+        patch.setattr("twin_bench.twin.shared.merge_lazily", None)
         with pytest.raises(InputError, match=f"give at least {least}"):
             built({**lora_recipe, "exclusive": {"budget": {"bytes": least - 1}}}, tmp_path / "twin")
     parts = load_parts(built({**lora_recipe, "exclusive": {"budget": {"bytes": least}}}, tmp_path / "twin"))

@@ -250,7 +250,7 @@ def test_settings_that_a_model_does_not_allow(
     says: str,
 ) -> None:
     """They are refused before a merge is made, which can take hours."""
-    monkeypatch.setattr("twin_bench.twin.builder.merge_lazily", None)
+    monkeypatch.setattr("twin_bench.twin.shared.merge_lazily", None)
     family = causal_families("llama") if router == {"pooling": "first"} else families("bert")
     with pytest.raises(InputError, match=says):
         build_twin(Recipe.model_validate(recipe_of(family, **router)), tmp_path / "twin")

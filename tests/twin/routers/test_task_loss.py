@@ -170,7 +170,7 @@ def test_task_loss_that_can_t_be(
     families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router: dict[str, Any], says: str
 ) -> None:
     """It is refused before a merge is made."""
-    monkeypatch.setattr("twin_bench.twin.builder.merge_lazily", None)
+    monkeypatch.setattr("twin_bench.twin.shared.merge_lazily", None)
     family = families("bert")
     asked = {**family.recipe, "router": {**family.recipe["router"], "objective": "task_loss", **router}}
     with pytest.raises(InputError, match=says):

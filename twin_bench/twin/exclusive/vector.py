@@ -32,7 +32,7 @@ def exclusive_vector(
     seed: int = 0,
     without: Container[str] = (),
     device: str | torch.device = "cpu",
-    decompose: Callable[..., Factors] = truncated_svd,
+    decompose: Callable[..., Factors] | None = None,
     keep: Keep = keep_nothing,
     **options: Any,
 ) -> Exclusive:
@@ -46,7 +46,7 @@ def exclusive_vector(
         seed: The seed of a randomised SVD, and of draws.
         without: Names of parameters of which nothing is kept.
         device: Where matrices are decomposed and sorted. What is kept of them is on the CPU.
-        decompose: What computes `truncated_svd`, or has kept it.
+        decompose: What computes `truncated_svd`, or has kept it; by default that function.
         keep: Where decompositions are kept, if anywhere.
         **options: The kind's options, for example `rank` or `density`.
 
@@ -78,7 +78,7 @@ def exclusive_vector(
             model_bytes=sum(tensor.nbytes for tensor in shared.values()),
             vectors=dict(differences(1)),
             matrices=lambda: ((parameter, matrix.to(device)) for parameter, matrix in differences(2)),
-            svd=partial(decompose, seed=seed),
+            svd=partial(decompose or truncated_svd, seed=seed),
             keep=keep,
         ),
         options,
