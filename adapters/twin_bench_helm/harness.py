@@ -240,7 +240,7 @@ def _register(engine: Engine, full: str, workspace: Path) -> None:
     """Make an engine a deployment of its own, with its twin's tokenizer."""
     twin, batch_size = engine.twin, engine.batch_size
     hold(full, engine)
-    folder = workspace / "tokenizer"
+    folder = workspace / "tokenizer" / full.rpartition("/")[2]  # another process may read or write another twin's
     twin.tokenizer.save_pretrained(folder)
     end = twin.tokenizer.eos_token
     spec = TokenizerSpec(

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from twin_bench.leaderboard.executors.executor import Given
 from twin_bench.leaderboard.executors.pool import Worker
@@ -77,6 +78,7 @@ class ProcessWorker(Worker):
 def _begin(environment: dict[str, str]) -> None:
     """Begin a worker process: it ends when the command does, however that ends."""
     os.environ.update(environment)
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system, which a killed process would leave
     command = multiprocessing.parent_process()
     assert command is not None
 

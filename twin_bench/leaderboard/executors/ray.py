@@ -54,6 +54,8 @@ class OnRay(Workers):
         resources = self._ray.cluster_resources()
         there, given = float(resources.get("GPU", 0)), self.given.gpus_per_worker
         self._gpus = given if given is not None else float(there >= 1 and asked not in (None, "cpu"))
+        if self._gpus < 0 or (self._gpus > 1 and self._gpus % 1):
+            raise InputError(f"--gpus-per-worker {self._gpus:g}: give a part of one GPU, a whole number, or 0 for none")
         if self._gpus > there:
             raise InputError(f"--gpus-per-worker {self._gpus:g}: the Ray cluster has {there:g} GPUs; give 0 for none")
         if asked == AUTO:
@@ -91,7 +93,8 @@ class RayWorker(Worker):
 
     def __init__(self, ray: ModuleType, actor: Any) -> None:
         """Take an actor of a `Host`."""
-        self.died = (ray.exceptions.RayActorError,)
+        errors = ray.exceptions
+        self.died = (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError)
         self._ray, self._actor = ray, actor
 
     def call(self, function: Callable[..., Outcome], *arguments: Any) -> Future[Outcome]:

@@ -1,0 +1,78 @@
+"""Real worker processes, of which one is killed: the table is the local one bit for bit, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.board_figures import figures
+from twin_bench.config import parse
+from twin_bench.leaderboard.executors import EXECUTORS, Given, Local
+from twin_bench.leaderboard.executors.workers import Workers
+from twin_bench.leaderboard.run import run_suite
+from twin_bench.leaderboard.suite import Suite
+from twin_bench.merging.registry import methods
+
+PLUGIN = """
+import os, signal
+from pathlib import Path
+from twin_bench.contenders.context import static_contender
+from twin_bench.merging.registry import served_method
+
+@served_method(title="Mortal", paper="", track="data-free")
+def mortal_{name}(context):
+    '''The base model. The first worker that makes it is killed.'''
+    died = Path({died!r})
+    if os.getpid() != {command} and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield static_contender(context.sources.base, context.names, context)
+"""
+
+
+def running(marks: set[str]) -> list[str]:
+    """Return the processes below this one whose command line has one of the marks."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and any(mark in " ".join(process.cmdline()) for mark in marks):
+                found.append(" ".join(process.cmdline())[:80])
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_a_killed_worker_changes_no_bit_of_the_table(
+    tiny: dict[str, Any], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twin_bench.merging.registry.REGISTRY", dict(methods()))
+    if name == "ray":
+        pytest.importorskip("ray")
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    plugin, died = tmp_path / f"mortal_{name}.py", tmp_path / "died"
+    plugin.write_text(PLUGIN.format(name=name, died=str(died), command=os.getpid()))
+    changes = {
+        "tasks": ["cola", "mnli"],
+        "rows": 12,
+        "protocol": ["standard", "routed"],
+        "plugins": [str(plugin)],
+        "methods": ["average", f"mortal_{name}", {"twin": {"exclusive": {"rank": 1}, "router": {"epochs": 1}}}],
+    }
+    suite = parse(Suite, {**tiny, **changes}, "suite")
+    expected = figures(run_suite(suite, tmp_path / "local", executor=Local(Given())), tmp_path / "local")
+    with EXECUTORS[name](Given(workers=2)) as executor:
+        board = run_suite(suite, tmp_path / "out", executor=executor)
+        assert isinstance(executor, Workers)
+        asleep = executor.worker(0).call(time.sleep, 600)  # type: ignore[arg-type]  # what an interrupt would find
+        assert running({"spawn_main", "ray::"})
+    assert not running({"spawn_main", "ray::", "raylet", "gcs_server"})
+    assert asleep.exception(10) is not None
+    assert died.exists()
+    assert figures(board, tmp_path / "out") == expected
