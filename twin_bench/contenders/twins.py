@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from torch import Tensor
 
 from twin_bench.config import Settings, parse
 from twin_bench.contenders.context import Contender, Context
@@ -166,8 +167,9 @@ def twin(
     built = built_twin(context, shared, exclusive, router, without)
     told = weights == "task"
     loaded = load_twin(built.directory, dtype=context.dtype, trust_remote_code=built.recipe.trust_remote_code)
-    held_out = without is not None and context.sources.skeleton.head
-    further = {without: context.sources.experts[without].head()} if held_out else {}
+    further: dict[str, Mapping[str, Tensor]] = {}
+    if without is not None and context.sources.skeleton.head:
+        further[without] = context.sources.experts[without].head()
     model = twin_class(loaded.task_type)(
         loaded.model,
         loaded.tokenizer,
