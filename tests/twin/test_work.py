@@ -18,6 +18,7 @@ from twin_bench.files import digest_file
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin import workers
 from twin_bench.twin.builder import build_twin
+from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.work import work_on
 from twin_bench.twin.workers import Job, Worker
@@ -58,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             done[0] += 1
             return truncated_svd(*arguments, **options)
 
-        monkeypatch.setattr("twin_bench.twin.exclusive.kinds.svd.truncated_svd", decompose)
+        monkeypatch.setitem(exclusive_vector.__kwdefaults__, "decompose", decompose)
         return done
 
     return count
