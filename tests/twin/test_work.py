@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from twin_bench import InputError
@@ -19,7 +18,7 @@ from twin_bench.files import digest_file
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin import workers
 from twin_bench.twin.builder import build_twin
-from twin_bench.twin.directory import load_parts
+from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.work import work_on
 from twin_bench.twin.workers import Job, Worker
@@ -152,16 +151,10 @@ def test_a_worker_computes_what_the_build_takes(
 @pytest.mark.slow
 def test_two_processes_build_what_one_does(matrix_family: Any, tmp_path: Path) -> None:
     recipe = {key: value for key, value in matrix_family.recipe.items() if key != "router"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     build_twin(Recipe.model_validate(recipe), tmp_path / "whole")
     assert main(["build", str(tmp_path / "recipe.yaml"), str(tmp_path / "twin"), "--workers", "2", "-q"]) == 0
-    assert digests(tmp_path / "twin" / "model") == digests(tmp_path / "whole" / "model")
-    expected = load_parts(tmp_path / "whole").exclusive
-    for name, own in load_parts(tmp_path / "twin").exclusive.items():
-        assert own.names() == expected[name].names()
-        for parameter, (B, A) in own.factors.items():  # another process' LAPACK rounds otherwise
-            pair = expected[name].factors[parameter]
-            torch.testing.assert_close(B @ A, pair.B @ pair.A, rtol=0, atol=1e-6)
+    assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
     assert not hidden(tmp_path)
 
 

@@ -65,9 +65,10 @@ class PromptRouter:
 
     def completion_prompts(self, body: Mapping[str, Any]) -> list[list[int]]:
         """Return the token ids of each prompt of a completions request. InputError for what is no prompt."""
-        prompt = body.get("prompt")
-        several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
-        return [self._ids(one, body.get("add_special_tokens", True)) for one in (prompt if several else [prompt])]
+        prompt: Any = body.get("prompt")
+        several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+        prompts: list[Any] = prompt if several else [prompt]
+        return [self._ids(one, body.get("add_special_tokens", True)) for one in prompts]
 
     def chat_prompt(self, body: Mapping[str, Any]) -> list[int]:
         """Return the token ids of a chat request's messages. InputError for messages that the template can't take."""

@@ -74,8 +74,7 @@ def build_twin(
         batch_size: How many rows a forward pass for features has, by default what 8,192 tokens hold, up to 64.
         feature_cache: The directory in which SVDs and the routers' features are kept from run to run, or None.
         progress: Where progress is shown, if anywhere.
-        resumable: Keep each tensor on disk until the twin is written (see `twin_bench.twin.work`). The same build goes
-            on from there if it is killed.
+        resumable: Keep each tensor on disk, so that a killed build goes on from there (see `twin_bench.twin.work`).
         workers: How many processes compute tensors. Several keep them on disk as well.
         plugins: The files that were imported besides those of the recipe, for these processes.
 
@@ -100,10 +99,8 @@ def build_twin(
         shared, parts = _merged_parts(recipe, sources, work, feature_cache, progress, on)
         chosen: dict[str, Any] = {}
         if recipe.router and rows:
-            training = RouterTraining(
-                recipe, recipe.router, sources, shared, parts, rows, feature_cache, progress, on, batch_size
-            )
-            parts, chosen = train_routers(training)
+            given = (sources, shared, parts, rows, feature_cache, progress, on, batch_size)
+            parts, chosen = train_routers(RouterTraining(recipe, recipe.router, *given))
         settings = _summary(recipe, shared, parts, chosen)
         model = load_model(sources, shared, quantization=recipe.quantization)
         save_twin(directory, model, sources.tokenizer, parts, sources.skeleton, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,6 +14,8 @@ from twin_bench.twin.exclusive.budget import direction_cost, require_budget
 from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
 from twin_bench.twin.exclusive.quantised import quantised
 from twin_bench.twin.exclusive.registry import exclusive_kind
+
+_log = logging.getLogger(__name__)
 
 
 @exclusive_kind(title="Truncated SVD", paper="arXiv:2406.15479")
@@ -38,6 +41,8 @@ def svd(
 
     `bits` 8 or 4 stores the factors quantised, and the twin computes with what the codes stand for.
 
+    With -v, each expert's error is measured on the whole matrices and logged.
+
     Raises InputError unless one of them is given and in range, if the budget holds not even one direction, or if an SVD
     fails.
     """
@@ -53,10 +58,11 @@ def svd(
     else:
         factors = {name: kept for name, _, kept in _decomposed(differences, density=density, rank=rank)}
     factors = {name: pair for name, pair in factors.items() if len(pair.A)}
-    if bits is None:
-        return Exclusive(factors, differences.vectors)
-    codes = {name: quantised(pair, bits) for name, pair in factors.items()}
-    return Exclusive({n: code.factors() for n, code in codes.items()}, differences.vectors, quantised=codes)
+    codes = {} if bits is None else {name: quantised(pair, bits) for name, pair in factors.items()}
+    factors = factors if bits is None else {name: code.factors() for name, code in codes.items()}
+    if _log.isEnabledFor(logging.INFO):
+        _log.info("expert %s: the factors leave out %s", differences.expert, _left_out(differences, factors))
+    return Exclusive(factors, differences.vectors, quantised=codes)
 
 
 def exclusive_rank(shape: torch.Size, *, density: float | None = None, rank: int | None = None) -> int:
@@ -119,6 +125,23 @@ def _truncated(differences: ExpertDifferences, name: str, matrix: Tensor, rank: 
 
     kept = differences.keep(("svd", differences.expert, name, str(rank)), matrix.numel(), compute)
     return Factors(kept["B"], kept["A"])
+
+
+def _left_out(differences: ExpertDifferences, factors: Mapping[str, Factors]) -> str:
+    """Return in words the Frobenius norm of what the factors lack, in shares of the differences' norm."""
+    lacking: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    for name, matrix in differences.matrices():
+        sizes[name] = float(matrix.double().square().sum())
+        if name in factors:
+            B, A = (side.to(matrix) for side in factors[name])
+            matrix = torch.addmm(matrix, B, A, alpha=-1)
+        lacking[name] = float(matrix.double().square().sum())
+    if not sizes:
+        return "nothing"
+    worst = max(sizes, key=lambda name: lacking[name] / sizes[name])
+    share, most = (sum(lacking.values()) / sum(sizes.values())) ** 0.5, (lacking[worst] / sizes[worst]) ** 0.5
+    return f"{share:.2g} of the norm of all differences, and at most {most:.2g} of a matrix's ({worst})"
 
 
 def _singular_values(factors: Factors) -> Tensor:
