@@ -18,7 +18,6 @@ from twin_bench.files import digest_file
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin import workers
 from twin_bench.twin.builder import build_twin
-from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.work import work_on
 from twin_bench.twin.workers import Job, Worker
