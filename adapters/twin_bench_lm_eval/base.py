@@ -94,7 +94,7 @@ def usable(device: str | None) -> str:
 
 def places(
     device: str | None,
-    parallelize: Any,
+    parallelize: Any = False,
     device_map: Any = None,
     max_memory_per_gpu: int | str | None = None,
     max_cpu_memory: int | str | None = None,

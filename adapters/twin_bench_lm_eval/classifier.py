@@ -41,12 +41,7 @@ class ClassifierTwin(ServedTwin):
         data: str | Path | None = None,
         split: str | None = None,
         trust_remote_code: bool = False,
-        parallelize: bool = False,
-        device_map: Any = None,
-        max_memory_per_gpu: int | str | None = None,
-        max_cpu_memory: int | str | None = None,
-        offload_folder: str | None = None,
-        **unknown: Any,
+        **spread: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
 
@@ -61,24 +56,24 @@ class ClassifierTwin(ServedTwin):
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
             fusion: exact is the only mode.
-            data, split: where the tasks find their rows, and which. The model does not use them.
+            data: where the tasks find their rows. The model does not use it.
+            split: the split of those rows. The model does not use it.
             trust_remote_code: let transformers run code that comes with the shared expert.
-            parallelize, device_map, max_memory_per_gpu, max_cpu_memory, offload_folder: of several devices, as in HFLM.
-            **unknown: any other argument is an error.
+            **spread: HFLM's arguments of several devices (see `places`). Any other argument is an error.
 
         Raises:
             InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
         super().__init__()
-        for name in unknown:
-            known = inspect.signature(ClassifierTwin).parameters.keys() - {"unknown", "twin"}
+        several = inspect.signature(places).parameters.keys() - {"device"}
+        for name in spread.keys() - several:
+            known = inspect.signature(ClassifierTwin).parameters.keys() - {"spread", "twin"} | several
             raise InputError(f"twin_merged: unknown argument {name!r}{nearest(name, known)}")
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         self.batch_size = 32 if str(batch_size).startswith("auto") else positive("batch_size", batch_size)
         if twin is None:
-            spread = places(device, parallelize, device_map, max_memory_per_gpu, max_cpu_memory, offload_folder)
-            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance, **spread}
+            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance, **places(device, **spread)}
             twin = _loaded(pretrained, dtype, trust_remote_code=trust_remote_code, **chosen)
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
