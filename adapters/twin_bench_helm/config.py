@@ -33,11 +33,8 @@ def write_helm_config(
     tolerance: float | None = None,
     batch_size: int = 8,
     apply_chat_template: bool = False,
-    device_map: str | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    offload_folder: str | None = None,
-    quantization: str | None = None,
     replace: bool = False,
+    **further: Any,
 ) -> list[Path]:
     """Add a twin to HELM's model_deployments.yaml, model_metadata.yaml and tokenizer_configs.yaml; return the files.
 
@@ -53,11 +50,8 @@ def write_helm_config(
         tolerance: of the logits, relative to their size; by default 0 in float32.
         batch_size: the largest number of rows in a forward.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
-        device_map: spread the twin over several devices: auto, balanced, balanced_low_0 or sequential.
-        max_memory: the largest memory of each device to use, in bytes or as 10GiB.
-        offload_folder: where weights on the disk are written.
-        quantization: keep the shared expert in 4bit or 8bit.
         replace: replace the entries of that name, if there are any.
+        **further: device_map, max_memory, offload_folder and quantization (see `TwinModel.from_pretrained`).
 
     Raises:
         InputError: a setting out of range, no language model's twin there, a damaged one, or one that can't serve the
@@ -70,10 +64,7 @@ def write_helm_config(
         "protocol": protocol,
         "tolerance": tolerance,
         "batch_size": batch_size,
-        "device_map": device_map,
-        "max_memory": max_memory,
-        "offload_folder": offload_folder,
-        "quantization": quantization,
+        **further,
     }
     settings = parse(TwinSettings, given, "helm-config")
     if not NAME.fullmatch(name):

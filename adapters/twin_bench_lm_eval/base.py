@@ -15,7 +15,6 @@ from twin_bench.errors import InputError
 from twin_bench.files import digest
 from twin_bench.twin.device import AUTO, fastest_device
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.placement import Devices
 
 
 class Request(Protocol):
@@ -94,21 +93,23 @@ def usable(device: str | None) -> str:
 
 
 def places(
-    parallelize: Any,
+    device: str | None,
+    parallelize: Any = False,
     device_map: Any = None,
     max_memory_per_gpu: int | str | None = None,
     max_cpu_memory: int | str | None = None,
     offload_folder: str | None = None,
-) -> Devices | None:
-    """Return what arguments of HFLM's say of several devices, None where they name one. A `device_map` is enough."""
+) -> dict[str, Any]:
+    """Return what arguments of HFLM's say of devices, as `from_pretrained` takes it. A `device_map` names several."""
     if not parallelize and device_map is None:
-        return None
+        return {"device": usable(device)}
     memory: dict[int | str, int | str] = {}
     if max_memory_per_gpu is not None:
         memory = dict.fromkeys(range(torch.cuda.device_count()), max_memory_per_gpu)
     if max_cpu_memory is not None:
         memory["cpu"] = max_cpu_memory
-    return Devices("auto" if device_map is None else device_map, memory or None, offload_folder)
+    chosen = "auto" if device_map is None else device_map
+    return {"device_map": chosen, "max_memory": memory or None, "offload_folder": offload_folder}
 
 
 def positive(name: str, value: Any) -> int:

@@ -14,7 +14,7 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.base import Request, ServedTwin, places, positive, provenance, usable
+from twin_bench_lm_eval.base import Request, ServedTwin, places, positive, provenance
 
 
 class ClassifierTwin(ServedTwin):
@@ -41,20 +41,14 @@ class ClassifierTwin(ServedTwin):
         data: str | Path | None = None,
         split: str | None = None,
         trust_remote_code: bool = False,
-        parallelize: bool = False,
-        device_map: Any = None,
-        max_memory_per_gpu: int | str | None = None,
-        max_cpu_memory: int | str | None = None,
-        offload_folder: str | None = None,
-        **unknown: Any,
+        **spread: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
 
         Args:
             pretrained: the twin's directory.
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
-            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
-                device that the machine does not have.
+            device: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA device that is not there.
             dtype: a torch dtype or its name; by default (or `auto`) that of the shared expert.
             batch_size: the largest number of inputs in a forward. `auto` is 32.
             max_batch_size: an argument of lm-eval's. It is not used.
@@ -65,27 +59,21 @@ class ClassifierTwin(ServedTwin):
             data: where the tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             trust_remote_code: let transformers run code that comes with the shared expert.
-            parallelize: spread the layers over several devices, as HFLM does.
-            device_map: which layer is where: `auto`, as `parallelize` does it, or a mapping of names to devices.
-            max_memory_per_gpu: the largest memory of each GPU to use, in bytes or as 10GiB.
-            max_cpu_memory: likewise the processor's, for layers that no GPU has room for.
-            offload_folder: where weights on the disk are written.
-            **unknown: any other argument is an error.
+            **spread: HFLM's arguments of several devices (see `places`). Any other argument is an error.
 
         Raises:
             InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
         super().__init__()
-        for name in unknown:
-            known = inspect.signature(ClassifierTwin).parameters.keys() - {"unknown", "twin"}
+        several = inspect.signature(places).parameters.keys() - {"device"}
+        for name in spread.keys() - several:
+            known = inspect.signature(ClassifierTwin).parameters.keys() - {"spread", "twin"} | several
             raise InputError(f"twin_merged: unknown argument {name!r}{nearest(name, known)}")
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         self.batch_size = 32 if str(batch_size).startswith("auto") else positive("batch_size", batch_size)
         if twin is None:
-            devices = places(parallelize, device_map, max_memory_per_gpu, max_cpu_memory, offload_folder)
-            spread = {"device": usable(device)} if devices is None else vars(devices)
-            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance, **spread}
+            chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance, **places(device, **spread)}
             twin = _loaded(pretrained, dtype, trust_remote_code=trust_remote_code, **chosen)
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
