@@ -74,7 +74,7 @@ def test_options_are_tuned_by_the_workers_and_chosen_alike(given: Any, tmp_path:
     with PretendWorkers() as workers:
         found = figures(run_suite(suite, tmp_path / "out", options, executor=workers), tmp_path / "out")
     assert found == expected
-    assert '"ta+tuned"' in found["cells"]
+    assert "standard,ta+tuned,data-free" in found["cells"]
     assert ("standard", "ta+tuned.0") in workers.calls
     with PretendWorkers(lambda *line: line == ("standard", "ta+tuned.1")) as workers:
         board = run_suite(suite, tmp_path / "bad", options, executor=workers)
