@@ -32,6 +32,7 @@ def write_helm_config(
     protocol: str = "standard",
     tolerance: float | None = None,
     batch_size: int = 8,
+    compile: str = "auto",
     apply_chat_template: bool = False,
     device_map: str | None = None,
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -52,6 +53,7 @@ def write_helm_config(
         protocol: standard, paper or routed.
         tolerance: of the logits, relative to their size; by default 0 in float32.
         batch_size: the largest number of rows in a forward.
+        compile: when the steps of a generation are compiled: auto (on a CUDA device, for many steps), on or off.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
         device_map: spread the twin over several devices: auto, balanced, balanced_low_0 or sequential.
         max_memory: the largest memory of each device to use, in bytes or as 10GiB.
@@ -70,6 +72,7 @@ def write_helm_config(
         "protocol": protocol,
         "tolerance": tolerance,
         "batch_size": batch_size,
+        "compile": compile,
         "device_map": device_map,
         "max_memory": max_memory,
         "offload_folder": offload_folder,
