@@ -88,7 +88,7 @@ class TwinCausalLM(TwinLanguageModel):
             "attention_mask": seen,
             # A router on the embeddings leaves the cache empty, and transformers would count positions from 0.
             "position_ids": places,
-            self._prefix_argument: prefix.copies(len(mask)),
+            self._prefix_argument: prefix.for_rows(len(mask)),
             "use_cache": False,
         }
 
