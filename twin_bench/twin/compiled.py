@@ -133,8 +133,8 @@ def runs_step_by_step(options: Mapping[str, Any], generation_config: Any) -> boo
 def compilable(model: Any, fusion: Fusion) -> bool:
     """Return whether a model's steps can be a graph; where not, it is said once.
 
-    The model must be one that transformers lets compile, on one device, without windows of attention. Experts that keep
-    single entries of matrices choose what is multiplied by the weights' values.
+    The model must be one that transformers lets compile, on one device, not quantised, without windows of attention.
+    Experts that keep single entries of matrices choose what is multiplied by the weights' values.
     """
     why = ""
     if not getattr(model, "_can_compile_fullgraph", False):
@@ -145,6 +145,8 @@ def compilable(model: Any, fusion: Fusion) -> bool:
         why = "it has a window of attention"
     elif any(getattr(layer, "entries", None) is not None for layer in fusion.layers):
         why = "its experts keep single entries of matrices"
+    elif not fusion.keeps_copies:
+        why = "its weights are quantised or offloaded"
     elif type(fusion) is not Fusion or getattr(model.generation_config, "cache_implementation", None):
         why = "it chooses its own weights or cache"
     if why:
