@@ -34,7 +34,7 @@ from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading
-from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
+from twin_bench_lm_eval.base import ServedTwin, positive, provenance, require_one_of, usable
 
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
@@ -128,8 +128,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         if protocol not in PROTOCOLS:
             raise InputError(f"twin_merged: protocol={protocol}{nearest(protocol, PROTOCOLS)}")
-        if compile not in COMPILING:
-            raise InputError(f"twin_merged: compile={compile}{nearest(compile, COMPILING)}")
+        require_one_of("compile", compile, COMPILING)
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance

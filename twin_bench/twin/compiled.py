@@ -111,7 +111,7 @@ class CompiledSteps:
 
 
 def padded_length(length: int) -> int:
-    """Return the length of the cache of `length` tokens: few different ones, at most a quarter longer."""
+    """Return the length of the cache of `length` tokens: few different ones, at most 64 or a quarter longer."""
     step = max(LEAST_LENGTH, 2 ** (length.bit_length() - 3))
     return -(-length // step) * step
 
