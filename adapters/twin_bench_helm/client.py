@@ -35,7 +35,7 @@ from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.sampling import Completion
 from twin_bench_helm.prompts import in_template
 
-FORMAT = 2
+FORMAT = 3
 """The number of what the cache holds of an answer, and of how the answer is found."""
 CHUNK = 16
 """How many full batches of requests are answered before their answers go into the cache."""
@@ -59,6 +59,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         protocol: str = "standard",
         tolerance: float | None = None,
         batch_size: int = 8,
+        compile: str = "auto",
         apply_chat_template: bool = False,
         device_map: str | dict[str, str | int] | None = None,
         max_memory: dict[int | str, int | str] | None = None,
@@ -77,6 +78,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
             "protocol": protocol,
             "tolerance": tolerance,
             "batch_size": batch_size,
+            "compile": compile,
             "device_map": device_map,
             "max_memory": max_memory,
             "offload_folder": offload_folder,

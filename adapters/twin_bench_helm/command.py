@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="how many rows a forward pass takes (default: 8)")
     parser.add_argument(
+        "--compile",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="when the steps of a text are compiled: auto is on a CUDA device, for many steps (default: auto)",
+    )
+    parser.add_argument(
         "--chat-template",
         action="store_true",
         help="ask each prompt as a user's turn, in the tokenizer's chat template",
@@ -72,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         protocol=options.protocol,
         tolerance=options.tolerance,
         batch_size=options.batch_size,
+        compile=options.compile,
         apply_chat_template=options.chat_template,
         device_map=options.device_map,
         max_memory=_sizes(options.max_memory),

@@ -23,7 +23,7 @@ from twin_bench.serving.settings import TwinSettings
 from twin_bench_inspect.options import Options, options
 from twin_bench_inspect.outputs import choice, output, token_logprobs
 
-FORMAT = 1
+FORMAT = 2
 """The number of how an answer is found, which Inspect's cache holds in its key."""
 MOST_TOKENS = 2048
 """The largest number of tokens of an answer where nobody says one, as in Inspect's `hf`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from lm_eval.api.model import LM
 
-from twin_bench.errors import InputError
+from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest
 from twin_bench.twin.device import AUTO, fastest_device
 from twin_bench.twin.model import TwinModel
@@ -117,3 +117,9 @@ def positive(name: str, value: Any) -> int:
     if not str(value).isdecimal() or int(value) == 0:
         raise InputError(f"twin_merged: {name}={value}; expected a positive whole number")
     return int(value)
+
+
+def require_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise an InputError that names an argument whose value is not a known one."""
+    if value not in known:
+        raise InputError(f"twin_merged: {name}={value}{nearest(value, known)}")

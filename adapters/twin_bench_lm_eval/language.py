@@ -26,6 +26,7 @@ from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest
 from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.cache import named_directory
+from twin_bench.twin.compiled import COMPILING
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import twin_class
@@ -33,7 +34,7 @@ from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading
-from twin_bench_lm_eval.base import ServedTwin, positive, provenance, usable
+from twin_bench_lm_eval.base import ServedTwin, positive, provenance, require_one_of, usable
 
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
@@ -91,6 +92,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         batch_size: int | str | None = 1,
         protocol: ProtocolName = "standard",
         tolerance: float | None = None,
+        compile: str = "auto",
         fusion: str = "exact",
         data: str | Path | None = None,
         split: str | None = None,
@@ -110,6 +112,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
+            compile: when the steps of a generation are compiled: auto (on a CUDA device, for many steps), on or off.
             fusion: exact is the only mode.
             data: where this project's tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
@@ -125,6 +128,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         if protocol not in PROTOCOLS:
             raise InputError(f"twin_merged: protocol={protocol}{nearest(protocol, PROTOCOLS)}")
+        require_one_of("compile", compile, COMPILING)
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
@@ -137,6 +141,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             taken = self._taken(options, twin.model.config)
             super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
         self.twin.tokenizer = self.tokenizer
+        self.twin.compiling = compile
 
     def _load(
         self,

@@ -158,13 +158,48 @@ def test_classifiers_answer_as_on_the_cpu(directory: Any, kind: str, protocol: A
 
 
 @pytest.mark.parametrize("kind", LANGUAGE)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_texts_are_those_of_the_cpu(directory: Any, kind: str, temperature: float) -> None:
-    """Greedy texts, and those drawn from the same seeds."""
+def test_drawn_texts_depend_on_their_seeds_alone(directory: Any, kind: str) -> None:
+    """A text is the same in any company. The device draws otherwise than the CPU."""
     answer: Any = (seq2seq_requests if KINDS[kind] == "seq2seq" else requests).generate
-    decoding = Sampling(temperature=temperature, top_p=0.95)
+    twin = TwinModel.from_pretrained(directory(kind), device="cuda")
+    decoding = Sampling(temperature=1.0, top_p=0.95)
+    asked = [Generate(prompt, 8, decoding, seed=str(prompt), completions=2) for prompt in PROMPTS]
+    found = [
+        [[text.tokens for text in one] for one in answer(twin, asked, fusion_weights=WEIGHTS, batch_size=size)]
+        for size in (1, 4, 12)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len({tuple(text) for one in found[0] for text in one}) > len(PROMPTS)
+
+
+def test_the_device_draws_from_the_distribution() -> None:
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    draw = Sampling(1.0).options(None, [str(number) for number in range(20000)], 3)["logits_processor"][-1]
+    drawn = draw(torch.zeros(20000, 0), scores.cuda().repeat(20000, 1)).argmax(dim=-1)
+    shares = torch.bincount(drawn, minlength=50).cpu() / 20000
+    assert float((shares - scores[0].softmax(dim=0)).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS[:1].expand_as(WEIGHTS)], ids=["rows", "alike"])
+def test_compiled_steps_write_the_texts_of_plain_ones(directory: Any, kind: str, weights: Tensor) -> None:
+    """It takes a minute or more: torch compiles two graphs."""
+    asked = [Generate(prompt, 8) for prompt in PROMPTS]
+    twins: list[Any] = [TwinModel.from_pretrained(directory(kind), device="cuda") for _ in range(2)]
+    twins[1].compiling = "on"
+    plain, *compiled = (requests.generate(twin, asked, fusion_weights=weights) for twin in (*twins, twins[1]))
+    assert not twins[1].steps.failed
+    for found in compiled:
+        for (text,), (same,) in zip(plain, found, strict=True):
+            assert (same.tokens, same.end_token) == (text.tokens, text.end_token)
+            assert same.log_probs == pytest.approx(text.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_greedy_texts_are_those_of_the_cpu(directory: Any, kind: str) -> None:
+    answer: Any = (seq2seq_requests if KINDS[kind] == "seq2seq" else requests).generate
     asked = [
-        Generate(prompt, steps, decoding, seed=str(steps), completions=2, likeliest=2)
+        Generate(prompt, steps, seed=str(steps), completions=2, likeliest=2)
         for prompt, steps in zip(PROMPTS, (8, 8, 1, 8, 8, 1), strict=True)
     ]
     cpu, gpu = (

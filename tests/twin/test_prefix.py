@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from twin_bench.compat import cache_argument
 from twin_bench.twin import prefix
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.encoded import packed
+from twin_bench.twin.plan import Group
 from twin_bench.twin.prefix import Sharing, shared_prefixes
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.requests import Score, score
@@ -127,6 +129,32 @@ def test_scores_with_a_shared_prefix_are_those_without(causal_families: Any, tmp
         start = len(request.context) - 1
         expected = [logits[start + place, token] for place, token in enumerate(request.continuation)]
         torch.testing.assert_close(found.log_probs, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_prefix_is_not_copied(causal_twins: Any, kind: str) -> None:
+    """Rows read its keys and values where they lie. Nothing of a batch stays beside them."""
+    twin = TwinCausalLM.from_pretrained(causal_twins(kind))
+    weights = torch.full((3, 3), 1 / 3)
+    group = Group((0, 1, 2), weights[0])
+    one = twin.prefix([*range(5, 25)], group, weights)
+    cache: Any = one.cache
+    rows = [[30, 31], [32], [33, 34]]
+    shared = one.for_rows(3)
+    for layer, own in zip(shared.layers, cache.layers, strict=True):
+        for name in ("keys", "values"):
+            mine, kept = getattr(layer, name), getattr(own, name)
+            assert mine.shape == (3, *kept.shape[1:])
+            assert mine.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
+    before = [layer.keys.clone() for layer in cache.layers]
+    first = twin.logits(rows, [0, 1], group, weights, one)
+    assert torch.equal(first, twin.logits(rows, [0, 1], group, weights, one))
+    alone = torch.cat([twin.logits([[*range(5, 25), *row]], [20], group, weights)[:, 0] for row in rows])
+    torch.testing.assert_close(first[:, 0], alone, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    with twin.fusion.fuse(weights[0]), torch.no_grad():
+        twin.model(torch.tensor([[30], [31], [32]]), **{cache_argument(twin.model.forward): shared}, use_cache=False)
+    assert {layer.keys.shape[-2] for layer in shared.layers} == {20}
 
 
 def test_rows_with_weights_of_their_own_share_nothing(

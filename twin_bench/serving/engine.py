@@ -289,4 +289,5 @@ def _loaded(directory: str, settings: TwinSettings) -> Engine:
     )
     if not isinstance(twin, TwinCausalLM):
         raise InputError(f"{directory}: {NOT_CAUSAL[twin.task_type]}, which is what is asked for here")
+    twin.compiling = settings.compile
     return Engine(twin, settings.batch_size)

@@ -17,7 +17,8 @@ class TwinSettings(Settings):
     `device` is where it runs. None is the fastest device there is, and `auto` becomes None. `device_map`, `max_memory`
     and `offload_folder` spread it over several devices, and `quantization` keeps it in few bits. `dtype` is what it
     computes in; None is that of the shared expert. `tolerance` is the allowed relative error of the logits. For all of
-    these see `TwinModel.from_pretrained`. `batch_size` is the largest number of rows in a forward.
+    these see `TwinModel.from_pretrained`. `batch_size` is the largest number of rows in a forward. `compile` says when
+    the steps of a generation are compiled (see `twin_bench.twin.compiled`).
     """
 
     device: str | None = None
@@ -29,6 +30,7 @@ class TwinSettings(Settings):
     protocol: ProtocolName = "standard"
     tolerance: float | None = Field(default=None, ge=0, lt=1)
     batch_size: int = Field(default=8, ge=1)
+    compile: Literal["auto", "on", "off"] = "auto"
 
     @field_validator("device")
     @classmethod

@@ -19,6 +19,7 @@ from twin_bench.compat import prefix_argument, selects_logits
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_batch
+from twin_bench.twin.compiled import LEAST_STEPS, CompiledSteps, compilable, runs_step_by_step
 from twin_bench.twin.encoded import Encoded, tokens
 from twin_bench.twin.features import Read, hidden_states, pool_after, reads_of
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
@@ -87,7 +88,7 @@ class TwinCausalLM(TwinLanguageModel):
             "attention_mask": seen,
             # A router on the embeddings leaves the cache empty, and transformers would count positions from 0.
             "position_ids": places,
-            self._prefix_argument: prefix.copies(len(mask)),
+            self._prefix_argument: prefix.for_rows(len(mask)),
             "use_cache": False,
         }
 
@@ -157,26 +158,52 @@ class TwinCausalLM(TwinLanguageModel):
             raise InputError("prompts to generate from are padded on the left")
         weights = self._weights_of(inputs, fusion_weights, task)
         options = {name: value for name, value in options.items() if value is not None}
-        generated: Tensor = self._generated(inputs, weights, self._new_tokens(input_ids.shape[1], options), options)
+        steps = self._new_tokens(input_ids.shape[1], options)
+        compiled = self.compiles(steps)
+        try:
+            generated: Tensor = self._generated(inputs, weights, steps, {**options, "compiled": compiled})
+        finally:
+            if compiled:
+                self.steps.forget()
         return generated
 
     @torch.no_grad()
-    def generate_batch(self, inputs: Mapping[str, Tensor], group: Group, weights: Tensor, **options: Any) -> Any:
+    def generate_batch(
+        self, inputs: Mapping[str, Tensor], group: Group, weights: Tensor, *, compiled: bool = False, **options: Any
+    ) -> Any:
         """Run transformers' `generate` on one batch of a plan.
 
         Args:
             inputs: `input_ids` and `attention_mask` (batch, length), padded on the left.
             group: the rows of the batch.
             weights: (N, experts), the fusion weights of the plan, which `group.rows` index.
+            compiled: whether the steps run as a graph where they can, as `compiles` says. Its cache is kept until
+                `steps.forget` is called.
             **options: options of `generate`. With beams or several sequences a prompt takes several rows.
 
         Returns:
             What `generate` returns.
         """
         options.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        compiled = compiled and runs_step_by_step(options, self.model.generation_config)
         group, weights = self._by_sequence(group, weights, options)
-        with self.fused(group, weights, steps=True), self._finite_steps(group, weights):
-            return self.model.generate(**inputs, **options)
+        with self.fused(group, weights, steps=not compiled), self._finite_steps(group, weights):
+            if not compiled:
+                return self.model.generate(**inputs, **options)
+            rows, length = inputs["input_ids"].shape
+            with self.steps.running(rows, length + options["max_new_tokens"], self._prefix_argument) as needed:
+                return self.model.generate(**inputs, **options, **needed)
+
+    @functools.cached_property
+    def steps(self) -> CompiledSteps:
+        """The compiled steps of this twin's generations."""
+        return CompiledSteps(self.model, self.fusion)
+
+    def compiles(self, steps: int) -> bool:
+        """Return whether the steps of a list of requests are compiled, of which there are about `steps`."""
+        if self.compiling == "auto" and (self.device.type != "cuda" or steps < LEAST_STEPS):
+            return False
+        return self.compiling != "off" and self.shares_prefixes and compilable(self.model, self.fusion)
 
     @torch.no_grad()
     def logits(

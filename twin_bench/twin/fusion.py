@@ -127,6 +127,16 @@ class Fusion:
         with self._running(self._entered("rows", weights, weights if bias_weights is None else bias_weights, steps)):
             yield
 
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Run the block in the same mode with the same weights, by code that a graph of operations can be made of.
+
+        Nothing in the block depends on the weights' values, so that one graph serves any weights.
+        """
+        now = self._setting
+        with self._running(Setting(now.mode, now.weights, now.bias_weights)):
+            yield
+
     def forget(self) -> None:
         """Compute everything anew next time. The model's parameters have changed, or their dtype or device has."""
         self._fused, self._stacks = None, {}
@@ -141,21 +151,24 @@ class Fusion:
         assert weights is not None
         return self._setting.once(("weights", like.dtype, like.device), lambda: weights.to(like))
 
-    def columns(self, ranks: tuple[int, ...], like: Tensor) -> Columns:
-        """Return the columns in use of factors of `ranks`, and their weights in the dtype of `like`.
+    def columns(self, layer: FusedLayer) -> Columns:
+        """Return the columns in use of a layer's factors, and their weights in the dtype of the layer's weight.
 
         The result is computed once for all layers with the same ranks on a device.
         """
 
         def make() -> Columns:
-            owner = [expert for expert, rank in enumerate(ranks) for _ in range(rank)]
+            weights = self.cast(layer.weight)
+            if all(uses or not rank for uses, rank in zip(self._setting.uses, layer.ranks, strict=True)):
+                return Columns(None, weights[..., layer.owner])
+            owner = [expert for expert, rank in enumerate(layer.ranks) for _ in range(rank)]
             used = [column for column, expert in enumerate(owner) if self._setting.uses[expert]]
-            weights, every = self.cast(like), len(used) == len(owner)
             places = torch.tensor([[owner[column] for column in used], used], dtype=torch.long)
             places = places.to(weights.device, non_blocking=True)
-            return Columns(None if every else places[1], weights[..., places[0]])
+            return Columns(places[1], weights[..., places[0]])
 
-        return self._setting.once(("columns", ranks, like.dtype, like.device), make)
+        like = layer.weight
+        return self._setting.once(("columns", layer.ranks, like.dtype, like.device), make)
 
     def users(self, device: torch.device) -> dict[int, Tensor]:
         """Return the experts that have a weight in some row, each with the indices of these rows on `device`.
@@ -188,7 +201,7 @@ class Fusion:
             assert weights is not None
             weights = weights.to(stack.vectors)
             if weights.ndim == 1:
-                return stack.shared + weights @ stack.vectors
+                return torch.add(stack.shared, weights @ stack.vectors, out=stack.fused)
             return torch.addmm(stack.shared, weights, stack.vectors)
 
         return self._setting.once((kind, place), make)[..., stack.places[id(layer)]]
@@ -271,7 +284,9 @@ class Setting:
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Return what `make` returned when it was first asked for under this key."""
+        """Return what `make` returned when it was first asked for under this key. A compiled graph keeps nothing."""
+        if torch.compiler.is_compiling():
+            return make()
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
@@ -297,12 +312,14 @@ Place = tuple[torch.dtype, torch.device]
 class Stack(NamedTuple):
     """All layers' 1-D weights, or biases, that some expert changes: the shared ones (total,), one behind the other.
 
-    `vectors` (experts, total) are the experts' differences, and `places` the layers' places by their ids.
+    `vectors` (experts, total) are the experts' differences, and `places` the layers' places by their ids. `fused`
+    (total,) is where a fusion writes: a compiled graph reads the fused vectors in the same place each time.
     """
 
     shared: Tensor
     vectors: Tensor
     places: dict[int, slice]
+    fused: Tensor
 
 
 def stacked(layers: Sequence[FusedLayer], kind: VectorKind) -> dict[Place, Stack]:
@@ -318,9 +335,8 @@ def stacked(layers: Sequence[FusedLayer], kind: VectorKind) -> dict[Place, Stack
         ends = list(itertools.accumulate(vectors.shape[1] for _, _, vectors in own))
         spans = itertools.starmap(slice, itertools.pairwise([0, *ends]))
         places = {id(layer): span for (layer, _, _), span in zip(own, spans, strict=True)}
-        stacks[place] = Stack(
-            torch.cat([one for _, one, _ in own]), torch.cat([one for _, _, one in own], dim=1), places
-        )
+        one = torch.cat([one for _, one, _ in own])
+        stacks[place] = Stack(one, torch.cat([one for _, _, one in own], dim=1), places, torch.empty_like(one))
     return stacks
 
 
@@ -334,6 +350,7 @@ class FusedLayer(Protocol):
     weight: Tensor
     bias: Tensor | None
     ranks: tuple[int, ...]
+    owner: Tensor
     is_matrix: bool
     fusible: ClassVar[bool]
 

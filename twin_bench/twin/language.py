@@ -14,6 +14,7 @@ from twin_bench.checkpoints.finite import all_finite
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.errors import InputError, UnsuitedError, first_line
 from twin_bench.twin.arguments import require_count, require_ids, require_texts, tasks_of, vocabulary_size
+from twin_bench.twin.compiled import Compiling
 from twin_bench.twin.encoded import Encoded, Text, tokens
 from twin_bench.twin.finite import peaks, require_finite_logits
 from twin_bench.twin.fusion import Fusion
@@ -35,7 +36,12 @@ class TwinLanguageModel(TwinModel):
     The router reads only the *context*: never the text that is scored, and never padding. A language model has no head
     per task, so the protocol `routed` is the same as `standard`. Under `paper` the experts' LoRA factors A and B are
     merged, truncated and fused separately (`twin_bench.twin.paper`), and the router is the one chosen on test rows.
+
+    `compiling` says when the steps of a generation are compiled (`twin_bench.twin.compiled`). An encoder-decoder's
+    never are.
     """
+
+    compiling: Compiling = "auto"
 
     def _complete(self, parts: Parts) -> None:
         self.max_length = parts.max_length or context_window(self.model.config)

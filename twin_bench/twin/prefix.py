@@ -7,6 +7,7 @@ with equal fusion weights can share the keys and values of the tokens that they 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -35,11 +36,31 @@ class Prefix(NamedTuple):
     length: int
     cache: DynamicCache | None
 
-    def copies(self, rows: int) -> DynamicCache:
-        """Return a new cache that holds the prefix `rows` times, one copy for each row of a batch."""
-        copied: Any = copy.deepcopy(self.cache)
-        copied.batch_repeat_interleave(rows)
-        return copied
+    def for_rows(self, rows: int) -> DynamicCache:
+        """Return a cache that holds the prefix for each row of a batch, for one forward.
+
+        It copies nothing. A layer joins the prefix and the rows' own tokens while it runs, and keeps nothing of it. So
+        the memory holds one layer's keys and values for each row, and not those of all layers.
+        """
+        shared: Any = copy.copy(self.cache)
+        shared.layers = [_for_rows(layer, rows) for layer in shared.layers]
+        return shared
+
+
+def _for_rows(layer: Any, rows: int) -> Any:
+    shared = copy.copy(layer)
+    if layer.keys is not None:  # a router on the embeddings leaves the cache empty
+        shared.keys, shared.values = (one.expand(rows, *one.shape[1:]) for one in (layer.keys, layer.values))
+        shared.update = functools.partial(_joined, shared)
+    return shared
+
+
+def _joined(layer: Any, *states: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the keys and values that `update` returns, and keep the layer's own as they are."""
+    kept = layer.keys, layer.values
+    joined: tuple[Tensor, Tensor] = type(layer).update(layer, *states, **options)
+    layer.keys, layer.values = kept
+    return joined
 
 
 NO_PREFIX = Prefix(0, None)

@@ -19,6 +19,7 @@ from torch import Tensor
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
 from twin_bench.twin.causal import TwinCausalLM
+from twin_bench.twin.compiled import filled
 from twin_bench.twin.encoded import packed, tokens
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import TwinModel
@@ -240,14 +241,22 @@ def _texts(
     prompts = [requests[row].prompt for row, _ in copies]
     own = weights[[row for row, _ in copies]]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, steps):
-        asked = [copies[place] for place in batch.rows]
-        inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
-        length = inputs["input_ids"].shape[1]
-        options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in asked], length)
-        wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs or likeliest > 0}
-        output = twin.generate_batch(inputs, batch, own, **{**options, **wanted})
-        yield list(zip(asked, completed(output, length, ends, twin.tokenizer, decoding.stop, likeliest), strict=True))
+    wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs or likeliest > 0}
+    compiled = twin.compiles(steps * -(-len(copies) // batch_size))
+    try:
+        for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, steps):
+            real = len(batch.rows)
+            batch = Group(filled(batch.rows, batch_size), batch.weights) if compiled else batch
+            asked = [copies[place] for place in batch.rows]
+            inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
+            length = inputs["input_ids"].shape[1]
+            options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in asked], length)
+            output = twin.generate_batch(inputs, batch, own, compiled=compiled, **{**options, **wanted})
+            found = completed(output, length, ends, twin.tokenizer, decoding.stop, likeliest)
+            yield list(zip(asked[:real], found[:real], strict=True))
+    finally:
+        if compiled:
+            twin.steps.forget()
 
 
 def copies_of(requests: Sequence[Generate], rows: Sequence[int]) -> list[tuple[int, int]]:

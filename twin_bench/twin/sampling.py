@@ -123,21 +123,25 @@ class Sampling(Decoding):
 class _Gumbel(LogitsProcessor):  # type: ignore[misc]
     """Draws a token for each row, from the row's own generator.
 
-    The argmax of scores with Gumbel noise is a draw from their softmax (Maddison et al., 2014). The noise is added on
-    the CPU, in float64, which not every device has. So a seed draws the same on all of them.
+    The argmax of scores with Gumbel noise is a draw from their softmax (Maddison et al., 2014). The noise is made in
+    float64 where the scores are: on a CUDA device, else on the CPU, as not every other device has float64. A seed draws
+    the same on all devices of a kind. The CPU's generators and CUDA's differ.
     """
 
     def __init__(self, seeds: Sequence[str]) -> None:
-        self._generators = [
-            torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1)
-            for seed in seeds
-        ]
+        self._seeds = [int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8]) >> 1 for seed in seeds]
+        self._generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (rows, vocabulary) of 0 for the drawn tokens and -inf for all others."""
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self._generators])
-        noise = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        drawn = (scores.cpu().double() + noise).argmax(dim=-1, keepdim=True)
+        device = scores.device if scores.device.type == "cuda" else torch.device("cpu")
+        if not self._generators:
+            self._generators = [torch.Generator(device).manual_seed(seed) for seed in self._seeds]
+        uniform = torch.empty(scores.shape, dtype=torch.float64, device=device)
+        for row, generator in zip(uniform, self._generators, strict=True):
+            row.uniform_(generator=generator)
+        noise = -torch.log(-torch.log(uniform.clamp_(min=1e-300)))
+        drawn = (scores.to(device).double() + noise).argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn.to(scores.device), 0.0)
 
 

@@ -40,7 +40,7 @@ def test_three_files_name_the_twin_and_keep_what_is_there(twin: Path, tmp_path: 
     other = {"model_deployments": [{"name": "other/model", "client_spec": {"class_name": "x"}}]}
     (tmp_path / "model_deployments.yaml").write_text(yaml.safe_dump(other))
     command = ["helm-config", str(twin), "--name", "tiny", "--local-path", str(tmp_path)]
-    assert main([*command, "--dtype", "float32", "--device", "cpu", "--batch-size", "4"]) == 0
+    assert main([*command, "--dtype", "float32", "--device", "cpu", "--batch-size", "4", "--compile", "off"]) == 0
     deployments = yaml.safe_load((tmp_path / "model_deployments.yaml").read_text())["model_deployments"]
     assert deployments[0] == other["model_deployments"][0]
     assert deployments[1]["name"] == deployments[1]["tokenizer_name"] == "twin_merged/tiny"
@@ -51,6 +51,7 @@ def test_three_files_name_the_twin_and_keep_what_is_there(twin: Path, tmp_path: 
         "dtype": "float32",
         "protocol": "standard",
         "batch_size": 4,
+        "compile": "off",
         "apply_chat_template": False,
     }
     model = yaml.safe_load((tmp_path / "model_metadata.yaml").read_text())["models"][0]

@@ -252,7 +252,7 @@ def test_a_model_that_can_not_be_made_is_refused_in_one_line(
     for directory, arguments, says in (
         (tmp_path / "none", {}, f"{tmp_path}/none: no twin there (no twin.json); build one with twin-bench build"),
         (twins("bert"), {}, "a classifier twin does not generate text"),
-        (three, {"batchsize": 4}, "-M: batchsize: unknown key; did you mean 'batch_size'? known: batch_size, device"),
+        (three, {"batchsize": 4}, "-M: batchsize: unknown key; did you mean 'batch_size'? known: batch_size, compile"),
         (three, {"tolerance": 2}, "-M: tolerance: Input should be less than 1 (found 2)"),
         (three, {"base_url": "http://a"}, "a twin runs in this process; leave out --model-base-url"),
         (three, {"config": GenerateConfig(best_of=3)}, "best_of 3: a twin has no such option"),

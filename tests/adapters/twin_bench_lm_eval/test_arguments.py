@@ -43,6 +43,7 @@ pytestmark = pytest.mark.versions
         ({"to_dict": 3}, "unknown argument 'to_dict'"),
         ({"hidden_size": 16}, "can't be loaded with hidden_size=16: "),
         ({"dtype": "bf16"}, "dtype 'bf16': known"),
+        ({"compile": "of"}, "compile=of; did you mean 'off'"),
         ({"batch_size": "x"}, "batch_size=x; expected a positive whole number"),
         ({"max_length": 65}, "max_length=65; the model's window is 64"),
     ],

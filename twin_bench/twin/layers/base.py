@@ -136,7 +136,7 @@ class TwinLayer(nn.Module):
     def _fuse_matrix(self, weights: Tensor, fused: Tensor) -> None:
         """Write the weight that is fused with weights (experts,) into `fused`."""
         if sum(self.ranks):
-            used, scale = self.fusion.columns(self.ranks, self.weight)
+            used, scale = self.fusion.columns(self)
             B, A = self.factors(used)
             torch.addmm(self.weight, B * scale, A, out=fused)
         else:
@@ -161,7 +161,7 @@ class TwinLayer(nn.Module):
 
     def row_columns(self, dims: int) -> Columns:
         """Return the columns in use and each row's weights over them, (batch, 1, ..., r) with `dims` dimensions."""
-        used, scale = self.fusion.columns(self.ranks, self.weight)
+        used, scale = self.fusion.columns(self)
         return Columns(used, broadcastable(scale, dims))
 
     def row_bias(self, dims: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.layers.base import TwinLayer, broadcastable
+from twin_bench.twin.layers.base import TwinLayer, broadcastable, overwritable
 
 
 class TwinEmbedding(TwinLayer):
@@ -45,7 +45,8 @@ class TwinEmbedding(TwinLayer):
         if self.entries is not None:
             super().fuse(weights, bias_weights)
         else:
-            self.fused_weight = self._columns()
+            columns = self._columns()
+            self.fused_weight = overwritable(self.fused_weight, columns).copy_(columns)
 
     def scale(self, dims: int) -> Tensor:
         """Return the columns' weights: (R,), or in mode `rows` (batch, 1, ..., R) with `dims` dimensions."""

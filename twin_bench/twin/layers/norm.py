@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ class TwinRMSNorm(TwinLayer):
     """An RMS norm with exclusive vectors: a ...RMSNorm or ...T5LayerNorm whose one parameter is a weight (n,).
 
     Llama's, Qwen's, Gemma's and T5's norms differ in how they apply the weight, so the original module computes the
-    result. Its weight is replaced before each forward; a weight per row is broadcast over the row's tokens.
+    result, with another weight; a weight per row is broadcast over the row's tokens.
     """
 
     @classmethod
@@ -54,6 +54,16 @@ class TwinRMSNorm(TwinLayer):
     @by_row
     def forward(self, x: Tensor) -> Tensor:
         """Return x (batch, ..., n), normalised and then scaled by each row's own weight."""
-        self.layer.weight = self.current()[0].detach() if self.fusion.mode != "rows" else self.row_vector(x.ndim)
-        normed: Tensor = self.layer(x)
+        weight = self.current()[0] if self.fusion.mode != "rows" else self.row_vector(x.ndim)
+        normed: Tensor = type(self.layer).forward(_Weighted(self.layer, weight), x)
         return normed
+
+
+class _Weighted:
+    """A module with another weight, to be given to the module's forward. The module itself does not change."""
+
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        self._layer, self.weight = layer, weight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.exclusive.sparse import Sparse
@@ -53,8 +54,7 @@ class TwinLearnedPositions(TwinEmbedding):
         return embedded
 
     def _read(self, table: Tensor, *args: Any, **options: Any) -> Tensor:
-        self.layer.weight = table.detach()
-        found: Tensor = self.layer(*args, **options)
+        found: Tensor = functional_call(self.layer, {"weight": table}, args, options)
         return found[None] if found.ndim == 2 else found
 
 
