@@ -165,6 +165,7 @@ class PaperLinear(nn.Module):
     A: Tensor
     B: Tensor
     fused_weight: Tensor | None
+    owner: Tensor
     is_matrix = True
     fusible: ClassVar[bool] = True
 
@@ -179,6 +180,8 @@ class PaperLinear(nn.Module):
         # Other layers' factors are not in the state dict. These are, because the shared expert depends on them.
         for side, tensors in (("A", stack.A), ("B", stack.B)):
             self.register_buffer(side, _shared_and_exclusive(tensors, parts).to(layer.weight))
+        owner = torch.repeat_interleave(torch.arange(len(self.ranks)), torch.tensor(self.ranks))
+        self.register_buffer("owner", owner.to(self.weight.device), persistent=False)
         self.register_buffer("fused_weight", None, persistent=False)
         fusion.layers.append(self)
 
