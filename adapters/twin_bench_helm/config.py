@@ -32,7 +32,6 @@ def write_helm_config(
     protocol: str = "standard",
     tolerance: float | None = None,
     batch_size: int = 8,
-    compile: str = "auto",
     apply_chat_template: bool = False,
     replace: bool = False,
     **further: Any,
@@ -50,10 +49,9 @@ def write_helm_config(
         protocol: standard, paper or routed.
         tolerance: of the logits, relative to their size; by default 0 in float32.
         batch_size: the largest number of rows in a forward.
-        compile: when the steps of a generation are compiled: auto (on a CUDA device, for many steps), on or off.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
         replace: replace the entries of that name, if there are any.
-        **further: device_map, max_memory, offload_folder and quantization (see `TwinModel.from_pretrained`).
+        **further: compile, and device_map, max_memory, offload_folder and quantization of `TwinModel.from_pretrained`.
 
     Raises:
         InputError: a setting out of range, no language model's twin there, a damaged one, or one that can't serve the
@@ -66,7 +64,6 @@ def write_helm_config(
         "protocol": protocol,
         "tolerance": tolerance,
         "batch_size": batch_size,
-        "compile": compile,
         **further,
     }
     settings = parse(TwinSettings, given, "helm-config")
