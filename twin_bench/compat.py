@@ -49,7 +49,8 @@ def prefix_argument(model: Any) -> str | None:
     """
     name = cache_argument(model.base_model.forward)
     layers: Sequence[Any] = DynamicCache(config=model.config).layers
-    stateful = getattr(model, "_is_stateful", False) or any(not hasattr(x, "batch_repeat_interleave") for x in layers)
+    repeated = all(hasattr(x, "batch_repeat_interleave") and not hasattr(x, "conv_states") for x in layers)
+    stateful = getattr(model, "_is_stateful", False) or not repeated
     if name is not None and name == cache_argument(model.forward) and not stateful:
         return name
     why = "keeps a state that is no keys and values" if stateful else f"takes none of {', '.join(CACHE_ARGUMENTS)}"

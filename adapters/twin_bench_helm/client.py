@@ -59,7 +59,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         protocol: str = "standard",
         tolerance: float | None = None,
         batch_size: int = 8,
-        compile: str = "auto",
+        compile: str = "off",
         apply_chat_template: bool = False,
         device_map: str | dict[str, str | int] | None = None,
         max_memory: dict[int | str, int | str] | None = None,

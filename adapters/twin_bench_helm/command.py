@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="how many rows a forward pass takes (default: 8)")
     parser.add_argument(
         "--compile",
-        default="auto",
+        default="off",
         choices=("auto", "on", "off"),
-        help="when the steps of a text are compiled: auto is on a CUDA device, for many steps (default: auto)",
+        help="when the steps of a text are compiled: auto is on a CUDA device, for many steps (default: off)",
     )
     parser.add_argument(
         "--chat-template",

@@ -101,7 +101,15 @@ def places(
     offload_folder: str | None = None,
 ) -> dict[str, Any]:
     """Return what arguments of HFLM's say of devices, as `from_pretrained` takes it. A `device_map` names several."""
+    memory_settings = {
+        "max_memory_per_gpu": max_memory_per_gpu,
+        "max_cpu_memory": max_cpu_memory,
+        "offload_folder": offload_folder,
+    }
     if not parallelize and device_map is None:
+        for name, value in memory_settings.items():
+            if value is not None:
+                raise InputError(f"twin_merged: {name} is for several devices; give parallelize=True with it")
         return {"device": usable(device)}
     memory: dict[int | str, int | str] = {}
     if max_memory_per_gpu is not None:

@@ -23,7 +23,7 @@ from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.quantization import asked_of, bits_of, config_keys
 from twin_bench.checkpoints.skeleton import read_config
 from twin_bench.data.task import TaskType
-from twin_bench.errors import InputError, first_line, nearest
+from twin_bench.errors import InputError, first_line
 from twin_bench.protocols import PROTOCOLS, ProtocolName
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.compiled import COMPILING
@@ -92,7 +92,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         batch_size: int | str | None = 1,
         protocol: ProtocolName = "standard",
         tolerance: float | None = None,
-        compile: str = "auto",
+        compile: str | None = None,
         fusion: str = "exact",
         data: str | Path | None = None,
         split: str | None = None,
@@ -112,10 +112,9 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
-            compile: when the steps of a generation are compiled: auto (on a CUDA device, for many steps), on or off.
+            compile: when the steps of a text are compiled: auto (on CUDA, for many steps), on, or off, the default.
             fusion: exact is the only mode.
-            data: where this project's tasks find their rows. The model does not use it.
-            split: the split of those rows. The model does not use it.
+            data, split: where this project's tasks find their rows. The model does not use them.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
             quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
             **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
@@ -126,9 +125,10 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         """
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
-        if protocol not in PROTOCOLS:
-            raise InputError(f"twin_merged: protocol={protocol}{nearest(protocol, PROTOCOLS)}")
-        require_one_of("compile", compile, COMPILING)
+        require_one_of("protocol", protocol, PROTOCOLS)
+        require_one_of("compile", compile or "off", COMPILING)
+        if twin is not None and quantization is not None:
+            raise InputError("twin_merged: quantization is decided when a twin is loaded; give it to from_pretrained")
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
@@ -141,7 +141,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             taken = self._taken(options, twin.model.config)
             super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
         self.twin.tokenizer = self.tokenizer
-        self.twin.compiling = compile
+        self.twin.compiling = compile or self.twin.compiling
 
     def _load(
         self,

@@ -179,6 +179,7 @@ def test_a_server_that_fails_is_told_and_counted(
 def test_a_stream_that_breaks_says_so(router: PromptRouter) -> None:
     ask = asking(router, Broken(httpx.ReadError("gone"), after_event=True))
     lines = ask("POST", "/v1/completions", json={"prompt": "the cat", "stream": True}).text.split("\n\n")
+    lines = [line for line in lines if line]
     assert lines[0] == "data: first"
     assert json.loads(lines[1].removeprefix("data: "))["error"]["message"] == "the server's stream broke off (gone)"
     assert 'kind="broken_stream"} 1' in ask("GET", "/metrics").text

@@ -59,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
         listening.bind((options.host, options.port))
     except (OSError, OverflowError) as error:
         raise InputError(f"{options.host}:{options.port}: can't be listened on ({error}); give --port") from None
-    limits = httpx.Timeout(options.timeout, connect=10)
-    client = httpx.AsyncClient(base_url=options.upstream.rstrip("/"), timeout=limits)
+    timeout, limits = httpx.Timeout(options.timeout, connect=10), httpx.Limits(max_connections=None)
+    client = httpx.AsyncClient(
+        base_url=options.upstream.rstrip("/"), timeout=timeout, limits=limits, trust_env=False
+    )  # not through a proxy, which would read the requests
     settings = uvicorn.Config(create_app(router, client), log_level="warning" if options.quiet else "info")
     uvicorn.Server(settings).run(sockets=[listening])

@@ -23,6 +23,8 @@ from twin_bench.front.routing import PromptRouter
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ADAPTER_HEADER = "x-twin-adapter"
 """The header of an answer that names the models which gave it."""
+HEALTH = 5.0
+"""The seconds in which the server must say that it is well."""
 PASSED = ("authorization", "x-request-id")
 """The headers of a request that go on to the server."""
 
@@ -51,7 +53,7 @@ class Front:
     async def health(self) -> Response:
         """Answer GET /health: 200 where the server says that it is well, else 503 with the reason."""
         try:
-            status = (await self._client.get("/health")).status_code
+            status = (await self._client.get("/health", timeout=HEALTH)).status_code
             reason = f"the server's /health says {status}"
         except httpx.HTTPError as error:
             status, reason = 503, f"the server can't be reached ({_said(error)})"
@@ -137,7 +139,7 @@ class Front:
                 except httpx.HTTPError as error:
                     self.metrics.failed("broken_stream")
                     told = error_body(f"the server's stream broke off ({_said(error)})", "upstream_error", 502)
-                    yield f"data: {json.dumps(told)}\n\n".encode()
+                    yield f"\n\ndata: {json.dumps(told)}\n\n".encode()  # it may have broken off inside an event
                 finally:
                     await answer.aclose()
 

@@ -22,6 +22,9 @@ from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.routers.store import load_router
 
+OWN_OF_THE_MODEL = {"chat_template", "tokenizer_kwargs"}
+"""Options of a chat template that a request may not give: a template is a program."""
+
 
 def nearest_adapter(weights: Tensor, served: Served) -> str:
     """Return the name of the adapter whose fusion weights have the smallest distance to `weights` (experts,).
@@ -75,13 +78,16 @@ class PromptRouter:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise InputError("messages: expected a list of messages, one at least")
+        options = body.get("chat_template_kwargs") or {}
+        if not isinstance(options, dict) or options.keys() & OWN_OF_THE_MODEL:
+            raise InputError("chat_template_kwargs: the template is the model's own; leave chat_template out")
         try:
             text = self.tokenizer.apply_chat_template(
                 [_plain(message) for message in messages],
                 tools=body.get("tools"),
                 add_generation_prompt=bool(body.get("add_generation_prompt", True)),
                 tokenize=False,
-                **(body.get("chat_template_kwargs") or {}),
+                **options,
             )
         except InputError:
             raise

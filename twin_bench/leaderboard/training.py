@@ -36,11 +36,11 @@ def reads_own_rows(entry: Entry, suite: Suite) -> bool:
 
 def check_routers(working: Sequence[Working]) -> None:
     """Raise an InputError if an expert has too few rows for an entry's router, or a malformed one."""
-    routed = {entry.label: context for entry, context in working if has_router(entry)}  # under any of its protocols
+    routed = [(entry.label, context) for entry, context in working if has_router(entry)]
     if not routed:
         return
-    rows = rows_for_routers(next(iter(routed.values())))
-    for label, context in routed.items():
+    rows = rows_for_routers(routed[0][1])
+    for label, context in routed:
         try:
             check_router_rows(context, rows)
         except UnsuitedError:  # skipped later, with its reason

@@ -78,6 +78,7 @@ class Engine:
             "sensitivity": self.twin.sensitivity,
             "dtype": str(self.twin.model.dtype),
             **({} if quantised is None else {"quantization": quantised}),
+            **({"draws": "cuda"} if self.twin.device.type == "cuda" else {}),  # other noise than a CPU's
         }
 
     def ask(self, request: Ask) -> list[Completion]:

@@ -30,7 +30,7 @@ class TwinSettings(Settings):
     protocol: ProtocolName = "standard"
     tolerance: float | None = Field(default=None, ge=0, lt=1)
     batch_size: int = Field(default=8, ge=1)
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = "off"
 
     @field_validator("device")
     @classmethod

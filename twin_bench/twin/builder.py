@@ -208,6 +208,8 @@ def _paper_parts(
             name: {n: exact_difference(expert[n], shared[n], n) for n in biases if n in below}
             for name, expert in (sources.experts.items() if below else ())
         }
+        changed = {n for own in left_out.values() for n, difference in own.items() if difference.any()}
+        left_out = {name: {n: own[n] for n in own if n in changed} for name, own in left_out.items()}
         return PaperParts(biases, density=density, left_out=left_out)
     if exclusive.random or exclusive.bits or exclusive.from_layer is not None or (density, rank) == (None, None):
         return None

@@ -41,7 +41,7 @@ class TwinLanguageModel(TwinModel):
     never are.
     """
 
-    compiling: Compiling = "auto"
+    compiling: Compiling = "off"
 
     def _complete(self, parts: Parts) -> None:
         self.max_length = parts.max_length or context_window(self.model.config)

@@ -249,7 +249,9 @@ def _checked_device(value: Any, where: str) -> Any:
         found = usable_device(f"cuda:{value}" if number and not isinstance(value, bool) else value)
     except (InputError, TypeError) as error:
         raise InputError(f"{where}: {first_line(error)}; name a device that is there, cpu or disk") from None
-    return found if found.index is None else str(found)
+    if found.type == "cuda" and found.index is None:
+        return f"cuda:{torch.cuda.current_device()}"
+    return str(found)
 
 
 def _heads_in_memory(device_map: Mapping[str, Any], model: Any) -> dict[str, Any]:

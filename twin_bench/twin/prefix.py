@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from twin_bench.twin.encoded import packed
 from twin_bench.twin.plan import Group
@@ -48,10 +49,14 @@ class Prefix(NamedTuple):
 
 
 def _for_rows(layer: Any, rows: int) -> Any:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):  # it keeps more than keys and values
+        own = copy.deepcopy(layer)
+        own.batch_repeat_interleave(rows)
+        return own
     shared = copy.copy(layer)
     if layer.keys is not None:  # a router on the embeddings leaves the cache empty
         shared.keys, shared.values = (one.expand(rows, *one.shape[1:]) for one in (layer.keys, layer.values))
-        shared.update = functools.partial(_joined, shared)
+        shared.update = functools.partial(_joined, copy.copy(shared))  # itself would be a cycle, freed late
     return shared
 
 

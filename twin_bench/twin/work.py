@@ -7,6 +7,7 @@ and when the input is wrong. A build of other inputs to the same place removes i
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.errors import InputError
 from twin_bench.files import DECISIVE, digest, read_tensors, write_tensors
+from twin_bench.merging.registry import find_method
 from twin_bench.twin.recipe import Recipe
 
 FORMAT = 1
@@ -88,10 +90,11 @@ def work_on(directory: Path, recipe: Recipe, device: str) -> Iterator[Work]:
         device: where it is computed. Two devices round differently.
     """
     decisive = {key: value for key, value in recipe.model_dump().items() if key in DECIDES}
+    decisive["method"] = find_method(recipe.shared.method).given(recipe.shared.options).identity
     inputs = {model: _files_of(model, recipe.allow_pickle) for model in (recipe.base_model, *recipe.experts.values())}
     own = digest({"format": FORMAT, "recipe": decisive, "files": inputs, "device": device})[:16]
     folder = directory.parent / f".{directory.name}-{own}{SUFFIX}"
-    for other in directory.parent.glob(f".{directory.name}-????????????????{SUFFIX}"):
+    for other in directory.parent.glob(f".{glob.escape(directory.name)}-????????????????{SUFFIX}"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
     kept = len(list(folder.glob("*.safetensors")))

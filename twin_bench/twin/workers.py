@@ -15,6 +15,7 @@ from rich.progress import Progress
 from twin_bench.checkpoints.sources import Labels, Sources, open_sources
 from twin_bench.merging.device import exact_device
 from twin_bench.merging.plugins import load_plugins
+from twin_bench.processes import deaf_to_interrupts, end_with_the_command
 from twin_bench.twin.exclusive import exclusive_vector
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.shared import merged_parameters
@@ -85,7 +86,8 @@ def compute_tensors(job: Job, names: Sequence[str], workers: int, progress: Prog
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job, context.Value("i", 0)))
     try:
-        waiting = [pool.submit(_compute, name) for name in names]
+        with deaf_to_interrupts():
+            waiting = [pool.submit(_compute, name) for name in names]
         for done in progress.track(as_completed(waiting), len(names), description=f"tensors in {workers} processes"):
             done.result()
     except BrokenProcessPool:
@@ -111,6 +113,7 @@ _worker: Worker | None = None
 
 def _begin(job: Job, started: Any) -> None:
     global _worker
+    end_with_the_command()
     with started.get_lock():
         number = started.value
         started.value += 1

@@ -34,6 +34,8 @@ def hf(twin: StoredTwin, asked: Selection, root: Path, *, head: str | None = Non
     or the one that `head` names; with neither it is the backbone alone.
     """
     name, weights = asked.one(twin.experts)
+    if head is not None and not twin.skeleton.head:
+        raise InputError(f"--head {head}: a language model has no separate head; leave --head out")
     own_head = _head(twin, asked.expert if head is None else head)
     shared = open_checkpoint(twin.model, twin.skeleton)
     whole = {**own_head, **stored_buffers(twin.model, twin.skeleton)}
@@ -70,8 +72,6 @@ def _told(twin: StoredTwin, weights: Tensor) -> str:
 def _head(twin: StoredTwin, name: str | None) -> Mapping[str, Tensor]:
     """Return the head that is written: none of a language model, nor of a classifier where `name` is None."""
     if not twin.skeleton.head:
-        if name is not None and name not in twin.experts:
-            raise InputError(f"--head {name}: a language model has no separate head; leave --head out")
         return {}
     if name is None:
         return {}

@@ -31,7 +31,7 @@ class Given:
     def refuse(self, executor: str, *names: str) -> None:
         """Raise an InputError for an option that an executor does not take."""
         for name in names:
-            if getattr(self, name):
+            if getattr(self, name) not in (None, False):
                 option = "--" + name.replace("_", "-")
                 raise InputError(f"{option}: --executor {executor} does not take it; leave it out")
 

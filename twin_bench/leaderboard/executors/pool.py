@@ -38,10 +38,13 @@ class Pool(abc.ABC):
     def start(self, number: int) -> Worker:
         """Start the worker of a number."""
 
-    def worker(self, number: int, *, anew: bool = False) -> Worker:
-        """Return the worker of a number, started unless it is there. With `anew`, one that is there ends."""
-        if anew and number in self._workers:
+    def drop(self, number: int) -> None:
+        """End the worker of a number. The next call of `worker` starts another one."""
+        if number in self._workers:
             self._workers.pop(number).end()
+
+    def worker(self, number: int) -> Worker:
+        """Return the worker of a number, started unless it is there."""
         if number not in self._workers:
             self._workers[number] = self.start(number)
         return self._workers[number]

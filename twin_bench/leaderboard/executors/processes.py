@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,10 +17,12 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from twin_bench.errors import InputError
 from twin_bench.leaderboard.executors.executor import Given
 from twin_bench.leaderboard.executors.pool import Worker
 from twin_bench.leaderboard.executors.worker import Outcome
 from twin_bench.leaderboard.executors.workers import Workers
+from twin_bench.processes import deaf_to_interrupts, end_with_the_command
 
 DEFAULT = 2
 """How many processes there are by default."""
@@ -41,9 +42,15 @@ class Processes(Workers):
         """Return how many processes there are at most."""
         return self.given.workers or DEFAULT
 
+    def device(self, asked: str | None) -> str:
+        """Return the device of all workers. InputError for one of several GPUs: each worker is given its own."""
+        if (asked or "").startswith("cuda:") and _own_gpu(0):
+            raise InputError(f"--device {asked}: the processes take the GPUs in turn; give cuda, or --executor local")
+        return super().device(asked)
+
     def start(self, number: int) -> Worker:
         """Start a process."""
-        return ProcessWorker({**QUIET, **_own_gpu(number)})
+        return ProcessWorker(_own_gpu(number))
 
 
 class ProcessWorker(Worker):
@@ -59,14 +66,18 @@ class ProcessWorker(Worker):
     def call(self, function: Callable[..., Outcome], *arguments: Any) -> Future[Outcome]:
         """Run a function in the process."""
         before = set(multiprocessing.active_children())
-        with _deaf_to_interrupts():
-            future = self._pool.submit(function, *arguments)
+        try:
+            with deaf_to_interrupts(), _environment(QUIET):  # read by libraries as they are imported
+                future = self._pool.submit(function, *arguments)
+        except BrokenProcessPool as error:  # it has died since its last call
+            future = Future()
+            future.set_exception(error)
         self._processes |= set(multiprocessing.active_children()) - before
         return future
 
     def end(self) -> None:
         """Kill the process and all that it has started. What it was writing is removed by the next run."""
-        for process in self._processes:
+        for process in (one for one in self._processes if one.is_alive()):
             with contextlib.suppress(psutil.Error):
                 for child in psutil.Process(process.pid).children(recursive=True):
                     with contextlib.suppress(psutil.Error):
@@ -79,24 +90,19 @@ def _begin(environment: dict[str, str]) -> None:
     """Begin a worker process: it ends when the command does, however that ends."""
     os.environ.update(environment)
     tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system, which a killed process would leave
-    command = multiprocessing.parent_process()
-    assert command is not None
-
-    def end_with_the_command() -> None:
-        command.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_the_command, name="twin-bench-command", daemon=True).start()
+    end_with_the_command()
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Let no process that starts in the block hear a Ctrl-C, which a terminal sends to all: the command ends it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have processes that start in the block begin with these environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _own_gpu(number: int) -> dict[str, str]:

@@ -58,9 +58,20 @@ class OnRay(Workers):
             raise InputError(f"--gpus-per-worker {self._gpus:g}: give a part of one GPU, a whole number, or 0 for none")
         if self._gpus > there:
             raise InputError(f"--gpus-per-worker {self._gpus:g}: the Ray cluster has {there:g} GPUs; give 0 for none")
+        self._require_room()
         if asked == AUTO:
             return "cuda" if self._gpus else "cpu"
         return asked or "cpu"
+
+    def _require_room(self) -> None:
+        """Raise an InputError unless some machine has room for one actor: Ray would wait for one for ever."""
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        needs = {"CPU": 1 if self._gpus else torch.get_num_threads(), "GPU": self._gpus}
+        if not any(all(machine.get(kind, 0) >= least for kind, least in needs.items()) for machine in machines):
+            raise InputError(
+                f"a worker needs {needs['CPU']} processors and {needs['GPU']:g} GPUs, and no machine of the cluster "
+                "has them; give a smaller OMP_NUM_THREADS, or --gpus-per-worker"
+            )
 
     def count(self) -> int:
         """Return how many actors there are at most."""

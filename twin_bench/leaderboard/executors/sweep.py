@@ -54,9 +54,9 @@ class Sweep:
                 number, ended = self._running.pop(future)
                 self._take(future, number, ended)
 
-    def _join(self, number: int, *, anew: bool = False) -> None:
+    def _join(self, number: int) -> None:
         """Have a worker make itself ready for the run."""
-        self._running[self._pool.worker(number, anew=anew).call(joined, self._ticket)] = number, None
+        self._running[self._pool.worker(number).call(joined, self._ticket)] = number, None
 
     def _take(self, future: Future[Outcome], number: int, job: Job | None) -> None:
         """Take the outcome of a call, and give the worker its next job."""
@@ -76,16 +76,19 @@ class Sweep:
             self._deaths = 0
         else:
             self._close(job, outcome)
+        if outcome.kind == "failed":  # an error of a GPU stays in the process
+            self._pool.drop(number)
         if not self._waiting:
             return
-        if outcome.kind == "failed":  # an error of a GPU stays in the process
-            self._join(number, anew=True)
+        if outcome.kind == "failed":
+            self._join(number)
             return
         job = self._waiting.popleft()
         self._running[worker.call(computed, self._ticket, *job.name)] = number, job
 
     def _bury(self, number: int, job: Job | None) -> None:
         """Put another worker in the place of one that has died, and give its job to the next one that is free."""
+        self._pool.drop(number)
         if job is None:
             self._deaths += 1
             if self._deaths >= ATTEMPTS:
@@ -101,7 +104,7 @@ class Sweep:
                 reason = f"its worker has died {job.deaths} times: it was killed, or there was no memory left"
                 self._close(job, Outcome("failed", reason))
         if self._waiting:
-            self._join(number, anew=True)
+            self._join(number)
 
     def _close(self, job: Job, outcome: Outcome) -> None:
         """Note how a job has ended. InputError for a bound without cells: there is no table without it."""
@@ -109,12 +112,12 @@ class Sweep:
             self._require_seen(job)
             self._failures.forget(job)
             return
-        if job.bound:
-            raise InputError(f"{job.name[1]}: {outcome.reason}")
         failed, reason = outcome.kind == "failed", outcome.reason
         if failed:
             self._failures.write(job, outcome)
             reason = self._failures.read(job) or reason
+        if job.bound:
+            raise InputError(f"{job.name[1]}: {reason}")
         for line in job.lines:
             self._tally.pass_over(line, reason, failed=failed)
 

@@ -58,7 +58,11 @@ class Workers(Pool, Executor):
         jobs = self._jobs(ready, tally, failures)
         if jobs:
             with _ticket(ready) as ticket:
-                Sweep(self, ticket, tally, failures).run(jobs)
+                try:
+                    Sweep(self, ticket, tally, failures).run(jobs)
+                except BaseException:
+                    self.end_all()  # others may still compute lines of this sweep
+                    raise
         for line in ready.work:
             protocol, entry = line
             reference = isinstance(entry.method, ReferenceMethod)
