@@ -107,14 +107,14 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
             task: the task of all requests. It is needed only where the twin's routing is `task`.
             device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
-                device that the machine does not have. For several devices, give HFLM's `parallelize=True`, or a
-                `device_map`.
+                device that the machine does not have. `parallelize=True` and `device_map` take several devices.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
             compile: when the steps of a text are compiled: auto (on CUDA, for many steps), on, or off, the default.
             fusion: exact is the only mode.
-            data, split: where this project's tasks find their rows. The model does not use them.
+            data: where this project's tasks find their rows. The model does not use it.
+            split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
             quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
             **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
@@ -127,8 +127,6 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         require_one_of("protocol", protocol, PROTOCOLS)
         require_one_of("compile", compile or "off", COMPILING)
-        if twin is not None and quantization is not None:
-            raise InputError("twin_merged: quantization is decided when a twin is loaded; give it to from_pretrained")
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
@@ -136,6 +134,8 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
             self._load(pretrained, device, batch_size, quantization, options)
+        elif quantization is not None:
+            raise InputError("twin_merged: quantization is decided when a twin is loaded; give it to from_pretrained")
         else:
             self.twin: Any = twin
             taken = self._taken(options, twin.model.config)
