@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "LOADS_UNTIED",
+    "SINCE_5",
     "Conv1D",
     "cache_argument",
     "own_names",
@@ -28,7 +29,9 @@ __all__ = [
     "seq2seq_classes",
 ]
 
-LOADS_UNTIED = int(transformers.__version__.partition(".")[0]) >= 5
+SINCE_5 = int(transformers.__version__.partition(".")[0]) >= 5
+"""Whether device maps and compiled steps are to be had: 4.56 can't leave weights to the disk, and compiles many graphs."""
+LOADS_UNTIED = SINCE_5
 """Whether transformers leaves tied parameters untied that a checkpoint stores with different values."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """transformers 5.24 renamed the second to the first: its signatures show the first, and it warns of the second."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from twin_bench import InputError, TwinModel
+from twin_bench.compat import SINCE_5
 from twin_bench.config import parse
 from twin_bench.errors import RefusedError
 from twin_bench.serving.engine import Ask, Engine, engine
@@ -170,6 +171,7 @@ def test_a_scored_prompt_takes_its_share_of_the_time(directory: Path) -> None:
     assert short.seconds + long.seconds <= time.perf_counter() - begun
 
 
+@pytest.mark.skipif(not SINCE_5, reason="device maps need transformers 5")
 def test_a_twin_on_several_devices_answers_as_on_one(directory: Path) -> None:
     settings = parse(TwinSettings, {"device_map": {"": "disk"}, "max_memory": {0: "1GiB", "cpu": 9}}, "-M")
     spread, alone = engine(str(directory), settings), Engine(TwinModel.from_pretrained(directory), 8)

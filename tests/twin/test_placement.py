@@ -14,13 +14,14 @@ from torch import Tensor
 from tests.support.dense import batch, mixes
 from tests.support.families import built
 from twin_bench import InputError, TwinModel
+from twin_bench.compat import SINCE_5
 from twin_bench.twin.directory import load_parts
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.layers import TwinLayer
 from twin_bench.twin.placement import Devices, find_placement
 from twin_bench.twin.requests import Generate, Score, generate, score
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.versions, pytest.mark.skipif(not SINCE_5, reason="they need transformers 5")]
 
 LLAMA = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
 """The tiny Llama's output layer is tied to its embeddings, so it has to be where they are."""

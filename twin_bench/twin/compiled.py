@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import StaticCache
 
-from twin_bench.compat import say_once
+from twin_bench.compat import SINCE_5, say_once
 from twin_bench.errors import first_line
 from twin_bench.twin.fusion import Fusion
 
@@ -137,7 +137,9 @@ def compilable(model: Any, fusion: Fusion) -> bool:
     Experts that keep single entries of matrices choose what is multiplied by the weights' values.
     """
     why = ""
-    if not getattr(model, "_can_compile_fullgraph", False):
+    if not SINCE_5:
+        why = "that needs transformers 5"
+    elif not getattr(model, "_can_compile_fullgraph", False):
         why = "transformers does not let it compile"
     elif "forward" in vars(model) or len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         why = "something else runs its forward"

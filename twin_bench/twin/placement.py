@@ -25,7 +25,7 @@ from accelerate.utils import CustomDtype, get_balanced_memory, get_max_memory, s
 from torch import Tensor, nn
 
 from twin_bench.checkpoints.skeleton import meta_model
-from twin_bench.compat import Conv1D
+from twin_bench.compat import SINCE_5, Conv1D
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line, nearest, shown
 from twin_bench.files import CANNOT_WRITE, named_where_full, require_writable
@@ -107,6 +107,8 @@ def find_placement(
             or names one that the model lacks, tied weights on two devices, memory that is none, or a folder that can't
             be written.
     """
+    if not SINCE_5:
+        raise InputError("device_map: a twin on several devices needs transformers 5; install a newer one")
     model = meta_model(config, task_type, num_labels=2).to(dtype or getattr(config, "dtype", None) or torch.float32)
     asked = devices.device_map
     if isinstance(asked, Mapping):

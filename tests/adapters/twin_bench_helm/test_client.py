@@ -207,7 +207,7 @@ def test_the_cache_serves_the_same_twin_and_no_other(
     client(three, cache).prepare(requests)
     assert not sum(answered)  # nothing is computed that the cache holds
     recipe = causal_families("llama").recipe
-    recipe = {**recipe, "router": {**recipe["router"], "epochs": 3}}
+    recipe = {**recipe, "router": {**recipe["router"], "kind": "linear"}}
     build_twin(Recipe.model_validate(recipe), tmp_path / "other-router")
     assert not client(tmp_path / "other-router", cache).make_request(requests[0]).cached
     assert not client(three, cache, protocol="routed").make_request(requests[0]).cached
