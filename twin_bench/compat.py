@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 SINCE_5 = int(transformers.__version__.partition(".")[0]) >= 5
-"""Whether device maps and compiled steps are to be had: 4.56 leaves no weights to the disk, and compiles many graphs."""
+"""Whether there are device maps and compiled steps: 4.56 leaves no weights to the disk, and compiles many graphs."""
 LOADS_UNTIED = SINCE_5
 """Whether transformers leaves tied parameters untied that a checkpoint stores with different values."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
