@@ -11,8 +11,9 @@ import torch
 from tests.support.contenders import served
 from tests.support.models import WORDS
 from tests.support.pretend_device import DEVICE, pretended
-from twin_bench.twin import router_training, speed
+from twin_bench.twin import speed
 from twin_bench.twin.classifier import TwinClassifier
+from twin_bench.twin.routers import training as router_training
 
 LEARNING = {"steps": 2, "learning_rate": 0.05, "batch_size": 4}
 METHODS: dict[str, dict[str, Any]] = {

@@ -43,9 +43,10 @@ def test_one_head_has_its_labels_in_one_order() -> None:
         (("1", "0"), "0", 1),
         (("1", "0"), 0, None),
         (("no", "yes"), "1", None),
-        (("no", "yes"), True, None),
+        (("no", "yes"), True, 1),
+        (("entailment", "not_entailment"), True, None),
         ((10, 20), 1, None),
-        ((0, 1), True, None),
+        ((0, 1), True, 1),
         (("nein", "jä"), "jä", 1),
     ],
 )

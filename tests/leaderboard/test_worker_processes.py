@@ -53,6 +53,7 @@ def test_a_killed_worker_changes_no_bit_of_the_table(
     tiny: dict[str, Any], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("twin_bench.merging.registry.REGISTRY", dict(methods()))
+    monkeypatch.setattr("twin_bench.merging.plugins._CONTENTS", {})  # other tests' plugins
     if name == "ray":
         pytest.importorskip("ray")
         monkeypatch.delenv("RAY_ADDRESS", raising=False)

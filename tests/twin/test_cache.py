@@ -151,7 +151,7 @@ def test_a_damaged_file_is_computed_anew(
     rows = twin.encode(TEXTS)
     twin.feature_cache = tmp_path
     expected = twin.route_all(rows)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
     torn = {"truncated": whole[:-40], "empty": b"", "one bit": flipped}.get(damage)
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_computed_anew(
     (record,) = caplog.records
     assert f"{file}: damaged" in record.getMessage()
     assert "\n" not in record.getMessage()
-    assert list(tmp_path.iterdir()) == [file]
+    assert list(tmp_path.glob("*.safetensors")) == [file]
     stored = read_tensors(file, format_number=FORMAT)
     assert stored is not None
     assert stored.keys() == safetensors.torch.load(whole).keys()
@@ -191,7 +191,7 @@ def test_features_that_find_no_room_are_used_all_the_same(
     monkeypatch.setattr(os, "fsync", full)
     assert torch.equal(twin.route_all(rows), expected)
     assert "can't be kept ([Errno 28] No space left on device" in caplog.text
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_builds_share_their_features(families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,7 @@ def test_a_leaderboard_builds_and_scores_on_the_fastest_device(moved: list[str],
         "methods": ["average", {"twin": {"router": {"epochs": 1}}}],
     }
     assert run(suite, tmp_path / "board", "--limit", "4") == 0
-    assert set(moved) == {"cpu", "cpu:0"}  # a contender's twin is loaded, and then moved
-    assert moved[-1] == "cpu:0"
+    assert set(moved) == {"cpu:0"}
 
 
 @pytest.mark.gpu

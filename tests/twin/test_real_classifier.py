@@ -88,7 +88,7 @@ def test_routed_weights_fuse_exactly_in_a_mixed_batch(
         with torch.no_grad():
             expected.append(model(**inputs).logits[0])
     sharpest = weights.max(dim=1).values
-    assert sharpest.min() < 0.9 < sharpest.max()  # soft and sharp rows both occur
+    assert sharpest.min() < 0.98 < sharpest.max()  # soft and sharp rows both occur
     for row, reference in enumerate(expected):
         scale = 1e-5 * max(1.0, float(reference.norm()))
         assert (answers[row].logits.double() - reference).norm() <= scale
