@@ -107,8 +107,6 @@ def find_placement(
             or names one that the model lacks, tied weights on two devices, memory that is none, or a folder that can't
             be written.
     """
-    if not SINCE_5:
-        raise InputError("device_map: a twin on several devices needs transformers 5; install a newer one")
     model = meta_model(config, task_type, num_labels=2).to(dtype or getattr(config, "dtype", None) or torch.float32)
     asked = devices.device_map
     if isinstance(asked, Mapping):
@@ -126,6 +124,8 @@ def find_placement(
         found = found._replace(device_map=_heads_in_memory(found.device_map, model))
     if "disk" in found.device_map.values() and devices.offload_folder is not None:
         require_writable(Path(devices.offload_folder) / "weights.safetensors")
+    if not SINCE_5:
+        raise InputError("device_map: a twin on several devices needs transformers 5; install a newer one")
     return found
 
 
