@@ -16,6 +16,7 @@ from twin_bench import InputError
 from twin_bench.cli import main
 from twin_bench.files import digest_file
 from twin_bench.merging.linear_algebra import truncated_svd
+from twin_bench.merging.registry import MergeMethod
 from twin_bench.twin import workers
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
@@ -180,3 +181,16 @@ def test_a_worker_that_is_killed_is_told_and_its_work_kept(
     with pytest.raises(InputError, match="--workers 2: a worker was ended"):
         build_twin(recipe, tmp_path / "twin", workers=2)
     assert len(list(hidden(tmp_path)[0].iterdir())) == kept
+
+
+def test_a_method_whose_code_changes_begins_anew(
+    causal_families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plugin that is corrected after a build was killed: what the old code computed is not taken."""
+    recipe = Recipe.model_validate(causal_families("llama").recipe)
+    folders = set()
+    for code in ("before", "after", "before"):
+        monkeypatch.setattr(MergeMethod, "identity", property(lambda self, code=code: [self.name, code]))
+        with work_on(tmp_path / "twin", recipe, "cpu") as work:
+            folders.add(work.folder)
+    assert len(folders) == 2
