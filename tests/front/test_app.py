@@ -236,9 +236,7 @@ def test_health_and_metrics(ask: Ask, stub: Stub, prompts: dict[str, str]) -> No
     assert "twin_front_requests_running 0" in lines
 
 
-@pytest.mark.parametrize(
-    "own", [{"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}]
-)
+@pytest.mark.parametrize("own", [{"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}])
 def test_a_request_s_own_template_is_refused(
     ask: Ask, stub: Stub, router: PromptRouter, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
 ) -> None:
@@ -303,7 +301,7 @@ def upstream() -> Iterator[str]:
     """Give the address of a server that is well."""
 
     class Well(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 (its name is http.server's)
+        def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
 

@@ -73,8 +73,8 @@ class OnRay(Workers):
         needs = {"CPU": 1 if self._gpus else torch.get_num_threads(), "GPU": self._gpus}
         if not any(all(machine.get(kind, 0) >= least for kind, least in needs.items()) for machine in machines):
             raise InputError(
-                f"{self._named}: a worker needs {needs['CPU']} processors and {needs['GPU']:g} GPUs, and no machine of the cluster "
-                "has them; give a smaller OMP_NUM_THREADS, or --gpus-per-worker"
+                f"{self._named}: a worker needs {needs['CPU']} processors and {needs['GPU']:g} GPUs, and no "
+                "machine of the cluster has them; give a smaller OMP_NUM_THREADS, or --gpus-per-worker"
             )
 
     def count(self) -> int:
