@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 OUTDATED = "the installation is older than the code; install twin-bench again (pip install -e . in a checkout)"
 """What to say where an entry point of twin-bench's own is missing."""
@@ -48,6 +50,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
     return f"{hint} known: {', '.join(names) or 'none'}"
+
+
+def named(name: object, known: Mapping[str, Value], kind: str, hint: str = "") -> Value:
+    """Return what has a name. InputError for an unknown one, or what is no text: it suggests the nearest name.
+
+    Args:
+        name: the name that is asked for.
+        known: what there is, by name.
+        kind: what it is, in the message.
+        hint: the message's end.
+    """
+    if not isinstance(name, str) or name not in known:
+        raise InputError(f"unknown {kind} {shown(name)}{nearest(str(name), known)}{hint}")
+    return known[name]
 
 
 def first_line(error: BaseException) -> str:

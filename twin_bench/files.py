@@ -282,6 +282,28 @@ def made_by_one(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def written_by_one(directory: Path) -> Iterator[None]:
+    """Hold the right to write `directory` in the block. InputError where another process, or block, holds it.
+
+    The lock is on a hidden file beside it, which is removed at the end. Without locks nobody is refused.
+    """
+    file, named = directory.with_name(f".{directory.name}.twin-bench-writer"), False
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        while not named:
+            held.callback(os.close, handle := os.open(file, os.O_RDWR | os.O_CREAT, 0o666))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{directory}: another process writes it now; wait, or give another name") from None
+            except OSError:
+                pass
+            named = os.fstat(handle).st_nlink > 0  # not the file that the last writer has just removed
+        held.callback(file.unlink, missing_ok=True)
+        yield
+
+
 def _warn_damaged(file: Path, reason: str) -> None:
     _log.warning("%s: damaged (%s); its content is computed again", file, reason)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import httpx
 import pytest
 
 from tests.support.families import Family
-from tests.support.stub_server import Broken, Stub, Waiting
+from tests.support.stub_server import Broken, Stub, Uneven, Waiting
 from twin_bench.cli import main
 from twin_bench.front.routing import PromptRouter
 
@@ -25,8 +29,11 @@ Ask = Callable[..., httpx.Response]
 
 def asking(router: PromptRouter, transport: httpx.AsyncBaseTransport) -> Ask:
     """Return a function that sends one request to a front whose server is behind `transport`."""
-    server = httpx.AsyncClient(transport=transport, base_url="http://vllm")
-    app = create_app(router, server)
+    return asking_app(create_app(router, httpx.AsyncClient(transport=transport, base_url="http://vllm")))
+
+
+def asking_app(app: Any) -> Ask:
+    """Return a function that sends one request to an application."""
 
     def ask(method: str, path: str, **request: Any) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -114,8 +121,11 @@ def test_a_stream_is_passed_through(ask: Ask, stub: Stub, prompts: dict[str, str
     assert answer.text == f"data: {adapter} a\n\ndata: {adapter} b\n\ndata: {adapter} [DONE]\n\n"
 
 
-def test_an_event_is_passed_on_before_the_next_one_comes(router: PromptRouter) -> None:
-    seen = asyncio.Event()
+def raw(app: Any, on_first: Callable[[], None], *, gone: asyncio.Event | None = None) -> None:
+    """Ask an application for a stream, and call a function at its first event. The client has left once `gone` is set.
+
+    httpx's own transport gives an answer only when it is complete.
+    """
     body = json.dumps({"model": "bbq", "prompt": "x", "stream": True}).encode()
     scope = {
         **{"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"},
@@ -127,18 +137,43 @@ def test_an_event_is_passed_on_before_the_next_one_comes(router: PromptRouter) -
     async def receive() -> dict[str, Any]:
         if given:
             return given.pop()
-        await asyncio.Event().wait()  # the client stays
-        raise AssertionError
+        await (gone or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         if message.get("body") == b"data: first\n\n":
-            seen.set()
+            on_first()
 
-    async def run() -> None:
-        client = httpx.AsyncClient(transport=Waiting(seen), base_url="http://vllm")
-        await asyncio.wait_for(create_app(router, client)(scope, receive, send), timeout=10)
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), timeout=10))
 
-    asyncio.run(run())
+
+def metrics_of(app: Any) -> list[str]:
+    with ThreadPoolExecutor(1) as thread:  # the caller may stand in a loop of its own
+        return thread.submit(asking_app(app), "GET", "/metrics").result().text.splitlines()
+
+
+def test_an_event_is_passed_on_before_the_next_one_comes_and_its_request_is_running(router: PromptRouter) -> None:
+    seen, during = asyncio.Event(), list[str]()
+    app = create_app(router, httpx.AsyncClient(transport=Waiting(seen), base_url="http://vllm"))
+
+    def on_first() -> None:
+        during.extend(metrics_of(app))
+        seen.set()
+
+    raw(app, on_first)
+    assert "twin_front_requests_running 1" in during
+    assert "twin_front_server_seconds_count 0" in during
+    after = metrics_of(app)
+    assert "twin_front_requests_running 0" in after
+    assert "twin_front_server_seconds_count 1" in after
+    assert 'twin_front_requests_total{adapter="bbq",status="200"} 1' in after
+
+
+def test_a_client_that_leaves_ends_its_stream(router: PromptRouter) -> None:
+    never, gone = asyncio.Event(), asyncio.Event()
+    app = create_app(router, httpx.AsyncClient(transport=Waiting(never), base_url="http://vllm"))
+    raw(app, gone.set, gone=gone)
+    assert "twin_front_requests_running 0" in metrics_of(app)
 
 
 def test_the_server_s_own_errors_are_passed_through(ask: Ask, prompts: dict[str, str]) -> None:
@@ -199,6 +234,115 @@ def test_health_and_metrics(ask: Ask, stub: Stub, prompts: dict[str, str]) -> No
     assert f'twin_front_requests_total{{adapter="{adapter}",status="200"}} 2' in lines
     assert "twin_front_routing_seconds_count 2" in lines
     assert "twin_front_requests_running 0" in lines
+
+
+@pytest.mark.parametrize("own", [{"chat_template": "{{ 1 }}"}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}])
+def test_a_request_s_own_template_is_refused(
+    ask: Ask, stub: Stub, router: PromptRouter, monkeypatch: pytest.MonkeyPatch, own: dict[str, Any]
+) -> None:
+    """A template is a program, and the router would read another text than the server."""
+    monkeypatch.setattr(router.tokenizer, "chat_template", "{{ messages[0].content }}")
+    body = {"messages": [{"role": "user", "content": "the cat"}]}
+    assert ask("POST", "/v1/chat/completions", json=body).status_code == 200
+    stub.asked.clear()
+    answer = ask("POST", "/v1/chat/completions", json={**body, **own})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "chat_template: the template is the model's own; leave it out"
+    assert not stub.asked
+
+
+def test_a_body_that_is_too_large_is_refused(
+    ask: Ask, stub: Stub, prompts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = json.dumps({"prompt": next(iter(prompts.values()))}).encode()
+    monkeypatch.setattr("twin_bench.front.app.LARGEST", len(body))
+    assert ask("POST", "/v1/completions", content=body).status_code == 200
+    answer = ask("POST", "/v1/completions", content=body + b" ")
+    assert answer.status_code == 413
+    error = answer.json()["error"]
+    assert (error["code"], error["type"]) == (413, "invalid_request_error")
+    assert f"over {len(body)} bytes" in error["message"]
+    assert len(stub.asked) == 1
+
+
+def test_prompts_of_one_request_fail_together(router: PromptRouter, prompts: dict[str, str]) -> None:
+    """Where one group's request fails, those of the others are given up: nobody waits for their answers."""
+    server = Uneven(httpx.ReadTimeout("slow"))
+    app = create_app(router, httpx.AsyncClient(transport=server, base_url="http://vllm"))
+
+    async def send() -> tuple[httpx.Response, int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://front") as client:
+            answer = await client.post("/v1/completions", json={"prompt": list(prompts.values())})
+            await asyncio.sleep(0)
+            return answer, server.given_up  # before the loop ends, and with it all that it runs
+
+    answer, given_up = asyncio.run(send())
+    assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout_error")
+    assert given_up == len(prompts) - 1 >= 1
+
+
+def test_a_server_whose_answer_is_no_completion_is_told(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    stub.mood = "odd"
+    answer = ask("POST", "/v1/completions", json={"prompt": list(prompts.values())})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (502, "upstream_error")
+    assert "gave no completion (KeyError: 'index')" in answer.json()["error"]["message"]
+    assert 'twin_front_errors_total{kind="malformed"} 1' in ask("GET", "/metrics").text
+
+
+def test_the_server_must_say_soon_that_it_is_well(router: PromptRouter) -> None:
+    server = Uneven(httpx.ReadTimeout("slow"))
+    client = httpx.AsyncClient(transport=server, base_url="http://vllm", timeout=600)
+    assert asking_app(create_app(router, client))("GET", "/health").status_code == 503
+    assert set(server.timeouts[0].values()) == {5.0}
+
+
+@pytest.fixture
+def upstream() -> Iterator[str]:
+    """Give the address of a server that is well."""
+
+    class Well(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Well) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_command_asks_the_server_itself_and_as_often_as_it_is_asked(
+    router: PromptRouter, upstream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy of the environment would read the requests, and httpx's own limit lets 100 wait behind each other."""
+    import uvicorn
+
+    found, limits, client_of = [], [], httpx.AsyncClient
+
+    def client(**options: Any) -> httpx.AsyncClient:
+        limits.append(options["limits"].max_connections)
+        return client_of(**options)
+
+    def run(server: Any, sockets: Any) -> None:
+        monkeypatch.setattr(httpx, "AsyncClient", client_of)
+        found.append(asking_app(server.config.app)("GET", "/health").status_code)
+        sockets[0].close()
+
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(PromptRouter, "open", lambda *_, **__: router)
+    monkeypatch.setattr(httpx, "AsyncClient", client)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert main(["serve", "an-export", "--upstream", upstream, "--port", str(port)]) == 0
+    assert (found, limits) == ([200], [None])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import httpx
 class Stub:
     """What vLLM answers, as an ASGI application: each text names the model and the prompt. It keeps what it was asked.
 
-    `mood` is what goes wrong: `ill` is a server that is not well.
+    `mood` is what goes wrong: `ill` is a server that is not well, and `odd` one whose completions are none.
     """
 
     def __init__(self, models: list[str]) -> None:
@@ -41,6 +41,8 @@ class Stub:
         if body.get("stream"):
             events = "".join(f"data: {body['model']} {word}\n\n" for word in ("a", "b", "[DONE]"))
             return 200, "text/event-stream; charset=utf-8", events.encode()
+        if self.mood == "odd":
+            return 200, "application/json", b'{"choices": [{"text": "no index"}]}'
         return 200, "application/json", json.dumps(self._completion(scope["path"], body)).encode()
 
     def _completion(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -97,3 +99,27 @@ class _Pair(httpx.AsyncByteStream):
         yield b"data: first\n\n"
         await self._seen.wait()
         yield b"data: second\n\n"
+
+
+class Uneven(httpx.AsyncBaseTransport):
+    """A connection that raises an error for the first request, and never answers the others. `given_up` counts those.
+
+    `timeouts` are the time-outs of all requests.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+        self.given_up = 0
+        self.timeouts = list[dict[str, float]]()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.timeouts.append(request.extensions["timeout"])
+        if len(self.timeouts) == 1:
+            await asyncio.sleep(0.01)  # until the others are on their way
+            raise self._error
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        raise AssertionError

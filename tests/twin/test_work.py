@@ -14,7 +14,7 @@ import yaml
 
 from twin_bench import InputError
 from twin_bench.cli import main
-from twin_bench.files import digest_file
+from twin_bench.files import StoredTensors, digest_file, written_by_one
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import MergeMethod
 from twin_bench.twin import workers
@@ -59,7 +59,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
             done[0] += 1
             return truncated_svd(*arguments, **options)
 
-        monkeypatch.setattr("twin_bench.twin.exclusive.vector.truncated_svd", decompose)
+        for module in ("exclusive.vector", "kept_svd"):
+            monkeypatch.setattr(f"twin_bench.twin.{module}.truncated_svd", decompose)
         return done
 
     return count
@@ -181,6 +182,41 @@ def test_a_worker_that_is_killed_is_told_and_its_work_kept(
     with pytest.raises(InputError, match="--workers 2: a worker was ended"):
         build_twin(recipe, tmp_path / "twin", workers=2)
     assert len(list(hidden(tmp_path)[0].iterdir())) == kept
+
+
+def test_two_builds_into_one_directory_at_once_are_refused(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]]
+) -> None:
+    """The second one would remove what the first one has computed, and find the directory there at its own end."""
+    counted(5)
+    with pytest.raises(KeyboardInterrupt):
+        build_twin(recipe_of(matrix_family), tmp_path / "twin", resumable=True)
+    (work,) = hidden(tmp_path)
+    counted()
+    with written_by_one(tmp_path / "twin"):
+        for resumable in (True, False):
+            with pytest.raises(InputError, match="twin: another process writes it now; wait, or give another name"):
+                build_twin(recipe_of(matrix_family, seed=1), tmp_path / "twin", resumable=resumable)
+        assert work.exists()
+        build_twin(recipe_of(matrix_family, seed=1), tmp_path / "other")
+    build_twin(recipe_of(matrix_family), tmp_path / "twin", resumable=True)
+    assert not hidden(tmp_path)
+
+
+def test_svds_are_kept_once(matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]]) -> None:
+    """Where a folder of SVDs is named, a build that goes on takes them from there."""
+    recipe, cache = recipe_of(matrix_family), tmp_path / "cache"
+    build_twin(recipe, tmp_path / "whole")
+    counted(MATRICES + 3)
+    with pytest.raises(KeyboardInterrupt):
+        build_twin(recipe, tmp_path / "twin", resumable=True, feature_cache=cache)
+    assert len(list((cache / "svd").glob("*.safetensors"))) == MATRICES + 3
+    (work,) = hidden(tmp_path)
+    assert not [file for file in work.glob("*.safetensors") if "B" in StoredTensors(file)]
+    done = counted()
+    build_twin(recipe, tmp_path / "twin", resumable=True, feature_cache=cache)
+    assert done == [3 * MATRICES - (MATRICES + 3)]
+    assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
 
 
 def test_a_method_whose_code_changes_begins_anew(

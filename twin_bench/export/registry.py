@@ -7,18 +7,17 @@ function's name is the format's name, its docstring is the documentation, and it
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from twin_bench.errors import InputError, nearest, shown
+from twin_bench.errors import InputError, named, nearest
 from twin_bench.export.selection import Selection
 from twin_bench.export.stored import StoredTwin
+from twin_bench.merging.plugins import load_package
 
 FormatFunction = Callable[..., list[str]]
 
@@ -60,15 +59,10 @@ def export_format(*, title: str) -> Callable[[FormatFunction], FormatFunction]:
 
 def known_formats() -> Mapping[str, ExportFormat]:
     """Return the headers of all formats by name, in the order of their names."""
-    package = importlib.import_module(f"{__package__}.formats")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    load_package(f"{__package__}.formats")
     return MappingProxyType({name: REGISTRY[name] for name in sorted(REGISTRY)})
 
 
 def find_format(name: str) -> ExportFormat:
     """Return the header of the format `name`. InputError that suggests the nearest name if it is unknown."""
-    known = known_formats()
-    if name not in known:
-        raise InputError(f"unknown format {shown(name)}{nearest(name, known)}")
-    return known[name]
+    return named(name, known_formats(), "format")

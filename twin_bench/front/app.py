@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -14,9 +14,9 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.requests import Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from twin_bench.errors import InputError, first_line, nearest
+from twin_bench.errors import InputError, first_line, nearest, shown
 from twin_bench.export.served import ROUTED, SHARED
-from twin_bench.front.answers import error_body, joined, model_list
+from twin_bench.front.answers import MalformedError, error_body, joined, model_list
 from twin_bench.front.metrics import Metrics
 from twin_bench.front.routing import PromptRouter
 
@@ -25,6 +25,8 @@ ADAPTER_HEADER = "x-twin-adapter"
 """The header of an answer that names the models which gave it."""
 HEALTH = 5.0
 """The seconds in which the server must say that it is well."""
+LARGEST = 2**25
+"""The bytes of a request's body. A prompt of a million tokens has about 4 million."""
 PASSED = ("authorization", "x-request-id")
 """The headers of a request that go on to the server."""
 
@@ -81,7 +83,7 @@ class Front:
                 return await self._forwarded(path, {**body, "model": adapters[0]}, headers)
             except (InputError, TypeError) as error:
                 self.metrics.failed("request")
-                status = 404 if isinstance(error, _UnknownModelError) else 400
+                status = error.status if isinstance(error, _RefusedError) else 400
                 return JSONResponse(error_body(str(error), "invalid_request_error", status), status_code=status)
             except httpx.TimeoutException:
                 self.metrics.failed("timeout")
@@ -91,6 +93,10 @@ class Front:
                 self.metrics.failed("unreachable")
                 message = f"the server behind the front can't be reached ({_said(error)}); is vLLM up?"
                 return JSONResponse(error_body(message, "upstream_error", 502), status_code=502)
+            except MalformedError as error:
+                self.metrics.failed("malformed")
+                message = f"the server behind the front gave no completion ({error}); is it vLLM?"
+                return JSONResponse(error_body(message, "upstream_error", 502), status_code=502)
 
     async def _adapters(self, body: Mapping[str, Any], path: str) -> list[str]:
         """Return the name of the model that answers each prompt. A request may name one itself."""
@@ -98,7 +104,8 @@ class Front:
         if model in self._names:
             return [model]
         if model != ROUTED:
-            raise _UnknownModelError(f"model {model!r} is not served{nearest(str(model), [ROUTED, *self._names])}")
+            known = nearest(str(model), [ROUTED, *self._names])
+            raise _RefusedError(f"model {shown(model)} is not served{known}", 404)
 
         def route() -> list[str]:
             prompts = self._router.completion_prompts(body) if path == COMPLETIONS else [self._router.chat_prompt(body)]
@@ -121,30 +128,32 @@ class Front:
         return answer
 
     async def _streamed(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
-        """Return the server's events as they come. A stream that breaks ends with an event that says so."""
+        """Return the server's events as they come. The request is being answered until the last one is passed on."""
         headers = {**headers, "accept-encoding": "identity"}
-        answer = await self._client.send(
-            self._client.build_request("POST", path, json=body, headers=headers), stream=True
-        )
-        self.metrics.answered(body["model"], answer.status_code)
-        if answer.status_code != 200:
-            await answer.aread()
-            return _passed(answer, str(body["model"]))
+        async with AsyncExitStack() as held:
+            held.enter_context(self.metrics.timed("server"))
+            answer = await self._client.send(
+                self._client.build_request("POST", path, json=body, headers=headers), stream=True
+            )
+            held.push_async_callback(answer.aclose)
+            self.metrics.answered(body["model"], answer.status_code)
+            if answer.status_code != 200:
+                await answer.aread()
+                return _passed(answer, str(body["model"]))
+            held.enter_context(self.metrics.running())
+            kind = answer.headers.get("content-type", "text/event-stream")
+            events, told = self._events(answer), {ADAPTER_HEADER: str(body["model"])}
+            return _Stream(events, held.pop_all(), media_type=kind, headers=told)
 
-        async def events() -> AsyncIterator[bytes]:
-            with self.metrics.timed("server"):
-                try:
-                    async for chunk in answer.aiter_raw():
-                        yield chunk
-                except httpx.HTTPError as error:
-                    self.metrics.failed("broken_stream")
-                    told = error_body(f"the server's stream broke off ({_said(error)})", "upstream_error", 502)
-                    yield f"\n\ndata: {json.dumps(told)}\n\n".encode()  # it may have broken off inside an event
-                finally:
-                    await answer.aclose()
-
-        kind = answer.headers.get("content-type", "text/event-stream")
-        return StreamingResponse(events(), media_type=kind, headers={ADAPTER_HEADER: str(body["model"])})
+    async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        """Yield the parts of a stream. One that breaks ends with an event that says so."""
+        try:
+            async for chunk in answer.aiter_raw():
+                yield chunk
+        except httpx.HTTPError as error:
+            self.metrics.failed("broken_stream")
+            told = error_body(f"the server's stream broke off ({_said(error)})", "upstream_error", 502)
+            yield f"\n\ndata: {json.dumps(told)}\n\n".encode()  # it may have broken off inside an event
 
     async def _split(self, body: Mapping[str, Any], adapters: Sequence[str], headers: Mapping[str, str]) -> Response:
         """Return one completion of prompts that several adapters answer."""
@@ -155,16 +164,38 @@ class Front:
             {**body, "model": name, "prompt": [body["prompt"][place] for place in places]}
             for name, places in groups.items()
         ]
-        answers = await asyncio.gather(*(self._sent(COMPLETIONS, one, headers) for one in bodies))
+        asked = [asyncio.ensure_future(self._sent(COMPLETIONS, one, headers)) for one in bodies]
+        try:
+            answers = await asyncio.gather(*asked)
+        finally:
+            for one in asked:  # where one fails, nobody waits for the others
+                one.cancel()
         for answer, name in zip(answers, groups, strict=True):
             if answer.status_code != 200:
                 return _passed(answer, name)
-        parts = list(zip(groups.values(), (answer.json() for answer in answers), strict=True))
-        return JSONResponse(joined(parts, int(body.get("n") or 1), ROUTED), headers={ADAPTER_HEADER: ",".join(groups)})
+        parts = [(places, answer.content) for places, answer in zip(groups.values(), answers, strict=True)]
+        return JSONResponse(joined(parts, body.get("n") or 1, ROUTED), headers={ADAPTER_HEADER: ",".join(groups)})
 
 
-class _UnknownModelError(InputError):
-    """A request names a model that is not served."""
+class _RefusedError(InputError):
+    """A request that is refused with a status of its own."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Stream(StreamingResponse):
+    """A stream, and what is held until it has ended, also where the client has gone before its first part."""
+
+    def __init__(self, events: AsyncIterator[bytes], held: AsyncExitStack, **options: Any) -> None:
+        super().__init__(events, **options)
+        self._held = held
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the stream."""
+        async with self._held:
+            await super().__call__(scope, receive, send)
 
 
 def create_app(router: PromptRouter, client: httpx.AsyncClient) -> FastAPI:
@@ -194,9 +225,14 @@ def create_app(router: PromptRouter, client: httpx.AsyncClient) -> FastAPI:
 
 
 async def _read(request: Request) -> dict[str, Any]:
-    """Return a request's body. InputError where it is no JSON object."""
+    """Return a request's body. InputError where it is no JSON object, or too large."""
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > LARGEST:
+            raise _RefusedError(f"the body has over {LARGEST} bytes; send fewer prompts in a request", 413)
     try:
-        body = json.loads(await request.body())
+        body = json.loads(content)
     except ValueError as error:
         raise InputError(f"the body is not JSON ({first_line(error)})") from None
     if not isinstance(body, dict):

@@ -23,7 +23,7 @@ class Metrics:
         self._requests[adapter, status] += 1
 
     def failed(self, kind: str) -> None:
-        """Count an error: `request`, `timeout`, `unreachable` or `broken_stream`."""
+        """Count an error: `request`, `timeout`, `unreachable`, `malformed` or `broken_stream`."""
         self._errors[kind] += 1
 
     @contextmanager

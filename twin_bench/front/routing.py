@@ -79,8 +79,10 @@ class PromptRouter:
         if not isinstance(messages, list) or not messages:
             raise InputError("messages: expected a list of messages, one at least")
         options = body.get("chat_template_kwargs") or {}
-        if not isinstance(options, dict) or options.keys() & OWN_OF_THE_MODEL:
-            raise InputError("chat_template_kwargs: the template is the model's own; leave chat_template out")
+        if not isinstance(options, dict):
+            raise InputError(f"chat_template_kwargs: expected an object, not {shown(options)}")
+        if body.get("chat_template") or options.keys() & OWN_OF_THE_MODEL:
+            raise InputError("chat_template: the template is the model's own; leave it out")
         try:
             text = self.tokenizer.apply_chat_template(
                 [_plain(message) for message in messages],

@@ -38,10 +38,10 @@ def load_methods() -> None:
     if not own:
         raise InputError(f"no merge method is registered: {OUTDATED}")
     for point in own:
-        _load(point.module)
+        load_package(point.module)
     for point in points:
         try:
-            _load(point.module)
+            load_package(point.module)
         except Exception as error:  # whatever another package's import raises, the methods here must keep working
             _log.warning(
                 "the methods of %s (entry point %s) are left out: %s; repair or uninstall that package",
@@ -49,6 +49,17 @@ def load_methods() -> None:
                 point.name,
                 first_line(error),
             )
+
+
+def load_package(name: str) -> None:
+    """Import a module; of a package also its modules, but for private ones and `__main__`.
+
+    So files that register something are found by themselves.
+    """
+    module = importlib.import_module(name)
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        if not found.name.startswith("_"):
+            importlib.import_module(f"{name}.{found.name}")
 
 
 class WithPlugins(Settings):
@@ -104,11 +115,3 @@ def _load_file(file: Path) -> None:
         said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"plugin {file}: can't be imported: {said}") from error
     _CONTENTS[name] = content
-
-
-def _load(name: str) -> None:
-    """Import a module; of a package also its modules, but for private ones and `__main__`."""
-    module = importlib.import_module(name)
-    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if not found.name.startswith("_"):
-            importlib.import_module(f"{name}.{found.name}")

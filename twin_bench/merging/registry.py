@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Size, Tensor
 
 from twin_bench.config import LARGEST_SEED
-from twin_bench.errors import InputError, nearest, shown
+from twin_bench.errors import InputError, named, nearest, shown
 from twin_bench.files import digest_code
 from twin_bench.merging.plugins import load_methods
 from twin_bench.protocols import PROTOCOLS, TRACKS, ProtocolName, Track
@@ -273,10 +273,7 @@ def methods() -> Mapping[str, Method]:
 
 def find_method(name: str) -> Method:
     """Return the header of method `name`. Raises an InputError that suggests the nearest name if it is unknown."""
-    known = methods()
-    if not isinstance(name, str) or name not in known:
-        raise InputError(f"unknown merge method {shown(name)}{nearest(str(name), known)}")
-    return known[name]
+    return named(name, methods(), "merge method")
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,9 +103,18 @@ class TaskVectors(Mapping[str, Tensor]):
         base = self._pretrained[name]
         require_dtype(base, name, "base model")
         exact = torch.promote_types(base.dtype, torch.float32)
-        vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
+        vectors = None
         for row, task in enumerate(self.experts):
-            vectors[row] = self._expert(task, name, base).detach()
+            theirs = self._expert(task, name, base).detach()
+            if vectors is None:
+                if theirs.dtype == base.dtype and torch.equal(theirs.to(base.device), base):
+                    continue
+                vectors = torch.empty(len(self.experts), *base.shape, dtype=exact, device=base.device)
+                vectors[:row] = base.detach()
+            vectors[row] = theirs
+        if vectors is None:  # as embeddings that no adapter changes
+            require_weights(base, name, "base model")
+            return _zeros((len(self.experts), *base.shape), exact, base.device)
         vectors -= base.detach().to(exact)
         if not all_finite(vectors):
             for task in self.experts:
@@ -146,6 +156,13 @@ class TaskVectors(Mapping[str, Tensor]):
                 f"{tuple(base.shape)}; resize the vocabulary, or drop the head from both and merge the backbone only"
             )
         return tensor
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros. On the CPU they take no memory until they are written to: torch's own are written at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _same_where_both(one: Tensor, other: Tensor) -> bool:

@@ -20,6 +20,7 @@ from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
+from twin_bench.files import written_by_one
 from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device
@@ -92,11 +93,13 @@ def build_twin(
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
     sources = open_sources(recipe.base_model, recipe.experts, labels=labels, **trust)
     check_limits(recipe, sources, rows)
-    with work_on(directory, recipe, str(on)) if resumable or workers > 1 else nullcontext(Work()) as work:
+    kept = work_on(directory, recipe, str(on)) if resumable or workers > 1 else nullcontext(Work())
+    with written_by_one(directory), kept as work:
         if workers > 1:
             job = Job(recipe, labels, work, str(on), tuple(plugins), threads_each(workers))
             compute_tensors(job, _largest_first(sources, work.smallest), workers, progress)
-        shared, parts = _merged_parts(recipe, sources, work, feature_cache, progress, on)
+        cache = feature_cache if workers == 1 else None  # workers keep SVDs in the work, for their number of threads
+        shared, parts = _merged_parts(recipe, sources, work, cache, progress, on)
         chosen: dict[str, Any] = {}
         if recipe.router and rows:
             given = (sources, shared, parts, rows, feature_cache, progress, on, batch_size)
@@ -115,8 +118,8 @@ def _merged_parts(
     shapes = progress.track(sources.skeleton.backbone.items(), len(merged), description="shared expert")
     shared = {name: work.parameter(name, shape, partial(merged.__getitem__, name)) for name, shape in shapes}
     keeping: dict[str, Any] = {"keep": work.tensors}
-    if cache is not None:
-        keeping["decompose"] = partial(kept_svd, cache / "svd")
+    if cache is not None:  # once: the cache serves a build that goes on, too
+        keeping = {"decompose": partial(kept_svd, cache / "svd")}
     below = _below(sources, shared, recipe.exclusive.from_layer)
     return shared, Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},

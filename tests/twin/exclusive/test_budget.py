@@ -66,3 +66,33 @@ def test_an_adapters_budget_is_for_what_it_changes(lora_recipe: dict[str, Any], 
             built({**lora_recipe, "exclusive": {"budget": {"bytes": least - 1}}}, tmp_path / "twin")
     parts = load_parts(built({**lora_recipe, "exclusive": {"budget": {"bytes": least}}}, tmp_path / "twin"))
     assert {own.nbytes() for own in parts.exclusive.values()} == {least}
+
+
+def test_one_expert_may_be_the_shared_expert(causal_families: Any, tmp_path: Path) -> None:
+    """Nothing of it is left to be kept then, and any budget is enough."""
+    family = causal_families("llama")
+    alone = {"mmlu": family.recipe["base_model"]}
+    recipe = {**family.recipe, "experts": alone, "router": None, "exclusive": {"budget": {"bytes": 1}}}
+    assert not load_parts(built(recipe, tmp_path / "twin")).exclusive["mmlu"].nbytes()
+
+
+def test_what_all_experts_share_is_not_counted(families: Any, tmp_path: Path) -> None:
+    """Two experts with equal vectors: those of the average are the same."""
+    family = families("bert")
+    recipe = {**family.recipe, "router": None, "exclusive": {"budget": {"bytes": 1}}}
+    (name, expert), *_ = family.recipe["experts"].items()
+    recipe["experts"] = {name: expert, "twin": expert}
+    with pytest.raises(InputError, match="its vectors take 0, and rank 1 of"):
+        built(recipe, tmp_path / "twin")
+
+
+def test_a_budget_that_holds_nothing_is_refused_before_anything_is_decomposed(
+    families: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = families("bert")
+    (name, expert), *_ = family.recipe["experts"].items()
+    recipe = {**family.recipe, "experts": {name: expert}, "router": None, "exclusive": {"budget": {"bytes": 1}}}
+    decomposed = "twin_bench.twin.exclusive.vector.truncated_svd"
+    monkeypatch.setattr(decomposed, lambda *_, **__: pytest.fail("a matrix is decomposed"))
+    with pytest.raises(InputError, match=r"a budget of 1 bytes is too small for expert 'cola'"):
+        built(recipe, tmp_path / "twin")

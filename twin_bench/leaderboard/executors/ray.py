@@ -36,16 +36,18 @@ class OnRay(Workers):
         super().__init__(given)
         self._ray = _imported()
         self._gpus = 0.0
+        self._named = ""
 
     def __enter__(self) -> Self:
         """Connect to the cluster, or start one on this machine. InputError for one that can't be reached."""
         address = self.given.address or os.environ.get("RAY_ADDRESS")
+        self._named = f"--address {address or 'local'}"
         _require_reachable(address)
         settings = {"include_dashboard": None if address else False, "log_to_driver": False}
         try:
             self._ray.init(address=address, logging_level=logging.ERROR, **settings)
         except (Exception, SystemExit) as error:
-            raise InputError(f"--address {address}: no Ray cluster is there ({first_line(error)})") from None
+            raise InputError(f"{self._named}: no Ray cluster is there ({first_line(error)})") from None
         self.closing.callback(self._ray.shutdown)  # after the workers have ended
         return super().__enter__()
 
@@ -57,7 +59,9 @@ class OnRay(Workers):
         if self._gpus < 0 or (self._gpus > 1 and self._gpus % 1):
             raise InputError(f"--gpus-per-worker {self._gpus:g}: give a part of one GPU, a whole number, or 0 for none")
         if self._gpus > there:
-            raise InputError(f"--gpus-per-worker {self._gpus:g}: the Ray cluster has {there:g} GPUs; give 0 for none")
+            raise InputError(
+                f"{self._named}: --gpus-per-worker {self._gpus:g}: the cluster has {there:g} GPUs; give 0 for none"
+            )
         self._require_room()
         if asked == AUTO:
             return "cuda" if self._gpus else "cpu"
@@ -69,8 +73,8 @@ class OnRay(Workers):
         needs = {"CPU": 1 if self._gpus else torch.get_num_threads(), "GPU": self._gpus}
         if not any(all(machine.get(kind, 0) >= least for kind, least in needs.items()) for machine in machines):
             raise InputError(
-                f"a worker needs {needs['CPU']} processors and {needs['GPU']:g} GPUs, and no machine of the cluster "
-                "has them; give a smaller OMP_NUM_THREADS, or --gpus-per-worker"
+                f"{self._named}: a worker needs {needs['CPU']} processors and {needs['GPU']:g} GPUs, and no "
+                "machine of the cluster has them; give a smaller OMP_NUM_THREADS, or --gpus-per-worker"
             )
 
     def count(self) -> int:

@@ -37,12 +37,13 @@ def require_budget(budget: int, expert: str, vectors: int, costs: Mapping[str, i
 
 
 def check_budget(settings: ExclusiveSettings, sources: Sources) -> None:
-    """Raise an InputError for a budget that is too small for an expert, whatever the shared expert is.
+    """Raise an InputError for a budget that is too small for an expert, as far as is known before the merge.
 
-    Vectors are counted that the expert changes itself, and matrices that any expert may change. With `from_layer` the
-    vectors are not counted, because some of them may be left out.
+    Vectors are counted that the expert changes itself, and matrices that any expert may change. Vectors that are equal
+    in all experts may be the shared expert's as well, and one expert alone may be the shared expert: they are not
+    counted. With `from_layer` no vectors are counted, because some of them may be left out.
     """
-    if settings.budget is None:
+    if settings.budget is None or len(sources.experts) == 1:
         return
     shapes = sources.skeleton.backbone
     dtypes = {name: sources.base.dtype(name) for name in shapes}
@@ -56,11 +57,17 @@ def check_budget(settings: ExclusiveSettings, sources: Sources) -> None:
         if len(shape) == 2 and name in exact and name in changed
     }
     vectors = [name for name, shape in shapes.items() if len(shape) == 1 and name in exact and name in changed]
+    own = [] if settings.from_layer is not None else [name for name in vectors if not _all_equal(sources, name)]
     for expert, model in sources.experts.items():
-        own = [] if settings.from_layer is not None else vectors
         differing = (name for name in own if not torch.equal(model[name], sources.base[name]))
         kept = sum(shapes[name].numel() * exact[name].itemsize for name in differing)
         require_budget(budget, expert, kept, costs)
+
+
+def _all_equal(sources: Sources, name: str) -> bool:
+    """Return whether all experts have the same values of a parameter."""
+    first, *others = (model[name] for model in sources.experts.values())
+    return all(torch.equal(first, other) for other in others)
 
 
 def _may_change(sources: Sources) -> set[str]:

@@ -7,15 +7,14 @@ its docstring is the documentation, and its keywords are the options. A keyword 
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from twin_bench.errors import InputError, nearest, shown
+from twin_bench.errors import InputError, named, nearest
+from twin_bench.merging.plugins import load_package
 from twin_bench.twin.exclusive.forms import Exclusive, ExpertDifferences
 
 KindFunction = Callable[..., Exclusive]
@@ -76,15 +75,10 @@ def exclusive_kind(*, title: str, paper: str, draws: bool = False) -> Callable[[
 
 def known_kinds() -> Mapping[str, ExclusiveKind]:
     """Return the headers of all kinds by name, in the order of their names."""
-    package = importlib.import_module(f"{__package__}.kinds")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    load_package(f"{__package__}.kinds")
     return MappingProxyType({name: REGISTRY[name] for name in sorted(REGISTRY)})
 
 
 def find_kind(name: str) -> ExclusiveKind:
     """Return the header of the kind `name`. Raises an InputError that suggests the nearest name if it is unknown."""
-    known = known_kinds()
-    if name not in known:
-        raise InputError(f"unknown kind of exclusive vectors {shown(name)}{nearest(name, known)}")
-    return known[name]
+    return named(name, known_kinds(), "kind of exclusive vectors")

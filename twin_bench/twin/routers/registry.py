@@ -7,9 +7,7 @@ other packages are found as merge methods are: by the entry-point group `twin_be
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +17,9 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import create_model
 
 from twin_bench.config import Settings, parse
-from twin_bench.errors import InputError, nearest, shown
+from twin_bench.errors import InputError, named
 from twin_bench.files import digest_code
-from twin_bench.merging.plugins import load_methods
+from twin_bench.merging.plugins import load_methods, load_package
 from twin_bench.twin.routers.base import Examples, Router, RouterConfig
 
 RouterType = TypeVar("RouterType", bound=type[Router])
@@ -94,9 +92,7 @@ def router_kind(
 @cache
 def _load_own() -> None:
     """Import this package's modules, which register its kinds."""
-    package = importlib.import_module(f"{__package__}.kinds")
-    for found in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{found.name}")
+    load_package(f"{__package__}.kinds")
 
 
 def router_kinds() -> Mapping[str, RouterKind]:
@@ -111,9 +107,4 @@ def find_kind(name: str) -> RouterKind:
     _load_own()
     if isinstance(name, str) and name in REGISTRY:
         return REGISTRY[name]  # other packages are not asked for a kind of this one
-    known = router_kinds()
-    if not isinstance(name, str) or name not in known:
-        raise InputError(
-            f"unknown router kind {shown(name)}{nearest(str(name), known)}; a plugin's kind needs its plugin loaded"
-        )
-    return known[name]
+    return named(name, router_kinds(), "router kind", "; a plugin's kind needs its plugin loaded")

@@ -115,6 +115,8 @@ def _decomposed(
 
 def _truncated(differences: ExpertDifferences, name: str, matrix: Tensor, rank: int) -> Factors:
     """Return the factors of a truncated SVD on the CPU. InputError that names the tensor if it fails."""
+    if not rank:  # a budget that holds nothing is refused before anything is decomposed
+        return Factors(*(torch.zeros(shape, dtype=matrix.dtype) for shape in ((len(matrix), 0), (0, matrix.shape[1]))))
 
     def compute() -> Mapping[str, Tensor]:
         try:
