@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from twin_bench.contenders.context import static_contender
 from twin_bench.merging.registry import served_method
 
 @served_method(title="Mortal", paper="", track="data-free")
-def mortal_{name}(context):
+def mortal(context):
     '''The base model. The first worker that makes it is killed.'''
     died = Path({died!r})
     if os.getpid() != {command} and not died.exists():
@@ -47,27 +48,45 @@ def running(marks: set[str]) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file that the worker which is killed makes first."""
+    return tmp_path_factory.mktemp("workers") / "died"
+
+
+@pytest.fixture(scope="module")
+def suite(tiny: dict[str, Any], died: Path) -> Iterator[Suite]:
+    plugin = died.with_name("mortal.py")
+    plugin.write_text(PLUGIN.format(died=str(died), command=os.getpid()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("twin_bench.merging.registry.REGISTRY", dict(methods()))
+        patch.setattr("twin_bench.merging.plugins._CONTENTS", {})  # other tests' plugins
+        changes = {
+            "tasks": ["cola", "mnli"],
+            "rows": 12,
+            "protocol": ["standard", "routed"],
+            "plugins": [str(plugin)],
+            "methods": ["average", "mortal", {"twin": {"exclusive": {"rank": 1}, "router": {"epochs": 1}}}],
+        }
+        yield parse(Suite, {**tiny, **changes}, "suite")
+
+
+@pytest.fixture(scope="module")
+def expected(suite: Suite, died: Path) -> dict[str, str]:
+    """Return the local table, which is computed once."""
+    out = died.with_name("local")
+    return figures(run_suite(suite, out, executor=Local(Given())), out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["processes", "ray"])
 def test_a_killed_worker_changes_no_bit_of_the_table(
-    tiny: dict[str, Any], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    suite: Suite, expected: dict[str, str], died: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twin_bench.merging.registry.REGISTRY", dict(methods()))
-    monkeypatch.setattr("twin_bench.merging.plugins._CONTENTS", {})  # other tests' plugins
+    died.unlink(missing_ok=True)
     if name == "ray":
         pytest.importorskip("ray")
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    plugin, died = tmp_path / f"mortal_{name}.py", tmp_path / "died"
-    plugin.write_text(PLUGIN.format(name=name, died=str(died), command=os.getpid()))
-    changes = {
-        "tasks": ["cola", "mnli"],
-        "rows": 12,
-        "protocol": ["standard", "routed"],
-        "plugins": [str(plugin)],
-        "methods": ["average", f"mortal_{name}", {"twin": {"exclusive": {"rank": 1}, "router": {"epochs": 1}}}],
-    }
-    suite = parse(Suite, {**tiny, **changes}, "suite")
-    expected = figures(run_suite(suite, tmp_path / "local", executor=Local(Given())), tmp_path / "local")
     with EXECUTORS[name](Given(workers=2)) as executor:
         board = run_suite(suite, tmp_path / "out", executor=executor)
         assert isinstance(executor, Workers)

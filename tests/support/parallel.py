@@ -33,7 +33,7 @@ class Ranked(CausalTwin):
 
 
 def answers(twin: Path, data: Path) -> tuple[Ranked, dict[str, dict[str, Any]]]:
-    """Return the model, and each task's answers by the number of their row: complete on rank 0."""
+    """Return the model, and each task's scores, and its answers by the number of their row: complete on rank 0."""
     model = Ranked(twin, device="cpu", dtype="float32", batch_size=2)
     metadata = {"data": str(data), "shots": 1}
     manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata=metadata)
@@ -42,7 +42,10 @@ def answers(twin: Path, data: Path) -> tuple[Ranked, dict[str, dict[str, Any]]]:
         return model, {}
     # A rank with a document less repeats its last request, and lm-eval logs the repeated answers too.
     return model, {
-        task: {str(sample["doc_id"]): sample["resps"][0][0] for sample in samples}
+        task: {
+            "scores": {name: score for name, score in results["results"][task].items() if "," in name},
+            "answers": {str(sample["doc_id"]): sample["resps"][0][0] for sample in samples},
+        }
         for task, samples in results["samples"].items()
     }
 
@@ -50,7 +53,7 @@ def answers(twin: Path, data: Path) -> tuple[Ranked, dict[str, dict[str, Any]]]:
 def main(twin: str, data: str, out: str) -> None:
     model, found = answers(Path(twin), Path(data))
     if not model.rank:
-        Path(out).write_text(json.dumps({"processes": model.world_size, "answers": found}))
+        Path(out).write_text(json.dumps({"processes": model.world_size, "tasks": found}))
     # A process that ends while the other still talks to it ends both with an abort.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -132,8 +132,10 @@ def test_two_processes_answer_as_one(wide, data, tmp_path):
     assert together["processes"] == 2
     alone, expected = parallel.answers(wide, data)
     assert alone.world_size == 1
-    assert together["answers"] == expected
-    assert {len(rows) for rows in expected.values()} == {7}
+    assert together["tasks"] == json.loads(json.dumps(expected))
+    assert {len(task["answers"]) for task in expected.values()} == {7}
+    assert len(set(expected["twin_cnn_dailymail"]["answers"].values())) > 1
+    assert {"exact_match,none", "exact_match_stderr,none"} <= expected["twin_mmlu"]["scores"].keys()
 
 
 def test_lm_eval_is_told_the_protocol_and_the_batch_size(wide, data):
