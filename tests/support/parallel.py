@@ -37,16 +37,37 @@ def answers(twin: Path, data: Path) -> tuple[Ranked, dict[str, dict[str, Any]]]:
     model = Ranked(twin, device="cpu", dtype="float32", batch_size=2)
     metadata = {"data": str(data), "shots": 1}
     manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata=metadata)
-    results = lm_eval.simple_evaluate(model, tasks=TASKS, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    tasks = [*TASKS, choices(data)]
+    results = lm_eval.simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
     if model.rank:
         return model, {}
     # A rank with a document less repeats its last request, and lm-eval logs the repeated answers too.
     return model, {
         task: {
             "scores": {name: score for name, score in results["results"][task].items() if "," in name},
-            "answers": {str(sample["doc_id"]): sample["resps"][0][0] for sample in samples},
+            "answers": {
+                str(sample["doc_id"]): [
+                    one if isinstance(one, str) else float(one[0]) for one in sample["filtered_resps"]
+                ]
+                for sample in samples
+            },
         }
         for task, samples in results["samples"].items()
+    }
+
+
+def choices(data: Path) -> dict[str, Any]:
+    """Return a task that asks for the log-likelihoods of MMLU's choices: a tiny model's texts are all the same."""
+    return {
+        "task": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data / "mmlu" / "validation.jsonl")}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
     }
 
 
