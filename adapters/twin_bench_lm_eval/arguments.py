@@ -24,7 +24,6 @@ _REASONS: Mapping[str, Collection[str]] = {
         "tensor parallelism splits the matrices that a twin's layers add to; parallelize=True places whole layers on "
         "several devices, and accelerate launch runs a whole twin on each"
     ): ("tp_plan", "tp_size", "device_mesh", "distributed_config"),
-    "the memory of devices is max_memory_per_gpu and max_cpu_memory": ("max_memory",),
     "what a twin adds to an offloaded layer stays on a device": ("offload_buffers",),
     "kernels and fused modules read weights that a twin's layers replace": (
         *("use_kernels", "kernel_config", "allow_all_kernels", "fusion_config"),

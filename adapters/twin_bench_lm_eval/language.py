@@ -34,7 +34,7 @@ from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
 from twin_bench_lm_eval.arguments import checked, loading
-from twin_bench_lm_eval.base import ServedTwin, positive, provenance, require_one_of, usable
+from twin_bench_lm_eval.base import ServedTwin, memory, positive, provenance, require_one_of, usable
 
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
@@ -98,6 +98,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         split: str | None = None,
         shots: int | None = None,
         quantization: str | Mapping[str, Any] | None = None,
+        max_memory: int | str | None = None,
         **options: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
@@ -117,6 +118,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
             quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
+            max_memory: the most memory of its device that the twin and its batches take, such as 40GB: docs/gpu.md.
             **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
                 transformers (attn_implementation, attributes of the model's config, ...).
 
@@ -130,6 +132,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         if not str(batch_size).startswith("auto"):
             positive("batch_size", batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
+        limit = memory(max_memory, several=bool(options.get("parallelize") or options.get("device_map")))
         self._loading: dict[str, Any] = {}
         self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
@@ -142,6 +145,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
         self.twin.tokenizer = self.tokenizer
         self.twin.compiling = compile or self.twin.compiling
+        self.twin.limit_memory(limit or self.twin.max_memory)
 
     def _load(
         self,
@@ -167,8 +171,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self._spread = bool(options.get("parallelize")) or options.get("device_map") is not None
         options["parallelize"] = self._spread
         options["max_length"] = self._checked_window(options.get("max_length") or self._parts.max_length, config)
-        given = {"device": usable(device), "batch_size": batch_size}
-        super().__init__(pretrained=str(directory / "model"), **given, **options)
+        super().__init__(pretrained=str(directory / "model"), device=usable(device), batch_size=batch_size, **options)
 
     def _taken(self, options: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """Return the options that HFLM is given. InputError for one that can't hold, or an unknown one."""

@@ -31,7 +31,7 @@ class Sizes:
     """The bytes that a twin's model takes.
 
     - `held`: what is always there: parameters, factors and vectors.
-    - `copy`: the fused copy of all weights.
+    - `copy`: the fused copy of all weights; infinite where layers keep none.
 
     Of one token of a row:
 
@@ -54,7 +54,7 @@ class Sizes:
     """
 
     held: int
-    copy: int
+    copy: float
     hidden: int
     block: int
     by_row: int
@@ -180,10 +180,10 @@ class Budget:
         return bool(first <= self.room and self.after(prefix).fits(1, tokens, positions, fused=fused))
 
     def require(self, tokens: int, positions: int) -> None:
-        """Raise an InputError unless one row of `tokens` tokens fits on the low-rank path, which needs no copy."""
-        if self.fits(1, tokens, positions, fused=False):
+        """Raise an InputError unless one row of `tokens` tokens fits, fused or on the low-rank path."""
+        needed = min(float(self.needed(1, tokens, positions, fused=way)) for way in (True, False))
+        if needed <= self.room:
             return
-        needed = float(self.needed(1, tokens, positions, fused=False))
         generated = f" and {self.use.steps} to generate" if self.use.steps else ""
         raise InputError(
             f"one row of {tokens} tokens{generated} needs {gigabytes(needed)} beside the {gigabytes(self.sizes.held)} "
@@ -193,8 +193,8 @@ class Budget:
 
 
 def gigabytes(count: float) -> str:
-    """Return a number of bytes in GB of 10^9 bytes, as `max_memory` takes it."""
-    return f"{count / 1e9:.3g} GB"
+    """Return a number of bytes in GB or MB, of 10^9 and of 10^6 bytes, as `max_memory` takes it."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
 
 
 def memory_limit(size: int | str | None, device_map: object = None) -> int | None:

@@ -136,10 +136,10 @@ def plan(
     group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member, lengths)
     count = torch.bincount(member, minlength=len(unique)).to(torch.float64)
     most_fused, most = _most_rows(chosen, tokens, member, len(unique), batch_size, budget)
-    own, shared = torch.ceil(count / most_fused), count / most.clamp(max=len(chosen))
+    own, shared = torch.ceil(count / most_fused), count / most.clamp(1, len(chosen))
     fused = costs.fusing(used) + costs.running(own, group_tokens, count, steps)
     worth_fusing = fused <= costs.running(shared, group_tokens, count, steps, costs.low_rank(used))
-    worth_fusing &= most_fused > 0
+    worth_fusing = (worth_fusing | (most < 1)) & (most_fused > 0)
     order = torch.argsort(member, stable=True)
     bounds = count.cumsum(0).long().tolist()
     groups: list[Group] = []
@@ -179,7 +179,7 @@ def _most_rows(
     budget.require(*max(longest.tolist()))
     lengths, positions = longest.double().T.numpy()
     fused, by_row = (torch.from_numpy(budget.most(lengths, positions, fused=way)) for way in (True, False))
-    return fused.clamp(0, batch_size), by_row.clamp(1, batch_size)
+    return fused.clamp(0, batch_size), by_row.clamp(0, batch_size)
 
 
 def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) -> list[Group]:

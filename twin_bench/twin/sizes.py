@@ -43,7 +43,7 @@ def sizes_of(model: Any, fusion: Fusion, held: int) -> Sizes:
     cached = 2 * groups * width
     return Sizes(
         held=held,
-        copy=sum(_copy_bytes(layer) for layer in fusion.layers),
+        copy=sum(_copy_bytes(layer) for layer in fusion.layers) if fusion.keeps_copies else math.inf,
         hidden=hidden * itemsize,
         block=plain * itemsize,
         by_row=max(plain, 4 * hidden + sum(wide) + 2 * ranks) * itemsize,
