@@ -141,6 +141,7 @@ class TwinModel(PlannedModel, abc.ABC):
         tolerance: float | None = None,
         quantization: str | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        verify: bool = False,
     ) -> Self:
         """Load a twin directory and verify its digests.
 
@@ -160,6 +161,7 @@ class TwinModel(PlannedModel, abc.ABC):
                 mean square over rows. Weights within it that cost less are used (see `twin_bench.twin.tolerance`). By
                 default it is 0 in float32, and an eighth of the rounding unit in half precision. `paper` ignores it.
             trust_remote_code: let transformers run code that comes with the shared expert.
+            verify: read all files for their digests, also those whose digests are remembered from before.
 
         Raises:
             InputError: no twin is there, or one of a newer format or of another kind than this class; a file is damaged
@@ -171,7 +173,7 @@ class TwinModel(PlannedModel, abc.ABC):
         each = max_memory if isinstance(max_memory, Mapping) else None
         devices = Devices.of(device_map, each, offload_folder, device=device)
         given: Any = {"dtype": dtype, "devices": devices, "quantization": quantization}
-        loaded = load_twin(Path(directory), trust_remote_code=trust_remote_code, **given)
+        loaded = load_twin(Path(directory), trust_remote_code=trust_remote_code, anew=verify, **given)
         kind = twin_class(loaded.task_type)
         if not issubclass(kind, cls):
             raise InputError(f"{directory}: a {loaded.task_type} twin, which {cls.__name__} does not serve")
