@@ -235,10 +235,7 @@ def digest_code(module: str) -> list[str]:
 
 
 def digest_files(path: Path, digest_of: Callable[[Path], str] = digest_file) -> str:
-    """Return one sha256 of a file, or of the weights, configs, tokenizer files and rows in a folder and below it.
-
-    `digest_of` returns the sha256 of one file.
-    """
+    """Return one sha256 of a file, or of the files of `DECISIVE` suffixes in a folder, by `digest_of` of each."""
     if path.is_file():
         return digest([f"{path.name}:{digest_of(path)}"])
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in DECISIVE)
