@@ -264,7 +264,7 @@ def twin(directory: Path) -> list[Finding]:
         raise InputError(f"{directory}: can't be checked; see the problems above ({first_line(error)})") from None
 
     manifest = read_manifest(directory)
-    parts = load_parts(directory)
+    parts = load_parts(directory, anew=True)
     kind = KINDS[manifest["task_type"]]
     experts = ", ".join(manifest["experts"]) or "none, it is a static merge"
     return [

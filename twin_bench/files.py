@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -234,12 +234,12 @@ def digest_code(module: str) -> list[str]:
     return [] if module.partition(".")[0] == OWN_PACKAGE or file is None else [digest_file(Path(file))]
 
 
-def digest_files(path: Path) -> str:
-    """Return one sha256 of a file, or of the weights, configs, tokenizer files and rows in a folder and below it."""
+def digest_files(path: Path, digest_of: Callable[[Path], str] = digest_file) -> str:
+    """Return one sha256 of a file, or of the files of `DECISIVE` suffixes in a folder, by `digest_of` of each."""
     if path.is_file():
-        return digest([f"{path.name}:{digest_file(path)}"])
+        return digest([f"{path.name}:{digest_of(path)}"])
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in DECISIVE)
-    return digest([f"{file.relative_to(path).as_posix()}:{digest_file(file)}" for file in files])
+    return digest([f"{file.relative_to(path).as_posix()}:{digest_of(file)}" for file in files])
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:

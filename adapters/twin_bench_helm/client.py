@@ -62,7 +62,7 @@ class TwinClient(CachingClient):  # type: ignore[misc]
         compile: str = "off",
         apply_chat_template: bool = False,
         device_map: str | dict[str, str | int] | None = None,
-        max_memory: dict[int | str, int | str] | None = None,
+        max_memory: dict[int | str, int | str] | int | str | None = None,
         offload_folder: str | None = None,
         quantization: str | dict[str, Any] | None = None,
     ) -> None:

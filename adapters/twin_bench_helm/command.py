@@ -32,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-memory",
-        metavar="DEVICE=SIZE",
+        metavar="SIZE",
         nargs="+",
-        help="the largest memory of each device to use with --device-map, such as 0=20GiB cpu=60GiB",
+        help="the largest memory to use: of one device a size, such as 40GB, and with --device-map one for each, such "
+        "as 0=20GiB cpu=60GiB",
     )
     parser.add_argument("--offload-folder", help="where weights are written that --device-map leaves to the disk")
     parser.add_argument("--quantization", choices=("4bit", "8bit"), help="keep the shared expert in few bits")
@@ -89,10 +90,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"twin_merged/{options.name} is in {', '.join(map(str, files))}")
 
 
-def _sizes(given: Sequence[str] | None) -> dict[int | str, int | str] | None:
-    """Return the sizes of devices that the command line names, as DEVICE=SIZE each."""
+def _sizes(given: Sequence[str] | None) -> dict[int | str, int | str] | str | None:
+    """Return the sizes of devices that the command line names, as DEVICE=SIZE each, or the one size without a name."""
     if given is None:
         return None
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
     sizes: dict[int | str, int | str] = {}
     for one in given:
         device, equals, size = one.partition("=")

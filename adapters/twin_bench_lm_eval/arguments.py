@@ -10,6 +10,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from twin_bench.errors import InputError, nearest
+from twin_bench.protocols import PROTOCOLS
+from twin_bench.twin.compiled import COMPILING
+from twin_bench_lm_eval.base import positive, require_one_of
 
 _REASONS: Mapping[str, Collection[str]] = {
     "a twin's shared expert is the checkpoint in its directory": (
@@ -24,7 +27,6 @@ _REASONS: Mapping[str, Collection[str]] = {
         "tensor parallelism splits the matrices that a twin's layers add to; parallelize=True places whole layers on "
         "several devices, and accelerate launch runs a whole twin on each"
     ): ("tp_plan", "tp_size", "device_mesh", "distributed_config"),
-    "the memory of devices is max_memory_per_gpu and max_cpu_memory": ("max_memory",),
     "what a twin adds to an offloaded layer stays on a device": ("offload_buffers",),
     "kernels and fused modules read weights that a twin's layers replace": (
         *("use_kernels", "kernel_config", "allow_all_kernels", "fusion_config"),
@@ -80,6 +82,15 @@ def checked(options: Mapping[str, Any], config: Any, own: Collection[str], backe
             known = {*_DEFAULTS, *LOADING, *own} - REFUSED.keys()
             raise InputError(f"twin_merged: unknown argument {name!r}{nearest(name, known)}")
     return taken
+
+
+def require_settings(*, fusion: str, protocol: str, compile: str, batch_size: Any) -> None:
+    """Raise an InputError that names one of a language model's own arguments whose value is not a known one."""
+    require_one_of("fusion", fusion, ("exact",))
+    require_one_of("protocol", protocol, PROTOCOLS)
+    require_one_of("compile", compile, COMPILING)
+    if not str(batch_size).startswith("auto"):
+        positive("batch_size", batch_size)
 
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:

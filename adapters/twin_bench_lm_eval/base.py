@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from lm_eval.api.model import LM
 from twin_bench.errors import InputError, nearest
 from twin_bench.files import digest
 from twin_bench.twin.device import AUTO, fastest_device
+from twin_bench.twin.memory import memory_limit
 from twin_bench.twin.model import TwinModel
 
 
@@ -118,6 +119,16 @@ def places(
         memory["cpu"] = max_cpu_memory
     chosen = "auto" if device_map is None else device_map
     return {"device_map": chosen, "max_memory": memory or None, "offload_folder": offload_folder}
+
+
+def memory(size: Any, *, several: bool) -> int | None:
+    """Return the argument `max_memory` in bytes. InputError for no size, and where there are `several` devices."""
+    if size is not None and (several or isinstance(size, Mapping)):
+        raise InputError(
+            f"twin_merged: max_memory={size}: it is one device's memory, such as 40GB; the memory of devices is "
+            "max_memory_per_gpu and max_cpu_memory"
+        )
+    return memory_limit(size)
 
 
 def positive(name: str, value: Any) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from twin_bench.checkpoints.skeleton import context_window
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
+from twin_bench.twin.compiled import LEAST_STEPS
 from twin_bench.twin.rehearsal import rehearse_generation, rehearse_score
 from twin_bench.twin.requests import Generate, Score, Scored, generate, score
 from twin_bench.twin.sampling import Completion
@@ -91,14 +92,19 @@ class CausalTwin(LanguageTwin):
         Without requests the batch is of texts that fill the window.
         """
         if not requests:
-            return self._most_rows(lambda rows: rehearse_generation(self.twin, self.max_length, rows))
+            compiled = self.twin.compiles(LEAST_STEPS)
+            return self._most_rows(
+                lambda rows: rehearse_generation(self.twin, self.max_length, rows, compiled=compiled)
+            )
         longest = [self._score(request) for request in requests[pos : pos + self.max_batch_size]]
         return self._most_rows(lambda rows: rehearse_score(self.twin, longest, rows, max_length=self.max_length))
 
     def _texts_that_fit(self, requests: Sequence[Generate], beams: int) -> int:
         """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
         length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
-        return self._most_rows(lambda rows: rehearse_generation(self.twin, length, rows * beams))
+        steps = max((request.max_new_tokens for request in requests), default=1)
+        compiled = beams == 1 and self.twin.compiles(steps * len(requests))  # in batches there are fewer steps
+        return self._most_rows(lambda rows: rehearse_generation(self.twin, length, rows * beams, compiled=compiled))
 
 
 def _warn_of_truncation(context: int, continuation: int, window: int) -> None:

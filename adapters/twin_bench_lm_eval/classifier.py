@@ -14,7 +14,7 @@ from twin_bench.data.task import TaskInput, joined
 from twin_bench.errors import InputError, nearest
 from twin_bench.twin.cache import named_directory
 from twin_bench.twin.classifier import Prediction, TwinClassifier
-from twin_bench_lm_eval.base import Request, ServedTwin, places, positive, provenance
+from twin_bench_lm_eval.base import Request, ServedTwin, memory, places, positive, provenance
 
 
 class ClassifierTwin(ServedTwin):
@@ -41,6 +41,7 @@ class ClassifierTwin(ServedTwin):
         data: str | Path | None = None,
         split: str | None = None,
         trust_remote_code: bool = False,
+        max_memory: int | str | None = None,
         **spread: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
@@ -59,6 +60,7 @@ class ClassifierTwin(ServedTwin):
             data: where the tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.
             trust_remote_code: let transformers run code that comes with the shared expert.
+            max_memory: the most memory of its device that the twin and its batches take, such as 40GB: docs/gpu.md.
             **spread: HFLM's arguments of several devices (see `places`). Any other argument is an error.
 
         Raises:
@@ -72,12 +74,14 @@ class ClassifierTwin(ServedTwin):
         if fusion != "exact":
             raise InputError(f"twin_merged: fusion={fusion}; known: exact")
         self.batch_size = 32 if str(batch_size).startswith("auto") else positive("batch_size", batch_size)
+        limit = memory(max_memory, several=any(spread.values()))
         if twin is None:
             chosen: Any = {"protocol": protocol or "standard", "tolerance": tolerance, **places(device, **spread)}
             twin = _loaded(pretrained, dtype, trust_remote_code=trust_remote_code, **chosen)
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin
+        twin.limit_memory(limit or twin.max_memory)
         self.max_length = twin.max_length if max_length is None else positive("max_length", max_length)
         self.tokenizer = twin.tokenizer
 

@@ -24,17 +24,16 @@ from twin_bench.checkpoints.quantization import asked_of, bits_of, config_keys
 from twin_bench.checkpoints.skeleton import read_config
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, first_line
-from twin_bench.protocols import PROTOCOLS, ProtocolName
+from twin_bench.protocols import ProtocolName
 from twin_bench.twin.cache import named_directory
-from twin_bench.twin.compiled import COMPILING
 from twin_bench.twin.directory import load_parts, read_manifest
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.model import twin_class
 from twin_bench.twin.placement import Devices, find_placement, offloading
 from twin_bench.twin.requests import Generate, Score, Scored
 from twin_bench.twin.sampling import Completion, Decoding
-from twin_bench_lm_eval.arguments import checked, loading
-from twin_bench_lm_eval.base import ServedTwin, positive, provenance, require_one_of, usable
+from twin_bench_lm_eval.arguments import checked, loading, require_settings
+from twin_bench_lm_eval.base import ServedTwin, memory, positive, provenance, usable
 
 CPU_BATCH = 16
 """The meaning of batch_size=auto on a CPU, which has no memory limit to find."""
@@ -98,6 +97,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         split: str | None = None,
         shots: int | None = None,
         quantization: str | Mapping[str, Any] | None = None,
+        max_memory: int | str | None = None,
         **options: Any,
     ) -> None:
         """Load a twin directory, or serve a twin in memory.
@@ -106,8 +106,8 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             pretrained: the twin's directory.
             twin: a twin in memory, in place of `pretrained`. It keeps its own protocol, device and dtype.
             task: the task of all requests. It is needed only where the twin's routing is `task`.
-            device: the device to run on: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA
-                device that the machine does not have. `parallelize=True` and `device_map` take several devices.
+            device: by default (or `auto`) cuda, else mps, else cpu. The CPU replaces a CUDA device that is not there.
+                `parallelize=True` and `device_map` take several devices.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
             tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
@@ -117,19 +117,15 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             split: the split of those rows. The model does not use it.
             shots: the number of few-shot examples in those tasks' prompts. The model does not use it.
             quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
-            **options: HFLM's own options (dtype, max_length, add_bos_token, ...), and those that it passes on to
-                transformers (attn_implementation, attributes of the model's config, ...).
+            max_memory: the most memory of its device that the twin and its batches take, such as 40GB: docs/gpu.md.
+            **options: HFLM's own (dtype, max_length, ...), and those that it passes on (attn_implementation, ...).
 
         Raises:
             InputError: an unknown argument, a wrong value, or a twin that can't be loaded.
         """
-        if fusion != "exact":
-            raise InputError(f"twin_merged: fusion={fusion}; known: exact")
-        require_one_of("protocol", protocol, PROTOCOLS)
-        require_one_of("compile", compile or "off", COMPILING)
-        if not str(batch_size).startswith("auto"):
-            positive("batch_size", batch_size)
+        require_settings(fusion=fusion, protocol=protocol, compile=compile or "off", batch_size=batch_size)
         self._task, self._protocol, self._tolerance = task, protocol, tolerance
+        limit = memory(max_memory, several=bool(options.get("parallelize") or options.get("device_map")))
         self._loading: dict[str, Any] = {}
         self._used: list[tuple[float, ...]] = []  # the fusion weights of the last list of log-likelihoods
         if twin is None:
@@ -138,10 +134,11 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
             raise InputError("twin_merged: quantization is decided when a twin is loaded; give it to from_pretrained")
         else:
             self.twin: Any = twin
-            taken = self._taken(options, twin.model.config)
-            super().__init__(pretrained=twin.model, tokenizer=twin.tokenizer, batch_size=batch_size, **taken)
+            given = {"pretrained": twin.model, "tokenizer": twin.tokenizer, "batch_size": batch_size}
+            super().__init__(**given, **self._taken(options, twin.model.config))
         self.twin.tokenizer = self.tokenizer
         self.twin.compiling = compile or self.twin.compiling
+        self.twin.limit_memory(limit or self.twin.max_memory)
 
     def _load(
         self,
@@ -167,8 +164,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         self._spread = bool(options.get("parallelize")) or options.get("device_map") is not None
         options["parallelize"] = self._spread
         options["max_length"] = self._checked_window(options.get("max_length") or self._parts.max_length, config)
-        given = {"device": usable(device), "batch_size": batch_size}
-        super().__init__(pretrained=str(directory / "model"), **given, **options)
+        super().__init__(pretrained=str(directory / "model"), device=usable(device), batch_size=batch_size, **options)
 
     def _taken(self, options: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """Return the options that HFLM is given. InputError for one that can't hold, or an unknown one."""

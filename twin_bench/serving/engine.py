@@ -163,6 +163,7 @@ class Engine:
                     f"the memory of {self.twin.device} does not hold one row ({reason}); use a smaller dtype, or a "
                     "device with more memory"
                 )
+            self.twin.release()  # it is made anew where it fits
             self.batch_size //= 2
             torch.cuda.empty_cache()
             _log.warning("out of memory: %d rows in a forward from now on", self.batch_size)

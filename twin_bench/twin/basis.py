@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ class JointBasis(NamedTuple):
     up: Tensor
 
 
-def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise: float) -> JointBasis | None:
+def find_joint_basis(
+    down: Tensor, up: Tensor, owner: Tensor, experts: int, *, noise: Callable[[], float]
+) -> JointBasis | None:
     """Return the joint basis of all experts' factors, or None if there is no cheap and accurate one.
 
     T experts that are LoRA adapters of rank r differ from the shared expert in at most T * r directions. Each
@@ -35,15 +38,17 @@ def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, n
     the factors' multiplications, or if any expert's matrix would change by more than `noise`.
 
     Args:
-        down: (n, R) factors that multiply the input, side by side; in float32 or float64.
+        down: (n, R) factors that multiply the input, side by side. Those of half precision have no joint basis: they
+            are rounded each on its own.
         up: (R, m) factors that multiply the result.
         owner: (R,) index of each column's expert.
         experts: The number of experts, T.
-        noise: The largest accepted error of an expert's matrix, as a Frobenius norm. It should be of the size of the
-            rounding errors of the weights that the experts change.
+        noise: It returns the largest accepted error of an expert's matrix, as a Frobenius norm, and is asked only where
+            a basis is cheap. The error should be of the size of the rounding errors of the weights that the experts
+            change.
     """
     n, R, m = *down.shape, up.shape[1]
-    if R == 0:
+    if R == 0 or down.dtype.itemsize < 4:
         return None
     in_range = _range(down)
     if in_range.shape[1] > WORTHWHILE * R:
@@ -54,12 +59,13 @@ def find_joint_basis(down: Tensor, up: Tensor, owner: Tensor, experts: int, *, n
         return None
     inner, outer = in_range.T @ down.double(), up.double() @ out_range
     cores = torch.stack([inner[:, owner == k] @ outer[owner == k] for k in range(experts)])
+    allowed = noise()
     # What the basis loses of down @ up is outside @ up + in_range @ inner @ beside, two orthogonal parts.
     outside, beside = down.double() - in_range @ inner, up.double() - outer @ out_range.T
     for k in range(experts):
         own = owner == k
         lost = product_norm(outside[:, own], up[own].double()), product_norm(inner[:, own], beside[own])
-        if math.hypot(*lost) > noise:
+        if math.hypot(*lost) > allowed:
             return None
     return JointBasis(*(part.to(down).contiguous() for part in (in_range, inner, cores, outer, out_range.T)))
 
@@ -75,9 +81,17 @@ def product_norm(left: Tensor, right: Tensor) -> float:
 
 
 def _range(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis (n, J) of the columns of an (n, R) matrix, in float64."""
-    exact = matrix.double()
+    """Return an orthonormal basis (n, J) of the columns of an (n, R) matrix, in float64.
+
+    That of a float32 matrix is computed from its Gram matrix, whose eigenvalues are the squared singular values:
+    float64 tells those apart that float32 can hold.
+    """
+    exact, precision = matrix.double(), max(matrix.shape) * torch.finfo(matrix.dtype).eps
     columns = exact / exact.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)  # Small columns count, too.
-    U, S, _ = torch.linalg.svd(columns, full_matrices=False)
-    precision = torch.finfo(matrix.dtype).eps
-    return U[:, S[0] * max(matrix.shape) * precision < S] if S.numel() else U
+    if matrix.dtype == torch.float64 or not columns.numel():
+        U, S, _ = torch.linalg.svd(columns, full_matrices=False)
+        return U[:, S[0] * precision < S] if S.numel() else U
+    tall = columns.shape[0] > columns.shape[1]
+    squares, vectors = torch.linalg.eigh(columns.T @ columns if tall else columns @ columns.T)
+    kept = squares > squares[-1] * precision**2
+    return columns @ (vectors[:, kept] / squares[kept].sqrt()) if tall else vectors[:, kept]

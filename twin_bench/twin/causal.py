@@ -23,8 +23,9 @@ from twin_bench.twin.compiled import LEAST_STEPS, CompiledSteps, compilable, run
 from twin_bench.twin.encoded import Encoded, tokens
 from twin_bench.twin.features import Read, hidden_states, pool_after, reads_of
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
-from twin_bench.twin.plan import Group, batches
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_prefixes
+from twin_bench.twin.memory import Use
+from twin_bench.twin.plan import Group
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, shared_prefixes
 
 NOT_CAUSAL: dict[TaskType, str] = {
     "sequence_classification": "a classifier twin does not generate text",
@@ -50,8 +51,9 @@ class TwinCausalLM(TwinLanguageModel):
         """Yield the indices and the features of one batch of rows after the other. Shared prefixes are run once."""
         reads = reads_of(layers)
         inputs = {row: inputs["input_ids"] for row, inputs in enumerate(rows)}
+        budget = self.budget(Use(shared=True))
         limits = {row: len(ids) - 1 if self.shares_prefixes else 0 for row, ids in inputs.items()}
-        for shared in shared_prefixes(inputs, limits):
+        for shared in affordable(shared_prefixes(inputs, limits), inputs, budget):
             begun: list[Tensor | None] = [None] * len(reads)
             prefix = NO_PREFIX
             if shared.length:
@@ -62,7 +64,7 @@ class TwinCausalLM(TwinLanguageModel):
                     begun = [*hidden_states(self.backbone, kept, [read.layer for read in reads])]
             lengths = {row: len(inputs[row]) - shared.length for row in shared.rows}
             alike = Group(shared.rows, torch.zeros(self.fusion.experts))
-            for batch in batches(alike, lengths, batch_size, self.costs):
+            for batch in self.shared_batches(alike, lengths, batch_size, shared.length):
                 rest = [tokens(inputs[row][shared.length :]) for row in batch.rows]
                 given = self._after(prefix, self.collate(rest))
                 mask = given["attention_mask"][:, shared.length :]

@@ -114,7 +114,7 @@ class TwinClassifier(TwinModel):
             weights = self.route_all([{}] * size, [str(name) for name in tasks]).cpu()
         heads = self._heads_of(weights, tasks)
         keys = self._fusion_keys(weights, heads)
-        groups = plan(keys, [input_ids.shape[1]] * size, self.costs)
+        groups = plan(keys, [input_ids.shape[1]] * size, self.costs, budget=self.budget())
         widest = max(self.num_labels[head] for head in heads)
         logits = torch.full((size, widest), -torch.inf, device=self.device, dtype=self.model.dtype)
         for group in groups:

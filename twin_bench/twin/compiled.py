@@ -19,14 +19,13 @@ from transformers import StaticCache
 from twin_bench.compat import SINCE_5, say_once
 from twin_bench.errors import first_line
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.memory import padded_length
 
 Compiling = Literal["auto", "on", "off"]
 """When steps are compiled: `auto` on a CUDA device for lists with many steps, `on` wherever it is possible."""
 COMPILING: tuple[Compiling, ...] = ("auto", "on", "off")
 LEAST_STEPS = 512
 """The number of steps from which `auto` compiles. It is a guess: a compilation takes up to a minute."""
-LEAST_LENGTH = 64
-"""The length of the shortest cache."""
 STEP_BY_STEP = frozenset(
     {
         *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
@@ -108,12 +107,6 @@ class CompiledSteps:
             self._cache, self._shape = StaticCache(config=self._model.config, max_cache_len=length), (rows, length)
         self._cache.reset()
         return self._cache
-
-
-def padded_length(length: int) -> int:
-    """Return the length of the cache of `length` tokens: few different ones, at most 64 or a quarter longer."""
-    step = max(LEAST_LENGTH, 2 ** (length.bit_length() - 3))
-    return -(-length // step) * step
 
 
 def filled(rows: tuple[int, ...], most: int) -> tuple[int, ...]:

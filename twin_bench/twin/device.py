@@ -6,6 +6,8 @@ import torch
 
 from twin_bench.errors import InputError, first_line
 
+SPARE = 0.1
+"""The part of the free memory that no plan counts with: the allocator's gaps, and what libraries take."""
 AUTO = "auto"
 """The name of the fastest device that is there."""
 
@@ -28,3 +30,15 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r}: {first_line(error)}") from None
     return chosen
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Return the bytes that tensors may take on a CUDA device beside those that are there. None for another device.
+
+    What torch holds without using it counts as free.
+    """
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (1 - SPARE) * (free + unused)

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from twin_bench.checkpoints.digests import known_digest
 from twin_bench.checkpoints.dtypes import known_dtype
 from twin_bench.checkpoints.peft_files import save_tensors
 from twin_bench.checkpoints.quantization import Quantization, asked_of, bits_of
@@ -113,6 +114,7 @@ def load_twin(
     devices: Devices | None = None,
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
+    anew: bool = False,
 ) -> Loaded:
     """Read a twin directory and verify its checksums.
 
@@ -122,12 +124,13 @@ def load_twin(
         devices: The devices that the shared expert is spread over; by default it is on the CPU.
         quantization: How the shared expert is quantised as it is loaded (see `quantization_config`).
         trust_remote_code: Let transformers run code that comes with the shared expert.
+        anew: Read all files for their checksums, also those whose checksums are remembered.
 
     Raises:
         InputError: There is no twin, its format is newer, a file is missing, edited or damaged, the dtype is unknown,
             the devices do not suit, or the shared expert is quantised and bitsandbytes is missing.
     """
-    parts = load_parts(directory, trust_remote_code=trust_remote_code)
+    parts = load_parts(directory, trust_remote_code=trust_remote_code, anew=anew)
     task_type: TaskType = read_manifest(directory)["task_type"]
     folder, chosen, where = directory / "model", known_dtype(dtype), dict[str, Any]()
     config = read_config(folder, trust_remote_code=trust_remote_code)
@@ -146,14 +149,19 @@ def load_twin(
     return Loaded(task_type, model, tokenizer, parts)
 
 
-def load_parts(directory: Path, *, trust_remote_code: bool = False) -> Parts:
+def load_parts(directory: Path, *, trust_remote_code: bool = False, anew: bool = False) -> Parts:
     """Read everything in a twin directory except the shared expert, and verify the checksums of all files.
+
+    Args:
+        directory: Written by `save_twin`.
+        trust_remote_code: Let transformers run code that comes with the shared expert.
+        anew: Read all files for their checksums, also those whose checksums are remembered.
 
     Raises:
         InputError: There is no twin, its format is newer, or a file is missing, edited or damaged.
     """
     manifest = read_manifest(directory)
-    verify(directory, manifest)
+    verify(directory, manifest, anew=anew)
     config = read_config(directory / "model", trust_remote_code=trust_remote_code)
     skeleton = skeleton_of(config, manifest["task_type"])
     folders = {name: directory / "experts" / name for name in manifest["experts"]}
@@ -235,12 +243,13 @@ def _require_kinds(file: Path, manifest: Mapping[str, Any]) -> None:
         )
 
 
-def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
+def verify(directory: Path, manifest: Mapping[str, Any], *, anew: bool = False) -> None:
     """Check that a twin directory has exactly the files that twin.json lists, and that their checksums match.
 
     Args:
         directory: The twin directory.
         manifest: The content of its twin.json, as `read_manifest` returns it.
+        anew: Read all files, also those whose checksums are remembered.
 
     Raises:
         InputError: A needed file is not listed, a file is not listed but there, or a listed file is missing, edited,
@@ -251,7 +260,7 @@ def verify(directory: Path, manifest: Mapping[str, Any]) -> None:
     _require_nothing_else(directory, files)
     for name, checksum in files.items():
         _require_inside(directory, name)
-        _require_checksum(directory / name, checksum)
+        _require_checksum(directory / name, checksum, anew=anew)
 
 
 def _require_listed(directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -279,12 +288,12 @@ def _require_inside(directory: Path, name: str) -> None:
         raise InputError(f"{directory / 'twin.json'}: file name {name!r} leaves the directory")
 
 
-def _require_checksum(file: Path, checksum: str) -> None:
+def _require_checksum(file: Path, checksum: str, *, anew: bool) -> None:
     """Raise an InputError unless a file exists and has this sha256."""
     if not file.is_file():
         raise InputError(f"{file}: missing; copy the twin again, or build it again")
     try:
-        found = digest_file(file)
+        found = known_digest(file, anew=anew)
     except OSError as error:
         raise InputError(f"{file}: can't be read ({error})") from None
     if found != checksum:

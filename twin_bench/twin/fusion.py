@@ -137,6 +137,18 @@ class Fusion:
         with self._running(Setting(now.mode, now.weights, now.bias_weights)):
             yield
 
+    @property
+    def holds_copies(self) -> bool:
+        """Whether the layers hold a fused copy of their weights."""
+        return any(getattr(layer, "fused_weight", None) is not None for layer in self.layers if layer.is_matrix)
+
+    def release(self) -> None:
+        """Free the fused copy of the weights. The next fusion makes it anew."""
+        with self._lock:
+            self._fused = None
+            for layer in self.layers:
+                layer.fused_weight = None
+
     def forget(self) -> None:
         """Compute everything anew next time. The model's parameters have changed, or their dtype or device has."""
         self._fused, self._stacks = None, {}
@@ -353,6 +365,7 @@ class FusedLayer(Protocol):
     owner: Tensor
     is_matrix: bool
     fusible: ClassVar[bool]
+    fused_weight: Tensor | None
 
     def fuse(self, weights: Tensor, bias_weights: Tensor) -> None:
         """Compute the weight and bias for the mode `fused`, for weights and bias weights (experts,)."""

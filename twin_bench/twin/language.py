@@ -18,6 +18,7 @@ from twin_bench.twin.compiled import Compiling
 from twin_bench.twin.encoded import Encoded, Text, tokens
 from twin_bench.twin.finite import peaks, require_finite_logits
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.memory import Use
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.paper import install_paper_layers
 from twin_bench.twin.parts import Parts
@@ -85,7 +86,8 @@ class TwinLanguageModel(TwinModel):
             mask: (batch, tokens), 0 where logits need not be finite, or None.
         """
         rows = len(weights)
-        groups = plan(weights, [length] * rows, self.costs)
+        budget = self.budget(asked=dict.fromkeys(range(rows), length))
+        groups = plan(weights, [length] * rows, self.costs, budget=budget)
         logits: Tensor | None = None
         for group in groups:
             own = torch.tensor(group.rows, device=self.device)
@@ -109,7 +111,8 @@ class TwinLanguageModel(TwinModel):
         rows, length = inputs["input_ids"].shape
         options = {**options, "max_new_tokens": steps}
         options.pop("max_length", None)  # its value is in `steps`
-        groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows)
+        budget = self.budget(Use(steps, sequences=self.sequences(options)))
+        groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows, budget=budget)
         group = groups[0] if len(groups) == 1 else Group(tuple(range(rows)), None)
         try:
             return self.generate_batch(inputs, group, weights, **options)
@@ -120,13 +123,17 @@ class TwinLanguageModel(TwinModel):
 
     def _by_sequence(self, group: Group, weights: Tensor, options: Mapping[str, Any]) -> tuple[Group, Tensor]:
         """Return the group and the weights of a batch in which a row takes a place for each beam or sequence of it."""
-        asked = options.get("generation_config") or self.model.generation_config
-        counts = [options.get(name) or getattr(asked, name, None) for name in ("num_beams", "num_return_sequences")]
-        copies = max(int(count or 1) for count in counts)
+        copies = self.sequences(options)
         if group.weights is not None or copies == 1:
             return group, weights
         weights = weights[list(group.rows)].repeat_interleave(copies, dim=0)
         return Group(tuple(range(len(weights))), None), weights
+
+    def sequences(self, options: Mapping[str, Any]) -> int:
+        """Return how many places of a batch a row takes with these options of `generate`: its beams or sequences."""
+        asked = options.get("generation_config") or self.model.generation_config
+        counts = [options.get(name) or getattr(asked, name, None) for name in ("num_beams", "num_return_sequences")]
+        return max(int(count or 1) for count in counts)
 
     @contextmanager
     def _finite_steps(self, group: Group, weights: Tensor) -> Iterator[None]:

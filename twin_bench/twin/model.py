@@ -5,12 +5,11 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError, nearest
@@ -29,15 +28,16 @@ from twin_bench.twin.encoded import Encoded, Text, alike, distinct
 from twin_bench.twin.features import Read, hidden_states, in_order, pool, reads_of
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
+from twin_bench.twin.memory import memory_limit
 from twin_bench.twin.parts import ROUTINGS, Parts, Routing
-from twin_bench.twin.placement import Devices, input_device, require_movable
-from twin_bench.twin.plan import Costs, Group, batches, plan
+from twin_bench.twin.placement import Devices, require_movable
+from twin_bench.twin.plan import Group
+from twin_bench.twin.planned import PlannedModel
 from twin_bench.twin.routers.base import Router
-from twin_bench.twin.timing import timed
 from twin_bench.twin.tolerance import allowed_tolerance, simplified
 
 
-class TwinModel(nn.Module, abc.ABC):
+class TwinModel(PlannedModel, abc.ABC):
     """A model that computes theta_s + sum_t w_t(x) v_t for every row of a batch.
 
     The fusion is exact, or within a tolerance of the logits. `from_pretrained` returns the kind of twin that a
@@ -50,7 +50,7 @@ class TwinModel(nn.Module, abc.ABC):
     - `none`: no expert has any weight, so the model is theta_s.
 
     `feature_cache` is the directory in which the router's features are kept between runs. None, the default, keeps
-    none.
+    none. How its lists are planned: see `PlannedModel`.
     """
 
     task_type: ClassVar[TaskType]
@@ -105,7 +105,8 @@ class TwinModel(nn.Module, abc.ABC):
         require_movable(self.model)
         super()._apply(fn, recurse)
         self.fusion.forget()
-        self.__dict__.pop("costs", None)  # those of another device or dtype
+        for measured in ("costs", "sizes"):  # those of another device or dtype
+            self.__dict__.pop(measured, None)
         self.router_overrides = {name: fn(tensor) for name, tensor in self.router_overrides.items()}
         self.tolerance = self._allowed()
         return self
@@ -132,7 +133,7 @@ class TwinModel(nn.Module, abc.ABC):
         *,
         device: str | torch.device | None = None,
         device_map: str | Mapping[str, Any] | None = None,
-        max_memory: Mapping[Any, Any] | None = None,
+        max_memory: Mapping[Any, Any] | int | str | None = None,
         offload_folder: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         protocol: ProtocolName = "standard",
@@ -140,6 +141,7 @@ class TwinModel(nn.Module, abc.ABC):
         tolerance: float | None = None,
         quantization: str | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        verify: bool = False,
     ) -> Self:
         """Load a twin directory and verify its digests.
 
@@ -148,7 +150,8 @@ class TwinModel(nn.Module, abc.ABC):
             device: the device to run on; the CPU by default. `auto` is cuda, else mps, else cpu.
             device_map: several devices in place of one, as transformers takes them: `auto`, or a mapping of the model's
                 parts to devices, `cpu` or `disk`. What the experts add is where their layer is, and counts in `auto`.
-            max_memory: for `auto`, the largest memory of each device to use, in bytes or as 10GiB.
+            max_memory: the largest memory to use, in bytes or as 10GB: of one device a figure (see `limit_memory`), and
+                with `device_map` a figure for each device.
             offload_folder: where weights on `disk` are written. Those of safetensors files are read from there.
             dtype: a torch dtype or its name; by default that of the shared expert.
             protocol: standard, paper or routed.
@@ -158,6 +161,7 @@ class TwinModel(nn.Module, abc.ABC):
                 mean square over rows. Weights within it that cost less are used (see `twin_bench.twin.tolerance`). By
                 default it is 0 in float32, and an eighth of the rounding unit in half precision. `paper` ignores it.
             trust_remote_code: let transformers run code that comes with the shared expert.
+            verify: read all files for their digests, also those whose digests are remembered from before.
 
         Raises:
             InputError: no twin is there, or one of a newer format or of another kind than this class; a file is damaged
@@ -165,20 +169,18 @@ class TwinModel(nn.Module, abc.ABC):
         """
         from twin_bench.twin.directory import load_twin
 
-        devices = Devices.of(device_map, max_memory, offload_folder, device=device)
+        figure = None if isinstance(max_memory, Mapping) else memory_limit(max_memory, device_map)
+        each = max_memory if isinstance(max_memory, Mapping) else None
+        devices = Devices.of(device_map, each, offload_folder, device=device)
         given: Any = {"dtype": dtype, "devices": devices, "quantization": quantization}
-        loaded = load_twin(Path(directory), trust_remote_code=trust_remote_code, **given)
+        loaded = load_twin(Path(directory), trust_remote_code=trust_remote_code, anew=verify, **given)
         kind = twin_class(loaded.task_type)
         if not issubclass(kind, cls):
             raise InputError(f"{directory}: a {loaded.task_type} twin, which {cls.__name__} does not serve")
         chosen: Any = {"protocol": protocol, "routing": routing, "tolerance": tolerance}
         twin = kind(loaded.model, loaded.tokenizer, loaded.parts, **chosen)
+        twin.limit_memory(figure)
         return twin.to(usable_device(device)) if devices is None else twin
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the shared expert's parameters. Of several devices it is the one that inputs go to."""
-        return input_device(self.model)
 
     @property
     def backbone(self) -> Any:
@@ -320,48 +322,13 @@ class TwinModel(nn.Module, abc.ABC):
         """Yield the indices and the features (on each of `layers`) of one batch of rows after the other."""
         lengths = [len(row["input_ids"]) for row in rows]
         everything = Group(tuple(range(len(rows))), torch.zeros(self.fusion.experts))
-        for batch in batches(everything, lengths, batch_size, self.costs):
+        for batch in self.shared_batches(everything, lengths, batch_size):
             yield batch.rows, self.features(self.collate([rows[row] for row in batch.rows]), layers)
 
     @functools.cached_property
     def backbone_digest(self) -> str:
         """The digest of what the router's features depend on. It is taken once, because the parameters never change."""
         return backbone_digest(self.backbone, self.router_overrides, self.digests.get("model", ""))
-
-    def planned(
-        self, keys: Tensor, tokens: Sequence[int], batch_size: int, rows: Sequence[int] | None = None
-    ) -> Iterator[Group]:
-        """Yield the batches of a plan for one forward of each row: group after group, longest rows first.
-
-        Args:
-            keys: (N, K). Rows with equal keys can share a fusion.
-            tokens: the N rows' token counts.
-            batch_size: the largest number of rows in a batch.
-            rows: the rows to run; by default all N.
-        """
-        for group in plan(keys, tokens, self.costs, rows=rows, batch_size=batch_size):
-            yield from batches(group, tokens, batch_size, self.costs)
-
-    def fused(self, group: Group, keys: Tensor, *, steps: bool = False) -> AbstractContextManager[None]:
-        """Return a context in which the model runs a batch of a plan.
-
-        The model has the group's fused weights, or each row its own ones where the group takes the low-rank path.
-
-        Args:
-            group: the rows of the batch.
-            keys: (N, K), the keys of the plan, which `group.rows` index. Keys on the CPU make nothing wait.
-            steps: whether the model runs many forwards in the context, as in a generation.
-        """
-        if group.weights is not None:
-            return self.fusion.fuse(*self._split(group.weights))
-        return self.fusion.per_row(*self._split(keys[list(group.rows)]), steps=steps)
-
-    @functools.cached_property
-    def costs(self) -> Costs:
-        """The costs that the planner compares. On a GPU they are measured when they are first asked for."""
-        if self.device.type == "cpu":
-            return self.fusion.costs()
-        return self.fusion.costs(timed(self.model, self.fusion))
 
     def checked_weights(self, weights: Tensor, rows: int) -> Tensor:
         """Return given fusion weights on the CPU, simplified. An error says what is wrong with them."""
@@ -380,11 +347,6 @@ class TwinModel(nn.Module, abc.ABC):
                 + (" that holds each task's validation.jsonl" if self.protocol == "paper" else "")
             )
         return self.router
-
-    def _split(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the fusion weights and the biases' weights that a row's key (or rows' keys) consists of."""
-        experts = len(self.expert_names)
-        return (keys, keys) if keys.shape[-1] == experts else (keys[..., :experts], keys[..., -experts:])
 
 
 _KINDS: dict[TaskType, type[TwinModel]] = {}

@@ -8,17 +8,24 @@ There are two ways to run a row with fusion weights w. Both are exact.
 
 A group of rows is fused when the low-rank path would cost its tokens more than the fusion costs. The low-rank path
 multiplies only the factors of the experts that the batch uses, so rows that use the same experts are run together.
+
+A budget says what fits into memory (`twin_bench.twin.memory`). Rows are fused only where the fused copy of the weights
+fits beside one of them, batches have no more rows than fit, and a row that does not fit alone is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from twin_bench.twin.memory import Budget
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 EFFICIENT_ROWS = 32
 """A low-rank group of at least this many rows gets batches of its own."""
@@ -79,11 +86,12 @@ class Group(NamedTuple):
     """Rows that run together.
 
     `weights` (K,), on the CPU, are fused for all of them. Where it is None, each row takes the low-rank path with its
-    own weights.
+    own weights. `crowded` says that a batch has no room beside the fused copy of the weights, which is freed before it.
     """
 
     rows: tuple[int, ...]
     weights: Tensor | None
+    crowded: bool = False
 
 
 def plan(
@@ -94,6 +102,7 @@ def plan(
     rows: Sequence[int] | None = None,
     steps: int = 0,
     batch_size: int = 1,
+    budget: Budget | None = None,
 ) -> list[Group]:
     """Group the rows of a request list.
 
@@ -105,11 +114,15 @@ def plan(
         steps: the number of tokens to generate for each row.
         batch_size: the number of rows that run together. Rows of the low-rank path fill batches with other groups'
             rows. A group that is fused does not, so it may waste a part of its last batch.
+        budget: what fits into memory. None stands for everything.
 
     Returns:
         Groups that hold each row once. Fused groups come first, in the order of their weights. Low-rank groups
         whose rows use the same experts come next, and one group of all remaining rows comes last. The plan depends
         on the set of rows and not on their order.
+
+    Raises:
+        InputError: a row that does not fit.
     """
     chosen = list(range(len(weights)) if rows is None else rows)
     if not chosen:
@@ -122,9 +135,11 @@ def plan(
     lengths = torch.tensor([tokens[row] for row in chosen], dtype=torch.float64)
     group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member, lengths)
     count = torch.bincount(member, minlength=len(unique)).to(torch.float64)
-    own, shared = torch.ceil(count / batch_size), count / min(batch_size, len(chosen))
+    most_fused, most = _most_rows(chosen, tokens, member, len(unique), batch_size, budget)
+    own, shared = torch.ceil(count / most_fused), count / most.clamp(1, len(chosen))
     fused = costs.fusing(used) + costs.running(own, group_tokens, count, steps)
     worth_fusing = fused <= costs.running(shared, group_tokens, count, steps, costs.low_rank(used))
+    worth_fusing = (worth_fusing | (most < 1)) & (most_fused > 0)
     order = torch.argsort(member, stable=True)
     bounds = count.cumsum(0).long().tolist()
     groups: list[Group] = []
@@ -136,6 +151,35 @@ def plan(
         else:
             leftover.setdefault(tuple(used[index].tolist()), []).extend(members)
     return groups + _low_rank_groups(leftover, costs)
+
+
+def _most_rows(
+    rows: Sequence[int],
+    tokens: Sequence[int] | Mapping[int, int],
+    member: Tensor,
+    groups: int,
+    batch_size: int,
+    budget: Budget | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the most rows of a batch of each group, (groups,) float64 each: fused, and on the low-rank path.
+
+    Args:
+        rows: the rows that are grouped.
+        tokens: each row's token count.
+        member: (rows,), each row's group.
+        groups: the number of groups.
+        batch_size: the largest number of rows in a batch.
+        budget: what fits.
+    """
+    whole = torch.full((groups,), float(batch_size), dtype=torch.float64)
+    if budget is None:
+        return whole, whole
+    sizes = torch.tensor([[tokens[row], budget.positions(row)] for row in rows])
+    longest = torch.zeros(groups, 2, dtype=sizes.dtype).scatter_reduce_(0, member[:, None].expand(-1, 2), sizes, "amax")
+    budget.require(*max(longest.tolist()))
+    lengths, positions = longest.double().T.numpy()
+    fused, by_row = (torch.from_numpy(budget.most(lengths, positions, fused=way)) for way in (True, False))
+    return fused.clamp(0, batch_size), by_row.clamp(0, batch_size)
 
 
 def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) -> list[Group]:
@@ -152,7 +196,13 @@ def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) 
 
 
 def batches(
-    group: Group, tokens: Sequence[int] | Mapping[int, int], batch_size: int, costs: Costs, *, steps: int = 0
+    group: Group,
+    tokens: Sequence[int] | Mapping[int, int],
+    batch_size: int,
+    costs: Costs,
+    *,
+    steps: int = 0,
+    budget: Budget | None = None,
 ) -> list[Group]:
     """Cut a group into batches of at most `batch_size` rows, longest rows first, at the least cost.
 
@@ -166,12 +216,16 @@ def batches(
         batch_size: the largest number of rows in a batch.
         costs: what a batch and a step cost.
         steps: the number of tokens to generate for each row.
+        budget: what fits into memory. A batch has no more rows than that, and at least one.
     """
     rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
     lengths = np.array([tokens[row] for row in rows], dtype=np.float64)
     # In tokens, so that costs of equal batches are equal numbers.
     each = (costs.batch + steps * costs.step) / costs.token
-    floor = (costs.by_row if group.weights is None else costs.plain) / costs.token
+    fused = group.weights is not None
+    floor = (costs.plain if fused else costs.by_row) / costs.token
+    needs = None if budget is None else _Needs.of(budget, rows, lengths, fused=fused)
+    limits = needs if needs is not None and needs.limits(batch_size) else None
     least = np.zeros(len(rows) + 1)
     start_of = np.zeros(len(rows) + 1, dtype=int)
     for end in range(1, len(rows) + 1):
@@ -179,11 +233,60 @@ def batches(
         wide = end - starts
         forward = np.maximum(floor, wide * lengths[starts]) + steps * np.maximum(floor, wide)
         found = least[starts] + forward + each
+        if limits is not None:
+            found[:-1][~limits.fit(starts, end)[:-1]] = np.inf
         start_of[end] = starts[found.argmin()]
         least[end] = found.min()
     cut: list[Group] = []
     end = len(rows)
     while end:
-        cut.append(Group(tuple(rows[start_of[end] : end]), group.weights))
-        end = start_of[end]
+        start = start_of[end]
+        crowded = needs is not None and needs.crowded(start, end)
+        cut.append(Group(tuple(rows[start:end]), group.weights, crowded))
+        end = start
     return cut[::-1]
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What fits of rows that are cut into batches, longest rows first.
+
+    `lengths` (N,) are the rows' lengths, and `asked` (N,) the number of each one's last positions whose logits are
+    needed.
+    """
+
+    budget: Budget
+    lengths: Array
+    asked: Array
+    fused: bool
+
+    @classmethod
+    def of(cls, budget: Budget, rows: Sequence[int], lengths: Array, *, fused: bool) -> _Needs:
+        """Return the needs of rows, as the budget knows them."""
+        return cls(budget, lengths, np.array([budget.positions(row) for row in rows], dtype=np.float64), fused)
+
+    def limits(self, batch_size: int) -> bool:
+        """Return whether some batch of so many rows may not fit."""
+        most, longest = min(batch_size, len(self.lengths)), self.lengths.max(initial=1)
+        positions = min(longest, most * self.asked.max(initial=0))
+        return not self.budget.fits(most, longest, positions, fused=self.fused)
+
+    def fit(self, starts: Array, end: int) -> Array:
+        """Return whether the batches fit that begin at `starts`, one after the other, and all end before `end`."""
+        return np.asarray(self.budget.fits(end - starts, *self._largest(starts, end), fused=self.fused))
+
+    def crowded(self, start: int, end: int) -> bool:
+        """Return whether a batch has no room beside the fused copy, which it does not need."""
+        lengths, positions = self._largest(np.array([start]), end)
+        needless = not self.fused or self.budget.use.shared
+        return needless and self.budget.crowded(end - start, int(lengths[0]), int(positions[0]))
+
+    def _largest(self, starts: Array, end: int) -> tuple[Array, Array]:
+        """Return the lengths of batches, and the number of positions whose logits each computes for all of its rows.
+
+        Rows of different lengths need those of each other as well.
+        """
+        own = slice(int(starts[0]), end)
+        sums = self.asked[own][::-1].cumsum()[::-1]
+        begun = np.minimum.accumulate((self.lengths - self.asked)[own][::-1])[::-1]
+        return self.lengths[starts], np.minimum(sums, self.lengths[own] - begun)[starts - starts[0]]

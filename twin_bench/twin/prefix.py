@@ -10,7 +10,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from twin_bench.twin.encoded import packed
+from twin_bench.twin.memory import Budget
 from twin_bench.twin.plan import Group
 
 WORTHWHILE_TOKENS = 16
@@ -125,6 +126,28 @@ def shared_in_group(
     found = [one for rows in alike.values() for one in shared_prefixes({row: inputs[row] for row in rows}, limits)]
     alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
     return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
+
+
+def affordable(
+    found: Iterable[Sharing],
+    inputs: Mapping[int, Sequence[int]] | Sequence[Sequence[int]],
+    budget: Budget | None,
+    weights: Tensor | None = None,
+) -> Iterator[Sharing]:
+    """Yield sets of rows that share a prefix, with length 0 where memory does not hold the prefix beside a row.
+
+    Args:
+        found: the sets.
+        inputs: each row's tokens.
+        budget: what fits into memory; None for everything.
+        weights: the weights that are fused for the rows, if any are.
+    """
+    for one in found:
+        if one.length and budget is not None:
+            longest = max(one.rows, key=lambda row: len(inputs[row]))
+            rest, asked = len(inputs[longest]) - one.length, budget.positions(longest)
+            one = one if budget.shares(one.length, rest, asked, fused=weights is not None) else one._replace(length=0)
+        yield one
 
 
 def _common(first: Sequence[int], second: Sequence[int], limit: int) -> int:

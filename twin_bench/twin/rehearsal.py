@@ -15,6 +15,7 @@ from torch import Tensor
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.encoded import tokens
 from twin_bench.twin.language import TwinLanguageModel
+from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.plan import Group
 from twin_bench.twin.prefix import WORTHWHILE_TOKENS
 from twin_bench.twin.requests import Score
@@ -35,26 +36,35 @@ def rehearse_score(twin: TwinCausalLM, requests: Sequence[Score], rows: int, *, 
     inputs = [request.tokens(max_length or twin.max_length) for request in batch]
     starts = [len(ids) - len(request.continuation) for ids, request in zip(inputs, batch, strict=True)]
     asked = {place for ids, start in zip(inputs, starts, strict=True) for place in range(start, len(ids))}
-    weights, groups = _ways(twin, rows)
+    longest = max(map(len, inputs))
+    weights, groups = _ways(twin, rows, longest, asked=len(asked))
     for group in groups:
-        twin.logits(inputs, sorted(asked), group, weights)
+        twin.logits(inputs[: len(group.rows)], sorted(asked), group, weights)
     shared = min(starts)
-    if twin.shares_prefixes and shared >= WORTHWHILE_TOKENS:
-        prefix = twin.prefix(inputs[0][:shared], groups[0], weights)
-        rest = [ids[shared:] for ids in inputs]
-        twin.logits(rest, sorted(place - shared for place in asked), groups[0], weights, prefix)
+    budget = twin.budget()
+    way = groups[0]
+    affordable = budget is None or budget.shares(shared, longest - shared, len(asked), fused=way.weights is not None)
+    if twin.shares_prefixes and shared >= WORTHWHILE_TOKENS and affordable:
+        prefix = twin.prefix(inputs[0][:shared], way, weights)
+        rest = [ids[shared:] for ids in inputs[: len(way.rows)]]
+        twin.logits(rest, sorted(place - shared for place in asked), way, weights, prefix)
 
 
 @torch.no_grad()
-def rehearse_generation(twin: TwinCausalLM, length: int, rows: int) -> None:
+def rehearse_generation(twin: TwinCausalLM, length: int, rows: int, *, compiled: bool = False) -> None:
     """Run one batch of texts whose prompts and completions have `length` tokens together, all but the last one.
 
-    The keys and values of a whole text are in memory then.
+    The keys and values of a whole text are in memory then. Where the list's steps are to be `compiled`, they lie in the
+    cache of compiled steps, and no step is compiled.
     """
-    inputs = twin.collate([tokens([0] * max(1, length - 1))] * rows, padding_side="left")
-    weights, groups = _ways(twin, rows)
+    prompt = tokens([0] * max(1, length - 1))
+    weights, groups = _ways(twin, rows, length, Use(1, compiled=rows if compiled else 0))
     for group in groups:
-        twin.generate_batch(inputs, group, weights, max_new_tokens=1, do_sample=False)
+        inputs = twin.collate([prompt] * len(group.rows), padding_side="left")
+        try:
+            twin.generate_batch(inputs, group, weights, max_new_tokens=1, do_sample=False, compiled=compiled)
+        finally:
+            twin.steps.forget()
 
 
 @torch.no_grad()
@@ -66,9 +76,11 @@ def rehearse_targets(twin: TwinSeq2Seq, requests: Sequence[Score], rows: int, *,
     batch = list(itertools.islice(itertools.cycle(requests), rows))
     window = max_length or twin.max_length
     sources = [[row % twin.model.config.vocab_size, *one.context[-window:][1:]] for row, one in enumerate(batch)]
-    weights, groups = _ways(twin, rows)
+    longest = max(len(own) + len(one.continuation) for own, one in zip(sources, batch, strict=True))
+    weights, groups = _ways(twin, rows, longest, asked=max(len(one.continuation) for one in batch))
     for group in groups:
-        twin.logits(sources, [one.continuation for one in batch], group, weights)
+        own = batch[: len(group.rows)]
+        twin.logits(sources[: len(own)], [one.continuation for one in own], group, weights)
 
 
 @torch.no_grad()
@@ -77,10 +89,10 @@ def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> Non
 
     The decoder reads a whole text at once, so that all its keys and values are in memory then.
     """
-    inputs = twin.collate([tokens([0] * length)] * rows)
-    texts = torch.zeros(rows, steps, dtype=torch.long, device=twin.device)
-    weights, groups = _ways(twin, rows)
+    weights, groups = _ways(twin, rows, length, Use(steps))
     for group in groups:
+        inputs = twin.collate([tokens([0] * length)] * len(group.rows))
+        texts = torch.zeros(len(group.rows), steps, dtype=torch.long, device=twin.device)
         with twin.fused(group, weights):
             read = {
                 "encoder_hidden_states": twin.backbone(**inputs).last_hidden_state,
@@ -89,10 +101,26 @@ def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> Non
             twin.model.get_decoder()(input_ids=texts, use_cache=True, **read)
 
 
-def _ways(twin: TwinLanguageModel, rows: int) -> tuple[Tensor, list[Group]]:
-    """Return fusion weights (rows, experts) that use all experts, and the groups that run a batch with them."""
-    experts = len(twin.expert_names)
+def _ways(
+    twin: TwinLanguageModel, rows: int, length: int, use: Use = ONE_FORWARD, *, asked: int = 1
+) -> tuple[Tensor, list[Group]]:
+    """Return fusion weights (rows, experts) that use all experts, and the groups that run a batch with them.
+
+    A plan of these rows would have no larger batches, and no fused weights where their copy does not fit.
+
+    Args:
+        twin: the twin.
+        rows: the number of rows.
+        length: their length.
+        use: what is done with them.
+        asked: the number of positions whose logits are needed.
+    """
+    experts, budget = len(twin.expert_names), twin.budget(use)
     weights = torch.full((rows, experts), 1 / max(1, experts))
-    every = tuple(range(rows))
-    fused = [Group(every, weights[0])] if twin.fusion.keeps_copies or not experts else []
-    return weights, [*fused, *([Group(every, None)] if experts else [])]
+    most = [rows if budget is None else int(min(rows, budget.most(length, asked, fused=way))) for way in (True, False)]
+    if budget is not None:
+        budget.require(length, asked)
+    fuses = most[0] and (twin.fusion.keeps_copies or not experts)
+    fused = [Group(tuple(range(most[0])), weights[0])] if fuses else []
+    by_row = Group(tuple(range(most[1])), None, budget is not None and budget.crowded(most[1], length, asked))
+    return weights, [*fused, *([by_row] if experts or not fused else [])]

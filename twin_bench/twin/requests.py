@@ -22,9 +22,10 @@ from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.compiled import filled
 from twin_bench.twin.encoded import packed, tokens
 from twin_bench.twin.language import TwinLanguageModel
+from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.plan import Group, batches, plan
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, shared_in_group
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
 
 Progress = Callable[[int], None]
@@ -241,10 +242,12 @@ def _texts(
     prompts = [requests[row].prompt for row, _ in copies]
     own = weights[[row for row, _ in copies]]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": log_probs or likeliest > 0}
+    logits = log_probs or likeliest > 0
+    wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": logits}
     compiled = twin.compiles(steps * -(-len(copies) // batch_size))
+    use = Use(steps, logits, twin.sequences(decoding.options(twin.tokenizer, [""], 1)), compiled=compiled * batch_size)
     try:
-        for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, steps):
+        for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, use):
             real = len(batch.rows)
             batch = Group(filled(batch.rows, batch_size), batch.weights) if compiled else batch
             asked = [copies[place] for place in batch.rows]
@@ -341,7 +344,7 @@ def _prefixed(
     inputs: Sequence[Sequence[int]],
     limits: Mapping[int, int],
     batch_size: int,
-    steps: int = 0,
+    use: Use = ONE_FORWARD,
 ) -> Iterator[tuple[Group, Prefix]]:
     """Yield the batches of a plan, each with the prefix that its rows share.
 
@@ -353,20 +356,22 @@ def _prefixed(
         inputs: N rows of tokens.
         limits: the rows to run, and the number of each one's tokens that a prefix may contain.
         batch_size: the largest number of rows in a batch.
-        steps: the number of tokens to generate for each row.
+        use: what the batches have in common, such as the number of tokens to generate for each row.
     """
     rows = sorted(limits)
     may = limits if twin.shares_prefixes else dict.fromkeys(limits, 0)
     lengths = {row: len(inputs[row]) for row in rows}
-    for group in plan(weights, lengths, twin.costs, rows=rows, steps=steps, batch_size=batch_size):
-        for shared in shared_in_group(group, weights, inputs, may):
+    budget = twin.budget(use, {row: lengths[row] - limits[row] for row in rows})
+    sizes: Any = {"steps": use.steps, "batch_size": batch_size}
+    for group in plan(weights, lengths, twin.costs, rows=rows, budget=budget, **sizes):
+        for shared in affordable(shared_in_group(group, weights, inputs, may), inputs, budget, group.weights):
             prefix = NO_PREFIX
             if shared.length:
                 first = Group(shared.rows[:1], group.weights)
                 prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
             rest = {row: lengths[row] - shared.length for row in shared.rows}
-            alike = Group(shared.rows, group.weights)
-            for batch in batches(alike, rest, batch_size, twin.costs, steps=steps):
+            alike, left = Group(shared.rows, group.weights), budget and budget.after(shared.length)
+            for batch in batches(alike, rest, costs=twin.costs, budget=left, **sizes):
                 yield batch, prefix
 
 

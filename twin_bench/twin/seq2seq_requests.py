@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
 from twin_bench.twin.encoded import packed, tokens
+from twin_bench.twin.memory import Use
 from twin_bench.twin.plan import batches, plan
 from twin_bench.twin.requests import (
     Generate,
@@ -78,7 +79,8 @@ def score(
     lengths = [len(ids) + longest[name] for ids, name in zip(sources, names, strict=True)]
     same = {rows[0]: rows for rows in askers.values()}
     scores: dict[int, Scored] = {}
-    for batch in twin.planned(weights, lengths, batch_size, sorted(same)):
+    asked = {row: len(targets[row]) for row in same}
+    for batch in twin.planned(weights, lengths, batch_size, sorted(same), asked=asked):
         own_targets = [targets[row] for row in batch.rows]
         logits = twin.logits([sources[row] for row in batch.rows], own_targets, batch, weights)
         found = zip(batch.rows, own_targets, logits, strict=True)
@@ -171,8 +173,11 @@ def _texts(
     limits = [requests[row].max_new_tokens for row, _ in copies]
     lengths = [len(sources[row]) for row, _ in copies]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    for group in plan(own, lengths, twin.costs, steps=max(limits), batch_size=batch_size):
-        for batch in batches(group, lengths, batch_size, twin.costs, steps=max(limits)):
+    steps = max(limits)
+    sequences = twin.sequences(decoding.options(twin.tokenizer, [""], START_TOKENS))
+    budget = twin.budget(Use(steps, log_probs or likeliest > 0, sequences))
+    for group in plan(own, lengths, twin.costs, steps=steps, batch_size=batch_size, budget=budget):
+        for batch in batches(group, lengths, batch_size, twin.costs, steps=steps, budget=budget):
             asked = [copies[place] for place in batch.rows]
             allowed = [limits[place] for place in batch.rows]
             inputs = twin.collate([tokens(sources[row]) for row, _ in asked])

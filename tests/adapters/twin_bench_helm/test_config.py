@@ -286,6 +286,15 @@ def test_several_devices_are_written_down(twin: Path, tmp_path: Path) -> None:
     assert given.items() <= entry["client_spec"]["args"].items()
     assert "device" not in entry["client_spec"]["args"]
     assert main([*command, "--max-memory", "20GiB"]) == 2
+    assert main([*command, "--max-memory", "20GiB", "cpu=9000"]) == 2
+
+
+def test_the_memory_of_one_device_is_written_down(twin: Path, tmp_path: Path) -> None:
+    command = ["helm-config", str(twin), "--name", "tiny", "--local-path", str(tmp_path)]
+    assert main([*command, "--max-memory", "20GB"]) == 0
+    (entry,) = yaml.safe_load((tmp_path / "model_deployments.yaml").read_text())["model_deployments"]
+    assert entry["client_spec"]["args"]["max_memory"] == "20GB"
+    assert main([*command, "--replace", "--max-memory", "much"]) == 2
 
 
 def test_a_helm_without_plugins_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from tests.support.lm_eval_requests import generated, rolling, scored, served
 from twin_bench.twin.prefix import NO_PREFIX
 from twin_bench.twin.rehearsal import rehearse_score
-from twin_bench.twin.requests import Score
+from twin_bench.twin.requests import Generate, Score
 from twin_bench_lm_eval.causal import CausalTwin
 
 pytestmark = pytest.mark.versions
@@ -132,3 +132,33 @@ def test_truncation_is_reported_as_hflm_reports_it(alone, causal_families, reque
         said.append(sorted(record.message for record in caplog.records if "runcat" in record.message))
     assert said[0] == said[1]
     assert len(said[0]) == 2
+
+
+def test_a_list_is_answered_within_its_memory(three, monkeypatch):
+    """A small memory holds few rows at a time; the answers are the same."""
+    pairs = [(f"the {word} cat sat on", " the dog") for word in ("small", "big", "red", "blue")]
+    prompts = [context for context, _ in pairs]
+    free = served(three, batch_size=8)
+    limited = served(three, batch_size=8, max_memory=int(free.twin.sizes.held + 1.3 * free.twin.sizes.copy))
+    sizes, logits = [], limited.twin.logits
+    monkeypatch.setattr(limited.twin, "logits", lambda rows, *rest: sizes.append(len(rows)) or logits(rows, *rest))
+    for ours, theirs in zip(limited.loglikelihood(scored(pairs)), free.loglikelihood(scored(pairs)), strict=True):
+        assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+    asked = {"max_gen_toks": 4}
+    assert limited.generate_until(generated(prompts, **asked)) == free.generate_until(generated(prompts, **asked))
+    assert sum(sizes) == 4 > max(sizes)
+
+
+def test_a_rehearsal_counts_the_cache_of_compiled_steps(three, monkeypatch):
+    """It has the length of the whole text from the first token on. No step is compiled."""
+    model = served(three, batch_size="auto", max_batch_size=4, compile="on")
+    monkeypatch.setattr(CausalTwin, "device", torch.device("meta"))
+    made, emptied = [], model.twin.steps._emptied
+    monkeypatch.setattr(model.twin.steps, "_emptied", lambda *shape: made.append(shape) or emptied(*shape))
+    monkeypatch.setattr(model.twin.steps, "_step", None)
+    asked = [Generate((5, 6, 7), 40), Generate((5,) * 20, 30)]
+    assert model._texts_that_fit(asked, 1) == 4
+    assert made == [(4, 64)] * 2  # with fused weights, and with each row's own
+    assert model.twin.steps._cache is None
+    assert model._texts_that_fit(asked, 2) == 4
+    assert len(made) == 2  # beams are not compiled

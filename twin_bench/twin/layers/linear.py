@@ -34,8 +34,12 @@ class TwinLinear(TwinLayer):
         """
         owner = self.owner.cpu()
         columns = [owner == k for k, rank in enumerate(self.ranks) if rank]
-        norms = [product_norm(B[:, own], A[own]) for own in columns] + [float(self.weight.detach().float().norm())]
-        noise = ROUNDINGS * torch.finfo(torch.float32).eps * max(norms)
+
+        def noise() -> float:
+            shared = float(torch.linalg.vector_norm(self.weight.detach(), dtype=torch.float32))
+            largest = max(shared, *(product_norm(B[:, own], A[own]) for own in columns))
+            return ROUNDINGS * torch.finfo(torch.float32).eps * largest
+
         joint = find_joint_basis(*self.input_first(B, A), owner, self.fusion.experts, noise=noise)
         if joint is None:
             super()._store(B, A)
