@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -110,6 +111,28 @@ def test_a_process_that_failed_computes_nothing_more(tmp_path: Path) -> None:
     assert pool.started == 2  # none is started for nothing
     assert not sweep(pool, tmp_path, "d")
     assert pool.computed()["d"] == 2
+
+
+def test_a_cluster_that_is_busy_is_not_waited_for_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray starts an actor when there is room for it, and says nothing until then."""
+
+    class Late(Numbered):
+        def call(self, function: Callable[..., Outcome], *arguments: Any) -> Future[Outcome]:
+            ready = super().call(function, *arguments)
+            if len(arguments) > 1:
+                return ready
+            late: Future[Outcome] = Future()
+            threading.Timer(0.2, late.set_result, [ready.result()]).start()
+            return late
+
+    monkeypatch.setattr("twin_bench.leaderboard.executors.sweep.LATE", 0.05)
+    pool = NumberedPool(1)
+    monkeypatch.setattr(pool, "start", lambda number: Late(pool, number))
+    assert not sweep(pool, tmp_path, "a")
+    assert pool.computed() == {"a": 0}
+    assert "no worker is ready yet" in caplog.text
 
 
 class StubPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from twin_bench.leaderboard.executors.job import Job
 from twin_bench.leaderboard.executors.pool import Pool
 from twin_bench.leaderboard.executors.worker import Outcome, computed, joined
 from twin_bench.leaderboard.tally import Tally
+
+_log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """How many workers may die at one job, or one after the other before they are ready."""
@@ -42,7 +45,8 @@ class Sweep:
         self._waiting.extend(jobs)
         for number in range(min(self._pool.count(), len(jobs))):
             self._join(number)
-        wait(self._running, return_when=FIRST_COMPLETED)
+        while not wait(self._running, timeout=LATE, return_when=FIRST_COMPLETED).done:
+            _log.warning("no worker is ready yet: it reads all weights first, and on a cluster it waits for room")
         wait(self._running, timeout=LATE)
         while self._waiting or any(job for _, job in self._running.values()):
             done, _ = wait(self._running, timeout=INTERVAL, return_when=FIRST_COMPLETED)
