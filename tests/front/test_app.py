@@ -171,8 +171,10 @@ def test_an_event_is_passed_on_before_the_next_one_comes_and_its_request_is_runn
 
 def test_a_client_that_leaves_ends_its_stream(router: PromptRouter) -> None:
     never, gone = asyncio.Event(), asyncio.Event()
-    app = create_app(router, httpx.AsyncClient(transport=Waiting(never), base_url="http://vllm"))
+    server = Waiting(never)
+    app = create_app(router, httpx.AsyncClient(transport=server, base_url="http://vllm"))
     raw(app, gone.set, gone=gone)
+    assert server.closed
     assert "twin_front_requests_running 0" in metrics_of(app)
 
 
@@ -184,13 +186,47 @@ def test_the_server_s_own_errors_are_passed_through(ask: Ask, prompts: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"{", "not JSON"), (b"[1]", "no JSON object"), (b'{"prompt": 3}', "expected a text")]
+    ("content", "said"),
+    [
+        (b"{", "not JSON"),
+        (b"[1]", "no JSON object"),
+        (b'{"prompt": 3}', "expected a text"),
+        (b'{"prompt": "x", "temperature": NaN}', "'NaN' is no finite number"),
+        (b'{"prompt": "x", "model": "bbq", "temperature": 1e999}', "'1e999' is no finite number"),
+        (b'{"prompt": "x", "logit_bias": {"3": -Infinity}}', "'-Infinity' is no finite number"),
+        (b'{"a":' + b"[" * 200_000, "nested too deeply"),
+        (b'{"prompt": "half \\ud800"}', "'\\ud800' is no character"),
+        (b'{"prompt": "x", "model": ["bbq"]}', "expected a name of at most 256 characters"),
+        (b'{"prompt": "x", "model": "' + b"b" * 257 + b'"}', "expected a name of at most 256 characters"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, bytes) else None,
 )
 def test_a_bad_request_is_told_in_openai_s_form(ask: Ask, stub: Stub, content: bytes, said: str) -> None:
     answer = ask("POST", "/v1/completions", content=content)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
     assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert not stub.asked
+
+
+def test_what_only_other_encodings_lack_goes_on_as_it_came(ask: Ask, stub: Stub) -> None:
+    """A half of a surrogate pair is valid JSON, and a header may hold any byte."""
+    for stream in (False, True):
+        content = json.dumps({"model": "bbq", "prompt": "é", "user": "\ud800", "stream": stream}).encode()
+        headers = {"x-request-id": "é".encode("latin-1"), "authorization": "Bearer é".encode("latin-1")}
+        assert ask("POST", "/v1/completions", content=content, headers=headers).status_code == 200
+        assert stub.asked[-1] == json.loads(content)
+        assert (stub.headers[-1]["x-request-id"], stub.headers[-1]["authorization"]) == ("é", "Bearer é")
+        assert stub.headers[-1]["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("n", ["2", 2.0, -1, 0, True])
+def test_prompts_of_several_adapters_need_a_number_of_choices(
+    ask: Ask, stub: Stub, prompts: dict[str, str], n: Any
+) -> None:
+    answer = ask("POST", "/v1/completions", json={"prompt": list(prompts.values()), "n": n})
+    assert answer.status_code == 400
+    assert f"n: expected a whole number of at least 1, not {n!r}" in answer.json()["error"]["message"]
     assert not stub.asked
 
 
@@ -245,9 +281,10 @@ def test_a_request_s_own_template_is_refused(
     body = {"messages": [{"role": "user", "content": "the cat"}]}
     assert ask("POST", "/v1/chat/completions", json=body).status_code == 200
     stub.asked.clear()
-    answer = ask("POST", "/v1/chat/completions", json={**body, **own})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "chat_template: the template is the model's own; leave it out"
+    for model in ("twin/routed", "bbq"):
+        answer = ask("POST", "/v1/chat/completions", json={**body, **own, "model": model})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "chat_template: the template is the model's own; leave it out"
     assert not stub.asked
 
 
@@ -287,6 +324,21 @@ def test_a_server_whose_answer_is_no_completion_is_told(ask: Ask, stub: Stub, pr
     assert (answer.status_code, answer.json()["error"]["type"]) == (502, "upstream_error")
     assert "gave no completion (KeyError: 'index')" in answer.json()["error"]["message"]
     assert 'twin_front_errors_total{kind="malformed"} 1' in ask("GET", "/metrics").text
+
+
+def test_a_server_that_leaves_out_a_choice_is_told(ask: Ask, stub: Stub, prompts: dict[str, str]) -> None:
+    stub.mood = "short"
+    answer = ask("POST", "/v1/completions", json={"prompt": list(prompts.values()), "n": 2})
+    assert answer.status_code == 502
+    assert "1 prompts with 2 choices each, not of index [0]" in answer.json()["error"]["message"]
+
+
+def test_an_error_of_the_front_itself_is_no_client_s(
+    ask: Ask, router: PromptRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router, "adapters", lambda prompts: len(prompts, 1))  # a mistake in the code
+    with pytest.raises(TypeError, match="exactly one argument"):
+        ask("POST", "/v1/completions", json={"prompt": "the cat"})
 
 
 def test_the_server_must_say_soon_that_it_is_well(router: PromptRouter) -> None:

@@ -13,7 +13,8 @@ import httpx
 class Stub:
     """What vLLM answers, as an ASGI application: each text names the model and the prompt. It keeps what it was asked.
 
-    `mood` is what goes wrong: `ill` is a server that is not well, and `odd` one whose completions are none.
+    `mood` is what goes wrong: `ill` is a server that is not well, `odd` one whose completions are none, and `short` one
+    that leaves out the last choice.
     """
 
     def __init__(self, models: list[str]) -> None:
@@ -33,7 +34,7 @@ class Stub:
             return 503 if self.mood == "ill" else 200, "text/plain", b""
         body = json.loads((await receive())["body"])
         self.asked.append(body)
-        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        self.headers.append({name.decode(): value.decode("latin-1") for name, value in scope["headers"]})
         if body["model"] not in self.models:
             return 404, "application/json", json.dumps({"error": {"message": "no such model"}}).encode()
         if body.get("max_tokens", 1) < 1:
@@ -43,7 +44,10 @@ class Stub:
             return 200, "text/event-stream; charset=utf-8", events.encode()
         if self.mood == "odd":
             return 200, "application/json", b'{"choices": [{"text": "no index"}]}'
-        return 200, "application/json", json.dumps(self._completion(scope["path"], body)).encode()
+        completion = self._completion(scope["path"], body)
+        if self.mood == "short":
+            completion["choices"].pop()
+        return 200, "application/json", json.dumps(completion).encode()
 
     def _completion(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
@@ -82,23 +86,33 @@ class _Events(httpx.AsyncByteStream):
 
 
 class Waiting(httpx.AsyncBaseTransport):
-    """A connection to a server that sends its second event when the first one was `seen`."""
+    """A connection to a server that sends its second event when the first one was `seen`.
+
+    `closed` says whether its answer was closed.
+    """
 
     def __init__(self, seen: asyncio.Event) -> None:
-        self._seen = seen
+        self._events = _Pair(seen)
+
+    @property
+    def closed(self) -> bool:
+        return self._events.closed
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=_Pair(self._seen))
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=self._events)
 
 
 class _Pair(httpx.AsyncByteStream):
     def __init__(self, seen: asyncio.Event) -> None:
-        self._seen = seen
+        self._seen, self.closed = seen, False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         yield b"data: first\n\n"
         await self._seen.wait()
         yield b"data: second\n\n"
+
+    async def aclose(self) -> None:
+        self.closed = True
 
 
 class Uneven(httpx.AsyncBaseTransport):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from twin_bench.errors import first_line
+from twin_bench.errors import first_line, shown
+from twin_bench.front.requests import read_body
 
 
 class MalformedError(ValueError):
@@ -39,7 +39,10 @@ def joined(parts: Sequence[tuple[Sequence[int], bytes]], choices_each: int, mode
     first: dict[str, Any] = {}
     for places, content in parts:
         try:
-            answer = json.loads(content)
+            answer = read_body(content)
+            found = sorted(choice["index"] for choice in answer["choices"])
+            if found != list(range(len(places) * choices_each)):
+                raise ValueError(f"{len(places)} prompts with {choices_each} choices each, not of index {shown(found)}")
             for choice in answer["choices"]:
                 prompt, number = divmod(choice["index"], choices_each)
                 choices.append({**choice, "index": places[prompt] * choices_each + number})

@@ -18,6 +18,7 @@ from twin_bench.errors import InputError, first_line, nearest, shown
 from twin_bench.export.served import ROUTED, SHARED
 from twin_bench.front.answers import MalformedError, error_body, joined, model_list
 from twin_bench.front.metrics import Metrics
+from twin_bench.front.requests import choices_each, encoded, read_body, template_options
 from twin_bench.front.routing import PromptRouter
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -25,10 +26,17 @@ ADAPTER_HEADER = "x-twin-adapter"
 """The header of an answer that names the models which gave it."""
 HEALTH = 5.0
 """The seconds in which the server must say that it is well."""
-LARGEST = 2**25
-"""The bytes of a request's body. A prompt of a million tokens has about 4 million."""
-PASSED = ("authorization", "x-request-id")
+LARGEST = 2**23
+"""The bytes of a request's body. A million tokens are 4 million as text, and 7 million as ids.
+
+Python reads JSON without letting other threads run: all requests wait for a large body.
+"""
+LONGEST_NAME = 256
+"""The characters of a model's name."""
+PASSED = (b"authorization", b"x-request-id")
 """The headers of a request that go on to the server."""
+SENT = {b"accept-encoding": b"identity", b"content-type": b"application/json"}
+"""The headers that the front gives each request to the server."""
 
 
 class Front:
@@ -75,13 +83,15 @@ class Front:
         """Route a request and forward it; an error becomes an answer in the form of OpenAI's API."""
         with self.metrics.running():
             try:
-                body = await _read(request)
+                body = read_body(await _content(request))
+                if path == CHAT:
+                    template_options(body)
                 adapters = await self._adapters(body, path)
-                headers = {name: request.headers[name] for name in PASSED if name in request.headers}
+                headers = {name: value for name, value in request.headers.raw if name in PASSED} | SENT
                 if len(set(adapters)) > 1:
                     return await self._split(body, adapters, headers)
-                return await self._forwarded(path, {**body, "model": adapters[0]}, headers)
-            except (InputError, TypeError) as error:
+                return await self._forwarded(path, body, adapters[0], headers)
+            except InputError as error:
                 self.metrics.failed("request")
                 status = error.status if isinstance(error, _RefusedError) else 400
                 return JSONResponse(error_body(str(error), "invalid_request_error", status), status_code=status)
@@ -101,10 +111,12 @@ class Front:
     async def _adapters(self, body: Mapping[str, Any], path: str) -> list[str]:
         """Return the name of the model that answers each prompt. A request may name one itself."""
         model = body.get("model", ROUTED)
+        if not isinstance(model, str) or len(model) > LONGEST_NAME:
+            raise InputError(f"model: expected a name of at most {LONGEST_NAME} characters, not {shown(model)}")
         if model in self._names:
             return [model]
         if model != ROUTED:
-            known = nearest(str(model), [ROUTED, *self._names])
+            known = nearest(model, [ROUTED, *self._names])
             raise _RefusedError(f"model {shown(model)} is not served{known}", 404)
 
         def route() -> list[str]:
@@ -114,35 +126,35 @@ class Front:
         with self.metrics.timed("routing"):
             return await run_in_threadpool(route)
 
-    async def _forwarded(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
+    async def _forwarded(
+        self, path: str, body: Mapping[str, Any], adapter: str, headers: Mapping[bytes, bytes]
+    ) -> Response:
         """Return the server's answer as it is, with the adapter's name in a header."""
+        content = encoded({**body, "model": adapter})
         if body.get("stream"):
-            return await self._streamed(path, body, headers)
-        answer = await self._sent(path, body, headers)
-        return _passed(answer, str(body["model"]))
+            return await self._streamed(path, content, adapter, headers)
+        return _passed(await self._sent(path, content, adapter, headers), adapter)
 
-    async def _sent(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> httpx.Response:
+    async def _sent(self, path: str, content: bytes, adapter: str, headers: Mapping[bytes, bytes]) -> httpx.Response:
         with self.metrics.timed("server"):
-            answer = await self._client.post(path, json=body, headers={**headers, "accept-encoding": "identity"})
-        self.metrics.answered(body["model"], answer.status_code)
+            answer = await self._client.post(path, content=content, headers=headers)
+        self.metrics.answered(adapter, answer.status_code)
         return answer
 
-    async def _streamed(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
+    async def _streamed(self, path: str, content: bytes, adapter: str, headers: Mapping[bytes, bytes]) -> Response:
         """Return the server's events as they come. The request is being answered until the last one is passed on."""
-        headers = {**headers, "accept-encoding": "identity"}
         async with AsyncExitStack() as held:
             held.enter_context(self.metrics.timed("server"))
-            answer = await self._client.send(
-                self._client.build_request("POST", path, json=body, headers=headers), stream=True
-            )
+            asked = self._client.build_request("POST", path, content=content, headers=headers)
+            answer = await self._client.send(asked, stream=True)
             held.push_async_callback(answer.aclose)
-            self.metrics.answered(body["model"], answer.status_code)
+            self.metrics.answered(adapter, answer.status_code)
             if answer.status_code != 200:
                 await answer.aread()
-                return _passed(answer, str(body["model"]))
+                return _passed(answer, adapter)
             held.enter_context(self.metrics.running())
             kind = answer.headers.get("content-type", "text/event-stream")
-            events, told = self._events(answer), {ADAPTER_HEADER: str(body["model"])}
+            events, told = self._events(answer), {ADAPTER_HEADER: adapter}
             return _Stream(events, held.pop_all(), media_type=kind, headers=told)
 
     async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
@@ -155,16 +167,21 @@ class Front:
             told = error_body(f"the server's stream broke off ({_said(error)})", "upstream_error", 502)
             yield f"\n\ndata: {json.dumps(told)}\n\n".encode()  # it may have broken off inside an event
 
-    async def _split(self, body: Mapping[str, Any], adapters: Sequence[str], headers: Mapping[str, str]) -> Response:
+    async def _split(
+        self, body: Mapping[str, Any], adapters: Sequence[str], headers: Mapping[bytes, bytes]
+    ) -> Response:
         """Return one completion of prompts that several adapters answer."""
         if body.get("stream"):
             raise InputError("prompt: these prompts go to several adapters, and one stream has one; send them apart")
+        each = choices_each(body)
         groups = {name: [i for i, own in enumerate(adapters) if own == name] for name in dict.fromkeys(adapters)}
-        bodies = [
-            {**body, "model": name, "prompt": [body["prompt"][place] for place in places]}
+        contents = {
+            name: encoded({**body, "model": name, "prompt": [body["prompt"][place] for place in places]})
             for name, places in groups.items()
+        }
+        asked = [
+            asyncio.ensure_future(self._sent(COMPLETIONS, content, name, headers)) for name, content in contents.items()
         ]
-        asked = [asyncio.ensure_future(self._sent(COMPLETIONS, one, headers)) for one in bodies]
         try:
             answers = await asyncio.gather(*asked)
         finally:
@@ -174,7 +191,8 @@ class Front:
             if answer.status_code != 200:
                 return _passed(answer, name)
         parts = [(places, answer.content) for places, answer in zip(groups.values(), answers, strict=True)]
-        return JSONResponse(joined(parts, body.get("n") or 1, ROUTED), headers={ADAPTER_HEADER: ",".join(groups)})
+        content = encoded(joined(parts, each, ROUTED))
+        return Response(content, media_type="application/json", headers={ADAPTER_HEADER: ",".join(groups)})
 
 
 class _RefusedError(InputError):
@@ -224,20 +242,14 @@ def create_app(router: PromptRouter, client: httpx.AsyncClient) -> FastAPI:
     return app
 
 
-async def _read(request: Request) -> dict[str, Any]:
-    """Return a request's body. InputError where it is no JSON object, or too large."""
+async def _content(request: Request) -> bytes:
+    """Return the bytes of a request's body. InputError where they are too many."""
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > LARGEST:
             raise _RefusedError(f"the body has over {LARGEST} bytes; send fewer prompts in a request", 413)
-    try:
-        body = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"the body is not JSON ({first_line(error)})") from None
-    if not isinstance(body, dict):
-        raise InputError("the body is no JSON object")
-    return body
+    return bytes(content)
 
 
 def _passed(answer: httpx.Response, adapter: str) -> Response:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from twin_bench.checkpoints.skeleton import AUTO_MODEL, quiet_transformers
 from twin_bench.errors import InputError, first_line, shown
 from twin_bench.export.served import SHARED, Served, read_served
+from twin_bench.front.requests import template_options
 from twin_bench.twin.arguments import require_ids, vocabulary_size
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.device import usable_device
@@ -21,9 +22,6 @@ from twin_bench.twin.encoded import tokens
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.routers.store import load_router
-
-OWN_OF_THE_MODEL = {"chat_template", "tokenizer_kwargs"}
-"""Options of a chat template that a request may not give: a template is a program."""
 
 
 def nearest_adapter(weights: Tensor, served: Served) -> str:
@@ -78,11 +76,7 @@ class PromptRouter:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise InputError("messages: expected a list of messages, one at least")
-        options = body.get("chat_template_kwargs") or {}
-        if not isinstance(options, dict):
-            raise InputError(f"chat_template_kwargs: expected an object, not {shown(options)}")
-        if body.get("chat_template") or options.keys() & OWN_OF_THE_MODEL:
-            raise InputError("chat_template: the template is the model's own; leave it out")
+        options = template_options(body)
         try:
             text = self.tokenizer.apply_chat_template(
                 [_plain(message) for message in messages],
@@ -111,12 +105,21 @@ class PromptRouter:
     def _ids(self, prompt: Any, special: Any) -> list[int]:
         ids = prompt
         if isinstance(prompt, str):
+            _require_unicode(prompt)
             with self._lock:
                 ids = self.tokenizer(prompt, add_special_tokens=bool(special))["input_ids"]
         if not isinstance(ids, list):
             raise InputError(f"prompt: expected a text or token ids, or a list of them, not {shown(prompt)}")
         require_ids(ids, "prompt", vocabulary_size(self._twin.model.config))
         return ids
+
+
+def _require_unicode(prompt: str) -> None:
+    """Raise an InputError for a text with a half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt: {shown(prompt[error.start])} is no character; correct the text") from None
 
 
 def _plain(message: Any) -> Any:
