@@ -13,8 +13,7 @@ import httpx
 class Stub:
     """What vLLM answers, as an ASGI application: each text names the model and the prompt. It keeps what it was asked.
 
-    `mood` is what goes wrong: `ill` is a server that is not well, `odd` one whose completions are none, and `short` one
-    that leaves out the last choice.
+    `mood` is what goes wrong: `ill` is a server that is not well, and `odd` one whose completions are none.
     """
 
     def __init__(self, models: list[str]) -> None:
@@ -44,10 +43,7 @@ class Stub:
             return 200, "text/event-stream; charset=utf-8", events.encode()
         if self.mood == "odd":
             return 200, "application/json", b'{"choices": [{"text": "no index"}]}'
-        completion = self._completion(scope["path"], body)
-        if self.mood == "short":
-            completion["choices"].pop()
-        return 200, "application/json", json.dumps(completion).encode()
+        return 200, "application/json", json.dumps(self._completion(scope["path"], body)).encode()
 
     def _completion(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
