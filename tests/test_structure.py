@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"errors", "paths", "files", "config", "compat", "console", "protocols", "measured", "processes"},
+    {"errors", "paths", "files", "config", "compat", "console", "protocols", "measured", "processes", "locks"},
     {"data"},
     {"statistics"},
     {"checkpoints"},

@@ -254,56 +254,6 @@ def digest_tensors(tensors: Mapping[str, Tensor], notes: Mapping[str, str] | Non
     return found.hexdigest()
 
 
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold the lock of a file in the block. The file is made, and stays. Another process waits until the block ends.
-
-    The system frees the lock when the process ends, however it ends. On a file system without locks nobody waits.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def made_by_one(path: Path) -> Iterator[None]:
-    """Hold the lock under which `path` is made. Another process that would make it waits, and then finds it.
-
-    The lock is a hidden file beside `path`, which stays. Where it can't be written nobody waits.
-    """
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):
-            held.enter_context(locked(path.with_name(f".{path.name}.lock")))
-        yield
-
-
-@contextmanager
-def written_by_one(directory: Path) -> Iterator[None]:
-    """Hold the right to write `directory` in the block. InputError where another process, or block, holds it.
-
-    The lock is on a hidden file beside it, which is removed at the end. Without locks nobody is refused.
-    """
-    file, named = directory.with_name(f".{directory.name}.twin-bench-writer"), False
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        while not named:
-            held.callback(os.close, handle := os.open(file, os.O_RDWR | os.O_CREAT, 0o666))
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{directory}: another process writes it now; wait, or give another name") from None
-            except OSError:
-                pass
-            named = os.fstat(handle).st_nlink > 0  # not the file that the last writer has just removed
-        held.callback(file.unlink, missing_ok=True)
-        yield
-
-
 def _warn_damaged(file: Path, reason: str) -> None:
     _log.warning("%s: damaged (%s); its content is computed again", file, reason)
 

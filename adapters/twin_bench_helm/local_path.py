@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from twin_bench.errors import InputError
-from twin_bench.files import locked, write_text
+from twin_bench.files import write_text
+from twin_bench.locks import locked
 
 LOCK = ".helm-config.lock"
 

@@ -14,7 +14,8 @@ import yaml
 
 from twin_bench import InputError
 from twin_bench.cli import main
-from twin_bench.files import StoredTensors, digest_file, written_by_one
+from twin_bench.files import StoredTensors, digest_file
+from twin_bench.locks import written_by_one
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import MergeMethod
 from twin_bench.twin import workers

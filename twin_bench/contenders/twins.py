@@ -17,7 +17,8 @@ from twin_bench.contenders.storage import bytes_of, twin_bytes
 from twin_bench.data.classification import labels_of
 from twin_bench.data.rows import RouterRows, read_router_rows, router_rows
 from twin_bench.errors import InputError, UnsuitedError
-from twin_bench.files import digest, made_by_one, read_record, write_record
+from twin_bench.files import digest, read_record, write_record
+from twin_bench.locks import made_by_one
 from twin_bench.measured import Meter, Taken
 from twin_bench.merging.recipe import Shared
 from twin_bench.merging.registry import MergeMethod, ServedMethod, find_method, served_method

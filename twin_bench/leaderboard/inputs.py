@@ -17,7 +17,6 @@ from twin_bench.files import (
     digest,
     digest_file,
     digest_files,
-    made_by_one,
     read_record,
     write_json_lines,
     write_record,
@@ -26,6 +25,7 @@ from twin_bench.leaderboard.harness import Harness
 from twin_bench.leaderboard.suite import Entry, Suite
 from twin_bench.leaderboard.tasks import EMBEDDED, HUB, HubRows
 from twin_bench.leaderboard.training import has_router
+from twin_bench.locks import made_by_one
 from twin_bench.protocols import ProtocolName
 from twin_bench.twin.routers.store import FORMAT as ROUTERS_FORMAT
 

@@ -23,7 +23,8 @@ from twin_bench.data.generative import shuffled
 from twin_bench.data.rows import TaskRows
 from twin_bench.data.task import Row, TaskInput
 from twin_bench.errors import UnsuitedError
-from twin_bench.files import StoredTensors, made_by_one, read_tensors, write_tensors
+from twin_bench.files import StoredTensors, read_tensors, write_tensors
+from twin_bench.locks import made_by_one
 from twin_bench.measured import Meter, Taken
 from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import Statistics, StatisticsKind

@@ -20,7 +20,7 @@ from twin_bench.checkpoints.skeleton import position_limit
 from twin_bench.checkpoints.sources import Labels, Sources, load_model, open_sources, require_expert_names
 from twin_bench.data.rows import RouterRows, read_router_rows
 from twin_bench.errors import InputError
-from twin_bench.files import written_by_one
+from twin_bench.locks import written_by_one
 from twin_bench.merging.device import exact_device
 from twin_bench.merging.registry import find_method
 from twin_bench.twin.device import usable_device

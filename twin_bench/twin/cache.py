@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from twin_bench.errors import InputError
-from twin_bench.files import digest, digest_tensors, made_by_one, read_tensors, write_tensors
+from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
+from twin_bench.locks import made_by_one
 from twin_bench.twin.encoded import Encoded, identity
 from twin_bench.twin.features import Read
 from twin_bench.twin.layers.entries import KeptEntries

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from twin_bench.checkpoints.peft_files import save_tensors
 from twin_bench.errors import InputError
-from twin_bench.files import digest, made_by_one, read_json, read_tensors, write_json, write_tensors
+from twin_bench.files import digest, read_json, read_tensors, write_json, write_tensors
+from twin_bench.locks import made_by_one
 from twin_bench.twin.routers.base import Router, RouterConfig
 from twin_bench.twin.routers.registry import find_kind
 
