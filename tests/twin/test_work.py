@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from twin_bench import InputError
+from twin_bench.checkpoints.sources import open_sources
 from twin_bench.cli import main
 from twin_bench.files import StoredTensors, digest_file
 from twin_bench.locks import written_by_one
@@ -20,6 +22,7 @@ from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.merging.registry import MergeMethod
 from twin_bench.twin import workers
 from twin_bench.twin.builder import build_twin
+from twin_bench.twin.exclusive.vector import exact_difference
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.work import work_on
 from twin_bench.twin.workers import Job, Worker
@@ -30,6 +33,11 @@ MATRICES = 14
 
 def recipe_of(family: Any, **changes: Any) -> Recipe:
     return Recipe.model_validate({**family.recipe, "router": None, **changes})
+
+
+def work_of(recipe: Recipe, directory: Path, *, threads: int | None = None) -> Any:
+    """Return the work of a build with one process, or with workers of so many threads each."""
+    return work_on(directory, recipe, torch.device("cpu"), threads or torch.get_num_threads())
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -115,11 +123,11 @@ def test_other_inputs_begin_anew_and_wrong_ones_leave_nothing(
     (second,) = hidden(tmp_path)
     assert first != second
     file = Path(matrix_family.recipe["experts"]["bbq"]) / "model.safetensors"
-    with work_on(tmp_path / "twin", recipe_of(matrix_family, seed=1), "cpu") as same:
+    with work_of(recipe_of(matrix_family, seed=1), tmp_path / "twin") as same:
         assert same.folder == second
     times = file.stat()
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
-    with work_on(tmp_path / "twin", recipe_of(matrix_family, seed=1), "cpu") as other:
+    with work_of(recipe_of(matrix_family, seed=1), tmp_path / "twin") as other:
         assert other.folder not in (first, second)
     counted(5, InputError)
     with pytest.raises(InputError, match="here"):
@@ -127,27 +135,81 @@ def test_other_inputs_begin_anew_and_wrong_ones_leave_nothing(
     assert not hidden(tmp_path)
 
 
-def half_built(recipe: Recipe, directory: Path, done: list[int]) -> None:
-    """Compute three parameters as a worker does, and end as an interrupt does."""
-    with work_on(directory, recipe, "cpu") as work:
+THREE = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight")
+"""Parameters of which three SVDs are made, of three experts: the norm is no matrix, nobody changes the output layer."""
+
+
+def half_built(recipe: Recipe, directory: Path, names: Iterable[str] = THREE) -> None:
+    """Compute parameters as a worker does, and end as an interrupt does."""
+    with work_of(recipe, directory) as work:
         worker = Worker(Job(recipe, None, work, "cpu"))
-        for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
+        for name in names:
             worker.compute(name)
-        assert done == [3]  # of three experts; the norm is no matrix, and nobody changes the output layer
         raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("cached", [False, True])
 def test_a_worker_computes_what_the_build_takes(
-    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]]
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]], cached: bool
 ) -> None:
     recipe = recipe_of(matrix_family)
     build_twin(recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        half_built(recipe, tmp_path / "twin", counted())
+        half_built(recipe, tmp_path / "twin")
     done = counted()
-    build_twin(recipe, tmp_path / "twin", resumable=True)
+    build_twin(recipe, tmp_path / "twin", resumable=True, feature_cache=tmp_path / "cache" if cached else None)
     assert done == [3 * MATRICES - 3]
     assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
+
+
+def test_differences_are_made_once(matrix_family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker has kept is taken without its difference, also where an expert does not change a matrix."""
+    recipe, made = recipe_of(matrix_family), list[str]()
+
+    def difference(theirs: torch.Tensor, base: torch.Tensor, name: str) -> torch.Tensor:
+        if base.ndim == 2:
+            made.append(name)
+        return exact_difference(theirs, base, name)
+
+    names = open_sources(recipe.base_model, recipe.experts).skeleton.backbone
+    with pytest.raises(KeyboardInterrupt):
+        half_built(recipe, tmp_path / "twin", names)
+    monkeypatch.setattr("twin_bench.twin.exclusive.vector.exact_difference", difference)
+    build_twin(recipe, tmp_path / "twin", resumable=True)
+    assert not made
+    build_twin(recipe, tmp_path / "whole", resumable=True)
+    assert len(made) == 3 * sum(len(shape) == 2 for shape in names.values())
+    assert digests(tmp_path / "twin") == digests(tmp_path / "whole")
+
+
+def test_other_threads_begin_anew(matrix_family: Any, tmp_path: Path) -> None:
+    """They round differently, and a build that goes on is the same to the last bit."""
+    recipe, before, found = recipe_of(matrix_family), torch.get_num_threads(), list[Path]()
+    for own, each in ((1, 1), (2, 2), (2, 1), (1, 1)):
+        torch.set_num_threads(own)
+        try:
+            with work_of(recipe, tmp_path / "twin", threads=each) as work:
+                found.append(work.folder)
+        finally:
+            torch.set_num_threads(before)
+    assert found[0] == found[3]
+    assert len(set(found)) == 3
+
+
+def test_a_build_that_ends_meanwhile_is_found_before_anything_is_computed(
+    matrix_family: Any, tmp_path: Path, counted: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twin_bench.twin.builder.check_limits", lambda *_: (tmp_path / "twin").mkdir())
+    done = counted()
+    with pytest.raises(InputError, match="twin: exists already"):
+        build_twin(recipe_of(matrix_family), tmp_path / "twin", resumable=True)
+    assert (done, hidden(tmp_path)) == ([0], [])
+
+
+def test_a_refused_recipe_leaves_no_folder(matrix_family: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="slerp"):
+        build_twin(recipe_of(matrix_family, shared={"method": "slerp"}), tmp_path / "new/er/twin", resumable=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -177,10 +239,10 @@ def test_a_worker_that_is_killed_is_told_and_its_work_kept(
 ) -> None:
     recipe = recipe_of(matrix_family)
     with pytest.raises(KeyboardInterrupt):
-        half_built(recipe, tmp_path / "twin", counted())
+        half_built(recipe, tmp_path / "twin")
     monkeypatch.setattr(workers, "ProcessPoolExecutor", LostPool)
     kept = len(list(hidden(tmp_path)[0].iterdir()))
-    with pytest.raises(InputError, match="--workers 2: a worker was ended"):
+    with pytest.raises(InputError, match=r"--workers 2: a worker was ended.* if each has as many threads again"):
         build_twin(recipe, tmp_path / "twin", workers=2)
     assert len(list(hidden(tmp_path)[0].iterdir())) == kept
 
@@ -228,6 +290,6 @@ def test_a_method_whose_code_changes_begins_anew(
     folders = set()
     for code in ("before", "after", "before"):
         monkeypatch.setattr(MergeMethod, "identity", property(lambda self, code=code: [self.name, code]))
-        with work_on(tmp_path / "twin", recipe, "cpu") as work:
+        with work_of(recipe, tmp_path / "twin") as work:
             folders.add(work.folder)
     assert len(folders) == 2

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +86,7 @@ def build_twin(
     Raises:
         InputError: Anything is wrong with the recipe or its inputs. Nothing is written then.
     """
-    progress, on = progress or Progress(disable=True), usable_device(device)
+    progress, on, threads = progress or Progress(disable=True), usable_device(device), threads_each(workers)
     _require_writable(directory)
     require_expert_names(recipe.experts)
     if recipe.router and rows is None:
@@ -93,10 +94,11 @@ def build_twin(
     trust: Any = {"allow_pickle": recipe.allow_pickle, "trust_remote_code": recipe.trust_remote_code}
     sources = open_sources(recipe.base_model, recipe.experts, labels=labels, **trust)
     check_limits(recipe, sources, rows)
-    kept = work_on(directory, recipe, str(on)) if resumable or workers > 1 else nullcontext(Work())
+    kept = work_on(directory, recipe, on, threads) if resumable or workers > 1 else nullcontext(Work())
     with written_by_one(directory), kept as work:
+        _require_writable(directory)  # another build may have ended since
         if workers > 1:
-            job = Job(recipe, labels, work, str(on), tuple(plugins), threads_each(workers))
+            job = Job(recipe, labels, work, str(on), tuple(plugins), threads)
             compute_tensors(job, _largest_first(sources, work.smallest), workers, progress)
         cache = feature_cache if workers == 1 else None  # workers keep SVDs in the work, for their number of threads
         shared, parts = _merged_parts(recipe, sources, work, cache, progress, on)
@@ -118,8 +120,8 @@ def _merged_parts(
     shapes = progress.track(sources.skeleton.backbone.items(), len(merged), description="shared expert")
     shared = {name: work.parameter(name, shape, partial(merged.__getitem__, name)) for name, shape in shapes}
     keeping: dict[str, Any] = {"keep": work.tensors}
-    if cache is not None:  # once: the cache serves a build that goes on, too
-        keeping = {"decompose": partial(kept_svd, cache / "svd")}
+    if cache is not None:  # once: the cache serves a build that goes on, too. Workers may have kept some in the work
+        keeping = {"keep": replace(work, writes=False).tensors, "decompose": partial(kept_svd, cache / "svd")}
     below = _below(sources, shared, recipe.exclusive.from_layer)
     return shared, Parts(
         heads={name: expert.head() for name, expert in sources.experts.items()},

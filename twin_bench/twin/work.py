@@ -1,8 +1,9 @@
 """What a build has computed, kept on disk tensor by tensor until the twin is whole: a killed build goes on from there.
 
-The tensors stand in a hidden folder beside the twin's. Its name ends with the digest of all that decides them: the
-recipe, and the names, sizes and times of the files of base model and experts. It is removed when the twin is written,
-and when the input is wrong. A build of other inputs to the same place removes it as well.
+The tensors stand in a hidden folder beside the twin's. Its name ends with the digest of all that decides them to the
+last bit: the recipe, the names, sizes and times of the files of base model and experts, versions, device and threads.
+It is removed when the twin is written, and when the input is wrong. A build of other inputs, or with other threads, to
+the same place removes it as well.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from twin_bench.checkpoints.hub import model_directory
 from twin_bench.errors import InputError
 from twin_bench.files import DECISIVE, digest, read_tensors, write_tensors
 from twin_bench.merging.registry import find_method
+from twin_bench.twin.cache import surroundings
 from twin_bench.twin.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 """The version of what is kept. It is raised when a build computes its tensors in another way."""
 SUFFIX = ".twin-bench-work"
 SMALLEST = 2**18
@@ -46,11 +48,12 @@ class Work:
     """The tensors of one build in `folder`, or a build that keeps nothing, without a folder.
 
     What comes from a parameter of fewer than `smallest` entries is computed sooner than it is written and flushed, and
-    is not kept.
+    is not kept. Without `writes` nothing more is kept, and what is there is taken.
     """
 
     folder: Path | None = None
     smallest: int = 0
+    writes: bool = True
 
     def tensors(self, key: tuple[str, ...], entries: int, compute: Compute) -> Mapping[str, Tensor]:
         """Return the tensors of `key`, which are computed unless they are kept, and are kept then.
@@ -70,7 +73,8 @@ class Work:
             return dict(stored)
         found = compute()
         try:
-            write_tensors(file, found, format_number=FORMAT)
+            if self.writes:
+                write_tensors(file, found, format_number=FORMAT)
         except OSError as error:
             _log.warning("%s: can't be kept (%s); a build that is killed computes it again", file, error)
         return found
@@ -81,18 +85,22 @@ class Work:
 
 
 @contextmanager
-def work_on(directory: Path, recipe: Recipe, device: str) -> Iterator[Work]:
+def work_on(directory: Path, recipe: Recipe, device: torch.device, threads: int) -> Iterator[Work]:
     """Give the work of a build of `recipe` to `directory`. It stays where the block is interrupted or a worker is lost.
 
     Args:
         directory: where the twin will be.
         recipe: what it is made of.
         device: where it is computed. Two devices round differently.
+        threads: how many threads of a processor each worker has, or this process without workers. Other numbers round
+            differently.
     """
     decisive = {key: value for key, value in recipe.model_dump().items() if key in DECIDES}
     decisive["method"] = find_method(recipe.shared.method).given(recipe.shared.options).identity
     inputs = {model: _files_of(model, recipe.allow_pickle) for model in (recipe.base_model, *recipe.experts.values())}
-    own = digest({"format": FORMAT, "recipe": decisive, "files": inputs, "device": device})[:16]
+    around = surroundings(device)
+    around["threads"] = around["threads"] and [around["threads"], threads]  # the build's own process computes, too
+    own = digest({"format": FORMAT, "recipe": decisive, "files": inputs, "device": str(device), **around})[:16]
     folder = directory.parent / f".{directory.name}-{own}{SUFFIX}"
     for other in directory.parent.glob(f".{glob.escape(directory.name)}-????????????????{SUFFIX}"):
         if other != folder:

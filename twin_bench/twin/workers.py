@@ -93,7 +93,7 @@ def compute_tensors(job: Job, names: Sequence[str], workers: int, progress: Prog
     except BrokenProcessPool:
         raise WorkerLostError(
             f"--workers {workers}: a worker was ended, most often because memory ran out; run the command again with "
-            "fewer workers: it goes on from what was computed"
+            f"fewer workers; what was computed is kept, and is taken if each has as many threads again ({job.threads})"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

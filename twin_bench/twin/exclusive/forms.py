@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from twin_bench.checkpoints.factors import Factors
@@ -59,18 +60,27 @@ class Exclusive:
 class ExpertDifferences:
     """One expert's differences theta_t - theta_s from the shared expert, from which a kind makes an exclusive vector.
 
-    `matrices()` yields each matrix's name and difference (m, n), and computes one after the other. They are on the
-    device of the build; what a kind keeps of them is on the CPU. `vectors` are the differences of 1-D tensors. Equal
-    parameters are left out. All are in float32, or in float64 for float64 parameters. `svd(matrix, rank)` returns the
-    best approximation of a matrix of that rank, as `twin_bench.merging.linear_algebra.truncated_svd` does.
-    `expert` is the expert's name, which draws depend on besides `seed`. `model_bytes` is the size of a whole expert
-    without its head. `keep` is asked for what takes long to compute.
+    `shapes` are those of the matrices that may differ. `matrix(name)` computes the difference (m, n) of one, and None
+    where the parameters are equal. It is on the device of the build; what a kind keeps of it is on the CPU. `vectors`
+    are the differences of 1-D tensors, without equal ones. All are in float32, or in float64 for float64 parameters.
+    `svd(matrix, rank)` returns the best approximation of a matrix of that rank, as
+    `twin_bench.merging.linear_algebra.truncated_svd` does. `expert` is the expert's name, which draws depend on besides
+    `seed`. `model_bytes` is the size of a whole expert without its head. `keep` is asked for what takes long to
+    compute.
     """
 
     expert: str
     seed: int
     model_bytes: int
     vectors: Mapping[str, Tensor]
-    matrices: Callable[[], Iterator[tuple[str, Tensor]]]
+    shapes: Mapping[str, torch.Size]
+    matrix: Callable[[str], Tensor | None]
     svd: Callable[[Tensor, int], Factors]
     keep: Keep = keep_nothing
+
+    def matrices(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each matrix's name and difference, and compute one after the other. Equal ones are left out."""
+        for name in self.shapes:
+            matrix = self.matrix(name)
+            if matrix is not None:
+                yield name, matrix

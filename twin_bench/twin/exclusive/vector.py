@@ -6,7 +6,7 @@ tensors are kept unchanged, as in the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Any
 
@@ -58,26 +58,25 @@ def exclusive_vector(
             or the SVD of a difference fails.
     """
 
-    def differences(dimensions: int) -> Iterator[tuple[str, Tensor]]:
-        for parameter, base in shared.items():
-            if base.ndim != dimensions or not base.is_floating_point() or parameter in without:
-                continue
-            difference = exact_difference(expert[parameter], base, parameter)
-            if difference.any():
-                yield parameter, difference
+    def difference(parameter: str, on: str | torch.device = "cpu") -> Tensor | None:
+        found = exact_difference(expert[parameter], shared[parameter], parameter)
+        return found.to(on) if found.any() else None
 
     header = find_kind(kind)
     header.require(options)
-    for dimensions in {base.ndim for base in shared.values()} - {1, 2}:
-        for parameter, _ in differences(dimensions):
-            raise InputError(f"tensor {parameter} has {dimensions} dimensions: a twin fuses matrices and vectors")
+    compared = {name: base for name, base in shared.items() if base.is_floating_point() and name not in without}
+    for parameter, base in compared.items():
+        if base.ndim not in (1, 2) and difference(parameter) is not None:
+            raise InputError(f"tensor {parameter} has {base.ndim} dimensions: a twin fuses matrices and vectors")
+    vectors = {name: difference(name) for name, base in compared.items() if base.ndim == 1}
     return header.of(
         ExpertDifferences(
             expert=name,
             seed=seed,
             model_bytes=sum(tensor.nbytes for tensor in shared.values()),
-            vectors=dict(differences(1)),
-            matrices=lambda: ((parameter, matrix.to(device)) for parameter, matrix in differences(2)),
+            vectors={name: vector for name, vector in vectors.items() if vector is not None},
+            shapes={name: base.shape for name, base in compared.items() if base.ndim == 2},
+            matrix=partial(difference, on=device),
             svd=partial(decompose or truncated_svd, seed=seed),
             keep=keep,
         ),

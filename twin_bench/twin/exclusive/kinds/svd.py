@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -54,9 +54,15 @@ def svd(
     if budget_bytes is not None:
         factors = _within_budget(differences, budget_bytes, bits)
     elif energy is not None:
-        factors = {name: _of_energy(kept, matrix, energy) for name, matrix, kept in _decomposed(differences)}
+        full = ((name, matrix, min(matrix.shape)) for name, matrix in differences.matrices())
+        factors = {
+            name: _of_energy(_truncated(differences, name, most, matrix), matrix, energy) for name, matrix, most in full
+        }
     else:
-        factors = {name: kept for name, _, kept in _decomposed(differences, density=density, rank=rank)}
+        factors = {
+            name: _truncated(differences, name, exclusive_rank(shape, density=density, rank=rank))
+            for name, shape in differences.shapes.items()
+        }
     factors = {name: pair for name, pair in factors.items() if len(pair.A)}
     codes = {} if bits is None else {name: quantised(pair, bits) for name, pair in factors.items()}
     factors = factors if bits is None else {name: code.factors() for name, code in codes.items()}
@@ -103,29 +109,25 @@ def directions_within(spectra: Mapping[str, Tensor], costs: Mapping[str, int], b
     return counts
 
 
-def _decomposed(
-    differences: ExpertDifferences, *, density: float | None = None, rank: int | None = None
-) -> Iterator[tuple[str, Tensor, Factors]]:
-    """Yield each matrix's name, its difference and the factors of its truncated SVD, of full rank without a limit."""
-    for name, matrix in differences.matrices():
-        full = density is None and rank is None
-        limit = min(matrix.shape) if full else exclusive_rank(matrix.shape, density=density, rank=rank)
-        yield name, matrix, _truncated(differences, name, matrix, limit)
+def _truncated(differences: ExpertDifferences, name: str, rank: int, made: Tensor | None = None) -> Factors:
+    """Return the factors of the truncated SVD of a matrix's difference on the CPU, of rank 0 where nothing differs.
 
-
-def _truncated(differences: ExpertDifferences, name: str, matrix: Tensor, rank: int) -> Factors:
-    """Return the factors of a truncated SVD on the CPU. InputError that names the tensor if it fails."""
-    if not rank:  # a budget that holds nothing is refused before anything is decomposed
-        return Factors(*(torch.zeros(shape, dtype=matrix.dtype) for shape in ((len(matrix), 0), (0, matrix.shape[1]))))
+    The difference is computed where neither it is `made` nor its factors are kept. InputError that names the tensor if
+    the SVD fails.
+    """
 
     def compute() -> Mapping[str, Tensor]:
+        matrix = differences.matrix(name) if made is None else made
+        if matrix is None or not rank:
+            m, n = differences.shapes[name]
+            return {"B": torch.zeros(m, 0), "A": torch.zeros(0, n)}
         try:
             B, A = differences.svd(matrix, rank)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise InputError(f"tensor {name}: the SVD of its difference fails ({error}); correct the expert") from None
         return {"B": B.cpu(), "A": A.cpu()}
 
-    kept = differences.keep(("svd", differences.expert, name, str(rank)), matrix.numel(), compute)
+    kept = differences.keep(("svd", differences.expert, name, str(rank)), differences.shapes[name].numel(), compute)
     return Factors(kept["B"], kept["A"])
 
 
@@ -178,7 +180,7 @@ def _within_budget(differences: ExpertDifferences, budget: int, bits: int | None
     for name, matrix in differences.matrices():
         m, n = matrix.shape
         costs[name] = direction_cost((m, n), matrix.dtype, bits)
-        whole[name] = _truncated(differences, name, matrix, min(m, n, max(0, left) // costs[name]))
+        whole[name] = _truncated(differences, name, min(m, n, max(0, left) // costs[name]), matrix)
     require_budget(budget, differences.expert, taken, costs)
     counts = directions_within({name: _singular_values(pair) for name, pair in whole.items()}, costs, left)
     return {name: _cut(pair, counts[name]) for name, pair in whole.items()}
