@@ -170,7 +170,8 @@ class Budget:
         """Return the largest numbers of rows that fit, of rows with so many tokens and positions. 0 is none."""
         two = self.needed(2, tokens, positions, fused=fused)
         four = self.needed(4, tokens, positions, fused=fused)
-        more = 2 + np.floor((self.room - two) / np.maximum((four - two) / 2, 1))
+        with np.errstate(invalid="ignore"):  # a copy that is never made is infinite
+            more = 2 + np.floor((self.room - two) / np.maximum((four - two) / 2, 1))
         return np.where(two <= self.room, more, self.fits(1, tokens, positions, fused=fused).astype(float))
 
     def crowded(self, rows: int, tokens: int, positions: int) -> bool:
