@@ -81,7 +81,8 @@ class ClassifierTwin(ServedTwin):
         if protocol not in (None, twin.protocol):
             raise InputError(f"twin_merged: protocol={protocol}, but the twin was loaded for {twin.protocol}")
         self.twin = twin
-        twin.limit_memory(limit or twin.max_memory)
+        if limit is not None:
+            twin.limit_memory(limit)
         self.max_length = twin.max_length if max_length is None else positive("max_length", max_length)
         self.tokenizer = twin.tokenizer
 

@@ -12,6 +12,7 @@ from tests.support.families import Family
 from tests.support.rows import write_generative_rows, write_rows
 from twin_bench.bench.__main__ import main
 from twin_bench.bench.run import bench
+from twin_bench.errors import InputError
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 
@@ -57,6 +58,15 @@ def test_a_language_models_cases(wide_llama: Family, tmp_path: Path) -> None:
     assert result["cases"]["lm_eval_twin"]["against"] == "lm_eval_hf"
     assert result["cases"]["letters"]["against"] == "plain_letters"
     assert result["notes"]["task"] == "mmlu"
+
+
+def test_some_cases_alone(twin: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data")
+    result = bench(twin, data, rows=6, batch_size=2, rounds=1, only=["diffuse"])
+    assert list(result["cases"]) == ["plain", "diffuse"]
+    assert not result["build"]
+    with pytest.raises(InputError, match="no case 'difuse' for this twin; did you mean 'diffuse'"):
+        bench(twin, data, rows=6, only=["difuse"])
 
 
 def test_errors(twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

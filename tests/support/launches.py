@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import collections
+import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 VIEWS = frozenset(
     (
@@ -38,3 +42,15 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations[func._schema.name.split("::")[1]] += 1
         return func(*args, **(kwargs or {}))
+
+
+def multiplications(run: Callable[[], object]) -> int:
+    """Return the multiplications of matrix products that `run` makes, those that are added in place as well."""
+
+    def added(_: Any, left: tuple[int, ...], right: tuple[int, ...], **rest: Any) -> int:
+        return 2 * math.prod(left) * right[-1]
+
+    in_place = {torch.ops.aten.addmm_: added, torch.ops.aten.baddbmm_: added}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        run()
+    return counter.get_total_flops() // 2

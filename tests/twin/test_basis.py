@@ -104,8 +104,8 @@ def test_every_path_of_a_layer_is_the_dense_layer(kind: type[nn.Module], tokens:
 def test_the_cheaper_of_columns_and_basis_is_taken() -> None:
     """A row that uses one expert multiplies that expert's columns, one that uses all the joint basis.
 
-    The columns are made of the basis for the whole batch, and the basis' cores are summed for each row. What comes
-    after the 6 columns or the 10 of the basis is added in place, which the counter leaves out.
+    The columns are made of the basis for the whole batch, and the basis' cores are summed for each row. The shared
+    weight's product is added in place, which the counter leaves out.
     """
     factors = [truncated_svd(tau, 6) for tau in lora_experts(40, 96, 2, 5)]
     exclusive = {f"e{k}": Exclusive({"x.weight": f}, {}) for k, f in enumerate(factors)}
@@ -117,8 +117,8 @@ def test_the_cheaper_of_columns_and_basis_is_taken() -> None:
         with torch.no_grad(), fusion.per_row(weights), FlopCounterMode(display=False) as counter:
             twin(x)
         multiplications.append(counter.get_total_flops() // 2)
-    columns, basis = 128 * 40 * 6 + 10 * 6 * 136, 128 * (40 * 10 + 10 * 10) + 2 * 5 * 10 * 10
-    assert multiplications == [128 * 40 * 96 + columns, 128 * 40 * 96 + basis]
+    columns, basis = 128 * 6 * 136 + 10 * 6 * 136, 128 * (10 * 136 + 10 * 10) + 2 * 5 * 10 * 10
+    assert multiplications == [columns, basis]
 
 
 def test_costs_are_the_multiplications_of_a_token() -> None:

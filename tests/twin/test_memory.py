@@ -20,7 +20,7 @@ from twin_bench.twin.memory import Budget, Sizes, Use, memory_limit
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.requests import Generate, Score
 
-BELOW, ABOVE = 0.9, 1.15
+BELOW, ABOVE = 0.9, 1.25
 """How far the estimate may lie from what is allocated, as a part of it."""
 ROWS = 6
 DIFFUSE = torch.softmax(torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -66,7 +66,7 @@ def test_the_estimate_is_what_torch_allocates(kind: str, dtype: torch.dtype, fus
     twin = random_twin(kind, dtype)
     weights = DIFFUSE[:1].expand(ROWS, -1) if fused else DIFFUSE
     answer: Any = seq2seq_requests if kind == "bart" else requests
-    above = 1.7 if kind == "bart" else ABOVE
+    above = {"bart": 1.7, "eager": 1.35}.get(kind, ABOVE)
     options: Any = {"batch_size": ROWS, "fusion_weights": weights}
     for length, asked in ((200, 1), (160, 60)):
         contexts = [[9 + row, *own] for row, own in enumerate(ragged(length))]
@@ -167,7 +167,7 @@ def test_what_cannot_fit_is_refused_in_one_line() -> None:
     with pytest.raises(InputError, match=rf"max_memory {sizes.held}: the twin alone takes 4\.66 MB; give more"):
         twin.limit_memory(sizes.held)
     twin.limit_memory(sizes.held + 1_000_000)
-    says = r"one row of 601 tokens needs 3\.\d+ MB beside the 4\.66 MB of the twin, and 1 MB are left for it; use a"
+    says = r"one row of 601 tokens needs 4\.\d+ MB beside the 4\.66 MB of the twin, and 1 MB are left for it; use a"
     with pytest.raises(InputError, match=says) as raised:
         requests.score(twin, [Score([5] * 600, [6, 7])], fusion_weights=DIFFUSE[:1])
     assert "max_memory" in str(raised.value)
@@ -197,6 +197,7 @@ SIZES = Sizes(
     by_row=10,
     attention=0,
     rotated=0,
+    together=0,
     mask=0,
     masked=0,
     scores=0,

@@ -135,3 +135,14 @@ def test_it_is_said_where_one_has_to_do_without(causal_twins: Any, monkeypatch: 
 
 def test_the_recipe_of_before_is_the_same() -> None:
     assert Recipe(base_model="b", experts={"a": "e"}).quantization is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_activations_are_those_of_whole_weights(causal_twins: Any, kind: str) -> None:
+    """A weight in few bits has another shape. There is no fused copy, which no plan chooses then."""
+    whole, few = (TwinModel.from_pretrained(causal_twins(kind), quantization=bits) for bits in (None, "4bit"))
+    assert (few.sizes.block, few.sizes.cached) == (whole.sizes.block, whole.sizes.cached)
+    assert few.sizes.held < whole.sizes.held
+    few.limit_memory(few.sizes.held + 10**6)
+    weights = mixes(ROWS, 3)["equal"]
+    assert all(batch.weights is None for batch in few.planned(weights, [9] * ROWS, 2))

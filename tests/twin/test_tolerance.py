@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twin_bench import InputError
-from twin_bench.twin.tolerance import sensitivity, simplified
+from twin_bench.twin.tolerance import allowed_tolerance, sensitivity, simplified
 
 
 def test_weights_change_by_no_more_than_they_may_and_are_as_simple_as_can_be() -> None:
@@ -39,6 +39,20 @@ def test_no_tolerance_changes_nothing() -> None:
     assert simplified(weights, 0.0) is weights
     one_hot = torch.eye(4)
     assert torch.equal(simplified(one_hot, 0.1), one_hot)
+
+
+def test_weights_that_rounding_takes_away_are_zeros_by_default() -> None:
+    """The sensitivities of real twins were 2 and 3. Six rounding units of a logit are no rounding."""
+    expert = torch.full((1, 8), 1e-9)
+    expert[0, 5] = 1.0
+    allowed = allowed_tolerance(None, "standard", torch.float32, 3.1, 8)
+    assert 0 < allowed <= torch.finfo(torch.float32).eps / 2
+    assert simplified(expert, allowed / 3.1).tolist() == [[0, 0, 0, 0, 0, 1, 0, 0]]
+    seen = expert.masked_fill(expert < 1, 1e-7)
+    assert simplified(seen, allowed / 3.1).count_nonzero() == 8
+    assert allowed_tolerance(0.0, "standard", torch.float32, 3.1, 8) == 0
+    assert allowed_tolerance(None, "standard", torch.float32, None, 8) == 0
+    assert allowed_tolerance(None, "paper", torch.float32, 3.1, 8) == 0
 
 
 def test_a_row_keeps_its_largest_weight() -> None:

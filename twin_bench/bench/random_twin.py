@@ -82,7 +82,14 @@ SHAPES = {
 
 
 def write_random_twin(
-    directory: Path, shape: Shape, data: Path, *, experts: int = 8, rank: int = 16, device: str = "cpu"
+    directory: Path,
+    shape: Shape,
+    data: Path,
+    *,
+    experts: int = 8,
+    rank: int = 16,
+    layers: int | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write a twin of random numbers to `directory`, with experts of the tasks whose rows are in `data`.
 
@@ -92,6 +99,7 @@ def write_random_twin(
         data: TASK/*.jsonl of GLUE's tasks for a classifier, or of the generative ones.
         experts: how many experts the twin has. The first are named after the tasks.
         rank: the rank of each matrix's exclusive vectors.
+        layers: how many layers the model has, by default those of the real one.
         device: where the random numbers are drawn. A GPU draws those of a large model in seconds.
 
     Raises:
@@ -104,6 +112,7 @@ def write_random_twin(
         raise InputError(f"{data}: no rows of {', '.join(known)}")
     names = [*tasks, *(f"expert{number}" for number in range(experts))][:experts]
     config = shape.config()
+    config.num_hidden_layers = layers or config.num_hidden_layers
     kind: Any = AutoModelForSequenceClassification if shape.task_type == "sequence_classification" else None
     with torch.device(device):
         model = (kind or AutoModelForCausalLM).from_config(config, dtype=shape.dtype).eval()
@@ -177,9 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="where the twin goes")
     parser.add_argument("--experts", type=int, default=8, help="how many experts (default: 8)")
     parser.add_argument("--rank", type=int, default=16, help="the rank of exclusive vectors (default: 16)")
+    parser.add_argument("--layers", type=int, help="how many layers (default: the real model's)")
     parser.add_argument("--device", default="cpu", help="where the numbers are drawn (default: cpu)")
     options = parser.parse_args(arguments)
-    sizes: dict[str, Any] = {"experts": options.experts, "rank": options.rank, "device": options.device}
+    sizes: dict[str, Any] = {name: getattr(options, name) for name in ("experts", "rank", "layers", "device")}
     write_random_twin(options.directory, SHAPES[options.shape], options.data, **sizes)
     return 0
 

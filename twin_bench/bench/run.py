@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -20,8 +20,8 @@ import torch
 
 from twin_bench.bench.causal import causal_cases
 from twin_bench.bench.classifier import classifier_cases
-from twin_bench.bench.measure import measure
-from twin_bench.errors import InputError
+from twin_bench.bench.measure import Cases, measure
+from twin_bench.errors import InputError, nearest
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench.twin.classifier import TwinClassifier
@@ -42,6 +42,7 @@ def bench(
     merged_rows: int = 16,
     device: str = AUTO,
     dtype: str | None = None,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the machine, the settings, each case's rate and its ratio to the plain model's, memory and build time.
 
@@ -59,6 +60,7 @@ def bench(
         cases = causal_cases(twin, twin_directory, data, **options)
     else:
         raise InputError(f"{twin_directory}: {NOT_CAUSAL[twin.task_type]}; bench has no cases for it")
+    cases = _chosen(cases, only)
     measured, unsupported = measure(cases, rounds, twin.device)
     return {
         "machine": {
@@ -79,8 +81,19 @@ def bench(
         "unsupported": unsupported,
         "cases": measured,
         "memory": _memory(twin),
-        "build": _build_times(twin) if twin.device.type == "cpu" else {},
+        "build": _build_times(twin) if twin.device.type == "cpu" and not only else {},
     }
+
+
+def _chosen(cases: Cases, only: Sequence[str]) -> Cases:
+    """Return the named cases, and those that they are compared with. Without names these are all."""
+    if not only:
+        return cases
+    for name in only:
+        if name not in cases.cases:
+            raise InputError(f"bench: no case {name!r} for this twin{nearest(name, cases.cases)}")
+    wanted = {*only, *(cases.cases[name].against for name in only)}
+    return cases._replace(cases={name: case for name, case in cases.cases.items() if name in wanted})
 
 
 def _memory(twin: TwinModel) -> dict[str, float]:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merged-rows", type=int, default=16, help="how many rows the slow per-sample merge gets (default: 16)"
     )
+    parser.add_argument("--only", metavar="CASE", nargs="+", default=(), help="run these cases alone (default: all)")
     add_device(parser)
     add_dtype(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the JSON to this file, not to the terminal")
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
         merged_rows=options.merged_rows,
         device=options.device,
         dtype=options.dtype,
+        only=options.only,
     )
     table = Table("case", "a second", "ratio", "against", box=None)
     for name, case in result["cases"].items():

@@ -20,7 +20,6 @@ that is tied to the embeddings uses the embeddings' factors.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -31,12 +30,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from twin_bench.twin.placement import device_of, values_of
+from twin_bench.twin.placement import device_of
 from twin_bench.twin.plan import Costs
 from twin_bench.twin.speed import CPU_BATCH_TOKENS, CPU_RATE, CPU_REBUILD_TOKENS, CPU_STEP_TOKENS, DeviceSpeed
+from twin_bench.twin.vectors import Place, Stack, VectorKind, stacked
 
 Mode = Literal["shared", "fused", "rows"]
-VectorKind = Literal["vectors", "bias_vectors"]
 Made = TypeVar("Made")
 
 
@@ -66,6 +65,8 @@ class Fusion:
         self._setting = Setting()
         self._fused: tuple[Tensor, Tensor] | None = None
         self._stacks: dict[VectorKind, dict[Place, Stack]] = {}
+        self.together: Sequence[Together] | None = None
+        self._calls: list[Call] | None = None
 
     @property
     def mode(self) -> Mode:
@@ -152,10 +153,33 @@ class Fusion:
     def forget(self) -> None:
         """Compute everything anew next time. The model's parameters have changed, or their dtype or device has."""
         self._fused, self._stacks = None, {}
+        for together in self.together or ():
+            together.forget()
 
     def follow(self, weights: Tensor) -> None:
         """Run with weights (batch, experts) as `per_row` does, from here on. It is for a router inside the model."""
         self._setting = Setting("rows", weights, weights)
+
+    @property
+    def waiting(self) -> dict[Any, Any]:
+        """What layers that read the same input have computed for each other, and have not fetched yet."""
+        return self._setting.waiting
+
+    def watched(self, run: Callable[[], object]) -> list[Call]:
+        """Run a model for one row on the low-rank path, and return its layers and their inputs, call after call."""
+        calls: list[Call] = []
+        self._calls = calls
+        try:
+            with self.per_row(torch.full((1, self.experts), 1 / max(1, self.experts))):
+                run()
+        finally:
+            self._calls = None
+        return calls
+
+    def seen(self, layer: Any, x: Tensor) -> None:
+        """Take note of a call, if the model is watched."""
+        if self._calls is not None:
+            self._calls.append((layer, x))
 
     def cast(self, like: Tensor) -> Tensor:
         """Return the fusion weights in the dtype of `like`. They are cast once for all layers of that dtype."""
@@ -217,6 +241,10 @@ class Fusion:
             return torch.addmm(stack.shared, weights, stack.vectors)
 
         return self._setting.once((kind, place), make)[..., stack.places[id(layer)]]
+
+    def chosen(self, key: Hashable, choose: Callable[[], Made]) -> Made:
+        """Return what `choose` decides by the weights' values. A block decides it once for each key."""
+        return self._setting.once(key, choose)
 
     def kept(self, layer: object, what: str, make: Callable[[], Made]) -> Made:
         """Return what `make` computes for a layer from the weights alone. A block of many forwards computes it once."""
@@ -294,6 +322,7 @@ class Setting:
         found = None if known is None else (known != 0)[None].flatten(0, -2).any(dim=0)
         self.uses: list[bool] = [True] * experts if found is None else found.tolist()
         self._made: dict[Hashable, Any] = {}
+        self.waiting: dict[Any, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Return what `make` returned when it was first asked for under this key. A compiled graph keeps nothing."""
@@ -317,43 +346,17 @@ class Columns(NamedTuple):
     scale: Tensor
 
 
-Place = tuple[torch.dtype, torch.device]
-"""The dtype of a layer, and the device where it runs."""
-
-
-class Stack(NamedTuple):
-    """All layers' 1-D weights, or biases, that some expert changes: the shared ones (total,), one behind the other.
-
-    `vectors` (experts, total) are the experts' differences, and `places` the layers' places by their ids. `fused`
-    (total,) is where a fusion writes: a compiled graph reads the fused vectors in the same place each time.
-    """
-
-    shared: Tensor
-    vectors: Tensor
-    places: dict[int, slice]
-    fused: Tensor
-
-
-def stacked(layers: Sequence[FusedLayer], kind: VectorKind) -> dict[Place, Stack]:
-    """Return the stack of the layers' vectors of each dtype and device."""
-    found: dict[Place, list[tuple[FusedLayer, Tensor, Tensor]]] = {}
-    for layer in layers:
-        vectors = getattr(layer, kind, None)
-        if vectors is not None:
-            shared = values_of(layer, "bias" if kind == "bias_vectors" else "weight")
-            found.setdefault((layer.weight.dtype, device_of(layer)), []).append((layer, shared, vectors))
-    stacks = {}
-    for place, own in found.items():
-        ends = list(itertools.accumulate(vectors.shape[1] for _, _, vectors in own))
-        spans = itertools.starmap(slice, itertools.pairwise([0, *ends]))
-        places = {id(layer): span for (layer, _, _), span in zip(own, spans, strict=True)}
-        one = torch.cat([one for _, one, _ in own])
-        stacks[place] = Stack(one, torch.cat([one for _, _, one in own], dim=1), places, torch.empty_like(one))
-    return stacks
-
-
+Call = tuple[Any, Tensor]
+"""A layer and the input that it was called with."""
 FUSION_LAUNCHES = 4
 """The operations that fusing one matrix takes, in units of the launches that are measured: a product starts slowly."""
+
+
+class Together(Protocol):
+    """Layers whose buffers lie together. `together` of a Fusion holds all of them, or is None until they are known."""
+
+    def forget(self) -> None:
+        """Lay the layers' buffers together anew next time."""
 
 
 class FusedLayer(Protocol):

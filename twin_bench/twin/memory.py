@@ -38,6 +38,7 @@ class Sizes:
     - `hidden`: a hidden state.
     - `block`, `by_row`: the activations of a block, plain and on the low-rank path.
     - `attention`: the activations of a block's attention, and `rotated` what rotary positions hold before it begins.
+      On the low-rank path queries, keys and values are computed at once, and `together` is held beside them.
     - `mask`, `masked`, `scores`: of a pair of tokens. A batch that needs a mask has `mask` in its whole forward and
       `masked` in attention. Attention that writes its scores out has `scores`.
     - `cached`, `layer`: the keys and values of all layers, and of one. `repeated` is what attention makes of one
@@ -60,6 +61,7 @@ class Sizes:
     by_row: int
     attention: int
     rotated: int
+    together: int
     mask: int
     masked: int
     scores: int
@@ -134,7 +136,8 @@ class Budget:
         pairs = np.where((rows > 1) | (use.prefix > 0), tokens * seen, 0)  # a row alone needs no mask
         joined = seen * sizes.layer * (use.prefix > 0)
         attended = pairs * sizes.masked + tokens * seen * sizes.scores + joined
-        attention = tokens * sizes.attention + np.maximum(attended, tokens * sizes.rotated)
+        attention = tokens * (sizes.attention + (0 if fused else sizes.together))
+        attention = attention + np.maximum(attended, tokens * sizes.rotated)
         block = np.maximum(tokens * (sizes.block if fused else sizes.by_row), attention) + pairs * sizes.mask
         if use.steps:
             total = rows * self._generated(seen, block)
@@ -167,7 +170,8 @@ class Budget:
         """Return the largest numbers of rows that fit, of rows with so many tokens and positions. 0 is none."""
         two = self.needed(2, tokens, positions, fused=fused)
         four = self.needed(4, tokens, positions, fused=fused)
-        more = 2 + np.floor((self.room - two) / np.maximum((four - two) / 2, 1))
+        with np.errstate(invalid="ignore"):  # a copy that is never made is infinite
+            more = 2 + np.floor((self.room - two) / np.maximum((four - two) / 2, 1))
         return np.where(two <= self.room, more, self.fits(1, tokens, positions, fused=fused).astype(float))
 
     def crowded(self, rows: int, tokens: int, positions: int) -> bool:

@@ -159,7 +159,8 @@ class TwinModel(PlannedModel, abc.ABC):
             quantization: keep the shared expert in 4bit or 8bit, or as keys of transformers' BitsAndBytesConfig say.
             tolerance: the allowed error of the logits against the exact fusion's, relative to their size, as a root
                 mean square over rows. Weights within it that cost less are used (see `twin_bench.twin.tolerance`). By
-                default it is 0 in float32, and an eighth of the rounding unit in half precision. `paper` ignores it.
+                default it is a half of the rounding unit, 6e-8 in float32, and an eighth of it in half precision. 0 is
+                exact. `paper` ignores it.
             trust_remote_code: let transformers run code that comes with the shared expert.
             verify: read all files for their digests, also those whose digests are remembered from before.
 

@@ -203,6 +203,7 @@ def batches(
     *,
     steps: int = 0,
     budget: Budget | None = None,
+    weights: Tensor | None = None,
 ) -> list[Group]:
     """Cut a group into batches of at most `batch_size` rows, longest rows first, at the least cost.
 
@@ -217,6 +218,8 @@ def batches(
         costs: what a batch and a step cost.
         steps: the number of tokens to generate for each row.
         budget: what fits into memory. A batch has no more rows than that, and at least one.
+        weights: (N, K) fusion weights. A batch of the low-rank path then holds rows next to each other that use the
+            same experts.
     """
     rows = sorted(group.rows, key=lambda row: (-tokens[row], row))
     lengths = np.array([tokens[row] for row in rows], dtype=np.float64)
@@ -239,10 +242,14 @@ def batches(
         least[end] = found.min()
     cut: list[Group] = []
     end = len(rows)
+    used: dict[int, list[bool]] = {}
+    if group.weights is None and weights is not None:
+        used = dict(zip(rows, (weights.cpu()[rows] != 0).tolist(), strict=True))
     while end:
         start = start_of[end]
         crowded = needs is not None and needs.crowded(start, end)
-        cut.append(Group(tuple(rows[start:end]), group.weights, crowded))
+        own = rows[start:end]
+        cut.append(Group(tuple(sorted(own, key=used.__getitem__) if used else own), group.weights, crowded))
         end = start
     return cut[::-1]
 

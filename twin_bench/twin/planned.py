@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from twin_bench.errors import InputError
 from twin_bench.twin.device import free_memory
 from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers import find_together
 from twin_bench.twin.memory import ONE_FORWARD, Budget, Sizes, Use, gigabytes, memory_limit
 from twin_bench.twin.placement import input_device
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.sizes import sizes_of
-from twin_bench.twin.timing import timed
+from twin_bench.twin.timing import smallest_forward, timed
 
 
 class PlannedModel(nn.Module):
@@ -102,7 +103,7 @@ class PlannedModel(nn.Module):
         """
         budget = self.budget(asked=asked)
         for group in plan(keys, tokens, self.costs, rows=rows, batch_size=batch_size, budget=budget):
-            yield from batches(group, tokens, batch_size, self.costs, budget=budget)
+            yield from batches(group, tokens, batch_size, self.costs, budget=budget, weights=keys)
 
     def fused(self, group: Group, keys: Tensor, *, steps: bool = False) -> AbstractContextManager[None]:
         """Return a context in which the model runs a batch of a plan.
@@ -118,6 +119,8 @@ class PlannedModel(nn.Module):
             return self.fusion.fuse(*self._split(group.weights))
         if group.crowded:
             self.release()
+        if self.fusion.together is None:
+            self.fusion.together = find_together(smallest_forward(self.model), self.fusion)
         return self.fusion.per_row(*self._split(keys[list(group.rows)]), steps=steps)
 
     @functools.cached_property

@@ -371,7 +371,7 @@ def _prefixed(
                 prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
             rest = {row: lengths[row] - shared.length for row in shared.rows}
             alike, left = Group(shared.rows, group.weights), budget and budget.after(shared.length)
-            for batch in batches(alike, rest, costs=twin.costs, budget=left, **sizes):
+            for batch in batches(alike, rest, costs=twin.costs, budget=left, weights=weights, **sizes):
                 yield batch, prefix
 
 

@@ -177,7 +177,7 @@ def _texts(
     sequences = twin.sequences(decoding.options(twin.tokenizer, [""], START_TOKENS))
     budget = twin.budget(Use(steps, log_probs or likeliest > 0, sequences))
     for group in plan(own, lengths, twin.costs, steps=steps, batch_size=batch_size, budget=budget):
-        for batch in batches(group, lengths, batch_size, twin.costs, steps=steps, budget=budget):
+        for batch in batches(group, lengths, batch_size, twin.costs, steps=steps, budget=budget, weights=own):
             asked = [copies[place] for place in batch.rows]
             allowed = [limits[place] for place in batch.rows]
             inputs = twin.collate([tokens(sources[row]) for row, _ in asked])

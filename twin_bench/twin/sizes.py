@@ -10,6 +10,7 @@ from torch import nn
 from twin_bench.compat import Conv1D
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers.linear import TwinConv1D
+from twin_bench.twin.layers.quantised import TwinQuantised
 from twin_bench.twin.memory import EXACT, Sizes
 
 MANY_PARTS = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "gelu_accurate")
@@ -46,8 +47,9 @@ def sizes_of(model: Any, fusion: Fusion, held: int) -> Sizes:
         copy=sum(_copy_bytes(layer) for layer in fusion.layers) if fusion.keeps_copies else math.inf,
         hidden=hidden * itemsize,
         block=plain * itemsize,
-        by_row=max(plain, 4 * hidden + sum(wide) + 2 * ranks) * itemsize,
-        attention=(4 * hidden + heads * width + cached) * itemsize,
+        by_row=max(plain + sum(wide[1:]), 4 * hidden + sum(wide) + 2 * ranks) * itemsize,
+        attention=((6 if eager else 4) * hidden + heads * width + cached) * itemsize,
+        together=(heads * width + cached) * itemsize,
         rotated=3 * heads * width * itemsize,
         mask=itemsize if eager else 1,
         masked=0 if eager else itemsize,
@@ -71,9 +73,9 @@ def _feed_forward(model: Any, hidden: int) -> list[int]:
     for name, layer in model.named_modules():
         weight = getattr(layer, "weight", None)
         number = next((i for i, part in enumerate(name.split(".")) if part.isdecimal()), None)
-        if number is None or weight is None or weight.ndim != 2 or isinstance(layer, nn.Embedding):
+        if number is None or weight is None or weight.ndim != 2 or isinstance(layer, nn.Embedding | TwinQuantised):
             continue
-        out = weight.shape[1] if isinstance(layer, Conv1D | TwinConv1D) else weight.shape[0]
+        out = getattr(layer, "out_features", weight.shape[isinstance(layer, Conv1D | TwinConv1D)])
         blocks.setdefault(".".join(name.split(".")[: number + 1]), []).append(int(out))
     outputs = max(blocks.values(), key=lambda own: (max(own), len(own)), default=[hidden])
     widest = max(outputs)

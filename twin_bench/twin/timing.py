@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,15 @@ SMALLEST = 8
 """The number of tokens of the smallest forward that is timed."""
 
 
+def smallest_forward(model: Any) -> Callable[[], object]:
+    """Return what runs a transformers model without its head, for one row of `SMALLEST` tokens."""
+    ids = torch.ones(1, SMALLEST, dtype=torch.long, device=input_device(model))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return lambda: model.base_model(**inputs)
+
+
 @torch.no_grad()
 def timed(model: Any, fusion: Fusion) -> DeviceSpeed:
     """Return the speed of a device, and that of a model's smallest forwards on it: plain, and on the low-rank path.
@@ -23,15 +33,7 @@ def timed(model: Any, fusion: Fusion) -> DeviceSpeed:
         model: the transformers model with twin layers. It is run without its head, for one row.
         fusion: what controls these layers.
     """
-    device = input_device(model)
-    ids = torch.ones(1, SMALLEST, dtype=torch.long, device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-
-    def run() -> None:
-        model.base_model(**inputs)
-
+    device, run = input_device(model), smallest_forward(model)
     with fusion.shared():
         plain = seconds(run, device)
     with fusion.per_row(torch.full((1, fusion.experts), 1 / max(1, fusion.experts))):

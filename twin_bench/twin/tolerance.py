@@ -43,7 +43,8 @@ def allowed_tolerance(
     """Return the error of the logits that a twin allows, relative to their size.
 
     Args:
-        asked: what a caller asks for; None is 0 in float32, and an eighth of the rounding unit in half precision.
+        asked: what a caller asks for. None is what rounding a logit to `dtype` may change, a half of the rounding unit,
+            and in half precision an eighth of it.
         protocol: under `paper` the tolerance is always 0.
         dtype: what the model computes in.
         sensitivity: the twin's, or None if it is not known.
@@ -57,7 +58,7 @@ def allowed_tolerance(
     if protocol == "paper":
         return 0.0
     if asked is None:
-        return torch.finfo(dtype).eps / 8 if dtype.itemsize < 4 and sensitivity is not None else 0.0
+        return 0.0 if sensitivity is None else torch.finfo(dtype).eps / (8 if dtype.itemsize < 4 else 2)
     if asked and experts and sensitivity is None:
         raise InputError("tolerance: this twin does not say how sensitive it is; build it again, with a router")
     return asked

@@ -9,11 +9,13 @@ from twin_bench.twin.layers.kinds import TWINS, install
 from twin_bench.twin.layers.linear import TwinConv1D, TwinLinear
 from twin_bench.twin.layers.norm import TwinLayerNorm, TwinRMSNorm
 from twin_bench.twin.layers.positions import TwinLearnedPositions, TwinRelativeBias
+from twin_bench.twin.layers.together import Together, find_together
 
 __all__ = [
     "TWINS",
     "TiedEmbedding",
     "TiedLinear",
+    "Together",
     "TwinConv1D",
     "TwinEmbedding",
     "TwinLayer",
@@ -23,5 +25,6 @@ __all__ = [
     "TwinRMSNorm",
     "TwinRelativeBias",
     "by_row",
+    "find_together",
     "install",
 ]

@@ -45,7 +45,7 @@ class TwinQuantised(TwinLinear):
 
     def input_first(self, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors in the order in which they multiply an input: (in, R) and (R, out)."""
-        return (B, A) if self.transposed else (A.T, B.T)
+        return (B, A) if self.transposed else (A.mT, B.mT)
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output of a whole matrix, (batch, ..., out), for x (batch, ..., in)."""
@@ -55,3 +55,8 @@ class TwinQuantised(TwinLinear):
         """Return the quantised layer's output, (batch, ..., out), for x (batch, ..., in)."""
         y: Tensor = self.layer(x)
         return y if bias is None else y + bias.to(y)
+
+    def onto(self, added: Tensor, x: Tensor) -> Tensor:
+        """Return the quantised layer's output, (batch, ..., out), plus `added` (tokens, out)."""
+        y: Tensor = self.layer(x)
+        return y + added.view(y.shape)

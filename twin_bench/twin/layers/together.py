@@ -1,0 +1,176 @@
+"""Linear layers that read the same input: the products of their exclusive vectors run once for all of them.
+
+The queries, keys and values of an attention are made of one input, and so are the gate and the projection of a
+feed-forward layer. Where such layers have the same shapes and ranks, their factors are stored side by side. The first
+layer that is called computes what the experts add to each layer's output, and the others take theirs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twin_bench.twin.fusion import Fusion
+from twin_bench.twin.layers.factored import FactoredLayer
+from twin_bench.twin.placement import device_of, is_offloaded
+
+SMALL = {4: 512, 2: 0}
+"""The most tokens for which a CPU computes layers together, by a number's bytes.
+
+Larger products take longer than their starts, and in half precision a CPU is slower at batches of products.
+"""
+
+
+def apart(x: Tensor) -> bool:
+    """Return whether each layer is to compute its own products of x (batch, ..., in).
+
+    A compiled graph keeps nothing from one layer to the next.
+    """
+    large = x.shape[:-1].numel() > SMALL.get(x.itemsize, 0)
+    return torch.compiler.is_compiling() or (x.device.type == "cpu" and large)
+
+
+class Together:
+    """k linear layers that read the same input and have the same shapes, in the order in which they are called.
+
+    A layer's buffers are parts of the tensors in which those of all k layers lie one after the other.
+    """
+
+    def __init__(self, layers: Sequence[FactoredLayer]) -> None:
+        self.layers = tuple(layers)
+        self._stacked: dict[str, Tensor] = {}
+
+    def added(self, layer: FactoredLayer, x: Tensor) -> Tensor:
+        """Return what rows of their own weights add to a layer's output, (tokens, out), for x (batch, ..., in).
+
+        The bias is part of it. The result is the caller's to write to.
+        """
+        fusion = layer.fusion
+        fusion.seen(layer, x)
+        if len(self.layers) == 1:
+            return self._products(x)[0]
+        of, left = fusion.waiting.get(self, (None, {}))
+        if of is not x or layer not in left:
+            whole = self._products(x)
+            left = {one: whole[place] for place, one in enumerate(self.layers)}
+            fusion.waiting[self] = x, left
+        own = left.pop(layer)
+        if not left:
+            del fusion.waiting[self]
+        return own
+
+    def forget(self) -> None:
+        """Lay the layers' buffers together anew next time. They have changed."""
+        self._stacked = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the tensors: those of a copied layer are no parts of them."""
+        return {"layers": self.layers, "_stacked": {}}
+
+    def _buffer(self, name: str) -> Tensor:
+        """Return all layers' buffers of a name, (k, ...)."""
+        if len(self.layers) == 1:
+            return self.layers[0].get_buffer(name)[None]
+        if name not in self._stacked:
+            with torch.inference_mode(False):  # what is kept is used outside it as well
+                whole = torch.stack([layer.get_buffer(name) for layer in self.layers])
+                for place, layer in enumerate(self.layers):
+                    layer._buffers[name] = whole[place]
+            self._stacked[name] = whole
+        return self._stacked[name]
+
+    def _products(self, x: Tensor) -> Tensor:
+        """Return what is added to the outputs of all layers, (k, tokens, out)."""
+        first, rows = self.layers[0], x.shape[0]
+        z, up = self._inner(x)
+        k, tokens, out = len(self.layers), z.shape[1], up.shape[2]
+        if first.bias is None:
+            return _multiplied(z, up)
+        bias = first.fusion.kept(self, "bias", self._biases)
+        if bias.shape[1] == 1 or tokens == rows:
+            return torch.addmm(bias[0], z[0], up[0])[None] if k == 1 else torch.baddbmm(bias, z, up)
+        spread = bias[:, :, None].expand(k, rows, tokens // rows, out).reshape(k, tokens, out)
+        return spread[0].addmm_(z[0], up[0])[None] if k == 1 else spread.baddbmm_(z, up)
+
+    def _biases(self) -> Tensor:
+        """Return the layers' biases, (k, batch, out), or (k, 1, out) if all rows share them."""
+        found = [bias for bias in [layer.row_bias(2) for layer in self.layers] if bias is not None]
+        whole = found[0][None] if len(found) == 1 else torch.stack(found)
+        return whole if whole.ndim == 3 else whole[:, None]
+
+    def _inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z (k, tokens, r) and `up` (k, r, out). Their products are the outputs of the exclusive vectors.
+
+        The cheaper of two computations is used: the columns of the experts in use, or the joint bases.
+        """
+        first, k = self.layers[0], len(self.layers)
+        fusion = first.fusion
+        used, scale = fusion.columns(first)
+        tokens, rows = x.shape[:-1].numel(), x.shape[0]
+        if (basis := first.basis) is not None:
+            columns = scale.shape[-1] * sum(first.weight.shape) * (1 + basis.down.shape[1] / tokens)
+            if first.joint_cost() + basis.cores.numel() * rows / tokens < columns:
+                mixed = fusion.kept(self, "mixed", self._mixed)
+                z = _multiplied(x.reshape(1, tokens, -1).expand(k, -1, -1), self._buffer("basis_down"))
+                z = torch.bmm(z.view(k * rows, -1, mixed.shape[1]), mixed)
+                return z.view(k, tokens, -1), self._buffer("basis_up")
+        down, up = fusion.kept(self, "factors", lambda: self._factors(used))
+        z = (x @ down).view(rows, tokens // rows, k, up.shape[1]) * scale[:, None, None]
+        return z.view(tokens, k, up.shape[1]).transpose(0, 1), up
+
+    def _factors(self, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the factors of the columns in use: (in, k * r), all layers' side by side, and (k, r, out)."""
+        first = self.layers[0]
+        if first.basis is None:
+            B, A = self._buffer("B"), self._buffer("A")
+            down, up = first.input_first(*((B, A) if used is None else (B[..., used], A[:, used])))
+        else:
+            inner, outer = self._buffer("basis_inner"), self._buffer("basis_outer")
+            inner, outer = (inner, outer) if used is None else (inner[..., used], outer[:, used])
+            down, up = self._buffer("basis_down") @ inner, outer @ self._buffer("basis_up")
+        return down.transpose(0, 1).flatten(1), up
+
+    def _mixed(self) -> Tensor:
+        """Return each row's weighted sum of the basis's cores, (k * batch, J, K)."""
+        cores = self._buffer("basis_cores")
+        mixed = self.layers[0].fusion.cast(cores) @ cores.flatten(2)
+        return mixed.view(-1, *cores.shape[2:])
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """Return k products, (k, m, n). One alone is no batch: a CPU is slower at batches in half precision."""
+    return (left[0] @ right[0])[None] if len(left) == 1 else torch.bmm(left, right)
+
+
+@torch.no_grad()
+def find_together(run: Callable[[], object], fusion: Fusion) -> list[Together]:
+    """Put the layers of a model together that read the same input one after the other.
+
+    Args:
+        run: runs the model for one row.
+        fusion: what controls its layers.
+    """
+    if sum(layer.is_matrix for layer in fusion.layers) < 2:
+        return []
+    found = []
+    for _, calls in itertools.groupby(fusion.watched(run), key=lambda call: id(call[1])):
+        alike: dict[object, list[FactoredLayer]] = {}
+        for layer, _ in calls:
+            alike.setdefault(_signature(layer), []).append(layer)
+        found += [Together(layers) for layers in alike.values() if len(set(layers)) == len(layers) > 1]
+    for together in found:
+        for layer in together.layers:
+            layer.together = together
+    return found
+
+
+def _signature(layer: FactoredLayer) -> object:
+    """Return what is the same of layers that can be put together. An offloaded layer stands alone."""
+    sizes = None if layer.basis is None else tuple(part.shape for part in layer.basis)
+    bias = layer.bias is None, layer.bias_vectors is None
+    where = id(layer) if is_offloaded(layer) else device_of(layer)
+    return type(layer), layer.weight.shape, layer.weight.dtype, layer.ranks, sizes, bias, where
