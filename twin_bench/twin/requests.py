@@ -249,7 +249,7 @@ def _texts(
     try:
         for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, use):
             real = len(batch.rows)
-            batch = Group(filled(batch.rows, batch_size), batch.weights) if compiled else batch
+            batch = batch._replace(rows=filled(batch.rows, batch_size)) if compiled else batch
             asked = [copies[place] for place in batch.rows]
             inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
             length = inputs["input_ids"].shape[1]

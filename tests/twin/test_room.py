@@ -1,0 +1,50 @@
+"""Memory between plan and run: a batch that needs the fused copy's room gets it, whatever runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.random_twins import random_twin
+from twin_bench.twin import requests
+from twin_bench.twin.plan import Group
+from twin_bench.twin.requests import Generate
+
+DIFFUSE = torch.softmax(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+CROWDED = Group((0, 1, 2), None, crowded=True)
+
+
+def with_copy(twin: Any) -> Any:
+    """Return a twin that holds the fused copy."""
+    with twin.fusion.fuse(DIFFUSE[0]):
+        pass
+    assert twin.fusion.holds_copies
+    return twin
+
+
+def test_the_copy_is_freed_before_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = with_copy(random_twin("llama"))
+    twin.compiling = "on"
+    monkeypatch.setattr(type(twin.steps), "_stepped", lambda steps, plain, args, kwargs: plain(*args, **kwargs))
+    twin.limit_memory(int(twin.sizes.held + 0.9 * twin.sizes.copy))
+    requests.generate(twin, [Generate([5, 6, row], 2) for row in range(7, 10)], fusion_weights=DIFFUSE)
+    assert not twin.fusion.holds_copies
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_the_copy_is_freed_before_beams(kind: str) -> None:
+    twin = with_copy(random_twin(kind))
+    inputs = {"input_ids": torch.full((3, 4), 5), "attention_mask": torch.ones(3, 4, dtype=torch.long)}
+    twin.generate_batch(inputs, CROWDED, DIFFUSE, max_new_tokens=2, num_beams=2)
+    assert not twin.fusion.holds_copies
+
+
+def test_the_copy_is_freed_before_an_encoder() -> None:
+    twin = with_copy(random_twin("bart"))
+    held: list[bool] = []
+    twin.backbone.register_forward_pre_hook(lambda *_: held.append(twin.fusion.holds_copies))
+    with torch.no_grad():
+        twin.logits([[5, 6], [7, 8], [5, 9]], [[6]] * 3, CROWDED, DIFFUSE)
+    assert held and not any(held)
