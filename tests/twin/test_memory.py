@@ -178,12 +178,13 @@ def test_what_cannot_fit_is_refused_in_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("size", "found"), [(40_000, 40_000), ("40000", 40_000), ("40GB", 40 * 10**9), ("2GiB", 2 * 2**30), (None, None)]
+    + [("40gb", 40 * 10**9), ("40Gb", 40 * 10**9), ("3mb", 3 * 10**6), ("2gib", 2 * 2**30), ("2kiB", 2048)],
 )
 def test_sizes(size: Any, found: int | None) -> None:
     assert memory_limit(size) == found
 
 
-@pytest.mark.parametrize("size", ["much", 0, -1, True, 1.5, "0GB", ""])
+@pytest.mark.parametrize("size", ["much", 0, -1, True, 1.5, "0GB", "", "infGB", "nanGB"])
 def test_no_sizes(size: Any) -> None:
     with pytest.raises(InputError, match=re.escape(f"max_memory {size!r}: expected bytes, or a text such as 40GB")):
         memory_limit(size)

@@ -202,7 +202,7 @@ def gigabytes(count: float) -> str:
 
 
 def memory_limit(size: int | str | None, device_map: object = None) -> int | None:
-    """Return a size in bytes, of a number of bytes or a text such as 40GB or 40GiB. None stays.
+    """Return a size in bytes, of a number of bytes or a text such as 40GB or 40GiB, in any case. None stays.
 
     InputError for anything else, and beside a device map, which needs a size for each device.
     """
@@ -212,8 +212,9 @@ def memory_limit(size: int | str | None, device_map: object = None) -> int | Non
         return None
     found = 0
     if isinstance(size, int | str) and not isinstance(size, bool):
-        with contextlib.suppress(ValueError):
-            found = int(size) if str(size).isdecimal() else convert_file_size_to_int(size)
+        with contextlib.suppress(ValueError, OverflowError):
+            # In capitals: accelerate reads GB that ends with a small letter as bits.
+            found = int(size) if str(size).isdecimal() else convert_file_size_to_int(str(size).upper())
     if found <= 0:
         raise InputError(f"max_memory {size!r}: expected bytes, or a text such as 40GB or 40GiB")
     if device_map is not None:
