@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from tests.support.random_twins import random_twin
 from twin_bench.twin import requests
+from twin_bench.twin.memory import Budget
 from twin_bench.twin.plan import Group
-from twin_bench.twin.requests import Generate
+from twin_bench.twin.rehearsal import rehearse_score
+from twin_bench.twin.requests import Generate, Score
 
 DIFFUSE = torch.softmax(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
 CROWDED = Group((0, 1, 2), None, crowded=True)
@@ -48,3 +51,12 @@ def test_the_copy_is_freed_before_an_encoder() -> None:
     with torch.no_grad():
         twin.logits([[5, 6], [7, 8], [5, 9]], [[6]] * 3, CROWDED, DIFFUSE)
     assert held and not any(held)
+
+
+def test_a_rehearsal_takes_the_ways_that_fit() -> None:
+    """Fused weights fit and factors do not; a limit holds five rows of eight."""
+    twin = random_twin("llama")
+    twin.__dict__["sizes"] = replace(twin.sizes, factors=10 * twin.sizes.copy)
+    needed = Budget(twin.sizes, 0).needed(5, 21, 2, fused=True)
+    twin.limit_memory(int(twin.sizes.held + needed))
+    assert rehearse_score(twin, [Score([5] * 20, [6, 7])], 8) == 5
