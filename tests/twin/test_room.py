@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support.random_twins import random_twin
+from twin_bench import InputError
 from twin_bench.twin import requests
-from twin_bench.twin.memory import Budget
-from twin_bench.twin.plan import Group
+from twin_bench.twin.memory import Budget, Sizes, Use
+from twin_bench.twin.plan import Costs, Group, plan
 from twin_bench.twin.rehearsal import rehearse_score
 from twin_bench.twin.requests import Generate, Score
 
@@ -60,3 +62,40 @@ def test_a_rehearsal_takes_the_ways_that_fit() -> None:
     needed = Budget(twin.sizes, 0).needed(5, 21, 2, fused=True)
     twin.limit_memory(int(twin.sizes.held + needed))
     assert rehearse_score(twin, [Score([5] * 20, [6, 7])], 8) == 5
+
+
+def test_the_copy_is_freed_before_a_prefix() -> None:
+    """The pass over the prefix needs its room; the rows behind it do not. So it is where a router reads."""
+    twin = random_twin("llama")
+    twin.costs = replace(twin.costs, rebuild=math.inf)
+    ids = list(range(5, 705))
+    limit = int(twin.sizes.held + twin.sizes.copy + 0.9 * Budget(twin.sizes, 0, Use(1)).needed(1, 700, 0, fused=False))
+    rows = [Score([*ids, row], [8]) for row in (7, 8)]
+    twin.limit_memory(limit)
+    held: list[bool] = []
+    with_copy(twin)
+    twin.model.base_model.register_forward_pre_hook(lambda *_: held.append(twin.fusion.holds_copies))
+    requests.score(twin, rows, fusion_weights=DIFFUSE[:1].expand(2, -1))
+    assert held and not any(held)
+    limit = int(twin.sizes.held + twin.sizes.copy)
+    limit += int(0.9 * Budget(twin.sizes, 0, Use(1, shared=True)).needed(1, 700, 0, fused=True))
+    twin.limit_memory(limit)
+    held.clear()
+    with_copy(twin)
+    twin.features_of([{"input_ids": [*ids, row]} for row in (7, 8)], [-1], batch_size=2)
+    assert held and not any(held)
+
+
+def budget_of(room: float) -> Budget:
+    """Return a budget in which a token takes 10 bytes and a position's logits 50: factors and a copy take none."""
+    none = dict.fromkeys((field.name for field in fields(Sizes)), 0)
+    return Budget(Sizes(**{**none, "block": 10, "by_row": 10, "logit": 50}), room, asked={0: 1, 1: 40})
+
+
+def test_each_row_must_fit() -> None:
+    """A row of 90 tokens takes 900 bytes, and one of 60 whose 40 last logits are needed 2,000."""
+    costs, lengths = Costs(fuse=(1.0,), rebuild=1.0, columns=(10.0,), joint=10.0), [90, 60]
+    for weights in (torch.tensor([[0.5], [0.25]]), torch.full((2, 1), 0.5)):
+        with pytest.raises(InputError, match="one row of 60 tokens needs"):
+            plan(weights, lengths, costs, budget=budget_of(1999))
+        assert plan(weights, lengths, costs, budget=budget_of(2000))

@@ -118,6 +118,10 @@ class Budget:
         """Return the budget of rows whose first `prefix` tokens were run before."""
         return replace(self, use=self.use._replace(prefix=prefix))
 
+    def before(self) -> Budget:
+        """Return the budget of the pass that runs a prefix, and keeps its keys and values."""
+        return replace(self, use=Use(steps=1, shared=self.use.shared))
+
     def needed(self, rows: Any, tokens: Any, positions: Any, *, fused: bool) -> Any:
         """Return the bytes that batches take, with the fused copy where `fused`. Each argument is a number or an array.
 
@@ -180,14 +184,18 @@ class Budget:
 
     def shares(self, prefix: int, tokens: int, positions: int, *, fused: bool) -> bool:
         """Return whether a prefix can be run before rows of `tokens` tokens more, and kept while they run."""
-        first = replace(self, use=Use(steps=1, shared=self.use.shared)).needed(1, prefix, 0, fused=fused)
-        return bool(first <= self.room and self.after(prefix).fits(1, tokens, positions, fused=fused))
+        return bool(self.before().fits(1, prefix, 0, fused=fused) and self.after(prefix).fits(1, tokens, positions, fused=fused))
 
-    def require(self, tokens: int, positions: int) -> None:
-        """Raise an InputError unless one row of `tokens` tokens fits, fused or on the low-rank path."""
-        needed = min(float(self.needed(1, tokens, positions, fused=way)) for way in (True, False))
+    def require(self, tokens: Any, positions: Any) -> None:
+        """Raise an InputError unless each row of `tokens` tokens fits alone, fused or on the low-rank path.
+
+        The arguments are numbers or arrays, as those of `needed`. The error names the row that needs most.
+        """
+        every = np.minimum(*(self.needed(1, tokens, positions, fused=way) for way in (True, False)))
+        needed = float(every.max(initial=0))
         if needed <= self.room:
             return
+        tokens = np.broadcast_to(tokens, every.shape).flat[every.argmax()]
         generated = f" and {self.use.steps} to generate" if self.use.steps else ""
         raise InputError(
             f"one row of {tokens} tokens{generated} needs {gigabytes(needed)} beside the {gigabytes(self.sizes.held)} "

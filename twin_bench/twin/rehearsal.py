@@ -18,7 +18,7 @@ from twin_bench.twin.encoded import tokens
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.plan import Group
-from twin_bench.twin.prefix import WORTHWHILE_TOKENS
+from twin_bench.twin.prefix import WORTHWHILE_TOKENS, Sharing, first_of
 from twin_bench.twin.requests import Score
 from twin_bench.twin.seq2seq import TwinSeq2Seq
 
@@ -46,7 +46,8 @@ def rehearse_score(twin: TwinCausalLM, requests: Sequence[Score], rows: int, *, 
     way = groups[0]
     affordable = budget is None or budget.shares(shared, longest - shared, len(asked), fused=way.weights is not None)
     if twin.shares_prefixes and shared >= WORTHWHILE_TOKENS and affordable:
-        prefix = twin.prefix(inputs[0][:shared], way, weights)
+        first = first_of(Sharing(way.rows, shared), budget, way.weights)
+        prefix = twin.prefix(inputs[0][:shared], first, weights)
         rest = [ids[shared:] for ids in inputs[: len(way.rows)]]
         twin.logits(rest, sorted(place - shared for place in asked), way, weights, prefix)
     return _largest(groups)

@@ -25,7 +25,7 @@ from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.plan import Group, batches, plan
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, shared_in_group
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, first_of, shared_in_group
 from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
 
 Progress = Callable[[int], None]
@@ -367,7 +367,7 @@ def _prefixed(
         for shared in affordable(shared_in_group(group, weights, inputs, may), inputs, budget, group.weights):
             prefix = NO_PREFIX
             if shared.length:
-                first = Group(shared.rows[:1], group.weights)
+                first = first_of(shared, budget, group.weights)
                 prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
             rest = {row: lengths[row] - shared.length for row in shared.rows}
             alike, left = Group(shared.rows, group.weights), budget and budget.after(shared.length)
