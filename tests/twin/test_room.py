@@ -12,6 +12,7 @@ import torch
 from tests.support.random_twins import random_twin
 from twin_bench import InputError
 from twin_bench.twin import requests
+from twin_bench.twin.device import rounded
 from twin_bench.twin.memory import Budget, Sizes, Use
 from twin_bench.twin.plan import Costs, Group, plan
 from twin_bench.twin.rehearsal import rehearse_score
@@ -52,7 +53,8 @@ def test_the_copy_is_freed_before_an_encoder() -> None:
     twin.backbone.register_forward_pre_hook(lambda *_: held.append(twin.fusion.holds_copies))
     with torch.no_grad():
         twin.logits([[5, 6], [7, 8], [5, 9]], [[6]] * 3, CROWDED, DIFFUSE)
-    assert held and not any(held)
+    assert held
+    assert not any(held)
 
 
 def test_a_rehearsal_takes_the_ways_that_fit() -> None:
@@ -76,14 +78,16 @@ def test_the_copy_is_freed_before_a_prefix() -> None:
     with_copy(twin)
     twin.model.base_model.register_forward_pre_hook(lambda *_: held.append(twin.fusion.holds_copies))
     requests.score(twin, rows, fusion_weights=DIFFUSE[:1].expand(2, -1))
-    assert held and not any(held)
+    assert held
+    assert not any(held)
     limit = int(twin.sizes.held + twin.sizes.copy)
     limit += int(0.9 * Budget(twin.sizes, 0, Use(1, shared=True)).needed(1, 700, 0, fused=True))
     twin.limit_memory(limit)
     held.clear()
     with_copy(twin)
     twin.features_of([{"input_ids": [*ids, row]} for row in (7, 8)], [-1], batch_size=2)
-    assert held and not any(held)
+    assert held
+    assert not any(held)
 
 
 def budget_of(room: float) -> Budget:
@@ -99,3 +103,28 @@ def test_each_row_must_fit() -> None:
         with pytest.raises(InputError, match="one row of 60 tokens needs"):
             plan(weights, lengths, costs, budget=budget_of(1999))
         assert plan(weights, lengths, costs, budget=budget_of(2000))
+
+
+@pytest.mark.parametrize("state", ["held", "released", "none"])
+def test_without_a_limit_the_free_memory_bounds_a_plan(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused copy counts as free, so that a plan is the same whether it is held or not. A CPU has no bound."""
+    twin = random_twin("llama")
+    if state == "none":
+        assert twin.budget() is None
+        return
+    total, others = 16 * twin.sizes.copy, twin.sizes.copy // 2
+    taken = others + twin.sizes.held + (twin.sizes.copy if state == "held" else 0)
+    if state == "held":
+        with_copy(twin)
+    monkeypatch.setattr(type(twin), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - taken, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    expected = rounded(0.9 * (total - others - twin.sizes.held), total)
+    assert twin.budget().room == pytest.approx(expected)
+
+
+def test_free_memory_is_rounded_down() -> None:
+    assert rounded(61e9, 80e9) == rounded(64e9, 80e9) == 60e9
+    assert rounded(0, 80e9) == 0
+    assert 0.75e9 < rounded(1e9, 80e9) <= 1e9

@@ -184,7 +184,9 @@ class Budget:
 
     def shares(self, prefix: int, tokens: int, positions: int, *, fused: bool) -> bool:
         """Return whether a prefix can be run before rows of `tokens` tokens more, and kept while they run."""
-        return bool(self.before().fits(1, prefix, 0, fused=fused) and self.after(prefix).fits(1, tokens, positions, fused=fused))
+        return bool(
+            self.before().fits(1, prefix, 0, fused=fused) and self.after(prefix).fits(1, tokens, positions, fused=fused)
+        )
 
     def require(self, tokens: Any, positions: Any) -> None:
         """Raise an InputError unless each row of `tokens` tokens fits alone, fused or on the low-rank path.

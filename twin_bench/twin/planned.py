@@ -42,8 +42,9 @@ class PlannedModel(nn.Module):
     def limit_memory(self, limit: int | str | None) -> None:
         """Have the twin and its batches take at most `limit` bytes, or a text such as 40GB, of its device.
 
-        Without a limit the plans on CUDA count with the memory that is free when they are made, less a tenth. On other
-        devices, and on several, nothing is counted.
+        It binds lists, whose batches are planned. What a caller runs as one batch, as `twin(...)` and
+        `twin.generate(...)` do, is not cut. Without a limit the plans on CUDA count with the memory that is free when
+        they are made, less a tenth, rounded down. On other devices, and on several, nothing is counted.
 
         Raises:
             InputError: no size, or one that does not hold the twin itself.
@@ -73,11 +74,9 @@ class PlannedModel(nn.Module):
         if self.max_memory is not None:
             return Budget(self.sizes, self.max_memory - self.sizes.held, use, asked)
         several = len({*getattr(self.model, "hf_device_map", {}).values()}) > 1
-        free = None if several else free_memory(self.device)
-        if free is None:
-            return None
         copied = self.sizes.copy if self.fusion.holds_copies else 0
-        return Budget(self.sizes, free + copied, use, asked)
+        free = None if several else free_memory(self.device, copied)
+        return None if free is None else Budget(self.sizes, free, use, asked)
 
     def release(self) -> None:
         """Free the fused copy of the weights. The next fusion makes it anew."""

@@ -8,8 +8,8 @@ from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 
 from tests.support.lm_eval_requests import generated, rolling, scored, served
-from twin_bench.twin.prefix import NO_PREFIX
 from twin_bench.twin.memory import Budget
+from twin_bench.twin.prefix import NO_PREFIX
 from twin_bench.twin.rehearsal import rehearse_score
 from twin_bench.twin.requests import Generate, Score
 from twin_bench_lm_eval.causal import CausalTwin
