@@ -11,6 +11,8 @@ import torch
 
 from tests.support.random_twins import random_twin
 from twin_bench import InputError
+from twin_bench.errors import RefusedError
+from twin_bench.serving.engine import Ask, Engine
 from twin_bench.twin import requests
 from twin_bench.twin.device import rounded
 from twin_bench.twin.memory import Budget, Sizes, Use
@@ -128,3 +130,24 @@ def test_free_memory_is_rounded_down() -> None:
     assert rounded(61e9, 80e9) == rounded(64e9, 80e9) == 60e9
     assert rounded(0, 80e9) == 0
     assert 0.75e9 < rounded(1e9, 80e9) <= 1e9
+
+
+def test_a_row_is_refused_before_work_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a list nothing is routed. An engine answers the neighbours of a request that does not fit."""
+    twin = random_twin("llama")
+    twin.limit_memory(twin.sizes.held + 1_000_000)
+    long, short = [5] * 600, [5, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(twin), "route_all", None)
+        with pytest.raises(InputError, match="one row of 601 tokens needs"):
+            requests.score(twin, [Score(short, [6]), Score(long, [6, 7])])
+        with pytest.raises(InputError, match="one row of 600 tokens and 9 to generate needs"):
+            requests.generate(twin, [Generate(short, 1), Generate(short, 3), Generate(long, 9)])
+    patched = twin.checked_weights
+    monkeypatch.setattr(
+        type(twin), "route_all", lambda own, rows, *_, **__: patched(DIFFUSE[:1], 1).expand(len(rows), -1)
+    )
+    ask = Ask((5, 6), max_tokens=3, temperature=0.0, top_p=1.0, completions=1, stop=(), seed="s")
+    large = [replace(ask, prompt=tuple(long), max_tokens=steps) for steps in (9, 0)]
+    found = Engine(twin, 4).answer([ask, *large])
+    assert [isinstance(one, RefusedError) for one in found] == [False, True, True]

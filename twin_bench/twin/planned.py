@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,18 @@ class PlannedModel(nn.Module):
         copied = self.sizes.copy if self.fusion.holds_copies else 0
         free = None if several else free_memory(self.device, copied)
         return None if free is None else Budget(self.sizes, free, use, asked)
+
+    def require_room(self, lengths: Sequence[int], positions: Sequence[int] | int = 1, use: Use = ONE_FORWARD) -> None:
+        """Raise an InputError unless each row fits into memory alone: before work on a list begins.
+
+        Args:
+            lengths: the rows' token counts.
+            positions: the number of each row's last positions whose logits are needed.
+            use: what is done with the rows.
+        """
+        budget = self.budget(use)
+        if budget is not None:
+            budget.require(np.asarray(lengths), np.asarray(positions))
 
     def release(self) -> None:
         """Free the fused copy of the weights. The next fusion makes it anew."""
