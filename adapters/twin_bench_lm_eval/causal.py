@@ -104,7 +104,9 @@ class CausalTwin(LanguageTwin):
         length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
         steps = max((request.max_new_tokens for request in requests), default=1)
         compiled = beams == 1 and self.twin.compiles(steps * len(requests))  # in batches there are fewer steps
-        return self._most_rows(lambda rows: rehearse_generation(self.twin, length, rows * beams, compiled=compiled))
+        return self._most_rows(
+            lambda rows: rehearse_generation(self.twin, length, rows * beams, compiled=compiled) // beams
+        )
 
 
 def _warn_of_truncation(context: int, continuation: int, window: int) -> None:

@@ -335,28 +335,31 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
         cut: str = postprocess_generated_text(text, list(until), think_end if isinstance(think_end, str) else None)
         return cut
 
-    def _most_rows(self, rehearse: Callable[[int], None]) -> int:
+    def _most_rows(self, rehearse: Callable[[int], int]) -> int:
         """Return the largest number of rows, `max_batch_size` at most, for which `rehearse` does not run out of memory.
 
-        It is the least of all processes' numbers. So all must ask equally often: once for each request list.
-        """
-        found = CPU_BATCH
+        `rehearse` returns how many rows it ran at once. They are fewer where a plan cuts such a batch to what memory
+        holds. lm-eval prints and stores that number. A plan of shorter rows may fill the one that is returned.
 
-        def rehearsed(rows: int) -> int:
-            rehearse(rows)
-            return rows
+        Both are the least of all processes' numbers. So all must ask equally often: once for each request list.
+        """
+        found = fits = CPU_BATCH
+
+        def rehearsed(rows: int) -> tuple[int, int]:
+            return rows, rehearse(rows)
 
         if self.device.type != "cpu":
             try:
-                found = find_executable_batch_size(rehearsed, starting_batch_size=self.max_batch_size)()
+                found, fits = find_executable_batch_size(rehearsed, starting_batch_size=self.max_batch_size)()
             except RuntimeError as error:
                 if "No executable batch size found" not in str(error):
                     raise
-                found = 1
+                found = fits = 1
         if self.world_size > 1:
-            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
+            every = self.all_gather(torch.tensor([[found, fits]], device=self.device))
+            found, fits = every.reshape(-1, 2).amin(dim=0).tolist()
         clear_torch_cache()
-        self.batch_sizes[len(self.batch_sizes)] = found  # lm-eval prints and stores them
+        self.batch_sizes[len(self.batch_sizes)] = fits
         return found
 
     def _rows_a_batch(self, detect: Callable[[], int]) -> int:

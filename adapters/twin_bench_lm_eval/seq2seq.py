@@ -127,4 +127,4 @@ class Seq2SeqTwin(LanguageTwin):
         """Return the largest batch of texts that fits, for the longest prompt with its text, in as many beams."""
         length = max((len(request.prompt) for request in requests), default=1)
         steps = max((request.max_new_tokens for request in requests), default=1)
-        return self._most_rows(lambda rows: rehearse_texts(self.twin, length, steps, rows * beams))
+        return self._most_rows(lambda rows: rehearse_texts(self.twin, length, steps, rows * beams) // beams)

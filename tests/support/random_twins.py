@@ -26,7 +26,7 @@ TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_toke
 
 
 def random_model(kind: str) -> Any:
-    """Return a random model: llama, its attention `eager` or with `grouped` queries, opt, gpt2 or bart."""
+    """Return a random model: llama, its attention `eager` or with `grouped` queries, or the family named `kind`."""
     torch.manual_seed(0)
     if kind == "gpt2":
         shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
@@ -38,12 +38,24 @@ def random_model(kind: str) -> Any:
         halves = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in BART.items()}
         config = transformers.BartConfig(d_model=WIDTH, forced_eos_token_id=None, **halves, **TOKENS)
         return transformers.BartForConditionalGeneration(config)
+    if kind == "t5":
+        shape = {"d_model": WIDTH, "d_kv": 32, "d_ff": 512, "num_layers": LAYERS, "num_heads": HEADS}
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(decoder_start_token_id=0, **shape, **TOKENS)
+        )
+    if kind == "gemma2":  # whose logits take more than all else
+        shape = {**SHAPE, **TOKENS, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 20_000}
+        return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape))
+    if kind == "bloom":
+        shape = {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+        return transformers.BloomForCausalLM(transformers.BloomConfig(**shape, **TOKENS))
     groups, attention = (1 if kind == "grouped" else HEADS), ("eager" if kind == "eager" else None)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(num_key_value_heads=groups, attn_implementation=attention, **SHAPE, **TOKENS)
     )
 
 
+BLOCKS = (".layers.", ".h.", ".block.")
 BART = {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 512}
 
 
@@ -52,13 +64,14 @@ def random_twin(kind: str, dtype: torch.dtype = torch.float32, *, experts: int =
     model = random_model(kind).to(dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None  # every text has its full length
     model.generation_config.pad_token_id = 0
-    blocks = {n: p.shape for n, p in model.named_parameters() if p.ndim == 2 and (".layers." in n or ".h." in n)}
+    blocks = {n: p.shape for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in BLOCKS)}
+    blocks = {n: shape for n, shape in blocks.items() if "relative" not in n}
     exclusive = {
         f"expert{number}": Exclusive(
             {n: Factors(0.02 * torch.randn(m, rank), torch.randn(rank, k)) for n, (m, k) in blocks.items()}, {}
         )
         for number in range(experts)
     }
-    tokenizer = tiny_seq2seq_tokenizer() if kind == "bart" else tiny_causal_tokenizer()
-    served = TwinSeq2Seq if kind == "bart" else TwinCausalLM
+    tokenizer = tiny_seq2seq_tokenizer() if kind in ("bart", "t5") else tiny_causal_tokenizer()
+    served = TwinSeq2Seq if kind in ("bart", "t5") else TwinCausalLM
     return served(model, tokenizer, Parts(exclusive=exclusive, max_length=1024))

@@ -23,7 +23,7 @@ from twin_bench.serving.settings import TwinSettings
 from twin_bench.twin.causal import NOT_CAUSAL, TwinCausalLM
 from twin_bench.twin.device import AUTO
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.requests import Generate, Progress, Score, Scored, check_generate, generate, score
+from twin_bench.twin.requests import Generate, Progress, Score, Scored, check_generate, generate, require_texts, score
 from twin_bench.twin.sampling import Completion, Sampling
 
 GATHER_SECONDS = 0.01
@@ -110,13 +110,13 @@ class Engine:
             InputError: no request can be answered, or the memory does not hold one row.
         """
         answers: dict[Ask, Answer] = {}
-        for request in dict.fromkeys(requests):
-            try:
-                self._check(request)
-            except InputError as error:
-                answers[request] = RefusedError(str(error))
-        possible = [request for request in dict.fromkeys(requests) if request not in answers]
-        with self._lock:
+        with self._lock:  # the memory that is free is that between two lists
+            for request in dict.fromkeys(requests):
+                try:
+                    self._check(request)
+                except InputError as error:
+                    answers[request] = RefusedError(str(error))
+            possible = [request for request in dict.fromkeys(requests) if request not in answers]
             answers.update(zip(possible, self._finite(possible, progress or _silent), strict=True))
         return [answers[request] for request in requests]
 
@@ -124,10 +124,12 @@ class Engine:
         """Raise an InputError for a request that can't be answered."""
         if request.max_tokens:
             check_generate(self.twin, self._generate(request))
+            require_texts(self.twin, [self._generate(request)], self.batch_size)
             return
         self.twin.check_tokens(request.prompt, "prompt")
         if len(request.prompt) > self.twin.max_length + 1:  # the last token is predicted, and is no input
             raise InputError(f"a prompt of {len(request.prompt)} tokens; the model's window is {self.twin.max_length}")
+        self.twin.require_room([len(request.prompt) - 1], len(request.prompt) - 1)
 
     def _finite(self, requests: Sequence[Ask], progress: Progress) -> list[Answer]:
         """Answer a list. It is halved until each request that comes to NaN or inf stands alone, and is refused."""

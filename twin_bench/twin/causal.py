@@ -25,7 +25,7 @@ from twin_bench.twin.features import Read, hidden_states, pool_after, reads_of
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
 from twin_bench.twin.memory import Use
 from twin_bench.twin.plan import Group
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, shared_prefixes
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, first_of, shared_prefixes
 
 NOT_CAUSAL: dict[TaskType, str] = {
     "sequence_classification": "a classifier twin does not generate text",
@@ -57,6 +57,8 @@ class TwinCausalLM(TwinLanguageModel):
             begun: list[Tensor | None] = [None] * len(reads)
             prefix = NO_PREFIX
             if shared.length:
+                if first_of(shared, budget).crowded:
+                    self.release()
                 prefix = Prefix(shared.length, DynamicCache(config=self.model.config))
                 ids = torch.tensor([inputs[shared.rows[0]][: shared.length]], device=self.device)
                 kept = {"input_ids": ids, self._prefix_argument: prefix.cache, "use_cache": True}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from twin_bench.errors import InputError, first_line
@@ -32,13 +34,25 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def free_memory(device: torch.device) -> float | None:
+STEPS = 16
+"""The number of steps of a device's memory, to which free memory is rounded down: near figures make the same plans."""
+
+
+def free_memory(device: torch.device, kept: float = 0) -> float | None:
     """Return the bytes that tensors may take on a CUDA device beside those that are there. None for another device.
 
-    What torch holds without using it counts as free.
+    What torch holds without using it counts as free. So do `kept` bytes of tensors that can be freed.
     """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (1 - SPARE) * (free + unused)
+    return rounded((1 - SPARE) * (free + unused + kept), total)
+
+
+def rounded(free: float, total: float) -> float:
+    """Return free bytes, rounded down to a sixteenth of a device's `total`, or finer where little is free."""
+    if free <= 0:
+        return 0.0
+    step = min(total / STEPS, 2.0 ** math.floor(math.log2(free / 4)))
+    return free // step * step

@@ -60,3 +60,8 @@ def distinct(rows: Sequence[Encoded]) -> tuple[list[Encoded], Tensor]:
     order = sorted(by_identity)
     place = {one: index for index, one in enumerate(order)}
     return [by_identity[one] for one in order], torch.tensor([place[key] for key in keys])
+
+
+def last_tokens(ids: Sequence[int], window: int) -> list[int]:
+    """Return the last tokens of a text as a list: no copy where `ids` is that list."""
+    return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])

@@ -127,7 +127,7 @@ class TwinLanguageModel(TwinModel):
         if group.weights is not None or copies == 1:
             return group, weights
         weights = weights[list(group.rows)].repeat_interleave(copies, dim=0)
-        return Group(tuple(range(len(weights))), None), weights
+        return group._replace(rows=tuple(range(len(weights)))), weights
 
     def sequences(self, options: Mapping[str, Any]) -> int:
         """Return how many places of a batch a row takes with these options of `generate`: its beams or sequences."""

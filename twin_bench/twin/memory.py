@@ -118,6 +118,10 @@ class Budget:
         """Return the budget of rows whose first `prefix` tokens were run before."""
         return replace(self, use=self.use._replace(prefix=prefix))
 
+    def before(self) -> Budget:
+        """Return the budget of the pass that runs a prefix, and keeps its keys and values."""
+        return replace(self, use=Use(steps=1, shared=self.use.shared))
+
     def needed(self, rows: Any, tokens: Any, positions: Any, *, fused: bool) -> Any:
         """Return the bytes that batches take, with the fused copy where `fused`. Each argument is a number or an array.
 
@@ -180,14 +184,20 @@ class Budget:
 
     def shares(self, prefix: int, tokens: int, positions: int, *, fused: bool) -> bool:
         """Return whether a prefix can be run before rows of `tokens` tokens more, and kept while they run."""
-        first = replace(self, use=Use(steps=1, shared=self.use.shared)).needed(1, prefix, 0, fused=fused)
-        return bool(first <= self.room and self.after(prefix).fits(1, tokens, positions, fused=fused))
+        return bool(
+            self.before().fits(1, prefix, 0, fused=fused) and self.after(prefix).fits(1, tokens, positions, fused=fused)
+        )
 
-    def require(self, tokens: int, positions: int) -> None:
-        """Raise an InputError unless one row of `tokens` tokens fits, fused or on the low-rank path."""
-        needed = min(float(self.needed(1, tokens, positions, fused=way)) for way in (True, False))
+    def require(self, tokens: Any, positions: Any) -> None:
+        """Raise an InputError unless each row of `tokens` tokens fits alone, fused or on the low-rank path.
+
+        The arguments are numbers or arrays, as those of `needed`. The error names the row that needs most.
+        """
+        every = np.minimum(*(self.needed(1, tokens, positions, fused=way) for way in (True, False)))
+        needed = float(every.max(initial=0))
         if needed <= self.room:
             return
+        tokens = np.broadcast_to(tokens, every.shape).flat[every.argmax()]
         generated = f" and {self.use.steps} to generate" if self.use.steps else ""
         raise InputError(
             f"one row of {tokens} tokens{generated} needs {gigabytes(needed)} beside the {gigabytes(self.sizes.held)} "
@@ -202,7 +212,7 @@ def gigabytes(count: float) -> str:
 
 
 def memory_limit(size: int | str | None, device_map: object = None) -> int | None:
-    """Return a size in bytes, of a number of bytes or a text such as 40GB or 40GiB. None stays.
+    """Return a size in bytes, of a number of bytes or a text such as 40GB or 40GiB, in any case. None stays.
 
     InputError for anything else, and beside a device map, which needs a size for each device.
     """
@@ -212,8 +222,9 @@ def memory_limit(size: int | str | None, device_map: object = None) -> int | Non
         return None
     found = 0
     if isinstance(size, int | str) and not isinstance(size, bool):
-        with contextlib.suppress(ValueError):
-            found = int(size) if str(size).isdecimal() else convert_file_size_to_int(size)
+        with contextlib.suppress(ValueError, OverflowError):
+            # In capitals: accelerate reads GB that ends with a small letter as bits.
+            found = int(size) if str(size).isdecimal() else convert_file_size_to_int(str(size).upper())
     if found <= 0:
         raise InputError(f"max_memory {size!r}: expected bytes, or a text such as 40GB or 40GiB")
     if device_map is not None:

@@ -174,12 +174,12 @@ def _most_rows(
     whole = torch.full((groups,), float(batch_size), dtype=torch.float64)
     if budget is None:
         return whole, whole
-    sizes = torch.tensor([[tokens[row], budget.positions(row)] for row in rows])
-    longest = torch.zeros(groups, 2, dtype=sizes.dtype).scatter_reduce_(0, member[:, None].expand(-1, 2), sizes, "amax")
-    budget.require(*max(longest.tolist()))
-    lengths, positions = longest.double().T.numpy()
-    fused, by_row = (torch.from_numpy(budget.most(lengths, positions, fused=way)) for way in (True, False))
-    return fused.clamp(0, batch_size), by_row.clamp(0, batch_size)
+    sizes, kind = np.unique([[tokens[row], budget.positions(row)] for row in rows], axis=0, return_inverse=True)
+    lengths, positions = sizes.T
+    budget.require(lengths, positions)
+    each = (torch.from_numpy(budget.most(lengths, positions, fused=way)[kind.ravel()]) for way in (True, False))
+    fused, by_row = (whole.scatter_reduce(0, member, most.clamp(min=0), "amin") for most in each)
+    return fused, by_row
 
 
 def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) -> list[Group]:

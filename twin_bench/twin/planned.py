@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +43,9 @@ class PlannedModel(nn.Module):
     def limit_memory(self, limit: int | str | None) -> None:
         """Have the twin and its batches take at most `limit` bytes, or a text such as 40GB, of its device.
 
-        Without a limit the plans on CUDA count with the memory that is free when they are made, less a tenth. On other
-        devices, and on several, nothing is counted.
+        It binds lists, whose batches are planned. What a caller runs as one batch, as `twin(...)` and
+        `twin.generate(...)` do, is not cut. Without a limit the plans on CUDA count with the memory that is free when
+        they are made, less a tenth, rounded down. On other devices, and on several, nothing is counted.
 
         Raises:
             InputError: no size, or one that does not hold the twin itself.
@@ -73,11 +75,21 @@ class PlannedModel(nn.Module):
         if self.max_memory is not None:
             return Budget(self.sizes, self.max_memory - self.sizes.held, use, asked)
         several = len({*getattr(self.model, "hf_device_map", {}).values()}) > 1
-        free = None if several else free_memory(self.device)
-        if free is None:
-            return None
         copied = self.sizes.copy if self.fusion.holds_copies else 0
-        return Budget(self.sizes, free + copied, use, asked)
+        free = None if several else free_memory(self.device, copied)
+        return None if free is None else Budget(self.sizes, free, use, asked)
+
+    def require_room(self, lengths: Sequence[int], positions: Sequence[int] | int = 1, use: Use = ONE_FORWARD) -> None:
+        """Raise an InputError unless each row fits into memory alone: before work on a list begins.
+
+        Args:
+            lengths: the rows' token counts.
+            positions: the number of each row's last positions whose logits are needed.
+            use: what is done with the rows.
+        """
+        budget = self.budget(use)
+        if budget is not None:
+            budget.require(np.asarray(lengths), np.asarray(positions))
 
     def release(self) -> None:
         """Free the fused copy of the weights. The next fusion makes it anew."""

@@ -150,6 +150,13 @@ def affordable(
         yield one
 
 
+def first_of(shared: Sharing, budget: Budget | None, weights: Tensor | None = None) -> Group:
+    """Return the batch of one row that runs the prefix of a set. The arguments are those of `affordable`."""
+    needless = weights is None or (budget is not None and budget.use.shared)
+    crowded = budget is not None and needless and budget.before().crowded(1, shared.length, 0)
+    return Group(shared.rows[:1], weights, crowded)
+
+
 def _common(first: Sequence[int], second: Sequence[int], limit: int) -> int:
     """Return the number of tokens that two rows have in common at their beginning, `limit` at most."""
     begin, other = first[:limit], second[:limit]

@@ -1,7 +1,8 @@
 """Rehearsals: the costliest batch of a request list, run once before the list, to find out whether it fits.
 
 A rehearsal runs the batch in each of the ways that the list may be run in: with fused weights, so that the fused copy
-of the model is in memory, and on the low-rank path. It raises what torch raises if the memory does not suffice.
+of the model is in memory, and on the low-rank path. It raises what torch raises if the memory does not suffice. It
+returns the number of rows of its largest batch: a plan's memory may hold fewer than it was asked for.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from twin_bench.twin.encoded import tokens
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.plan import Group
-from twin_bench.twin.prefix import WORTHWHILE_TOKENS
+from twin_bench.twin.prefix import WORTHWHILE_TOKENS, Sharing, first_of
 from twin_bench.twin.requests import Score
 from twin_bench.twin.seq2seq import TwinSeq2Seq
 
 
 @torch.no_grad()
-def rehearse_score(twin: TwinCausalLM, requests: Sequence[Score], rows: int, *, max_length: int | None = None) -> None:
+def rehearse_score(twin: TwinCausalLM, requests: Sequence[Score], rows: int, *, max_length: int | None = None) -> int:
     """Run one batch of log-likelihoods, for the logits that its requests ask for.
 
     Args:
@@ -45,13 +46,15 @@ def rehearse_score(twin: TwinCausalLM, requests: Sequence[Score], rows: int, *, 
     way = groups[0]
     affordable = budget is None or budget.shares(shared, longest - shared, len(asked), fused=way.weights is not None)
     if twin.shares_prefixes and shared >= WORTHWHILE_TOKENS and affordable:
-        prefix = twin.prefix(inputs[0][:shared], way, weights)
+        first = first_of(Sharing(way.rows, shared), budget, way.weights)
+        prefix = twin.prefix(inputs[0][:shared], first, weights)
         rest = [ids[shared:] for ids in inputs[: len(way.rows)]]
         twin.logits(rest, sorted(place - shared for place in asked), way, weights, prefix)
+    return _largest(groups)
 
 
 @torch.no_grad()
-def rehearse_generation(twin: TwinCausalLM, length: int, rows: int, *, compiled: bool = False) -> None:
+def rehearse_generation(twin: TwinCausalLM, length: int, rows: int, *, compiled: bool = False) -> int:
     """Run one batch of texts whose prompts and completions have `length` tokens together, all but the last one.
 
     The keys and values of a whole text are in memory then. Where the list's steps are to be `compiled`, they lie in the
@@ -65,10 +68,11 @@ def rehearse_generation(twin: TwinCausalLM, length: int, rows: int, *, compiled:
             twin.generate_batch(inputs, group, weights, max_new_tokens=1, do_sample=False, compiled=compiled)
         finally:
             twin.steps.forget()
+    return _largest(groups)
 
 
 @torch.no_grad()
-def rehearse_targets(twin: TwinSeq2Seq, requests: Sequence[Score], rows: int, *, max_length: int | None = None) -> None:
+def rehearse_targets(twin: TwinSeq2Seq, requests: Sequence[Score], rows: int, *, max_length: int | None = None) -> int:
     """Run one batch of log-likelihoods of an encoder-decoder. The arguments are those of `rehearse_score`.
 
     Every row gets a source of its own, because equal ones are encoded once.
@@ -81,10 +85,11 @@ def rehearse_targets(twin: TwinSeq2Seq, requests: Sequence[Score], rows: int, *,
     for group in groups:
         own = batch[: len(group.rows)]
         twin.logits(sources[: len(own)], [one.continuation for one in own], group, weights)
+    return _largest(groups)
 
 
 @torch.no_grad()
-def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> None:
+def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> int:
     """Run one batch of texts of `steps` tokens that are generated from sources of `length`.
 
     The decoder reads a whole text at once, so that all its keys and values are in memory then.
@@ -99,6 +104,11 @@ def rehearse_texts(twin: TwinSeq2Seq, length: int, steps: int, rows: int) -> Non
                 "encoder_attention_mask": inputs["attention_mask"],
             }
             twin.model.get_decoder()(input_ids=texts, use_cache=True, **read)
+    return _largest(groups)
+
+
+def _largest(groups: Sequence[Group]) -> int:
+    return max(len(group.rows) for group in groups)
 
 
 def _ways(
@@ -123,4 +133,4 @@ def _ways(
     fuses = most[0] and (twin.fusion.keeps_copies or not experts)
     fused = [Group(tuple(range(most[0])), weights[0])] if fuses else []
     by_row = Group(tuple(range(most[1])), None, budget is not None and budget.crowded(most[1], length, asked))
-    return weights, [*fused, *([by_row] if experts or not fused else [])]
+    return weights, [*fused, *([by_row] if most[1] and (experts or not fused) else [])]

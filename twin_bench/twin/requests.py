@@ -20,13 +20,24 @@ from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
 from twin_bench.twin.causal import TwinCausalLM
 from twin_bench.twin.compiled import filled
-from twin_bench.twin.encoded import packed, tokens
+from twin_bench.twin.encoded import last_tokens, packed, tokens
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.plan import Group, batches, plan
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, shared_in_group
-from twin_bench.twin.sampling import Completion, Decoding, Sampling, completed, end_tokens, picked, takes_largest
+from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, first_of, shared_in_group
+from twin_bench.twin.sampling import (
+    Completion,
+    Decoding,
+    Sampling,
+    Text,
+    completed,
+    end_tokens,
+    graded_by,
+    picked,
+    takes_largest,
+    timed,
+)
 
 Progress = Callable[[int], None]
 """It is called with the number of steps since the last call. Each request takes two: it is routed, and answered."""
@@ -110,9 +121,10 @@ def score(
     if not requests:
         return []
     contexts = [check_score(twin, request, window) for request in requests]
-    weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     inputs = [request.tokens(window) for request in requests]
     asked = [len(request.continuation) for request in requests]
+    twin.require_room([*map(len, inputs)], asked)
+    weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     used = [tuple(row) for row in weights.tolist()]
     askers = _same(inputs, used)
     # A prefix ends before the first position whose logits some request needs.
@@ -165,20 +177,17 @@ def generate(
         return []
     for request in requests:
         check_generate(twin, request, window)
+    require_texts(twin, requests, batch_size, log_probs=log_probs)
     begun = time.perf_counter()
     prompts = [last_tokens(request.prompt, window) for request in requests]
     weights = routed(twin, prompts, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
     used = [tuple(row) for row in weights.tolist()]
-    kinds: dict[tuple[int, Decoding, int], list[int]] = {}
-    for row, request in enumerate(requests):
-        kinds.setdefault((request.max_new_tokens, request.decoding, request.likeliest), []).append(row)
     answers: list[dict[int, Completion]] = [{} for _ in requests]
-    for (steps, decoding, _), rows in kinds.items():
-        largest = takes_largest(decoding.options(twin.tokenizer, [""], 1), twin.model.generation_config)
+    for rows in _kinds(requests).values():
         found = (
             _one_token_each(twin, requests, rows, weights, batch_size)
-            if steps == 1 and largest
+            if not _use(twin, requests, rows, batch_size, log_probs).steps
             else _texts(twin, requests, rows, weights, batch_size, log_probs)
         )
         for (row, number), completion in timed(found):
@@ -188,18 +197,31 @@ def generate(
     return [[own[number] for number in range(len(own))] for own in answers]
 
 
-Text = tuple[tuple[int, int], Completion]
-"""A request's place in its list, the number of one of its completions, and that completion."""
+def require_texts(twin: TwinCausalLM, requests: Sequence[Generate], batch_size: int, *, log_probs: bool = True) -> None:
+    """Raise an InputError unless each request's text fits into memory alone. The arguments are those of `generate`."""
+    for rows in _kinds(requests).values():
+        use = _use(twin, requests, rows, batch_size, log_probs)
+        twin.require_room([len(requests[row].prompt) for row in rows], use=use)
 
 
-def timed(found: Iterator[Sequence[Text]]) -> Iterator[Text]:
-    """Yield the texts of batches. The time that a batch took is shared equally by its texts."""
-    begun = time.perf_counter()
-    for batch in found:
-        share = (time.perf_counter() - begun) / len(batch)
-        for place, completion in batch:
-            yield place, replace(completion, seconds=share)
-        begun = time.perf_counter()
+def _kinds(requests: Sequence[Generate]) -> dict[tuple[int, Decoding, int], list[int]]:
+    """Return the requests that can share batches: by length, decoding and number of likeliest tokens."""
+    kinds: dict[tuple[int, Decoding, int], list[int]] = {}
+    for row, request in enumerate(requests):
+        kinds.setdefault((request.max_new_tokens, request.decoding, request.likeliest), []).append(row)
+    return kinds
+
+
+def _use(
+    twin: TwinCausalLM, requests: Sequence[Generate], rows: Sequence[int], batch_size: int, log_probs: bool
+) -> Use:
+    """Return what the batches of one kind have in common."""
+    first = requests[rows[0]]
+    steps, options = first.max_new_tokens, first.decoding.options(twin.tokenizer, [""], 1)
+    if steps == 1 and takes_largest(options, twin.model.generation_config):
+        return ONE_FORWARD
+    compiled = twin.compiles(steps * -(-len(copies_of(requests, rows)) // batch_size)) * batch_size
+    return Use(steps, log_probs or first.likeliest > 0, twin.sequences(options), compiled=compiled)
 
 
 def _one_token_each(
@@ -210,8 +232,7 @@ def _one_token_each(
     All `rows` have the same decoding. The completions of a request are drawn from the logits of one row.
     """
     prompts = [request.prompt for request in requests]
-    first = requests[rows[0]]
-    decoding, likeliest = first.decoding, first.likeliest
+    decoding, likeliest = requests[rows[0]].decoding, requests[rows[0]].likeliest
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     limits = {row: len(prompts[row]) - 1 for row in rows}
     for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
@@ -236,29 +257,26 @@ def _texts(
     No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
     the rest of its prompt, where a model with a window of attention counts it.
     """
-    first = requests[rows[0]]
-    steps, decoding, likeliest = first.max_new_tokens, first.decoding, first.likeliest
+    decoding, likeliest = requests[rows[0]].decoding, requests[rows[0]].likeliest
     copies = copies_of(requests, rows)
     prompts = [requests[row].prompt for row, _ in copies]
     own = weights[[row for row, _ in copies]]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    logits = log_probs or likeliest > 0
-    wanted = {"max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": logits}
-    compiled = twin.compiles(steps * -(-len(copies) // batch_size))
-    use = Use(steps, logits, twin.sequences(decoding.options(twin.tokenizer, [""], 1)), compiled=compiled * batch_size)
+    use = _use(twin, requests, rows, batch_size, log_probs)
+    wanted = {"max_new_tokens": use.steps, "return_dict_in_generate": True, "output_logits": use.logits}
     try:
         for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, use):
             real = len(batch.rows)
-            batch = Group(filled(batch.rows, batch_size), batch.weights) if compiled else batch
+            batch = batch._replace(rows=filled(batch.rows, batch_size)) if use.compiled else batch
             asked = [copies[place] for place in batch.rows]
             inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
             length = inputs["input_ids"].shape[1]
             options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in asked], length)
-            output = twin.generate_batch(inputs, batch, own, compiled=compiled, **{**options, **wanted})
+            output = twin.generate_batch(inputs, batch, own, compiled=use.compiled > 0, **{**options, **wanted})
             found = completed(output, length, ends, twin.tokenizer, decoding.stop, likeliest)
             yield list(zip(asked[:real], found[:real], strict=True))
     finally:
-        if compiled:
+        if use.compiled:
             twin.steps.forget()
 
 
@@ -325,11 +343,6 @@ def routed(
     return twin.route_all(rows, named, batch_size=batch_size, progress=progress).cpu()
 
 
-def last_tokens(ids: Sequence[int], window: int) -> list[int]:
-    """Return the last tokens of a text as a list: no copy where `ids` is that list."""
-    return ids if isinstance(ids, list) and len(ids) <= window else list(ids[-window:])
-
-
 def _same(inputs: Sequence[Sequence[int]], weights: Sequence[tuple[float, ...]]) -> dict[int, list[int]]:
     """Return, for the first row with each combination of input and weights, all rows with that combination."""
     found: dict[tuple[Any, ...], list[int]] = {}
@@ -367,25 +380,12 @@ def _prefixed(
         for shared in affordable(shared_in_group(group, weights, inputs, may), inputs, budget, group.weights):
             prefix = NO_PREFIX
             if shared.length:
-                first = Group(shared.rows[:1], group.weights)
+                first = first_of(shared, budget, group.weights)
                 prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
             rest = {row: lengths[row] - shared.length for row in shared.rows}
             alike, left = Group(shared.rows, group.weights), budget and budget.after(shared.length)
             for batch in batches(alike, rest, costs=twin.costs, budget=left, weights=weights, **sizes):
                 yield batch, prefix
-
-
-def graded_by(logits: Tensor, continuation: Sequence[int]) -> Tensor:
-    """Return a continuation's log-probabilities under the logits (tokens, vocabulary) that predict it.
-
-    Behind them stands 1 if every token is the most probable one, and 0 otherwise: (tokens + 1,), on the device, whose
-    caller reads the numbers of a whole batch at once.
-    """
-    asked = torch.tensor(list(continuation)).to(logits.device, non_blocking=True)
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, asked[:, None])[:, 0]
-    greedy = (logits.argmax(dim=-1) == asked).all()
-    return torch.cat([log_probs, greedy[None].to(exact)])
 
 
 def scored(graded: Mapping[int, Tensor], weights: Sequence[tuple[float, ...]]) -> dict[int, Scored]:

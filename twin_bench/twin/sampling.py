@@ -8,8 +8,9 @@ from __future__ import annotations
 import abc
 import bisect
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -284,3 +285,30 @@ def _cut(
     if stopped is not None:
         return Completion(ids[:stopped], log_probs[:stopped], stopped=True, likeliest=likeliest[:stopped])
     return Completion(ids[:end], log_probs[:end], None if end is None else ids[end], likeliest=likeliest[:end])
+
+
+def graded_by(logits: Tensor, continuation: Sequence[int]) -> Tensor:
+    """Return a continuation's log-probabilities under the logits (tokens, vocabulary) that predict it.
+
+    Behind them stands 1 if every token is the most probable one, and 0 otherwise: (tokens + 1,), on the device, whose
+    caller reads the numbers of a whole batch at once.
+    """
+    asked = torch.tensor(list(continuation)).to(logits.device, non_blocking=True)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=exact).gather(1, asked[:, None])[:, 0]
+    greedy = (logits.argmax(dim=-1) == asked).all()
+    return torch.cat([log_probs, greedy[None].to(exact)])
+
+
+Text = tuple[tuple[int, int], Completion]
+"""A request's place in its list, the number of one of its completions, and that completion."""
+
+
+def timed(found: Iterator[Sequence[Text]]) -> Iterator[Text]:
+    """Yield the texts of batches. The time that a batch took is shared equally by its texts."""
+    begun = time.perf_counter()
+    for batch in found:
+        share = (time.perf_counter() - begun) / len(batch)
+        for place, completion in batch:
+            yield place, replace(completion, seconds=share)
+        begun = time.perf_counter()

@@ -184,7 +184,7 @@ class TwinSeq2Seq(TwinLanguageModel):
         places = [first.setdefault((packed(ids), tuple(own)), len(first)) for ids, own in keys]
         encoders = [places.index(place) for place in range(len(first))]
         inputs = self.collate([tokens(sources[row]) for row in encoders])
-        with self.fused(Group(tuple(group.rows[row] for row in encoders), group.weights), weights):
+        with self.fused(group._replace(rows=tuple(group.rows[row] for row in encoders)), weights):
             hidden = self.backbone(**inputs).last_hidden_state
         every = torch.tensor(places, device=self.device)
         longest = max(map(len, targets))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twin_bench.twin.arguments import checked_length, checked_run, require_count
-from twin_bench.twin.encoded import packed, tokens
+from twin_bench.twin.encoded import last_tokens, packed, tokens
 from twin_bench.twin.memory import Use
 from twin_bench.twin.plan import batches, plan
 from twin_bench.twin.requests import (
@@ -23,17 +23,13 @@ from twin_bench.twin.requests import (
     Progress,
     Score,
     Scored,
-    Text,
     check_score,
     copies_of,
-    graded_by,
-    last_tokens,
     routed,
     scored,
     seed_of,
-    timed,
 )
-from twin_bench.twin.sampling import Completion, Decoding, completed, end_tokens, takes_largest
+from twin_bench.twin.sampling import Completion, Decoding, Text, completed, end_tokens, graded_by, takes_largest, timed
 from twin_bench.twin.seq2seq import START_TOKENS, TwinSeq2Seq
 
 
@@ -67,6 +63,7 @@ def score(
     sources = [last_tokens(request.context, window) for request in requests]
     targets = [list(request.continuation) for request in requests]
     contexts = [check_score(twin, request, window) for request in requests]
+    twin.require_room([len(a) + len(b) for a, b in zip(sources, targets, strict=True)], [*map(len, targets)])
     weights = routed(twin, contexts, requests, fusion_weights, batch_size, progress)
     names = [packed(ids) for ids in sources]
     askers: dict[tuple[object, ...], list[int]] = {}

@@ -37,7 +37,7 @@ def sizes_of(model: Any, fusion: Fusion, held: int) -> Sizes:
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     many = activation in MANY_PARTS
     ranks = max((sum(layer.ranks) for layer in fusion.layers if layer.is_matrix), default=0)
-    plain = (5 if many else 4) * hidden + sum(wide) + max(wide) * (3 if many else 1)
+    plain = (5 if many else 4) * hidden + max(sum(wide) + max(wide) * (3 if many else 1), _routed(config, hidden))
     eager = getattr(config, "_attn_implementation", None) == "eager"
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     vocabulary = 0 if output is None else int(config.vocab_size)
@@ -53,11 +53,11 @@ def sizes_of(model: Any, fusion: Fusion, held: int) -> Sizes:
         rotated=3 * heads * width * itemsize,
         mask=itemsize if eager else 1,
         masked=0 if eager else itemsize,
-        scores=heads * (itemsize + EXACT * (2 if itemsize < EXACT else 1)) if eager else 0,
+        scores=heads * _score_bytes(config, itemsize, eager=eager),
         cached=layers * cached * itemsize,
         layer=cached * itemsize,
         repeated=0 if groups == heads else 2 * heads * width * itemsize,
-        logit=vocabulary * itemsize * (3 if type(output).__name__ == "TiedLinear" else 1),
+        logit=vocabulary * itemsize * _logit_copies(config, output),
         exact=vocabulary * EXACT,
         factors=max(factors, default=0),
         mixed=max(mixed, default=0),
@@ -65,6 +65,28 @@ def sizes_of(model: Any, fusion: Fusion, held: int) -> Sizes:
         kept_mixed=sum(mixed),
         encodes=bool(config.is_encoder_decoder),
     )
+
+
+def _routed(config: Any, hidden: int) -> int:
+    """Return the width of what a mixture of experts computes of one token at one time, for all experts it is given."""
+    width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None) or 0)
+    return int(getattr(config, "num_experts_per_tok", None) or 0) * (4 * width + hidden)
+
+
+def _score_bytes(config: Any, itemsize: int, *, eager: bool) -> int:
+    """Return the bytes of what attention writes of a pair of tokens, of one head."""
+    scores = itemsize + EXACT * (2 if itemsize < EXACT else 1) if eager else 0
+    if getattr(config, "alibi", False) or config.model_type == "bloom":  # they stay while the softmax runs
+        return scores + 3 * itemsize
+    biased = getattr(config, "relative_attention_num_buckets", None) is not None
+    return scores + 2 * itemsize if biased else scores  # each row's bias with its mask, and a copy
+
+
+def _logit_copies(config: Any, output: Any) -> int:
+    """Return how many copies of the logits are there at one time."""
+    if type(output).__name__ == "TiedLinear":
+        return 3
+    return 2 if getattr(config, "final_logit_softcapping", None) else 1
 
 
 def _feed_forward(model: Any, hidden: int) -> list[int]:

@@ -8,6 +8,7 @@ from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 
 from tests.support.lm_eval_requests import generated, rolling, scored, served
+from twin_bench.twin.memory import Budget
 from twin_bench.twin.prefix import NO_PREFIX
 from twin_bench.twin.rehearsal import rehearse_score
 from twin_bench.twin.requests import Generate, Score
@@ -106,6 +107,15 @@ def test_a_rehearsal_runs_every_way_that_a_list_may_take(three, monkeypatch):
         (3, lengths, [18, 19], True, 0),
         (3, [2, 2, 2], [0, 1], False, 18),
     ]
+
+
+def test_the_batch_that_memory_holds_is_reported(three, memory):
+    """A plan cuts a batch of sixteen rows to what a limit leaves. Shorter rows may still fill sixteen."""
+    model = memory(served(three, batch_size="auto", max_batch_size=16), 10**9)
+    request = (None, [5] * 20, [6, 7])
+    model.twin.limit_memory(int(model.twin.sizes.held + Budget(model.twin.sizes, 0).needed(5, 21, 2, fused=False)))
+    assert model._detect_batch_size([request], 0) == 16
+    assert model.batch_sizes == {0: 5}
 
 
 def test_a_list_has_one_bar_that_counts_routing_too(three, requests, monkeypatch):

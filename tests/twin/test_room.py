@@ -1,0 +1,153 @@
+"""Memory between plan and run: a batch that needs the fused copy's room gets it, whatever runs it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.random_twins import random_twin
+from twin_bench import InputError
+from twin_bench.errors import RefusedError
+from twin_bench.serving.engine import Ask, Engine
+from twin_bench.twin import requests
+from twin_bench.twin.device import rounded
+from twin_bench.twin.memory import Budget, Sizes, Use
+from twin_bench.twin.plan import Costs, Group, plan
+from twin_bench.twin.rehearsal import rehearse_score
+from twin_bench.twin.requests import Generate, Score
+
+DIFFUSE = torch.softmax(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+CROWDED = Group((0, 1, 2), None, crowded=True)
+
+
+def with_copy(twin: Any) -> Any:
+    """Return a twin that holds the fused copy."""
+    with twin.fusion.fuse(DIFFUSE[0]):
+        pass
+    assert twin.fusion.holds_copies
+    return twin
+
+
+def test_the_copy_is_freed_before_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = with_copy(random_twin("llama"))
+    twin.compiling = "on"
+    monkeypatch.setattr(type(twin.steps), "_stepped", lambda steps, plain, args, kwargs: plain(*args, **kwargs))
+    twin.limit_memory(int(twin.sizes.held + 0.9 * twin.sizes.copy))
+    requests.generate(twin, [Generate([5, 6, row], 2) for row in range(7, 10)], fusion_weights=DIFFUSE)
+    assert not twin.fusion.holds_copies
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_the_copy_is_freed_before_beams(kind: str) -> None:
+    twin = with_copy(random_twin(kind))
+    inputs = {"input_ids": torch.full((3, 4), 5), "attention_mask": torch.ones(3, 4, dtype=torch.long)}
+    twin.generate_batch(inputs, CROWDED, DIFFUSE, max_new_tokens=2, num_beams=2)
+    assert not twin.fusion.holds_copies
+
+
+def test_the_copy_is_freed_before_an_encoder() -> None:
+    twin = with_copy(random_twin("bart"))
+    held: list[bool] = []
+    twin.backbone.register_forward_pre_hook(lambda *_: held.append(twin.fusion.holds_copies))
+    with torch.no_grad():
+        twin.logits([[5, 6], [7, 8], [5, 9]], [[6]] * 3, CROWDED, DIFFUSE)
+    assert held
+    assert not any(held)
+
+
+def test_a_rehearsal_takes_the_ways_that_fit() -> None:
+    """Fused weights fit and factors do not; a limit holds five rows of eight."""
+    twin = random_twin("llama")
+    twin.__dict__["sizes"] = replace(twin.sizes, factors=10 * twin.sizes.copy)
+    needed = Budget(twin.sizes, 0).needed(5, 21, 2, fused=True)
+    twin.limit_memory(int(twin.sizes.held + needed))
+    assert rehearse_score(twin, [Score([5] * 20, [6, 7])], 8) == 5
+
+
+def test_the_copy_is_freed_before_a_prefix() -> None:
+    """The pass over the prefix needs its room; the rows behind it do not. So it is where a router reads."""
+    twin = random_twin("llama")
+    twin.costs = replace(twin.costs, rebuild=math.inf)
+    ids = list(range(5, 705))
+    limit = int(twin.sizes.held + twin.sizes.copy + 0.9 * Budget(twin.sizes, 0, Use(1)).needed(1, 700, 0, fused=False))
+    rows = [Score([*ids, row], [8]) for row in (7, 8)]
+    twin.limit_memory(limit)
+    held: list[bool] = []
+    with_copy(twin)
+    twin.model.base_model.register_forward_pre_hook(lambda *_: held.append(twin.fusion.holds_copies))
+    requests.score(twin, rows, fusion_weights=DIFFUSE[:1].expand(2, -1))
+    assert held
+    assert not any(held)
+    limit = int(twin.sizes.held + twin.sizes.copy)
+    limit += int(0.9 * Budget(twin.sizes, 0, Use(1, shared=True)).needed(1, 700, 0, fused=True))
+    twin.limit_memory(limit)
+    held.clear()
+    with_copy(twin)
+    twin.features_of([{"input_ids": [*ids, row]} for row in (7, 8)], [-1], batch_size=2)
+    assert held
+    assert not any(held)
+
+
+def budget_of(room: float) -> Budget:
+    """Return a budget in which a token takes 10 bytes and a position's logits 50: factors and a copy take none."""
+    none = dict.fromkeys((field.name for field in fields(Sizes)), 0)
+    return Budget(Sizes(**{**none, "block": 10, "by_row": 10, "logit": 50}), room, asked={0: 1, 1: 40})
+
+
+def test_each_row_must_fit() -> None:
+    """A row of 90 tokens takes 900 bytes, and one of 60 whose 40 last logits are needed 2,000."""
+    costs, lengths = Costs(fuse=(1.0,), rebuild=1.0, columns=(10.0,), joint=10.0), [90, 60]
+    for weights in (torch.tensor([[0.5], [0.25]]), torch.full((2, 1), 0.5)):
+        with pytest.raises(InputError, match="one row of 60 tokens needs"):
+            plan(weights, lengths, costs, budget=budget_of(1999))
+        assert plan(weights, lengths, costs, budget=budget_of(2000))
+
+
+@pytest.mark.parametrize("state", ["held", "released", "none"])
+def test_without_a_limit_the_free_memory_bounds_a_plan(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused copy counts as free, so that a plan is the same whether it is held or not. A CPU has no bound."""
+    twin = random_twin("llama")
+    if state == "none":
+        assert twin.budget() is None
+        return
+    total, others = 16 * twin.sizes.copy, twin.sizes.copy // 2
+    taken = others + twin.sizes.held + (twin.sizes.copy if state == "held" else 0)
+    if state == "held":
+        with_copy(twin)
+    monkeypatch.setattr(type(twin), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - taken, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    expected = rounded(0.9 * (total - others - twin.sizes.held), total)
+    assert twin.budget().room == pytest.approx(expected)
+
+
+def test_free_memory_is_rounded_down() -> None:
+    assert rounded(61e9, 80e9) == rounded(64e9, 80e9) == 60e9
+    assert rounded(0, 80e9) == 0
+    assert 0.75e9 < rounded(1e9, 80e9) <= 1e9
+
+
+def test_a_row_is_refused_before_work_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a list nothing is routed. An engine answers the neighbours of a request that does not fit."""
+    twin = random_twin("llama")
+    twin.limit_memory(twin.sizes.held + 1_000_000)
+    long, short = [5] * 600, [5, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(twin), "route_all", None)
+        with pytest.raises(InputError, match="one row of 601 tokens needs"):
+            requests.score(twin, [Score(short, [6]), Score(long, [6, 7])])
+        with pytest.raises(InputError, match="one row of 600 tokens and 9 to generate needs"):
+            requests.generate(twin, [Generate(short, 1), Generate(short, 3), Generate(long, 9)])
+    patched = twin.checked_weights
+    monkeypatch.setattr(
+        type(twin), "route_all", lambda own, rows, *_, **__: patched(DIFFUSE[:1], 1).expand(len(rows), -1)
+    )
+    ask = Ask((5, 6), max_tokens=3, temperature=0.0, top_p=1.0, completions=1, stop=(), seed="s")
+    large = [replace(ask, prompt=tuple(long), max_tokens=steps) for steps in (9, 0)]
+    found = Engine(twin, 4).answer([ask, *large])
+    assert [isinstance(one, RefusedError) for one in found] == [False, True, True]
