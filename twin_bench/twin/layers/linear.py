@@ -13,17 +13,14 @@ from twin_bench.errors import InputError
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers.base import by_row
-from twin_bench.twin.layers.factored import FactoredLayer
 from twin_bench.twin.layers.runs import add_runs, by_run
-from twin_bench.twin.layers.together import Together, apart
+from twin_bench.twin.layers.together import Together, TogetherLayer, apart
 
 
-class TwinLinear(FactoredLayer):
+class TwinLinear(TogetherLayer):
     """nn.Linear with exclusive vectors, weight (out, in)."""
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    together: Together
-
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
         self.name = name
@@ -56,8 +53,11 @@ class TwinLinear(FactoredLayer):
         if self.fusion.mode == "shared":
             return self.shared(x, self.bias)
         self._require_rows(x)
-        runs = by_run(self, x) if sum(self.ranks) else None
-        if sum(self.ranks) and runs is None:
+        factored = sum(self.ranks) > 0
+        if factored:
+            self.fusion.seen(self, x)
+        runs = by_run(self, x) if factored else None
+        if factored and runs is None:
             together = self.alone if apart(x) else self.together
             y = self.onto(together.added(self, x), x)
         else:
