@@ -162,9 +162,8 @@ def test_an_input_is_not_mistaken_for_another() -> None:
     with fusion.per_row(torch.full((2, 1), 2.0)):
         right("b", other, 2.0)
         right("c", other, 2.0)
-        right("a", other, 2.0)
         other.mul_(3.0)
-        right("b", other, 2.0)
+        right("a", other, 2.0)
         model.double()
     factors = {name: Factors(one.B.double(), one.A.double()) for name, one in factors.items()}
     with fusion.per_row(torch.full((2, 1), 2.0)):
