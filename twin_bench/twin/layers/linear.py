@@ -21,6 +21,7 @@ class TwinLinear(TogetherLayer):
     """nn.Linear with exclusive vectors, weight (out, in)."""
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
         self.name = name

@@ -179,7 +179,7 @@ def find_together(fusion: Fusion) -> Iterator[None]:
     with fusion.watched(readers):
         yield
         readers.put_together()
-        layers = (layer for layer in fusion.layers if isinstance(layer, TogetherLayer) and sum(layer.ranks))
+        layers = (layer for layer in fusion.layers if isinstance(layer, TogetherLayer) and any(layer.ranks))
         fusion.together_known = all(layer.called for layer in layers)
 
 
