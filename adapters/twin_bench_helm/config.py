@@ -47,7 +47,7 @@ def write_helm_config(
         device: where the twin runs; by default the fastest device there is, which `auto` names too.
         dtype: what it computes in: float32, bfloat16 or float16; by default its own.
         protocol: standard, paper or routed.
-        tolerance: of the logits, relative to their size; by default 0 in float32.
+        tolerance: of the logits, relative to their size; by default 6e-8 in float32.
         batch_size: the largest number of rows in a forward.
         apply_chat_template: ask prompts as a user's turn of the tokenizer's chat template.
         replace: replace the entries of that name, if there are any.

@@ -55,7 +55,7 @@ class ClassifierTwin(ServedTwin):
             max_batch_size: an argument of lm-eval's. It is not used.
             max_length: the number of tokens to which an input is truncated; by default what the twin was built with.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
-            tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
+            tolerance: the allowed relative error of the logits; by default 6e-8 in float32: see docs/protocols.md.
             fusion: exact is the only mode.
             data: where the tasks find their rows. The model does not use it.
             split: the split of those rows. The model does not use it.

@@ -110,7 +110,7 @@ class LanguageTwin(ServedTwin, HFLM):  # type: ignore[misc]
                 `parallelize=True` and `device_map` take several devices.
             batch_size: the largest number of rows in a forward. `auto` finds what fits a GPU, and is 16 on a CPU.
             protocol: standard (the default), paper or routed: see docs/protocols.md.
-            tolerance: the allowed relative error of the logits; by default 0 in float32: see docs/protocols.md.
+            tolerance: the allowed relative error of the logits; by default 6e-8 in float32: see docs/protocols.md.
             compile: when the steps of a text are compiled: auto (on CUDA, for many steps), on, or off, the default.
             fusion: exact is the only mode.
             data: where this project's tasks find their rows. The model does not use it.

@@ -35,3 +35,5 @@ def test_a_language_model_of_random_numbers(tmp_path: Path) -> None:
     assert twin.route(torch.tensor([[5, 6, 7]])).shape == (1, 2)
     with pytest.raises(InputError, match="no rows of"):
         write_random_twin(tmp_path / "other", shape, tmp_path)
+    with pytest.raises(InputError, match="layers 0: at least 1"):
+        write_random_twin(tmp_path / "other", shape, tmp_path / "data", layers=0)

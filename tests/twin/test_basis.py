@@ -14,7 +14,7 @@ from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.basis import find_joint_basis, product_norm
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.layers import TwinConv1D, TwinLinear
+from twin_bench.twin.layers import TwinConv1D, TwinLinear, find_together, install
 
 
 def lora_experts(n: int, m: int, rank: int, experts: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -119,6 +119,35 @@ def test_the_cheaper_of_columns_and_basis_is_taken() -> None:
         multiplications.append(counter.get_total_flops() // 2)
     columns, basis = 128 * 6 * 136 + 10 * 6 * 136, 128 * (10 * 136 + 10 * 10) + 2 * 5 * 10 * 10
     assert multiplications == [columns, basis]
+
+
+@pytest.mark.parametrize("used", [(1,), (0, 1, 2, 3, 4)], ids=["columns", "basis"])
+@torch.no_grad()
+def test_each_of_the_layers_that_read_one_input_has_its_own_basis(used: tuple[int, ...]) -> None:
+    """Of one expert in use columns are made of the basis, and of all the cores are mixed (see the test above)."""
+    taus = lora_experts(40, 96, 2, 5)
+    factors = {
+        "a": [truncated_svd(tau, 6) for tau in taus],
+        "b": [truncated_svd(tau.flip(0, 1), 6) for tau in taus],
+        "c": [truncated_svd(tau.roll(7, 0).roll(9, 1), 6) for tau in reversed(taus)],
+    }
+    model = nn.ModuleDict({name: nn.Linear(40, 96) for name in factors})
+    fusion = install(
+        model, {f"e{k}": Exclusive({f"{name}.weight": own[k] for name, own in factors.items()}, {}) for k in range(5)}
+    )
+    assert all(layer.basis is not None for layer in model.values())
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.zeros(2, 5)
+    weights[:, list(used)] = torch.rand(2, len(used), generator=generator) + 0.5
+    for tokens in (64, 5, 64):
+        x = torch.randn(2, tokens, 40, generator=generator)
+        with find_together(fusion), fusion.per_row(weights):
+            found = {name: layer(x) for name, layer in model.items()}
+        for name, own in factors.items():
+            added = torch.einsum("bk,koi->boi", weights, torch.stack([f.B @ f.A for f in own]))
+            expected = torch.einsum("bti,boi->bto", x, model[name].weight + added) + model[name].bias
+            torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+    assert [len(one.layers) for one in fusion.together] == [3]
 
 
 def test_costs_are_the_multiplications_of_a_token() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from twin_bench.checkpoints.factors import Factors
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import Together, find_together, install, together
+from twin_bench.twin.plan import Group
+from twin_bench.twin.planned import PlannedModel
 
 LAYERS, EXPERTS, ROWS = 12, 8, 32
 SHAPE: dict[str, Any] = {
@@ -63,7 +66,8 @@ def twin(request: pytest.FixtureRequest) -> tuple[str, Any, Fusion, Callable[[],
     def run(rows: int = ROWS) -> Any:
         return model(input_ids=torch.ones(rows, 8, dtype=torch.long), use_cache=False)
 
-    fusion.together = find_together(lambda: run(1), fusion)
+    with torch.no_grad(), find_together(fusion), fusion.per_row(ALL):
+        run()
     return request.param, model, fusion, run
 
 
@@ -141,8 +145,11 @@ def test_an_input_is_not_mistaken_for_another() -> None:
     model = nn.ModuleDict({name: nn.Linear(6, 5) for name in "abc"})
     factors = {name: Factors(torch.randn(5, 2), torch.randn(2, 6)) for name in "abc"}
     fusion = install(model, {"e": Exclusive({f"{name}.weight": one for name, one in factors.items()}, {})})
-    one, first, other = torch.randn(1, 3, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 6)
-    fusion.together = find_together(lambda: [model[name](one) for name in "abc"], fusion)
+    first, other = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    with find_together(fusion), fusion.per_row(torch.ones(2, 1)):
+        for name in "abc":
+            model[name](first)
+    assert fusion.together_known
     assert [len(one.layers) for one in fusion.together] == [3]
 
     def right(name: str, x: Tensor, weight: float) -> None:
@@ -155,11 +162,91 @@ def test_an_input_is_not_mistaken_for_another() -> None:
     with fusion.per_row(torch.full((2, 1), 2.0)):
         right("b", other, 2.0)
         right("c", other, 2.0)
+        other.mul_(3.0)
+        right("a", other, 2.0)
         model.double()
     factors = {name: Factors(one.B.double(), one.A.double()) for name, one in factors.items()}
     with fusion.per_row(torch.full((2, 1), 2.0)):
         right("c", other.double(), 2.0)
         right("a", other.double(), 2.0)
+
+
+@torch.no_grad()
+def test_layers_together_are_converted_with_the_model() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(6, 5) for name in "ab"})
+    factors = {name: Factors(torch.randn(5, 2), torch.randn(2, 6)) for name in "ab"}
+    fusion = install(model, {"e": Exclusive({f"{name}.weight": one for name, one in factors.items()}, {})})
+    dense = {name: model[name].weight + factors[name].B @ factors[name].A for name in "ab"}
+    biases = {name: model[name].bias.clone() for name in "ab"}
+    x, weights = torch.randn(2, 3, 6), torch.ones(2, 1)
+    with find_together(fusion), fusion.per_row(weights):
+        for name in "ab":
+            model[name](x)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        inputs = x.to(dtype)
+        with fusion.per_row(weights):
+            for name in "ab":
+                expected = x @ dense[name].T + biases[name]
+                found = model[name](inputs)
+                assert found.dtype == dtype
+                assert (found.float() - expected).norm() <= 0.02 * expected.norm()
+    assert {layer.together for layer in model.values()} == set(fusion.together)
+
+
+@torch.no_grad()
+def test_layers_are_put_together_once_by_threads_that_wait_for_each_other() -> None:
+    model = nn.ModuleDict({name: nn.Linear(6, 5) for name in "ab"})
+    factors = {f"{name}.weight": Factors(torch.randn(5, 2), torch.randn(2, 6)) for name in "ab"}
+    fusion = install(model, {"e": Exclusive(factors, {})})
+    x = torch.randn(2, 3, 6)
+
+    def run() -> None:
+        with torch.no_grad(), find_together(fusion), fusion.per_row(torch.ones(2, 1)):
+            for name in "ab":
+                model[name](x)
+
+    with ThreadPoolExecutor(3) as threads:
+        with fusion.shared():
+            waiting = [threads.submit(run) for _ in range(3)]
+        for one in waiting:
+            one.result()
+    assert len(fusion.together) == 1
+    assert {layer.together for layer in model.values()} == set(fusion.together)
+
+
+@torch.no_grad()
+def test_layers_of_a_part_that_runs_later_are_found_then() -> None:
+    """An encoder's texts are read in one block, and a decoder answers in the next."""
+    model = nn.ModuleDict({name: nn.Linear(6, 5) for name in "abcd"})
+    factors = {f"{name}.weight": Factors(torch.randn(5, 2), torch.randn(2, 6)) for name in "abcd"}
+    fusion = install(model, {"e": Exclusive(factors, {})})
+    for part in ("ab", "ab", "cd"):
+        x = torch.randn(2, 3, 6)
+        with find_together(fusion), fusion.per_row(torch.ones(2, 1)):
+            for name in part:
+                model[name](x)
+    assert [one.layers for one in fusion.together] == [(model["a"], model["b"]), (model["c"], model["d"])]
+    assert fusion.together_known
+
+
+@torch.no_grad()
+def test_no_forward_is_run_but_those_that_are_asked_for() -> None:
+    """BigBird's attention is another one for good after a short text."""
+    shape = {**SHAPE, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    config = transformers.BigBirdConfig(attention_type="block_sparse", block_size=4, num_random_blocks=1, **shape)
+    model = transformers.BigBirdModel(config, add_pooling_layer=False).eval()
+    linear = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and "self" in name]
+    factors = {f"{name}.weight": Factors(0.1 * torch.randn(32, 1), torch.randn(1, 32)) for name in linear}
+    twin = PlannedModel()
+    twin.model, twin.expert_names = model, ("e",)
+    twin.fusion = install(model, {"e": Exclusive(factors, {})})
+    for _ in range(2):
+        with twin.fused(Group((0, 1), None), torch.ones(2, 1)):
+            model(input_ids=torch.ones(2, 48, dtype=torch.long))
+    assert model.attention_type == "block_sparse"
+    assert [len(one.layers) for one in twin.fusion.together] == [3]
 
 
 @pytest.mark.parametrize("weights", [ALL[0], THREE[0]], ids=["all", "three"])

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.support.launches import multiplications
+from twin_bench import InputError
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.compat import Conv1D
 from twin_bench.twin.exclusive import Exclusive
+from twin_bench.twin.exclusive.sparse import Sparse
 from twin_bench.twin.fusion import Fusion
-from twin_bench.twin.layers import TwinConv1D, TwinLinear, runs
+from twin_bench.twin.layers import TwinConv1D, TwinLinear, install, runs
 from twin_bench.twin.plan import Costs, batches, plan
 from twin_bench.twin.tolerance import simplified
 
@@ -140,3 +143,65 @@ def test_a_plan_puts_rows_together_that_use_the_same_experts() -> None:
         sets = [tuple(used[row]) for row in batch.rows]
         changes = sum(one != other for one, other in itertools.pairwise(sets))
         assert changes == len(set(sets)) - 1
+
+
+@pytest.mark.usefixtures("no_starts")
+@pytest.mark.parametrize("weights", [torch.eye(4), torch.full((4, 4), 0.25)], ids=["runs", "columns"])
+def test_a_layer_that_reads_what_rows_share_is_refused(weights: Tensor) -> None:
+    """DeBERTa projects its relative positions, (1, distances, width), with the layers that project the tokens."""
+    torch.manual_seed(0)
+    config = transformers.DebertaV2Config(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_buckets=8,
+        max_position_embeddings=16,
+    )
+    model = transformers.DebertaV2Model(config).eval()
+    name = "encoder.layer.0.attention.self.query_proj"
+    fusion = install(
+        model,
+        {f"e{k}": Exclusive({f"{name}.weight": Factors(torch.randn(16, 1), torch.randn(1, 16))}, {}) for k in range(4)},
+    )
+    ids = torch.randint(20, (4, 6))
+    with torch.no_grad(), fusion.per_row(weights), pytest.raises(InputError, match=rf"^{name}: .*batch_size=1"):
+        model(input_ids=ids)
+    with torch.no_grad(), fusion.per_row(weights[2:3]):
+        alone = model(input_ids=ids[2:3]).last_hidden_state
+    with torch.no_grad(), fusion.fuse(weights[2]):
+        torch.testing.assert_close(model(input_ids=ids[2:3]).last_hidden_state, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", ["bias", "entries"])
+def test_a_layer_without_factors_takes_rows_that_no_expert_answers(kept: str) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(6, 5)})
+    if kept == "bias":
+        expert = Exclusive({}, {"a.bias": torch.ones(5)})
+    else:
+        expert = Exclusive({}, {}, {"a.weight": Sparse.of(torch.ones(5, 6), torch.eye(5, 6) > 0)})
+    x, expected = torch.randn(2, 3, 6), nn.functional.linear
+    fusion = install(model, {"e": expert})
+    with torch.no_grad(), fusion.per_row(torch.zeros(2, 1)):
+        torch.testing.assert_close(model["a"](x), expected(x, model["a"].weight, model["a"].bias))
+
+
+def test_runs_of_a_prompt_are_not_those_of_its_steps() -> None:
+    """One block runs forwards of several lengths. Whether it takes runs, and which, is found for each length."""
+    twin, fusion, added = made(nn.Linear, torch.float32)
+    bias = twin.bias + ONE @ twin.bias_vectors
+    dense = twin.weight.double().T + added[ONE.argmax(dim=1)]
+    with torch.no_grad(), fusion.per_row(ONE, steps=True):
+        for tokens, columns in ((TOKENS, 1), (1, EXPERTS), (2, EXPERTS), (TOKENS - 20, 1)):
+            x = torch.randn(ROWS, tokens, IN, generator=torch.Generator().manual_seed(tokens))
+            found: list[Tensor] = []
+            count = multiplications(lambda x=x, found=found: found.append(twin(x)))
+            made_once = BIASES if tokens == TOKENS else 0
+            assert count == made_once + ROWS * tokens * (IN * OUT + columns * RANK * (IN + OUT))
+            expected = torch.bmm(x.double(), dense) + bias[:, None]
+            torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-4)

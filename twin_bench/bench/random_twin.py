@@ -103,8 +103,10 @@ def write_random_twin(
         device: where the random numbers are drawn. A GPU draws those of a large model in seconds.
 
     Raises:
-        InputError: no task has rows in `data`.
+        InputError: no task has rows in `data`, or the model is to have no layer.
     """
+    if layers is not None and layers < 1:
+        raise InputError(f"layers {layers}: at least 1, or none given for those of the real model")
     torch.manual_seed(0)
     known: Mapping[str, Any] = GLUE if shape.task_type == "sequence_classification" else GENERATIVE
     tasks = [name for name in known if (data / name).is_dir()]
@@ -112,7 +114,8 @@ def write_random_twin(
         raise InputError(f"{data}: no rows of {', '.join(known)}")
     names = [*tasks, *(f"expert{number}" for number in range(experts))][:experts]
     config = shape.config()
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    if layers is not None:
+        config.num_hidden_layers = layers
     kind: Any = AutoModelForSequenceClassification if shape.task_type == "sequence_classification" else None
     with torch.device(device):
         model = (kind or AutoModelForCausalLM).from_config(config, dtype=shape.dtype).eval()
@@ -190,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where the numbers are drawn (default: cpu)")
     options = parser.parse_args(arguments)
     sizes: dict[str, Any] = {name: getattr(options, name) for name in ("experts", "rank", "layers", "device")}
-    write_random_twin(options.directory, SHAPES[options.shape], options.data, **sizes)
+    try:
+        write_random_twin(options.directory, SHAPES[options.shape], options.data, **sizes)
+    except InputError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
@@ -65,8 +65,9 @@ class Fusion:
         self._setting = Setting()
         self._fused: tuple[Tensor, Tensor] | None = None
         self._stacks: dict[VectorKind, dict[Place, Stack]] = {}
-        self.together: Sequence[Together] | None = None
-        self._calls: list[Call] | None = None
+        self.together: list[Together] = []
+        self.together_known = False
+        self._watch: Watch | None = None
 
     @property
     def mode(self) -> Mode:
@@ -153,7 +154,7 @@ class Fusion:
     def forget(self) -> None:
         """Compute everything anew next time. The model's parameters have changed, or their dtype or device has."""
         self._fused, self._stacks = None, {}
-        for together in self.together or ():
+        for together in self.together:
             together.forget()
 
     def follow(self, weights: Tensor) -> None:
@@ -165,21 +166,20 @@ class Fusion:
         """What layers that read the same input have computed for each other, and have not fetched yet."""
         return self._setting.waiting
 
-    def watched(self, run: Callable[[], object]) -> list[Call]:
-        """Run a model for one row on the low-rank path, and return its layers and their inputs, call after call."""
-        calls: list[Call] = []
-        self._calls = calls
-        try:
-            with self.per_row(torch.full((1, self.experts), 1 / max(1, self.experts))):
-                run()
-        finally:
-            self._calls = None
-        return calls
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Run the block, and call `watch` with the linear layers that it runs on the low-rank path and their inputs."""
+        with self._lock:
+            before, self._watch = self._watch, watch
+            try:
+                yield
+            finally:
+                self._watch = before
 
     def seen(self, layer: Any, x: Tensor) -> None:
-        """Take note of a call, if the model is watched."""
-        if self._calls is not None:
-            self._calls.append((layer, x))
+        """Tell of a layer's call, if the model is watched. A compiled graph tells nothing."""
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self._watch(layer, x)
 
     def cast(self, like: Tensor) -> Tensor:
         """Return the fusion weights in the dtype of `like`. They are cast once for all layers of that dtype."""
@@ -346,14 +346,14 @@ class Columns(NamedTuple):
     scale: Tensor
 
 
-Call = tuple[Any, Tensor]
-"""A layer and the input that it was called with."""
+Watch = Callable[[Any, Tensor], None]
+"""What is told of a call: a layer and its input."""
 FUSION_LAUNCHES = 4
 """The operations that fusing one matrix takes, in units of the launches that are measured: a product starts slowly."""
 
 
 class Together(Protocol):
-    """Layers whose buffers lie together. `together` of a Fusion holds all of them, or is None until they are known."""
+    """Layers whose buffers lie together. `together` of a Fusion holds all that were found, `together_known` at last."""
 
     def forget(self) -> None:
         """Lay the layers' buffers together anew next time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from twin_bench.twin.memory import ONE_FORWARD, Budget, Sizes, Use, gigabytes, m
 from twin_bench.twin.placement import input_device
 from twin_bench.twin.plan import Costs, Group, batches, plan
 from twin_bench.twin.sizes import sizes_of
-from twin_bench.twin.timing import smallest_forward, timed
+from twin_bench.twin.timing import timed
 
 
 class PlannedModel(nn.Module):
@@ -131,9 +131,13 @@ class PlannedModel(nn.Module):
             return self.fusion.fuse(*self._split(group.weights))
         if group.crowded:
             self.release()
-        if self.fusion.together is None:
-            self.fusion.together = find_together(smallest_forward(self.model), self.fusion)
-        return self.fusion.per_row(*self._split(keys[list(group.rows)]), steps=steps)
+        by_row = self.fusion.per_row(*self._split(keys[list(group.rows)]), steps=steps)
+        return by_row if self.fusion.together_known else self._watched(by_row)
+
+    @contextmanager
+    def _watched(self, block: AbstractContextManager[None]) -> Iterator[None]:
+        with find_together(self.fusion), block:
+            yield
 
     @functools.cached_property
     def costs(self) -> Costs:

@@ -32,7 +32,8 @@ class FactoredLayer(TwinLayer):
         columns = [owner == k for k, rank in enumerate(self.ranks) if rank]
 
         def noise() -> float:
-            shared = float(torch.linalg.vector_norm(self.weight.detach(), dtype=torch.float32))
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            shared = float(torch.linalg.vector_norm(self.weight.detach(), dtype=wide))
             largest = max(shared, *(product_norm(B[:, own], A[own]) for own in columns))
             return ROUNDINGS * torch.finfo(torch.float32).eps * largest
 

@@ -9,22 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twin_bench.compat import Conv1D
+from twin_bench.errors import InputError
 from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers.base import by_row
-from twin_bench.twin.layers.factored import FactoredLayer
 from twin_bench.twin.layers.runs import add_runs, by_run
-from twin_bench.twin.layers.together import Together, apart
+from twin_bench.twin.layers.together import Together, TogetherLayer, apart
 
 
-class TwinLinear(FactoredLayer):
+class TwinLinear(TogetherLayer):
     """nn.Linear with exclusive vectors, weight (out, in)."""
 
     replaces: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    together: Together
 
     def __init__(self, layer: nn.Module, fusion: Fusion, name: str, exclusive: Mapping[str, Exclusive]) -> None:
         super().__init__(layer, fusion, name, exclusive)
+        self.name = name
         self.together = self.alone = Together((self,))
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,13 +44,21 @@ class TwinLinear(FactoredLayer):
 
     @by_row
     def forward(self, x: Tensor) -> Tensor:
-        """Return (batch, ..., out) for x (batch, ..., in)."""
+        """Return (batch, ..., out) for x (batch, ..., in).
+
+        Raises:
+            InputError: rows have their own weights, and x is not of these rows.
+        """
         if self.fusion.mode == "fused":
             return self.plain(x, *self.current())
         if self.fusion.mode == "shared":
             return self.shared(x, self.bias)
-        runs = by_run(self, x)
-        if sum(self.ranks) and runs is None:
+        self._require_rows(x)
+        factored = sum(self.ranks) > 0
+        if factored:
+            self.fusion.seen(self, x)
+        runs = by_run(self, x) if factored else None
+        if factored and runs is None:
             together = self.alone if apart(x) else self.together
             y = self.onto(together.added(self, x), x)
         else:
@@ -62,6 +70,15 @@ class TwinLinear(FactoredLayer):
         if self.entries is not None:
             self.entries.add_products(y, x, self.fusion, lambda x, matrix: self.plain(x, matrix, None))
         return y
+
+    def _require_rows(self, x: Tensor) -> None:
+        weights = self.fusion.weights
+        assert weights is not None
+        if len(x) != len(weights):
+            raise InputError(
+                f"{self.name}: the model gives this layer {len(x)} rows in a batch of {len(weights)}, as DeBERTa does "
+                "with positions that all rows share; they can't have weights of their own: use batch_size=1"
+            )
 
 
 class TwinConv1D(TwinLinear):

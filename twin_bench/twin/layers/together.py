@@ -7,9 +7,9 @@ layer that is called computes what the experts add to each layer's output, and t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,30 @@ def apart(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.device.type == "cpu" and large)
 
 
+class Input(NamedTuple):
+    """A tensor that layers have read, and how often it had been written to. That is not known of inference tensors."""
+
+    x: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, x: Tensor) -> Input:
+        """Return the input as it is now."""
+        return cls(x, None if x.is_inference() else x._version)
+
+    def is_still(self, x: Tensor) -> bool:
+        """Return whether x is this tensor, and it has not been written to."""
+        return x is self.x and Input.of(x).version == self.version
+
+
+class TogetherLayer(FactoredLayer):
+    """A layer that computes together with others, or `alone`. `called` says whether it was watched when it ran."""
+
+    together: Together
+    alone: Together
+    called = False
+
+
 class Together:
     """k linear layers that read the same input and have the same shapes, in the order in which they are called.
 
@@ -50,14 +74,13 @@ class Together:
         The bias is part of it. The result is the caller's to write to.
         """
         fusion = layer.fusion
-        fusion.seen(layer, x)
         if len(self.layers) == 1:
             return self._products(x)[0]
         of, left = fusion.waiting.get(self, (None, {}))
-        if of is not x or layer not in left:
+        if of is None or not of.is_still(x) or layer not in left:
             whole = self._products(x)
             left = {one: whole[place] for place, one in enumerate(self.layers)}
-            fusion.waiting[self] = x, left
+            fusion.waiting[self] = Input.of(x), left
         own = left.pop(layer)
         if not left:
             del fusion.waiting[self]
@@ -146,26 +169,50 @@ def _multiplied(left: Tensor, right: Tensor) -> Tensor:
     return (left[0] @ right[0])[None] if len(left) == 1 else torch.bmm(left, right)
 
 
-@torch.no_grad()
-def find_together(run: Callable[[], object], fusion: Fusion) -> list[Together]:
-    """Put the layers of a model together that read the same input one after the other.
+@contextmanager
+def find_together(fusion: Fusion) -> Iterator[None]:
+    """Run the block, and put layers together that read the same input in it, one after the other.
 
-    Args:
-        run: runs the model for one row.
-        fusion: what controls its layers.
+    They compute together from their next calls on. Blocks are watched until each layer has been called.
     """
-    if sum(layer.is_matrix for layer in fusion.layers) < 2:
-        return []
-    found = []
-    for _, calls in itertools.groupby(fusion.watched(run), key=lambda call: id(call[1])):
-        alike: dict[object, list[FactoredLayer]] = {}
-        for layer, _ in calls:
+    readers = Readers(fusion)
+    with fusion.watched(readers):
+        yield
+        readers.put_together()
+        layers = (layer for layer in fusion.layers if isinstance(layer, TogetherLayer) and any(layer.ranks))
+        fusion.together_known = all(layer.called for layer in layers)
+
+
+class Readers:
+    """The layers of a model that have read the last input, as the model calls them."""
+
+    def __init__(self, fusion: Fusion) -> None:
+        self._fusion = fusion
+        self._input: Input | None = None
+        self._layers: list[TogetherLayer] = []
+
+    def __call__(self, layer: TogetherLayer, x: Tensor) -> None:
+        """Take note of a call. Where it is that of another input, put those of the one before together."""
+        if self._fusion.together_known:
+            return
+        layer.called = True
+        if self._input is None or not self._input.is_still(x):
+            self.put_together()
+            self._input = Input.of(x)
+        self._layers.append(layer)
+
+    def put_together(self) -> None:
+        """Put the layers of the last input together that are alike and stand alone."""
+        layers, self._layers = [layer for layer in self._layers if layer.together is layer.alone], []
+        alike: dict[object, list[TogetherLayer]] = {}
+        for layer in layers if len(layers) > 1 else ():
             alike.setdefault(_signature(layer), []).append(layer)
-        found += [Together(layers) for layers in alike.values() if len(set(layers)) == len(layers) > 1]
-    for together in found:
-        for layer in together.layers:
-            layer.together = together
-    return found
+        for found in alike.values():
+            if len(set(found)) == len(found) > 1:
+                together = Together(found)
+                self._fusion.together.append(together)
+                for layer in found:
+                    layer.together = together
 
 
 def _signature(layer: FactoredLayer) -> object:
