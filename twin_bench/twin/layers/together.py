@@ -18,10 +18,11 @@ from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers.factored import FactoredLayer
 from twin_bench.twin.placement import device_of, is_offloaded
 
-SMALL = {4: 512, 2: 0}
-"""The most tokens for which a CPU computes layers together, by a number's bytes.
+ALONE = ("cpu",)
+"""The types of devices on which each layer computes its own products.
 
-Larger products take longer than their starts, and in half precision a CPU is slower at batches of products.
+A CPU gains little from fewer starts, and is slower at batches of products. Besides, the forward that finds which layers
+read one input computes alone, and its last bits would not be those of the next ones.
 """
 
 
@@ -30,8 +31,7 @@ def apart(x: Tensor) -> bool:
 
     A compiled graph keeps nothing from one layer to the next.
     """
-    large = x.shape[:-1].numel() > SMALL.get(x.itemsize, 0)
-    return torch.compiler.is_compiling() or (x.device.type == "cpu" and large)
+    return torch.compiler.is_compiling() or x.device.type in ALONE
 
 
 class Input(NamedTuple):
