@@ -124,7 +124,8 @@ def test_a_twin_answers_what_falls_back_with_its_shared_expert(families: Any, tm
     assert weights[2].tolist() == weights[5].tolist() == [0.0, 0.0, 0.0]  # of words that no task has
     answers, plain = (model.answer(encoded, ["cola"] * 6) for model in (twin, shared))
     for row, answer, alone in zip(weights, answers, plain, strict=True):
-        assert torch.equal(answer.logits, alone.logits) == (row.sum() == 0)
+        apart = (answer.logits - alone.logits).abs().max()
+        assert apart < 1e-6 if row.sum() == 0 else apart > 1e-3  # batches of other rows may have other last bits
     assert twin.route(**batch(4)).sum(dim=1).unique().numel() <= 2
     with pytest.raises(UnsuitedError, match="names none for a row that falls back"):
         TwinModel.from_pretrained(directory, protocol="routed")
