@@ -8,6 +8,7 @@ from accelerate.utils import find_executable_batch_size
 from lm_eval.models.huggingface import HFLM
 
 from tests.support.lm_eval_requests import generated, rolling, scored, served
+from twin_bench.compat import SINCE_5
 from twin_bench.twin.memory import Budget
 from twin_bench.twin.prefix import NO_PREFIX
 from twin_bench.twin.rehearsal import rehearse_score
@@ -159,6 +160,7 @@ def test_a_list_is_answered_within_its_memory(three, monkeypatch):
     assert sum(sizes) == 4 > max(sizes)
 
 
+@pytest.mark.skipif(not SINCE_5, reason="compiled steps need transformers 5")
 def test_a_rehearsal_counts_the_cache_of_compiled_steps(three, monkeypatch):
     """It has the length of the whole text from the first token on. No step is compiled."""
     model = served(three, batch_size="auto", max_batch_size=4, compile="on")
