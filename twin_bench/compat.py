@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import transformers
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SINCE_5",
     "Conv1D",
     "cache_argument",
+    "continues_caches",
     "own_names",
     "pattern_of",
     "prefix_argument",
@@ -59,6 +61,23 @@ def prefix_argument(model: Any) -> str | None:
     why = "keeps a state that is no keys and values" if stateful else f"takes none of {', '.join(CACHE_ARGUMENTS)}"
     say_once(f"{_named(model)} {why}: what rows begin with alike is run for each of them")
     return None
+
+
+def continues_caches(model: Any) -> bool:
+    """Return whether `generate` can continue the keys and values of a shared prefix; where not, it is said once.
+
+    The cache must hold all of a prefix's tokens, which that of a window of attention does not. A model that prepares a
+    step's inputs in a way of its own may take a given cache for something else.
+    """
+    layers: Sequence[Any] = DynamicCache(config=model.config).layers
+    if type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        why = "prepares the inputs of generate in its own way"
+    elif any(type(layer) is not DynamicLayer for layer in layers):
+        why = "has a cache that does not hold all keys and values"
+    else:
+        return True
+    say_once(f"{_named(model)} {why}: texts of several tokens are generated without shared prefixes")
+    return False
 
 
 def selects_logits(model: Any) -> bool:

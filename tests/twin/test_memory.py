@@ -80,8 +80,8 @@ def test_the_estimate_is_what_torch_allocates(kind: str, dtype: torch.dtype, fus
         found = allocated(twin, lambda own=scores: answer.score(twin, own, **options), fused=fused)
         assert BELOW * found <= needed <= above * found
     for length, steps, kept in ((100, 4, False), (16, 24, True)):
-        texts = [Generate(own, steps) for own in ragged(length)]
-        needed = Budget(twin.sizes, math.inf, Use(steps, logits=kept)).needed(ROWS, length, 1, fused=fused)
+        texts = [Generate([9 + row, *own], steps) for row, own in enumerate(ragged(length))]
+        needed = Budget(twin.sizes, math.inf, Use(steps, logits=kept)).needed(ROWS, length + 1, 1, fused=fused)
         told = {**options, "log_probs": kept}
         found = allocated(twin, lambda own=texts, told=told: answer.generate(twin, own, **told), fused=fused)
         assert BELOW * found <= needed <= above * found
@@ -113,6 +113,18 @@ def test_a_shared_prefix_is_counted_once() -> None:
     needed = Budget(twin.sizes, math.inf, Use(prefix=150)).needed(ROWS, 20, 1, fused=False)
     assert BELOW * found.peak <= needed <= ABOVE * found.peak
     assert needed < Budget(twin.sizes, math.inf).needed(ROWS, 170, 1, fused=False) / 3
+
+
+def test_a_prefix_stays_beside_the_texts_behind_it() -> None:
+    """Each row has the prefix in its own cache, and the prefix itself waits for other batches."""
+    twin = random_twin("llama")
+    texts = [Generate([*range(5, 305), 400 + row], 4) for row in range(ROWS)]
+    weights = DIFFUSE[:1].expand(ROWS, -1)
+    told: Any = {"batch_size": ROWS, "fusion_weights": weights, "log_probs": False}
+    found = allocated(twin, lambda: requests.generate(twin, texts, **told), fused=True)
+    needed = Budget(twin.sizes, math.inf, Use(4, prefix=300)).needed(ROWS, 1, 1, fused=True)
+    assert BELOW * found <= needed <= ABOVE * found
+    assert needed < 0.6 * Budget(twin.sizes, math.inf, Use(4)).needed(ROWS, 301, 1, fused=True)
 
 
 def lists(twin: Any) -> tuple[list[Any], list[Any]]:

@@ -187,7 +187,7 @@ def same(found: Sequence[Completion], expected: Sequence[Completion]) -> bool:
 def test_requests_that_begin_alike_are_answered_as_each_alone(
     sharp_twins: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The common beginning is run once for requests of one token."""
+    """The common beginning is run once, for requests of one token and of several."""
     twin, asked = TwinModel.from_pretrained(sharp_twins(kind)), requests_that_begin_alike()
     alone = [generate(twin, [request], batch_size=1)[0] for request in asked]
     passes: list[int] = []
@@ -203,7 +203,7 @@ def test_requests_that_begin_alike_are_answered_as_each_alone(
     assert {24, 30} <= set(passes)
     passes.clear()
     generate(twin, [request for request in asked if request.max_new_tokens > 1], batch_size=3)
-    assert not passes
+    assert {24, 30} <= set(passes)
     assert twin.route_all([tokens(request.prompt) for request in asked]).any(dim=0).sum() > 1
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench.checkpoints.skeleton import context_window
-from twin_bench.compat import prefix_argument, selects_logits
+from twin_bench.compat import continues_caches, prefix_argument, selects_logits
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_batch
@@ -23,9 +23,17 @@ from twin_bench.twin.compiled import LEAST_STEPS, CompiledSteps, compilable, run
 from twin_bench.twin.encoded import Encoded, tokens
 from twin_bench.twin.features import Read, hidden_states, pool_after, reads_of
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
-from twin_bench.twin.memory import Use
-from twin_bench.twin.plan import Group
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, first_of, shared_prefixes
+from twin_bench.twin.memory import ONE_FORWARD, Use
+from twin_bench.twin.plan import Group, batches, plan
+from twin_bench.twin.prefix import (
+    NO_PREFIX,
+    Prefix,
+    affordable,
+    first_of,
+    shared_in_group,
+    shared_prefixes,
+    worth_their_batches,
+)
 
 NOT_CAUSAL: dict[TaskType, str] = {
     "sequence_classification": "a classifier twin does not generate text",
@@ -173,7 +181,14 @@ class TwinCausalLM(TwinLanguageModel):
 
     @torch.no_grad()
     def generate_batch(
-        self, inputs: Mapping[str, Tensor], group: Group, weights: Tensor, *, compiled: bool = False, **options: Any
+        self,
+        inputs: Mapping[str, Tensor],
+        group: Group,
+        weights: Tensor,
+        *,
+        compiled: bool = False,
+        prefix: Prefix = NO_PREFIX,
+        **options: Any,
     ) -> Any:
         """Run transformers' `generate` on one batch of a plan.
 
@@ -183,6 +198,8 @@ class TwinCausalLM(TwinLanguageModel):
             weights: (N, experts), the fusion weights of the plan, which `group.rows` index.
             compiled: whether the steps run as a graph where they can, as `compiles` says. Its cache is kept until
                 `steps.forget` is called.
+            prefix: the tokens that all prompts begin with, as `prefix` ran them with the same weights. It must be empty
+                where steps are compiled, and unless `generates_after_prefixes`.
             **options: options of `generate`. With beams or several sequences a prompt takes several rows.
 
         Returns:
@@ -192,6 +209,9 @@ class TwinCausalLM(TwinLanguageModel):
         compiled = compiled and runs_step_by_step(options, self.model.generation_config)
         group, weights = self._by_sequence(group, weights, options)
         with self.fused(group, weights, steps=not compiled), self._finite_steps(group, weights):
+            if prefix.cache is not None:
+                padding = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
+                options[self._prefix_argument] = prefix.to_generate(padding)
             if not compiled:
                 return self.model.generate(**inputs, **options)
             rows, length = inputs["input_ids"].shape
@@ -268,6 +288,50 @@ class TwinCausalLM(TwinLanguageModel):
     def shares_prefixes(self) -> bool:
         """Whether rows can share the keys and values of a prefix. A state-space model's can't."""
         return bool(self._prefix_argument)
+
+    def generates_after_prefixes(self, options: Mapping[str, Any]) -> bool:
+        """Return whether prompts that are continued with these options of `generate` can share a prefix."""
+        plainly = runs_step_by_step(options, self.model.generation_config)
+        return plainly and self.shares_prefixes and continues_caches(self.model)
+
+    def prefixed(
+        self,
+        weights: Tensor,
+        inputs: Sequence[Sequence[int]],
+        limits: Mapping[int, int],
+        batch_size: int,
+        use: Use = ONE_FORWARD,
+    ) -> Iterator[tuple[Group, Prefix]]:
+        """Yield the batches of a plan, each with the prefix that its rows share.
+
+        A prefix is run before the first of its batches. It is kept until the last of them.
+
+        Args:
+            weights: (N, experts).
+            inputs: N rows of tokens.
+            limits: the rows to run, and the number of each one's tokens that a prefix may contain.
+            batch_size: the largest number of rows in a batch.
+            use: what the batches have in common, such as the number of tokens to generate for each row.
+        """
+        rows = sorted(limits)
+        may = limits if self.shares_prefixes else dict.fromkeys(limits, 0)
+        lengths = {row: len(inputs[row]) for row in rows}
+        budget = self.budget(use, {row: lengths[row] - limits[row] for row in rows})
+        sizes: Any = {"steps": use.steps, "batch_size": batch_size}
+        for group in plan(weights, lengths, self.costs, rows=rows, budget=budget, **sizes):
+            found = shared_in_group(group, weights, inputs, may)
+            if use.steps:
+                more = self.costs.one_more(use.steps, fused=group.weights is not None)
+                found = worth_their_batches(found, more, batch_size)
+            for shared in affordable(found, inputs, budget, group.weights):
+                prefix = NO_PREFIX
+                if shared.length:
+                    first = first_of(shared, budget, group.weights)
+                    prefix = self.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
+                rest = {row: lengths[row] - shared.length for row in shared.rows}
+                alike, left = Group(shared.rows, group.weights), budget and budget.after(shared.length)
+                for batch in batches(alike, rest, costs=self.costs, budget=left, weights=weights, **sizes):
+                    yield batch, prefix
 
     def probe(self, encoded: Sequence[Encoded], tasks: Sequence[str], weights: Tensor) -> list[Tensor]:
         """Return the logits of each row's next token: (vocabulary,) each, on the CPU."""

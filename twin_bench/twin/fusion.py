@@ -89,6 +89,11 @@ class Fusion:
         """The fusion weights on the CPU. None if they are known on the device alone."""
         return self._setting.known
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether the innermost block runs many forwards, as a generation does."""
+        return self._setting.steps
+
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Run the block with the shared expert alone."""

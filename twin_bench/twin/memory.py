@@ -144,7 +144,7 @@ class Budget:
         attention = attention + np.maximum(attended, tokens * sizes.rotated)
         block = np.maximum(tokens * (sizes.block if fused else sizes.by_row), attention) + pairs * sizes.mask
         if use.steps:
-            total = rows * self._generated(seen, block)
+            total = rows * self._generated(seen, block) + use.prefix * sizes.cached
         else:
             logits = positions * sizes.logit
             graded = positions * 2 * sizes.exact  # the probabilities of one row after the other

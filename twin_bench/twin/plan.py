@@ -66,6 +66,11 @@ class Costs:
         added = used.double() @ torch.tensor(self.fuse, dtype=torch.float64)
         return (added + self.rebuild).clamp(min=self.fusion)
 
+    def one_more(self, steps: int, *, fused: bool) -> float:
+        """Return what one more batch of the same rows costs, in tokens. It generates `steps` tokens for each row."""
+        least = self.plain if fused else self.by_row
+        return (self.batch + least + steps * (self.step + least)) / self.token
+
     def running(self, batches: Tensor, tokens: Tensor, rows: Tensor, steps: int, extra: Tensor | None = None) -> Tensor:
         """Return what batches take, (N,) float64, beside `batch` for each.
 

@@ -10,9 +10,10 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -47,6 +48,27 @@ class Prefix(NamedTuple):
         shared: Any = copy.copy(self.cache)
         shared.layers = [_for_rows(layer, rows) for layer in shared.layers]
         return shared
+
+    def to_generate(self, padding: Sequence[int]) -> DynamicCache:
+        """Return a cache from which `generate` continues rows that are padded on the left.
+
+        A row's padding comes first, before the prefix, as it does in a batch that shares nothing. So the cache of a row
+        with n tokens of padding lacks the last n tokens of the prefix, and the model runs these again.
+
+        Args:
+            padding: the number of each row's tokens of padding. What the cache holds for them is not to be attended to.
+        """
+        own: Any = copy.copy(self.cache)
+        own.layers = [copy.copy(layer) for layer in own.layers]
+        places = (torch.arange(self.length) - torch.tensor(padding)[:, None]).clamp(min=0)
+        for layer in own.layers:
+            for name in ("keys", "values"):
+                shared = getattr(layer, name)
+                each = shared.expand(len(padding), *shared.shape[1:])
+                if any(padding):
+                    each = shared[0][:, places.to(shared.device)].transpose(0, 1)
+                setattr(layer, name, each)
+        return own
 
 
 def _for_rows(layer: Any, rows: int) -> Any:
@@ -124,8 +146,32 @@ def shared_in_group(
     for row, own in zip(group.rows, weights[list(group.rows)].tolist(), strict=True):
         alike.setdefault(tuple(own), []).append(row)
     found = [one for rows in alike.values() for one in shared_prefixes({row: inputs[row] for row in rows}, limits)]
-    alone = tuple(sorted(row for one in found if not one.length for row in one.rows))
-    return [one for one in found if one.length] + ([Sharing(alone, 0)] if alone else [])
+    return _sharing(found, lambda one: one.length > 0)
+
+
+def worth_their_batches(found: Sequence[Sharing], batch: float, batch_size: int) -> list[Sharing]:
+    """Return the sets whose prefix saves more than their batches cost. The rows of the others share nothing.
+
+    The rows of a set run in batches of their own, and the last of these may have room left. Where a batch generates
+    texts, its steps can cost more than a prefix saves.
+
+    Args:
+        found: the sets.
+        batch: what one more batch costs, in tokens.
+        batch_size: the largest number of rows in a batch.
+    """
+
+    def worth(one: Sharing) -> bool:
+        empty = -len(one.rows) % batch_size / batch_size
+        return one.length > 0 and (len(one.rows) - 1) * one.length >= empty * batch
+
+    return _sharing(found, worth)
+
+
+def _sharing(found: Sequence[Sharing], shares: Callable[[Sharing], bool]) -> list[Sharing]:
+    """Return the sets that share a prefix, and behind them one of the others' rows."""
+    alone = tuple(sorted(row for one in found if not shares(one) for row in one.rows))
+    return [one for one in found if shares(one)] + ([Sharing(alone, 0)] if alone else [])
 
 
 def affordable(

@@ -24,8 +24,6 @@ from twin_bench.twin.encoded import last_tokens, packed, tokens
 from twin_bench.twin.language import TwinLanguageModel
 from twin_bench.twin.memory import ONE_FORWARD, Use
 from twin_bench.twin.model import TwinModel
-from twin_bench.twin.plan import Group, batches, plan
-from twin_bench.twin.prefix import NO_PREFIX, Prefix, affordable, first_of, shared_in_group
 from twin_bench.twin.sampling import (
     Completion,
     Decoding,
@@ -130,7 +128,7 @@ def score(
     # A prefix ends before the first position whose logits some request needs.
     starts = {row: len(inputs[row]) - max(asked[asker] for asker in own) for row, own in askers.items()}
     scores: dict[int, Scored] = {}
-    for batch, prefix in _prefixed(twin, weights, inputs, starts, batch_size):
+    for batch, prefix in twin.prefixed(weights, inputs, starts, batch_size):
         kept = sorted({position for row in batch.rows for position in range(starts[row], len(inputs[row]))})
         rest = [inputs[row][prefix.length :] for row in batch.rows]
         logits = twin.logits(rest, [position - prefix.length for position in kept], batch, weights, prefix)
@@ -235,7 +233,7 @@ def _one_token_each(
     decoding, likeliest = requests[rows[0]].decoding, requests[rows[0]].likeliest
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     limits = {row: len(prompts[row]) - 1 for row in rows}
-    for batch, prefix in _prefixed(twin, weights, prompts, limits, batch_size):
+    for batch, prefix in twin.prefixed(weights, prompts, limits, batch_size):
         logits = twin.last_logits([prompts[row][prefix.length :] for row in batch.rows], batch, weights, prefix)
         copies = copies_of(requests, batch.rows)
         options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in copies], max(map(len, prompts)))
@@ -254,8 +252,7 @@ def _texts(
 ) -> Iterator[list[Text]]:
     """Yield batches of some requests' completions of several tokens. All `rows` have the same length and decoding.
 
-    No prefix is shared. To generate, prompts are padded on the left, and the padding would lie between a prefix and
-    the rest of its prompt, where a model with a window of attention counts it.
+    Prompts share prefixes where the model and the decoding allow it, and the steps are not compiled.
     """
     decoding, likeliest = requests[rows[0]].decoding, requests[rows[0]].likeliest
     copies = copies_of(requests, rows)
@@ -264,15 +261,18 @@ def _texts(
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
     use = _use(twin, requests, rows, batch_size, log_probs)
     wanted = {"max_new_tokens": use.steps, "return_dict_in_generate": True, "output_logits": use.logits}
+    shares = not use.compiled and twin.generates_after_prefixes(decoding.options(twin.tokenizer, [""], 1))
+    limits = {place: len(ids) - 1 if shares else 0 for place, ids in enumerate(prompts)}
     try:
-        for batch, _ in _prefixed(twin, own, prompts, dict.fromkeys(range(len(copies)), 0), batch_size, use):
+        for batch, prefix in twin.prefixed(own, prompts, limits, batch_size, use):
             real = len(batch.rows)
             batch = batch._replace(rows=filled(batch.rows, batch_size)) if use.compiled else batch
             asked = [copies[place] for place in batch.rows]
             inputs = twin.collate([tokens(prompts[place]) for place in batch.rows], padding_side="left")
             length = inputs["input_ids"].shape[1]
             options = decoding.options(twin.tokenizer, [seed_of(requests, copy) for copy in asked], length)
-            output = twin.generate_batch(inputs, batch, own, compiled=use.compiled > 0, **{**options, **wanted})
+            how: Any = {"compiled": use.compiled > 0, "prefix": prefix}
+            output = twin.generate_batch(inputs, batch, own, **how, **{**options, **wanted})
             found = completed(output, length, ends, twin.tokenizer, decoding.stop, likeliest)
             yield list(zip(asked[:real], found[:real], strict=True))
     finally:
@@ -349,43 +349,6 @@ def _same(inputs: Sequence[Sequence[int]], weights: Sequence[tuple[float, ...]])
     for row, key in enumerate(weights):
         found.setdefault((packed(inputs[row]), key), []).append(row)
     return {rows[0]: rows for rows in found.values()}
-
-
-def _prefixed(
-    twin: TwinCausalLM,
-    weights: Tensor,
-    inputs: Sequence[Sequence[int]],
-    limits: Mapping[int, int],
-    batch_size: int,
-    use: Use = ONE_FORWARD,
-) -> Iterator[tuple[Group, Prefix]]:
-    """Yield the batches of a plan, each with the prefix that its rows share.
-
-    A prefix is run before the first of its batches. It is kept until the last of them.
-
-    Args:
-        twin: the twin that runs the prefixes.
-        weights: (N, experts).
-        inputs: N rows of tokens.
-        limits: the rows to run, and the number of each one's tokens that a prefix may contain.
-        batch_size: the largest number of rows in a batch.
-        use: what the batches have in common, such as the number of tokens to generate for each row.
-    """
-    rows = sorted(limits)
-    may = limits if twin.shares_prefixes else dict.fromkeys(limits, 0)
-    lengths = {row: len(inputs[row]) for row in rows}
-    budget = twin.budget(use, {row: lengths[row] - limits[row] for row in rows})
-    sizes: Any = {"steps": use.steps, "batch_size": batch_size}
-    for group in plan(weights, lengths, twin.costs, rows=rows, budget=budget, **sizes):
-        for shared in affordable(shared_in_group(group, weights, inputs, may), inputs, budget, group.weights):
-            prefix = NO_PREFIX
-            if shared.length:
-                first = first_of(shared, budget, group.weights)
-                prefix = twin.prefix(inputs[shared.rows[0]][: shared.length], first, weights)
-            rest = {row: lengths[row] - shared.length for row in shared.rows}
-            alike, left = Group(shared.rows, group.weights), budget and budget.after(shared.length)
-            for batch in batches(alike, rest, costs=twin.costs, budget=left, weights=weights, **sizes):
-                yield batch, prefix
 
 
 def scored(graded: Mapping[int, Tensor], weights: Sequence[tuple[float, ...]]) -> dict[int, Scored]:

@@ -14,6 +14,7 @@ from twin_bench.twin.exclusive import Exclusive
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers.base import by_row
 from twin_bench.twin.layers.runs import add_runs, by_run
+from twin_bench.twin.layers.steps import add_step, by_step
 from twin_bench.twin.layers.together import Together, TogetherLayer, apart
 
 
@@ -57,8 +58,9 @@ class TwinLinear(TogetherLayer):
         factored = sum(self.ranks) > 0
         if factored:
             self.fusion.seen(self, x)
-        runs = by_run(self, x) if factored else None
-        if factored and runs is None:
+        step = by_step(self, x) if factored else None
+        runs = by_run(self, x) if factored and step is None else None
+        if factored and runs is None and step is None:
             together = self.alone if apart(x) else self.together
             y = self.onto(together.added(self, x), x)
         else:
@@ -67,6 +69,8 @@ class TwinLinear(TogetherLayer):
             y = y if same or (bias := self.row_bias(x.ndim)) is None else y.add_(bias)
             if runs is not None:
                 add_runs(y, x, self, runs)
+            if step is not None:
+                add_step(y, x, step)
         if self.entries is not None:
             self.entries.add_products(y, x, self.fusion, lambda x, matrix: self.plain(x, matrix, None))
         return y

@@ -132,7 +132,7 @@ class Together:
         """
         first, k = self.layers[0], len(self.layers)
         fusion = first.fusion
-        used, scale = fusion.columns(first)
+        scale = fusion.columns(first).scale
         tokens, rows = x.shape[:-1].numel(), x.shape[0]
         if (basis := first.basis) is not None:
             columns = scale.shape[-1] * sum(first.weight.shape) * (1 + basis.down.shape[1] / tokens)
@@ -141,12 +141,16 @@ class Together:
                 z = _multiplied(x.reshape(1, tokens, -1).expand(k, -1, -1), self._buffer("basis_down"))
                 z = torch.bmm(z.view(k * rows, -1, mixed.shape[1]), mixed)
                 return z.view(k, tokens, -1), self._buffer("basis_up")
-        down, up = fusion.kept(self, "factors", lambda: self._factors(used))
+        down, up = self.factors()
         z = (x @ down).view(rows, tokens // rows, k, up.shape[1]) * scale[:, None, None]
         return z.view(tokens, k, up.shape[1]).transpose(0, 1), up
 
-    def _factors(self, used: Tensor | None) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors of the columns in use: (in, k * r), all layers' side by side, and (k, r, out)."""
+        fusion = self.layers[0].fusion
+        return fusion.kept(self, "factors", lambda: self._factors(fusion.columns(self.layers[0]).used))
+
+    def _factors(self, used: Tensor | None) -> tuple[Tensor, Tensor]:
         first = self.layers[0]
         if first.basis is None:
             B, A = self._buffer("B"), self._buffer("A")
