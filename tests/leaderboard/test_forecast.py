@@ -42,10 +42,10 @@ def test_a_cell_and_its_rows_cost_what_they_cost_where_nothing_else_runs(delays:
 
 def test_a_gpus_time_is_that_which_passes() -> None:
     """The processor only waits for it. The shortest run is one that nothing has delayed."""
-    machine = Machine(0.25, 0.02, (3.0, 1.0, 2.0))
+    machine = Machine(0.025, 0.002, (3.0, 1.0, 2.0))
     machine.worked = -1.0
     clock = Clock(lambda: machine.passed, lambda: 0.0)
-    assert timed(machine.score, 16, on_processor=False, clock=clock) == pytest.approx((0.25, 0.02))
+    assert timed(machine.score, 16, on_processor=False, clock=clock) == pytest.approx((0.025, 0.002))
 
 
 def test_slow_rows_are_asked_once_more_and_not_three_times() -> None:
