@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+import twin_bench
 from tests.support.families import built
 from tests.support.models import tiny_causal
 from twin_bench import compat
@@ -190,3 +193,34 @@ def test_names_that_transformers_gives_on_loading(monkeypatch: pytest.MonkeyPatc
     name = compat.own_names(model)
     assert name("old.x.weight") == ("model.x.weight" if has_mapping else "old.x.weight")
     assert name("lm_head.weight") == "lm_head.weight"
+
+
+def test_peft_is_imported_without_what_bitsandbytes_says_of_quantised_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT imports bitsandbytes, which warns of the speed of weights that nobody has quantised."""
+    (tmp_path / "bitsandbytes").mkdir()
+    says = "import logging\nlogging.getLogger('bitsandbytes.backends.cpu.ops').warning('no kernels')\n"
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text(says)
+    (tmp_path / "peft.py").write_text("import bitsandbytes")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("peft", "bitsandbytes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    compat.import_peft()
+    assert sys.modules["peft"].__file__ == str(tmp_path / "peft.py")
+    assert not caplog.records
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    importlib.import_module("bitsandbytes")  # who quantises imports it, and is told
+    assert [record.getMessage() for record in caplog.records] == ["no kernels"]
+
+
+def test_whatever_imports_peft_does_so_quietly() -> None:
+    """The first import decides what is said, so each comes after compat's."""
+    files = {file.name: file.read_text(encoding="utf-8") for file in Path(twin_bench.__file__).parent.rglob("*.py")}
+    importing = {
+        name: text for name, text in files.items() if re.search(r"^ *(from|import) peft\b", text, re.MULTILINE)
+    }
+    assert len(importing) == 5
+    for name, text in importing.items():
+        assert not re.search(r"^(from|import) peft\b", text, re.MULTILINE), name
+        assert re.search(r"^    import_peft\(\)\n    from peft", text, re.MULTILINE), name

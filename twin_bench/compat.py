@@ -6,6 +6,7 @@ A fast path that a model or a version does not allow is left off, and said once.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import re
@@ -23,6 +24,7 @@ __all__ = [
     "Conv1D",
     "cache_argument",
     "continues_caches",
+    "import_peft",
     "own_names",
     "pattern_of",
     "prefix_argument",
@@ -125,10 +127,26 @@ def _renamed(renamings: Sequence[Any], name: str) -> str:
 
 def pattern_of(patterns: Sequence[str], module: str) -> str:
     """Return the pattern (of a LoRA config's rank_pattern or alpha_pattern) that a module has; else its own name."""
+    import_peft()
     from peft.utils.other import get_pattern_key
 
     found: str = get_pattern_key(list(patterns), module)
     return found
+
+
+def import_peft() -> None:
+    """Import PEFT without what bitsandbytes says when it is imported. Each import of a name of PEFT's comes after this.
+
+    PEFT imports bitsandbytes wherever it is installed. It warns of the speed of quantised weights, whether or not there
+    are any.
+    """
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("peft")
+    finally:
+        log.setLevel(level)
 
 
 def _named(model: Any) -> str:

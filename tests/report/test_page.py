@@ -65,7 +65,7 @@ def text(board: Drawn) -> str:
 
 
 def changed(board: Drawn, groups: dict[str, float], floored: set[str] | None, told: str | None = None) -> Drawn:
-    """Return a board of these methods alone, with their tie groups, and which of them are no better than a floor."""
+    """Return a board of these methods alone, with their tie groups, and those not surely better than a floor."""
     methods = [*groups, *([told] if told else [])]
     summary = pd.DataFrame(
         {
@@ -83,25 +83,25 @@ def changed(board: Drawn, groups: dict[str, float], floored: set[str] | None, to
 @pytest.mark.parametrize(
     ("groups", "floored", "said"),
     [
-        ({"a": 1, "b": 2, "c": 2}, set(), "a leads; all methods are better than a constant answer."),
+        ({"a": 1, "b": 2, "c": 2}, set(), "a leads; all methods are surely better than a constant answer."),
         (
             {"a": 1, "b": 1, "c": 2},
             {"c"},
-            "a and b lead and can't be told apart; c is no better than a constant answer.",
+            "a and b lead and can't be told apart; c is not surely better than a constant answer.",
         ),
         (
             {"a": 1, "b": 1, "c": 1, "d": 2, "e": 2},
             {"d", "e"},
-            "a and 2 others lead and can't be told apart; 2 methods are no better than a constant answer.",
+            "a and 2 others lead and can't be told apart; 2 methods are not surely better than a constant answer.",
         ),
         (
             {"a": 1, "b": 1},
             {"a", "b"},
-            "The two methods can't be told apart; none is better than a constant answer.",
+            "The two methods can't be told apart; none is surely better than a constant answer.",
         ),
         ({"a": 1, "b": 1, "c": 1}, None, "The 3 methods can't be told apart."),
-        ({"a": 1}, {"a"}, "a is the only method; it is no better than a constant answer."),
-        ({"a": 1}, set(), "a is the only method; it is better than a constant answer."),
+        ({"a": 1}, {"a"}, "a is the only method; it is not surely better than a constant answer."),
+        ({"a": 1}, set(), "a is the only method; it is surely better than a constant answer."),
         ({}, set(), "No method is ranked under this protocol."),
     ],
 )
@@ -114,12 +114,16 @@ def test_the_answer_is_right_in_number_and_words(
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ({"a": 1}, "a is the only method that is not told the task; it is better than a constant answer."),
+        ({"a": 1}, "a is the only method that is not told the task; it is surely better than a constant answer."),
         (
             {"a": 1, "b": 1, "c": 1},
-            "The 3 methods that are not told the task can't be told apart; all are better than a constant answer.",
+            "The 3 methods that are not told the task can't be told apart; "
+            "all are surely better than a constant answer.",
         ),
-        ({"a": 1, "b": 2}, "a leads; both methods that are not told the task are better than a constant answer."),
+        (
+            {"a": 1, "b": 2},
+            "a leads; both methods that are not told the task are surely better than a constant answer.",
+        ),
     ],
 )
 def test_a_method_that_is_told_the_task_is_spoken_of_apart(board: Drawn, groups: dict[str, float], said: str) -> None:

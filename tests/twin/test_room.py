@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.support.random_twins import random_twin
-from twin_bench import InputError
+from twin_bench import InputError, TwinModel
 from twin_bench.errors import RefusedError
 from twin_bench.serving.engine import Ask, Engine
-from twin_bench.twin import requests
+from twin_bench.twin import requests, seq2seq_requests
 from twin_bench.twin.device import rounded
-from twin_bench.twin.memory import Budget, Sizes, Use
+from twin_bench.twin.memory import ONE_FORWARD, Budget, Sizes, Use
 from twin_bench.twin.plan import Costs, Group, plan
 from twin_bench.twin.rehearsal import rehearse_score
 from twin_bench.twin.requests import Generate, Score
@@ -151,3 +151,82 @@ def test_a_row_is_refused_before_work_and_alone(monkeypatch: pytest.MonkeyPatch)
     large = [replace(ask, prompt=tuple(long), max_tokens=steps) for steps in (9, 0)]
     found = Engine(twin, 4).answer([ask, *large])
     assert [isinstance(one, RefusedError) for one in found] == [False, True, True]
+
+
+def limited(kind: str, rows: int, tokens: int, positions: int, use: Use = ONE_FORWARD) -> Any:
+    """Return a twin that has just room for one batch, and whose model tells when it is run."""
+    twin = random_twin(kind)
+    least = min(float(Budget(twin.sizes, 0, use).needed(rows, tokens, positions, fused=way)) for way in (True, False))
+    twin.limit_memory(int(twin.sizes.held + least) + 1)
+    twin.run = []
+    for part in (twin.model, twin.backbone):
+        part.register_forward_pre_hook(lambda *_: twin.run.append(1))
+    return twin
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_a_callers_batch_that_does_not_fit_is_refused_before_anything_is_run(kind: str) -> None:
+    """As many rows as fit are answered as they are without a limit."""
+    twin, plain = limited(kind, 3, 24 if kind == "bart" else 20, 4 if kind == "bart" else 20), random_twin(kind)
+    ids = torch.arange(5, 65).view(3, 20)
+    given = {"labels": torch.full((3, 4), 7)} if kind == "bart" else {}
+    answered = twin(ids, **given, fusion_weights=DIFFUSE).logits
+    torch.testing.assert_close(answered, plain(ids, **given, fusion_weights=DIFFUSE).logits, rtol=1e-4, atol=1e-4)
+    twin.run.clear()
+    more = {name: torch.cat([tensor, tensor]) for name, tensor in {"input_ids": ids, **given}.items()}
+    with pytest.raises(
+        InputError, match=r"^a batch of 6 rows of 2\d tokens needs .*; use fewer rows at once, a larger"
+    ):
+        twin(**more)
+    with pytest.raises(InputError, match=r"^a batch of 900 rows of 20 tokens and 2 to generate needs"):
+        twin.generate(ids.repeat(300, 1), max_new_tokens=2)
+    assert not twin.run
+
+
+def test_a_classifiers_batch_that_does_not_fit_is_refused(twins: Any) -> None:
+    twin = TwinModel.from_pretrained(twins("bert"))
+    ids = torch.full((64, 20), 5)
+    least = min(float(Budget(twin.sizes, 0).needed(8, 20, 1, fused=way)) for way in (True, False))
+    twin.limit_memory(int(twin.sizes.held + least) + 1)
+    assert len(twin(ids[:8], fusion_weights=DIFFUSE[:1, :3].expand(8, -1), task="cola").logits) == 8
+    for run in (lambda: twin(ids, task="cola"), lambda: twin.route(ids)):
+        with pytest.raises(InputError, match=r"^a batch of 64 rows of 20 tokens needs"):
+            run()
+
+
+def test_a_batch_is_generated_fused_only_where_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan fuses rows of equal weights where one of them fits, and all of them must."""
+    use = Use(3)
+    twin = random_twin("llama")
+    twin.costs = replace(twin.costs, rebuild=0.0, fuse=(0.0,) * 4, columns=(1.0,) * 4, joint=4.0)
+    needed = [float(Budget(twin.sizes, 0, use).needed(3, 20, 1, fused=way)) for way in (True, False)]
+    assert needed[1] < needed[0]
+    twin.limit_memory(int(twin.sizes.held + needed[1]) + 1)
+    made: list[Group] = []
+
+    def noted(inputs: Any, group: Group, weights: torch.Tensor, **options: Any) -> Any:
+        made.append(group)
+        return run(inputs, group, weights, **options)
+
+    run = twin.generate_batch
+    monkeypatch.setattr(twin, "generate_batch", noted)
+    twin.generate(torch.arange(5, 65).view(3, 20), fusion_weights=DIFFUSE[:1].expand(3, -1), max_new_tokens=3)
+    assert [group.weights for group in made] == [None]
+
+
+def test_an_encoder_decoders_text_that_does_not_fit_is_refused_before_the_routing() -> None:
+    twin = limited("bart", 1, 20, 1, Use(4, True))
+    prompt = list(range(5, 25))
+    weights = DIFFUSE[:1]
+    assert len(seq2seq_requests.generate(twin, [Generate(prompt, 4)], fusion_weights=weights)) == 1
+    twin.run.clear()
+    told: list[tuple[int, ...]] = []
+    with pytest.raises(InputError, match=r"^one row of 40 tokens and 4 to generate needs"):
+        seq2seq_requests.generate(
+            twin,
+            [Generate(prompt, 4), Generate([*prompt, *prompt], 4)],
+            fusion_weights=weights.expand(2, -1),
+            progress=lambda *done: told.append(done),
+        )
+    assert not twin.run
+    assert not told

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
+from twin_bench.compat import import_peft
 from twin_bench.twin.model import TwinModel
 
 
@@ -18,6 +17,9 @@ def mixed_adapters(directory: Path, kind: Any, twin: TwinModel) -> Any:
         kind: transformers' class that loads the model.
         twin: the twin of that directory.
     """
+    import_peft()
+    from peft import PeftModel
+
     model = kind.from_pretrained(directory / "model", dtype=twin.model.dtype).to(twin.device)
     first, *others = twin.expert_names
     adapted: Any = PeftModel.from_pretrained(model, str(directory / "experts" / first), adapter_name=first)

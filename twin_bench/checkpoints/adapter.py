@@ -22,7 +22,7 @@ from twin_bench.checkpoints.checkpoint import (
 )
 from twin_bench.checkpoints.finite import require_weights
 from twin_bench.checkpoints.skeleton import Skeleton
-from twin_bench.compat import pattern_of
+from twin_bench.compat import import_peft, pattern_of
 from twin_bench.errors import InputError, first_line
 from twin_bench.files import read_json
 
@@ -88,6 +88,7 @@ class _Contents(NamedTuple):
 
 def _lora_config(directory: Path) -> LoraConfig:
     """Return an adapter's config. InputError unless the adapter is a plain LoRA adapter."""
+    import_peft()
     from peft import LoraConfig, PeftConfig
 
     file = directory / "adapter_config.json"

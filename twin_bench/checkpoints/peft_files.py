@@ -12,6 +12,7 @@ from twin_bench.checkpoints.factors import Factors, padded
 from twin_bench.checkpoints.finite import require_finite
 from twin_bench.checkpoints.hub import on_hub
 from twin_bench.checkpoints.skeleton import Skeleton
+from twin_bench.compat import import_peft
 from twin_bench.data.task import TaskType
 from twin_bench.files import read_json, write_json
 
@@ -112,6 +113,7 @@ def _save_config(
     patterns: bool,
 ) -> None:
     """Write adapter_config.json. alpha = rank makes the scale 1. With `patterns` each matrix has its own rank."""
+    import_peft()
     from peft import LoraConfig
 
     rank = max(ranks.values(), default=1)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, TaskType, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from twin_bench.checkpoints.hub import model_directory
+from twin_bench.compat import import_peft
 from twin_bench.console import reporting_errors
 from twin_bench.data.glue import GLUE
 from twin_bench.data.metrics import score
@@ -47,6 +47,9 @@ def outputs(model: Any, tokenizer: Any, chosen: Sequence[Row]) -> np.ndarray[Any
 
 def train(task: str, seed: int, progress: Progress) -> tuple[Any, Any]:
     """Train one expert; return the PEFT model and its tokenizer."""
+    import_peft()
+    from peft import LoraConfig, TaskType, get_peft_model
+
     torch.manual_seed(seed)
     directory = model_directory(BASE_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -29,7 +29,7 @@ from twin_bench.locks import made_by_one
 from twin_bench.protocols import ProtocolName
 from twin_bench.twin.routers.store import FORMAT as ROUTERS_FORMAT
 
-FORMAT = 6
+FORMAT = 7
 """The format of what a cell's score is made of. It is raised with every change of code that changes a score."""
 ROWS_FORMAT = 2
 """The format of the record of rows that were downloaded, or that a harness has written."""

@@ -28,7 +28,7 @@ from twin_bench.results.cells import Board, Cells
 PAPER_ROWS = {"per-input": 1000}
 PAPER_ROWS_STATIC = 1001
 """The authors score the first 1,000 validation rows of a task with a router, the first 1,001 without."""
-TWINS_FORMAT = 5
+TWINS_FORMAT = 6
 """The format of the folder of twins and statistics. It is raised when what is built from the same inputs changes."""
 
 

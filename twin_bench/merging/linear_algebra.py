@@ -20,8 +20,8 @@ from torch import Tensor
 from twin_bench.checkpoints.factors import Factors
 from twin_bench.checkpoints.finite import all_finite
 
-FULL_SVD_OPERATIONS = 10**10
-"""The Gram matrix is decomposed up to this m * n * min(m, n), which takes about half a second on two cores."""
+FULL_SVD_COLUMNS = 1024
+"""The Gram matrix is decomposed up to this min(m, n). That takes up to 0.3 microseconds an entry of one core."""
 
 
 def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
@@ -29,10 +29,10 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
 
     A sketch recognises matrices of low rank, such as a LoRA expert's. If it leaves out nothing but rounding error, its
     singular vectors are the matrix's own. A wider sketch recognises a LoRA expert's difference from a merge of several
-    (3072 x 768, eight of rank 16: 0.1 s against 1.6 s). Other matrices up to FULL_SVD_OPERATIONS get the eigenvectors
-    of their Gram matrix. Larger ones get torch.svd_lowrank in the matrix's own precision, with 16 columns of
-    oversampling and 4 power iterations. Its error was within 0.4% of the optimum on slowly decaying spectra (4096 x
-    4096, rank 8: 0.24 s against 11 s). Singular values below the matrix's rounding error are dropped, so a LoRA
+    (3072 x 768, eight of rank 16: 0.1 s against 1.6 s). Other matrices up to FULL_SVD_COLUMNS get the eigenvectors
+    of their Gram matrix. Wider ones get torch.svd_lowrank in the matrix's own precision, with 16 columns of
+    oversampling and 4 power iterations. Its error was within 0.4% of the optimum on slowly decaying spectra (rank 8,
+    2048 x 2048: 0.08 s against 2.0 s). Singular values below the matrix's rounding error are dropped, so a LoRA
     expert's delta gets no more columns than its rank.
 
     Returns the factors in the matrix's dtype, but in float32 or better.
@@ -44,7 +44,7 @@ def truncated_svd(matrix: Tensor, rank: int, *, seed: int = 0) -> Factors:
     noise = partial(_noise, shape=matrix.shape, dtype=matrix.dtype)
     rows = rows_of(matrix)
     found = of_low_rank(rows, 2 * rank + 16, seed=seed, noise=noise) if rank else None
-    if found is None and matrix.numel() * min(matrix.shape) <= FULL_SVD_OPERATIONS:
+    if found is None and min(matrix.shape) <= FULL_SVD_COLUMNS:
         wider = min(matrix.shape) // 4
         found = of_low_rank(rows, wider, seed=seed, noise=noise) if 2 * rank + 16 < wider else None
         found = found or right_singular(rows)

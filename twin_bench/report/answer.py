@@ -1,4 +1,4 @@
-"""The answer of a leaderboard in a sentence: who leads, who can't be told apart, who is no better than a constant."""
+"""The answer of a leaderboard in a sentence: who leads, who can't be told apart, how many beat a constant answer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ APART = ("that is not told the task", "that are not told the task")
 def answer(board: Leaderboard, protocol: str) -> list[str]:
     """Return what a protocol's ranking says, one sentence an item.
 
-    The first speaks of the methods that nobody tells the task, and says how many are no better than the constant
-    answer: those that are not told apart from it, or are below it. Then leaders are named that learned on the scored
-    rows. The last, if there is one, speaks of the methods that are told each input's task.
+    The first speaks of the methods that nobody tells the task, and says how many are not surely better than the
+    constant answer: those that are not told apart from it, or are below it. Then leaders are named that learned on the
+    scored rows. The last, if there is one, speaks of the methods that are told each input's task.
     """
     ranked = field(board, protocol, told=False)
     told = field(board, protocol, told=True)
@@ -25,7 +25,7 @@ def answer(board: Leaderboard, protocol: str) -> list[str]:
         kinds = ("method", "methods") if told.empty else (f"method {APART[0]}", f"methods {APART[1]}")
         leaders = ranked[ranked["tie_group"] == ranked["tie_group"].min()]
         lead = _lead(list(leaders["method"]), len(ranked), kinds)
-        floored = _no_better(board, protocol, list(ranked["method"]), len(leaders), kinds)
+        floored = _not_better(board, protocol, list(ranked["method"]), len(leaders), kinds)
         sentences.append(f"{lead}; {floored}." if floored else f"{lead}.")
         sentences += _learned(list(leaders.loc[leaders["track"] == "test-time", "method"]))
         sentences += [] if floored else _floorless(board, protocol)
@@ -57,7 +57,7 @@ def ordered(board: Leaderboard, protocol: str) -> pd.DataFrame:
     return pd.concat([ranked, rest[~bound], rest[bound]])
 
 
-def no_better_than_constant(board: Leaderboard, protocol: str) -> set[str] | None:
+def not_surely_better(board: Leaderboard, protocol: str) -> set[str] | None:
     """Return the methods that are not above the constant answer for sure; None if none is compared with it."""
     lines = board.comparisons
     lines = lines[(lines["protocol"] == protocol) & (lines["reason"] == "constant")]
@@ -78,23 +78,23 @@ def _lead(leaders: list[str], methods: int, kinds: tuple[str, str]) -> str:
     return f"{leaders[0]} and {len(leaders) - 1} others lead and can't be told apart"
 
 
-def _no_better(board: Leaderboard, protocol: str, methods: list[str], leaders: int, kinds: tuple[str, str]) -> str:
-    """Return how many are no better than the constant answer; empty if none is compared with it."""
-    found = no_better_than_constant(board, protocol)
+def _not_better(board: Leaderboard, protocol: str, methods: list[str], leaders: int, kinds: tuple[str, str]) -> str:
+    """Return how many are not surely better than the constant answer; empty if none is compared with it."""
+    found = not_surely_better(board, protocol)
     if found is None:
         return ""
     floored = [method for method in methods if method in found]
     everyone = leaders == len(methods)  # and the sentence begins with all of them
     if len(methods) == 1:
-        return f"it is {'no ' if floored else ''}better than a constant answer"
+        return f"it is {'not ' if floored else ''}surely better than a constant answer"
     if not floored:
         number = "both" if len(methods) == 2 else "all"
-        return f"{number if everyone else f'{number} {kinds[1]}'} are better than a constant answer"
+        return f"{number if everyone else f'{number} {kinds[1]}'} are surely better than a constant answer"
     if len(floored) == len(methods):
-        return f"{'none' if everyone else f'no {kinds[0]}'} is better than a constant answer"
+        return f"{'none' if everyone else f'no {kinds[0]}'} is surely better than a constant answer"
     if len(floored) == 1:
-        return f"{floored[0]} is no better than a constant answer"
-    return f"{len(floored)} {kinds[1]} are no better than a constant answer"
+        return f"{floored[0]} is not surely better than a constant answer"
+    return f"{len(floored)} {kinds[1]} are not surely better than a constant answer"
 
 
 def _learned(leaders: list[str]) -> list[str]:

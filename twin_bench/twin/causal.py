@@ -128,12 +128,15 @@ class TwinCausalLM(TwinLanguageModel):
         Raises:
             TypeError: an argument that is to be a tensor is none.
             InputError: an empty batch or row, a row over the model's window, a token outside its vocabulary, inputs or
-                fusion weights of another shape, dtype or range, or logits that are not finite.
+                fusion weights of another shape, dtype or range, a batch that does not fit into `max_memory`, or logits
+                that are not finite.
         """
         inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
+        length = input_ids.shape[1]
+        self.require_batch(len(input_ids), length, length)
         weights = self._weights_of(inputs, fusion_weights, task)
         inputs["position_ids"] = _positions(input_ids, attention_mask)
-        return CausalLMOutput(logits=self._grouped_logits(inputs, weights, input_ids.shape[1], attention_mask))
+        return CausalLMOutput(logits=self._grouped_logits(inputs, weights, length, length, attention_mask))
 
     @torch.no_grad()
     def generate(
@@ -163,14 +166,16 @@ class TwinCausalLM(TwinLanguageModel):
             TypeError: an argument that is to be a tensor is none.
             InputError: an empty batch or prompt, padding on the right, a prompt with its new tokens over the model's
                 window, a token outside its vocabulary, inputs or fusion weights of another shape, dtype or range, an
-                option that transformers refuses, or logits that are not finite.
+                option that transformers refuses, a batch that does not fit into `max_memory`, or logits that are not
+                finite.
         """
         inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise InputError("prompts to generate from are padded on the left")
-        weights = self._weights_of(inputs, fusion_weights, task)
         options = {name: value for name, value in options.items() if value is not None}
         steps = self._new_tokens(input_ids.shape[1], options)
+        self.require_batch(*input_ids.shape, use=Use(steps, sequences=self.sequences(options)))
+        weights = self._weights_of(inputs, fusion_weights, task)
         compiled = self.compiles(steps)
         try:
             generated: Tensor = self._generated(inputs, weights, steps, {**options, "compiled": compiled})

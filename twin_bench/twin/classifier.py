@@ -27,7 +27,7 @@ from twin_bench.twin.model import TwinModel
 from twin_bench.twin.paper import at_authors_ranks, with_all_biases
 from twin_bench.twin.parts import PaperParts, Parts
 from twin_bench.twin.placement import require_in_memory
-from twin_bench.twin.plan import Costs, Group, plan
+from twin_bench.twin.plan import Costs, Group
 
 
 class Prediction(NamedTuple):
@@ -99,10 +99,11 @@ class TwinClassifier(TwinModel):
         Raises:
             TypeError: an argument that is to be a tensor is none.
             InputError: a missing or unknown task; an empty batch, or inputs or fusion weights of another shape, dtype
-                or range; or logits that are not finite.
+                or range; a batch that does not fit into `max_memory`; or logits that are not finite.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs = checked_batch(given, self.model)
+        self.require_batch(*input_ids.shape)
         size, states = len(input_ids), None
         tasks = tasks_of(task, size)
         if fusion_weights is not None:
@@ -114,10 +115,9 @@ class TwinClassifier(TwinModel):
             weights = self.route_all([{}] * size, [str(name) for name in tasks]).cpu()
         heads = self._heads_of(weights, tasks)
         keys = self._fusion_keys(weights, heads)
-        groups = plan(keys, [input_ids.shape[1]] * size, self.costs, budget=self.budget())
         widest = max(self.num_labels[head] for head in heads)
         logits = torch.full((size, widest), -torch.inf, device=self.device, dtype=self.model.dtype)
-        for group in groups:
+        for group in self.planned(keys, [input_ids.shape[1]] * size, size):
             rows = torch.tensor(group.rows, device=input_ids.device)
             begun = states.of_batch(rows) if states is not None else None
             batch = {k: v[rows] for k, v in inputs.items()}

@@ -47,8 +47,9 @@ class Fusion:
     which takes all biases from the true task's expert.
 
     `keeps_copies` says whether layers may keep fused copies of their weights. Without them only `per_row` is to be had,
-    and the planner chooses nothing else. `dtype` is that of the model's parameters that are not quantised. Layers may
-    be on several devices. What is computed for all layers is then computed once for each device.
+    and the planner chooses nothing else. `mixes` says whether rows with weights of their own can share a batch, which
+    they can't where a layer reads what all rows share. `dtype` is that of the model's parameters that are not
+    quantised. Layers may be on several devices. What is computed for all layers is then computed once for each device.
 
     A caller gives weights on the CPU or on the device. What depends on their values, such as which experts are in use,
     is decided on the CPU when a block begins. So weights that are on the CPU make no layer wait for the device.
@@ -60,6 +61,7 @@ class Fusion:
     def __init__(self, experts: int, dtype: torch.dtype = torch.float32) -> None:
         self.experts, self.dtype = experts, dtype
         self.keeps_copies = True
+        self.mixes = True
         self._lock = threading.RLock()
         self.layers: list[FusedLayer] = []
         self._setting = Setting()
@@ -267,7 +269,7 @@ class Fusion:
                 columns[expert] += layer.row_cost(expert) / plain * token
         joint = sum(layer.joint_cost() for layer in matrices) / plain * token
         never = 0.0 if self.keeps_copies else math.inf
-        found = Costs(tuple(fuse), CPU_REBUILD_TOKENS * token + never, tuple(columns), joint, token)
+        found = Costs(tuple(fuse), CPU_REBUILD_TOKENS * token + never, tuple(columns), joint, token, mixes=self.mixes)
         if speed is None:
             return replace(found, batch=CPU_BATCH_TOKENS * token, step=CPU_STEP_TOKENS * token)
         written = sum(layer.weight.nbytes for layer in matrices)

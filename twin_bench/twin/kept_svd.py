@@ -12,7 +12,7 @@ from twin_bench.files import digest, digest_tensors, read_tensors, write_tensors
 from twin_bench.merging.linear_algebra import truncated_svd
 from twin_bench.twin.cache import surroundings
 
-FORMAT = 1
+FORMAT = 2
 """The version of kept SVDs. It is raised with every change in how `truncated_svd` computes."""
 
 _log = logging.getLogger(__name__)

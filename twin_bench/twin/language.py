@@ -22,7 +22,7 @@ from twin_bench.twin.memory import Use
 from twin_bench.twin.model import TwinModel
 from twin_bench.twin.paper import install_paper_layers
 from twin_bench.twin.parts import Parts
-from twin_bench.twin.plan import Group, plan
+from twin_bench.twin.plan import Group, batches, plan
 
 PROBE_BATCH = 8
 """The number of rows in a forward of `probe`."""
@@ -75,7 +75,7 @@ class TwinLanguageModel(TwinModel):
         """Run transformers' `generate` on one batch of a plan."""
 
     def _grouped_logits(
-        self, inputs: Mapping[str, Tensor], weights: Tensor, length: int, mask: Tensor | None
+        self, inputs: Mapping[str, Tensor], weights: Tensor, length: int, positions: int, mask: Tensor | None
     ) -> Tensor:
         """Return the logits (batch, tokens, vocabulary) of a batch whose rows have fusion weights of their own.
 
@@ -83,11 +83,14 @@ class TwinLanguageModel(TwinModel):
             inputs: the arguments of the model's forward, (batch, ...) each.
             weights: (batch, experts).
             length: the number of tokens of a row, for the plan.
+            positions: the number of them whose logits are computed.
             mask: (batch, tokens), 0 where logits need not be finite, or None.
         """
         rows = len(weights)
-        budget = self.budget(asked=dict.fromkeys(range(rows), length))
-        groups = plan(weights, [length] * rows, self.costs, budget=budget)
+        budget = self.budget(asked=dict.fromkeys(range(rows), positions))
+        lengths = [length] * rows
+        planned = plan(weights, lengths, self.costs, budget=budget)
+        groups = [batch for group in planned for batch in batches(group, lengths, rows, self.costs, budget=budget)]
         logits: Tensor | None = None
         for group in groups:
             own = torch.tensor(group.rows, device=self.device)
@@ -113,7 +116,9 @@ class TwinLanguageModel(TwinModel):
         options.pop("max_length", None)  # its value is in `steps`
         budget = self.budget(Use(steps, sequences=self.sequences(options)))
         groups = plan(weights, [length] * rows, self.costs, steps=steps, batch_size=rows, budget=budget)
-        group = groups[0] if len(groups) == 1 else Group(tuple(range(rows)), None)
+        fuses = groups[0].weights is not None and (budget is None or budget.fits(rows, length, 1, fused=True))
+        crowded = not fuses and budget is not None and budget.crowded(rows, length, 1)
+        group = groups[0] if len(groups) == 1 and fuses else Group(tuple(range(rows)), None, crowded)
         try:
             return self.generate_batch(inputs, group, weights, **options)
         except InputError:

@@ -188,21 +188,22 @@ class Budget:
             self.before().fits(1, prefix, 0, fused=fused) and self.after(prefix).fits(1, tokens, positions, fused=fused)
         )
 
-    def require(self, tokens: Any, positions: Any) -> None:
-        """Raise an InputError unless each row of `tokens` tokens fits alone, fused or on the low-rank path.
+    def require(self, tokens: Any, positions: Any, rows: int = 1) -> None:
+        """Raise an InputError unless each batch of `rows` rows of `tokens` tokens fits, fused or on the low-rank path.
 
-        The arguments are numbers or arrays, as those of `needed`. The error names the row that needs most.
+        The arguments are numbers or arrays, as those of `needed`. The error names the batch that needs most.
         """
-        every = np.minimum(*(self.needed(1, tokens, positions, fused=way) for way in (True, False)))
+        every = np.minimum(*(self.needed(rows, tokens, positions, fused=way) for way in (True, False)))
         needed = float(every.max(initial=0))
         if needed <= self.room:
             return
         tokens = np.broadcast_to(tokens, every.shape).flat[every.argmax()]
         generated = f" and {self.use.steps} to generate" if self.use.steps else ""
+        batch, fewer = ("one row", "") if rows == 1 else (f"a batch of {rows} rows", "fewer rows at once, ")
         raise InputError(
-            f"one row of {tokens} tokens{generated} needs {gigabytes(needed)} beside the {gigabytes(self.sizes.held)} "
-            f"of the twin, and {gigabytes(max(self.room, 0))} are left for it; use a larger max_memory, a device with "
-            "more memory, a smaller max_length, dtype=bfloat16 or quantization=4bit"
+            f"{batch} of {tokens} tokens{generated} needs {gigabytes(needed)} beside the {gigabytes(self.sizes.held)} "
+            f"of the twin, and {gigabytes(max(self.room, 0))} are left for it; use {fewer}a larger max_memory, a "
+            "device with more memory, a smaller max_length, dtype=bfloat16 or quantization=4bit"
         )
 
 

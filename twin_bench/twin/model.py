@@ -28,7 +28,7 @@ from twin_bench.twin.encoded import Encoded, Text, alike, distinct
 from twin_bench.twin.features import Read, hidden_states, in_order, pool, reads_of
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.layers import install
-from twin_bench.twin.memory import memory_limit
+from twin_bench.twin.memory import Use, memory_limit
 from twin_bench.twin.parts import ROUTINGS, Parts, Routing
 from twin_bench.twin.placement import Devices, require_movable
 from twin_bench.twin.plan import Group
@@ -201,10 +201,13 @@ class TwinModel(PlannedModel, abc.ABC):
             **inputs: the model's other inputs (token_type_ids).
 
         Raises:
-            InputError: the twin has no router for its protocol, an input can't be taken, or a weight is not finite.
+            InputError: the twin has no router for its protocol, an input can't be taken, the batch does not fit into
+                `max_memory`, or a weight is not finite.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        return self._routed_batch(checked_batch(given, self.model))
+        checked = checked_batch(given, self.model)
+        self.require_batch(*input_ids.shape, 0, Use(shared=True))
+        return self._routed_batch(checked)
 
     def _routed_batch(self, inputs: Mapping[str, Tensor]) -> Tensor:
         router = self._required_router()

@@ -42,6 +42,8 @@ class Costs:
     `fuse[k]` is the cost of adding expert k's factors to all weights once, and `rebuild` that of writing the fused
     weights. A fusion takes at least `fusion`. `columns[k]` is what the low-rank path adds to a token for every expert k
     in use. It adds at least `moved` and at most `joint`.
+
+    `mixes` says whether rows of the low-rank path can share a batch.
     """
 
     fuse: tuple[float, ...]
@@ -55,6 +57,7 @@ class Costs:
     by_row: float = 0.0
     fusion: float = 0.0
     moved: float = 0.0
+    mixes: bool = True
 
     def low_rank(self, used: Tensor) -> Tensor:
         """Return what the low-rank path adds to each row's tokens, (N,) float64. `used` is a bool mask (N, K)."""
@@ -141,6 +144,7 @@ def plan(
     group_tokens = torch.zeros(len(unique), dtype=torch.float64).index_add_(0, member, lengths)
     count = torch.bincount(member, minlength=len(unique)).to(torch.float64)
     most_fused, most = _most_rows(chosen, tokens, member, len(unique), batch_size, budget)
+    most = most if costs.mixes else most.clamp(max=1)
     own, shared = torch.ceil(count / most_fused), count / most.clamp(1, len(chosen))
     fused = costs.fusing(used) + costs.running(own, group_tokens, count, steps)
     worth_fusing = fused <= costs.running(shared, group_tokens, count, steps, costs.low_rank(used))
@@ -188,7 +192,12 @@ def _most_rows(
 
 
 def _low_rank_groups(leftover: dict[tuple[bool, ...], list[int]], costs: Costs) -> list[Group]:
-    """Return the groups of rows that are not fused: one for each set of few experts in use, and one of the rest."""
+    """Return the groups of rows that are not fused: one for each set of few experts in use, and one of the rest.
+
+    Where rows can't share a batch, each is a group.
+    """
+    if not costs.mixes:
+        return [Group((row,), None) for row in sorted(row for rows in leftover.values() for row in rows)]
     groups: list[Group] = []
     rest: list[int] = []
     for experts, rows in sorted(leftover.items()):

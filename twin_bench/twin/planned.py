@@ -43,9 +43,10 @@ class PlannedModel(nn.Module):
     def limit_memory(self, limit: int | str | None) -> None:
         """Have the twin and its batches take at most `limit` bytes, or a text such as 40GB, of its device.
 
-        It binds lists, whose batches are planned. What a caller runs as one batch, as `twin(...)` and
-        `twin.generate(...)` do, is not cut. Without a limit the plans on CUDA count with the memory that is free when
-        they are made, less a tenth, rounded down. On other devices, and on several, nothing is counted.
+        It binds lists, whose batches are planned. What a caller runs as one batch, as `twin(...)`, `twin.route(...)`
+        and `twin.generate(...)` do, is not cut: where it does not fit, it is refused before anything is run. Without a
+        limit the plans on CUDA count with the memory that is free when they are made, less a tenth, rounded down. On
+        other devices, and on several, nothing is counted.
 
         Raises:
             InputError: no size, or one that does not hold the twin itself.
@@ -90,6 +91,18 @@ class PlannedModel(nn.Module):
         budget = self.budget(use)
         if budget is not None:
             budget.require(np.asarray(lengths), np.asarray(positions))
+
+    def require_batch(self, rows: int, tokens: int, positions: int = 1, use: Use = ONE_FORWARD) -> None:
+        """Raise an InputError unless a caller's own batch fits into `max_memory` as it is, fused or not.
+
+        Args:
+            rows: the number of its rows.
+            tokens: their length, padding included.
+            positions: the number of each row's positions whose logits are needed.
+            use: what is done with the rows.
+        """
+        if self.max_memory is not None and (budget := self.budget(use)) is not None:
+            budget.require(tokens, positions, rows)
 
     def release(self) -> None:
         """Free the fused copy of the weights. The next fusion makes it anew."""

@@ -20,6 +20,7 @@ from twin_bench.twin.encoded import Encoded, packed, tokens
 from twin_bench.twin.features import Read
 from twin_bench.twin.fusion import Fusion
 from twin_bench.twin.language import PROBE_BATCH, TwinLanguageModel
+from twin_bench.twin.memory import Use
 from twin_bench.twin.parts import Parts
 from twin_bench.twin.placement import input_device
 from twin_bench.twin.plan import Group
@@ -92,16 +93,17 @@ class TwinSeq2Seq(TwinLanguageModel):
         Raises:
             TypeError: an argument that is to be a tensor is none.
             InputError: an empty batch or row, a row over the model's window, a token outside its vocabulary, both or
-                none of `decoder_input_ids` and `labels`, inputs or fusion weights of another shape, dtype or range, or
-                logits that are not finite.
+                none of `decoder_input_ids` and `labels`, inputs or fusion weights of another shape, dtype or range, a
+                batch that does not fit into `max_memory`, or logits that are not finite.
         """
         inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
         target = checked_target(decoder_input_ids, labels, inputs["input_ids"], self.model)
+        length = input_ids.shape[1] + target.shape[1]
+        self.require_batch(len(input_ids), length, target.shape[1])
         weights = self._weights_of(inputs, fusion_weights, task)
         read = target if labels is None else _behind_start(self.model, target)
-        length = input_ids.shape[1] + target.shape[1]
         given = {**_padded_right(inputs), "decoder_input_ids": read}
-        return Seq2SeqLMOutput(logits=self._grouped_logits(given, weights, length, None))
+        return Seq2SeqLMOutput(logits=self._grouped_logits(given, weights, length, target.shape[1], None))
 
     @torch.no_grad()
     def generate(
@@ -131,10 +133,9 @@ class TwinSeq2Seq(TwinLanguageModel):
             TypeError: an argument that is to be a tensor is none.
             InputError: an empty batch or source, a source or a text over the model's window, a token outside its
                 vocabulary, inputs or fusion weights of another shape, dtype or range, an option that transformers
-                refuses, or logits that are not finite.
+                refuses, a batch that does not fit into `max_memory`, or logits that are not finite.
         """
         inputs = checked_batch({"input_ids": input_ids, "attention_mask": attention_mask}, self.model)
-        weights = self._weights_of(inputs, fusion_weights, task)
         options = {name: value for name, value in options.items() if value is not None}
         begun = options.get("decoder_input_ids")
         length = START_TOKENS if begun is None else begun.shape[1]
@@ -142,6 +143,8 @@ class TwinSeq2Seq(TwinLanguageModel):
         if steps < 1:
             raise InputError(f"max_length {total}: the decoder begins with {length} tokens; give max_new_tokens")
         self.check_text(steps, length)
+        self.require_batch(*input_ids.shape, use=Use(steps, sequences=self.sequences(options)))
+        weights = self._weights_of(inputs, fusion_weights, task)
         return self._generated(inputs, weights, steps, options)
 
     @torch.no_grad()

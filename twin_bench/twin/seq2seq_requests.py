@@ -115,25 +115,23 @@ def generate(
         progress: reports routed and answered requests.
 
     Raises:
-        InputError: a request that `check_generate` refuses, or a missing task.
+        InputError: a request that `check_generate` refuses, a text that does not fit into memory, or a missing task.
     """
     batch_size, window = checked_run(requests, batch_size, max_length, twin)
     if not requests:
         return []
     for request in requests:
         check_generate(twin, request, window)
-    begun = time.perf_counter()
     sources = [last_tokens(request.prompt, window) for request in requests]
+    kinds = _kinds(twin, requests)
+    for rows in kinds:
+        twin.require_room([len(sources[row]) for row in rows], use=_use(twin, requests, rows, log_probs))
+    begun = time.perf_counter()
     weights = routed(twin, sources, requests, fusion_weights, batch_size, progress)
     routing = (time.perf_counter() - begun) / sum(request.completions for request in requests)
     used = [tuple(row) for row in weights.tolist()]
-    kinds: dict[tuple[int, Decoding, int], list[int]] = {}
-    for row, request in enumerate(requests):
-        options = request.decoding.options(twin.tokenizer, [""], START_TOKENS)
-        steps = 0 if takes_largest(options, twin.model.generation_config) else request.max_new_tokens
-        kinds.setdefault((steps, request.decoding, request.likeliest), []).append(row)
     answers: list[dict[int, Completion]] = [{} for _ in requests]
-    for rows in kinds.values():
+    for rows in kinds:
         for (row, number), completion in timed(_texts(twin, requests, rows, sources, weights, batch_size, log_probs)):
             answers[row][number] = replace(completion, seconds=completion.seconds + routing, weights=used[row])
             if progress and len(answers[row]) == requests[row].completions:
@@ -154,6 +152,23 @@ def check_generate(twin: TwinSeq2Seq, request: Generate, max_length: int | None 
     twin.check_text(request.max_new_tokens)
 
 
+def _kinds(twin: TwinSeq2Seq, requests: Sequence[Generate]) -> list[list[int]]:
+    """Return the requests that can share batches: by decoding, likeliest tokens and, where it matters, length."""
+    kinds: dict[tuple[int, Decoding, int], list[int]] = {}
+    for row, request in enumerate(requests):
+        options = request.decoding.options(twin.tokenizer, [""], START_TOKENS)
+        steps = 0 if takes_largest(options, twin.model.generation_config) else request.max_new_tokens
+        kinds.setdefault((steps, request.decoding, request.likeliest), []).append(row)
+    return list(kinds.values())
+
+
+def _use(twin: TwinSeq2Seq, requests: Sequence[Generate], rows: Sequence[int], log_probs: bool) -> Use:
+    """Return what the batches of one kind have in common."""
+    first = requests[rows[0]]
+    sequences = twin.sequences(first.decoding.options(twin.tokenizer, [""], START_TOKENS))
+    return Use(max(requests[row].max_new_tokens for row in rows), log_probs or first.likeliest > 0, sequences)
+
+
 def _texts(
     twin: TwinSeq2Seq,
     requests: Sequence[Generate],
@@ -170,9 +185,8 @@ def _texts(
     limits = [requests[row].max_new_tokens for row, _ in copies]
     lengths = [len(sources[row]) for row, _ in copies]
     ends = end_tokens(twin.model.generation_config, twin.tokenizer)
-    steps = max(limits)
-    sequences = twin.sequences(decoding.options(twin.tokenizer, [""], START_TOKENS))
-    budget = twin.budget(Use(steps, log_probs or likeliest > 0, sequences))
+    use = _use(twin, requests, rows, log_probs)
+    steps, budget = use.steps, twin.budget(use)
     for group in plan(own, lengths, twin.costs, steps=steps, batch_size=batch_size, budget=budget):
         for batch in batches(group, lengths, batch_size, twin.costs, steps=steps, budget=budget, weights=own):
             asked = [copies[place] for place in batch.rows]

@@ -26,7 +26,7 @@ from twin_bench.merging.registry import find_method
 from twin_bench.twin.cache import surroundings
 from twin_bench.twin.recipe import Recipe
 
-FORMAT = 2
+FORMAT = 3
 """The version of what is kept. It is raised when a build computes its tensors in another way."""
 SUFFIX = ".twin-bench-work"
 SMALLEST = 2**18

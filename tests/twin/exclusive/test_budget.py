@@ -96,3 +96,32 @@ def test_a_budget_that_holds_nothing_is_refused_before_anything_is_decomposed(
     monkeypatch.setattr(decomposed, lambda *_, **__: pytest.fail("a matrix is decomposed"))
     with pytest.raises(InputError, match=r"a budget of 1 bytes is too small for expert 'cola'"):
         built(recipe, tmp_path / "twin")
+
+
+def test_one_expert_that_ties_takes_over_needs_no_bytes(families: Any, tmp_path: Path) -> None:
+    """TIES that trims nothing and scales by 1 returns a single expert, bit for bit."""
+    family = families("bert")
+    (name, expert), *_ = family.recipe["experts"].items()
+    recipe = {**family.recipe, "experts": {name: expert}, "router": None, "exclusive": {"budget": {"bytes": 1}}}
+    whole = {"method": "ties", "density": 1.0, "scaling": 1.0}
+    assert not load_parts(built({**recipe, "shared": whole}, tmp_path / "twin")).exclusive[name].nbytes()
+    with pytest.raises(InputError, match="a budget of 1 bytes is too small for expert 'cola'"):
+        built({**recipe, "shared": {"method": "ties"}}, tmp_path / "other")
+
+
+def test_full_checkpoints_that_change_vectors_alone_need_no_direction(families: Any, tmp_path: Path) -> None:
+    """As biases alone are trained (BitFit). No matrix differs, so that none needs room."""
+    family, experts = families("bert"), {}
+    for name in ("cola", "stsb"):
+        model = copy.deepcopy(family.experts[name])
+        for parameter, values in model.base_model.named_parameters():
+            if values.ndim > 1:
+                values.data.copy_(family.base.base_model.get_parameter(parameter))
+        model.save_pretrained(tmp_path / name)
+        experts[name] = str(tmp_path / name)
+    vectors = 4 * sum(p.numel() for p in family.base.base_model.parameters() if p.ndim == 1)
+    recipe = {**family.recipe, "experts": experts, "router": None}
+    with pytest.raises(InputError, match=f"its vectors take {vectors}; give at least {vectors}"):
+        built({**recipe, "exclusive": {"budget": {"bytes": vectors - 1}}}, tmp_path / "twin")
+    parts = load_parts(built({**recipe, "exclusive": {"budget": {"bytes": vectors}}}, tmp_path / "twin"))
+    assert {own.nbytes() for own in parts.exclusive.values()} == {vectors}

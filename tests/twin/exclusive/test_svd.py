@@ -35,7 +35,7 @@ def test_a_lora_experts_difference_needs_no_full_svd(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     base = 0.05 * torch.randn(300, 200)
     expert = base + 0.002 * torch.randn(300, 8) @ torch.randn(8, 200)
-    monkeypatch.setattr(linear_algebra, "FULL_SVD_OPERATIONS", -1)
+    monkeypatch.setattr(linear_algebra, "FULL_SVD_COLUMNS", 0)
     monkeypatch.setattr(torch, "svd_lowrank", lambda *_, **__: pytest.fail("not recognised"))
     for rank, kept in ((4, 4), (8, 8), (20, 8)):
         B, A = truncated_svd(expert - base, rank)
@@ -45,13 +45,25 @@ def test_a_lora_experts_difference_needs_no_full_svd(monkeypatch: pytest.MonkeyP
 
 
 def test_large_matrices_are_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_algebra, "FULL_SVD_OPERATIONS", -1)
+    monkeypatch.setattr(linear_algebra, "FULL_SVD_COLUMNS", 0)
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(size, 120)).Q for size in (300, 200))
     matrix = U * torch.arange(1, 121).float().rsqrt() @ V.T
     B, A = truncated_svd(matrix, 10)
     error = torch.linalg.norm(matrix - B @ A)
     assert error <= 1.01 * np.linalg.norm(matrix.numpy() - best(matrix, 10))
+
+
+@pytest.mark.parametrize(("shape", "full"), [((1100, 1024), True), ((1025, 1100), False)])
+def test_up_to_1024_columns_are_decomposed_whole(
+    shape: tuple[int, int], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Gram matrix of 2048 columns took 25 times as long an entry as a sketch: 473 ns against 18 ns at rank 8."""
+    sketched: list[int] = []
+    sketch = torch.svd_lowrank
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *a, **named: sketched.append(named["q"]) or sketch(*a, **named))
+    truncated_svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), 8)
+    assert sketched == ([] if full else [24])
 
 
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90), (60, 60)])

@@ -39,7 +39,8 @@ def require_budget(budget: int, expert: str, vectors: int, costs: Mapping[str, i
 def check_budget(settings: ExclusiveSettings, sources: Sources) -> None:
     """Raise an InputError for a budget that is too small for an expert, as far as is known before the merge.
 
-    Vectors are counted that the expert changes itself, and matrices that any expert may change. Vectors that are equal
+    Vectors are counted that the expert changes itself, and one direction of the smallest matrix that some expert
+    changes. Vectors that are equal
     in all experts may be the shared expert's as well, and one expert alone may be the shared expert: they are not
     counted. With `from_layer` no vectors are counted, because some of them may be left out.
     """
@@ -51,11 +52,13 @@ def check_budget(settings: ExclusiveSettings, sources: Sources) -> None:
     whole = sum(shape.numel() * dtypes[name].itemsize for name, shape in shapes.items())
     budget = settings.budget.bytes if isinstance(settings.budget, Bytes) else int(settings.budget * whole)
     changed = _may_change(sources)
-    costs = {
+    directions = {
         name: direction_cost((shape[0], shape[1]), exact[name], settings.bits)
         for name, shape in shapes.items()
         if len(shape) == 2 and name in exact and name in changed
     }
+    smallest = next((name for name in sorted(directions, key=lambda n: directions[n]) if _differs(sources, name)), None)
+    costs = {} if smallest is None else {smallest: directions[smallest]}
     vectors = [name for name, shape in shapes.items() if len(shape) == 1 and name in exact and name in changed]
     own = [] if settings.from_layer is not None else [name for name in vectors if not _all_equal(sources, name)]
     for expert, model in sources.experts.items():
@@ -68,6 +71,11 @@ def _all_equal(sources: Sources, name: str) -> bool:
     """Return whether all experts have the same values of a parameter."""
     first, *others = (model[name] for model in sources.experts.values())
     return all(torch.equal(first, other) for other in others)
+
+
+def _differs(sources: Sources, name: str) -> bool:
+    """Return whether some expert changes a parameter."""
+    return any(not torch.equal(model[name], sources.base[name]) for model in sources.experts.values())
 
 
 def _may_change(sources: Sources) -> set[str]:

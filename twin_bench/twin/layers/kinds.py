@@ -29,6 +29,8 @@ TOKENS_FIRST = ("xlnet", "longformer")
 """Model types whose layers take (tokens, rows, width), so that a layer can't tell which row a vector is of."""
 READ_WHOLE = ("rel_embeddings",)
 """Embeddings whose weight the model reads itself, without calling them: DeBERTa's relative positions."""
+READ_POSITIONS = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")
+"""DeBERTa's layers that read its relative positions, which all rows of a batch share."""
 
 
 def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
@@ -66,7 +68,19 @@ def install(model: nn.Module, exclusive: Mapping[str, Exclusive]) -> Fusion:
             model.set_submodule(place, twin if modules[place] is layer else _tied(modules[place], twin, place))
             twin.placed(parent)
     fusion.keeps_copies = all(layer.fusible and not is_offloaded(layer) for layer in fusion.layers)
+    fusion.mixes = not any(_reads_positions(model, path) for path in _changed_layers(exclusive))
     return fusion
+
+
+def _reads_positions(model: nn.Module, path: str) -> bool:
+    """Return whether a layer reads DeBERTa's relative positions, which are one row in place of the batch's."""
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    if not getattr(config, "relative_attention", False):
+        return False
+    parent, _, name = path.rpartition(".")
+    tokens_as_well = ("query_proj", "key_proj") if getattr(config, "share_att_key", False) else ()
+    norm = name == "LayerNorm" and parent.endswith("encoder")
+    return norm or name in (*READ_POSITIONS, *tokens_as_well)
 
 
 def _tied(layer: nn.Module, twin: TwinLayer, path: str) -> nn.Module:
