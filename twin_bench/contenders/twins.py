@@ -35,7 +35,7 @@ from twin_bench.twin.shared import merge_options
 
 SUITE_ROWS = "the suite's training rows"
 """A suite's recipe has it in place of `router.data`."""
-TWIN_FORMAT = 3
+TWIN_FORMAT = 4
 """It is raised when the same recipe builds another twin."""
 DEFAULT_EXCLUSIVE = MappingProxyType({"density": 0.1})
 """The exclusive vectors of a twin without settings of its own."""
