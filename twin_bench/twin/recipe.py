@@ -46,7 +46,8 @@ class RouterSettings(Settings):
     answers to labelled training rows.
     `max_rows` limits each task's rows. `held_out` is the fraction of them that the router is not fitted on. One half
     of them chooses all that is chosen, and twin.json tells what the router does to the other half.
-    `epochs` counts the passes over the training rows.
+    `epochs` counts the passes over the training rows, at the authors' rate; theirs are 50. With auto a router that has
+    epochs is trained for a short time, as its kind says.
     With `paper`, the authors' router for the protocol paper is trained too if `data` holds each task's validation
     rows, on which the authors select it.
     """
@@ -64,8 +65,13 @@ class RouterSettings(Settings):
     objective: Literal["task_id", "task_loss"] = "task_id"
     max_rows: int = Field(default=5500, ge=2)
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    epochs: int = Field(default=50, ge=1)
+    epochs: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     paper: bool = True
+
+    @property
+    def passes(self) -> int | None:
+        """The number of passes over the training rows, or None if the kind chooses it."""
+        return None if self.epochs == "auto" else self.epochs
 
     @field_validator("kind")
     @classmethod

@@ -275,13 +275,14 @@ def test_a_router_on_the_experts_directions_needs_factors_above_its_layer(famili
 
 
 def test_a_bar_counts_epochs_where_there_are_some(families: Any, tmp_path: Path) -> None:
-    for kind, counted in (("mlp", True), ("linear", False), ("nearest_centroid", False)):
+    kinds = (("mlp", 3, (3, 3)), ("mlp", "auto", (50, 50)), ("linear", 3, None), ("nearest_centroid", 3, None))
+    for kind, epochs, counted in kinds:
         progress = Progress(disable=True)
-        recipe = Recipe.model_validate(recipe_of(families("bert"), kind=kind, epochs=3))
-        build_twin(recipe, tmp_path / kind, progress=progress)
+        recipe = Recipe.model_validate(recipe_of(families("bert"), kind=kind, epochs=epochs))
+        build_twin(recipe, tmp_path / f"{kind}-{epochs}", progress=progress)
         bars = {task.description: (task.completed, task.total) for task in progress.tasks}
         assert bars["router features"][0] == bars["router features"][1]
-        assert bars.get(f"router: {kind}") == ((3, 3) if counted else None)
+        assert bars.get(f"router: {kind}") == counted
 
 
 def test_a_directory_with_an_unknown_kind_names_its_file(twins: Any, tmp_path: Path) -> None:

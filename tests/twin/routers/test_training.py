@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.support.dense import batch
 from twin_bench import InputError, TwinModel
@@ -14,7 +15,7 @@ from twin_bench.data.task import TaskInput
 from twin_bench.twin.builder import build_twin
 from twin_bench.twin.recipe import Recipe
 from twin_bench.twin.routers.base import RouterConfig, fusion_weights
-from twin_bench.twin.routers.kinds.mlp import MlpRouter, train_router
+from twin_bench.twin.routers.kinds.mlp import MlpRouter, short_epochs, train_router
 from twin_bench.twin.routers.rows import divided, held_out_rows
 
 
@@ -98,6 +99,50 @@ def test_the_selection_rows_choose_the_epoch() -> None:
     wrong = train_router(config, *clusters(600, 0), features, (tasks + 1) % 3, epochs=12)
     assert wrong.epoch < true.epoch
     assert wrong.accuracy < 0.6 < true.accuracy
+
+
+def test_epochs_that_are_given_are_those_of_the_authors() -> None:
+    """Against their loop: Adam at a constant rate, on the features as they are."""
+    config, (features, tasks), chosen = RouterConfig(("a", "b", "c"), 8), clusters(100, 0), clusters(60, 1)
+    trained = train_router(config, features, tasks, *chosen, epochs=3, seed=4)
+    torch.manual_seed(4)
+    router = MlpRouter(config)
+    adam = torch.optim.Adam(router.parameters(), lr=5e-4)
+    found = {}
+    for epoch in (1, 2, 3):
+        router.train()
+        for rows in torch.randperm(100).split(32):
+            adam.zero_grad()
+            F.cross_entropy(router(features[rows]), tasks[rows]).backward()
+            adam.step()
+        router.eval()
+        found[epoch] = router(chosen[0]).detach()
+    assert torch.equal(trained.router(chosen[0]), found[trained.epoch])
+
+
+def test_a_short_training_is_of_standardised_features() -> None:
+    """Features in other units make the same router, which reads them as they are."""
+    config, (features, tasks), (chosen, owners) = RouterConfig(("a", "b", "c"), 8), clusters(600, 0), clusters(300, 1)
+    scale, shift = torch.logspace(-1, 1, 8), torch.linspace(-30, 30, 8)
+    plain = train_router(config, features, tasks, chosen, owners, seed=4)
+    scaled = train_router(config, features * scale + shift, tasks, chosen * scale + shift, owners, seed=4)
+    assert plain.accuracy > 0.85
+    expected, found = plain.router(chosen), scaled.router(chosen * scale + shift)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.std().item())
+    assert scaled.epoch == plain.epoch
+
+
+def test_a_feature_that_hardly_varies_is_not_made_large() -> None:
+    features, tasks = clusters(600, 0)
+    flat = torch.cat([features, 5 + 1e-6 * features[:, :1], torch.ones(600, 1)], dim=1)
+    trained = train_router(RouterConfig(("a", "b", "c"), 10), flat, tasks, flat, tasks)
+    noise = torch.tensor([0.0] * 8 + [1e-6, 0.0])
+    torch.testing.assert_close(trained.router(flat + noise), trained.router(flat), rtol=1e-2, atol=1e-2)
+
+
+def test_few_rows_have_more_short_epochs() -> None:
+    rows = (2, 250, 1280, 7200, 24300, 1_000_000)
+    assert [short_epochs(count) for count in rows] == [50, 25, 5, 5, 5, 5]
 
 
 def test_one_row_left_over_does_not_break_batch_norm() -> None:

@@ -54,18 +54,19 @@ class Examples:
 
     `features` is (N, width) and `owners` (N,), the indices of the rows' experts. `held_out` (M, width) and
     `held_out_owners` (M,) are of rows that choose between routers, such as the epochs of one training. `directions`
-    returns what each expert reads of the hidden state: see `Router.reads_experts`. `advance` is called after each of
-    `epochs`. All tensors are on the CPU, and so is the router that is made. `device` is where many steps may run.
+    returns what each expert reads of the hidden state: see `Router.reads_experts`. `epochs` counts the passes of
+    a training over the rows; None leaves the number to the kind. `advance` is called after each epoch with the number
+    of all. All tensors are on the CPU, and so is the router that is made. `device` is where many steps may run.
     """
 
     features: Tensor
     owners: Tensor
     held_out: Tensor
     held_out_owners: Tensor
-    epochs: int = 50
+    epochs: int | None = None
     seed: int = 0
     directions: Callable[[], Sequence[Tensor]] = tuple
-    advance: Callable[[], None] = field(default=lambda: None)
+    advance: Callable[[int], None] = field(default=lambda epochs: None)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def counts(self, experts: int) -> list[int]:

@@ -18,7 +18,7 @@ from twin_bench.locks import made_by_one
 from twin_bench.twin.routers.base import Router, RouterConfig
 from twin_bench.twin.routers.registry import find_kind
 
-FORMAT = 3
+FORMAT = 4
 """The version of kept routers. It is raised with every change in how a router is chosen or fitted."""
 FOLDER = "routers"
 """The folder of kept routers, in that of the features."""

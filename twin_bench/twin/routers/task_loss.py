@@ -101,7 +101,7 @@ def trained_on_task_loss(
     *,
     epochs: int = EPOCHS,
     seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda epochs: None,
 ) -> Router:
     """Return a router whose parameters were trained on the task loss, from those of `router` on.
 
@@ -115,7 +115,7 @@ def trained_on_task_loss(
         choosing: Rows that choose the epoch.
         epochs: The number of passes.
         seed: Decides the order of the rows.
-        advance: Called after each epoch.
+        advance: Called after each epoch with the number of all epochs.
     """
     trained = copy.deepcopy(router).to(twin.device).eval().requires_grad_(True)
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def trained_on_task_loss(
         found = _relative(_mean_losses(twin, trained, choosing), scale)
         if found < best:
             best, chosen, state = found, epoch, copy.deepcopy(trained.state_dict())
-        advance()
+        advance(epochs)
     trained.load_state_dict(state)
     trained.notes = {**router.notes, "task_loss": {"before": before, "after": best, "epoch": chosen}}
     return trained.cpu().requires_grad_(False)

@@ -33,13 +33,12 @@ from twin_bench.twin.routers.base import Examples, Router, RouterConfig
 from twin_bench.twin.routers.calibration import calibrate, report, set_threshold
 from twin_bench.twin.routers.choice import as_text, cheapest, ridge_accuracy
 from twin_bench.twin.routers.directions import reading_directions
-from twin_bench.twin.routers.kinds.mlp import train_router
+from twin_bench.twin.routers.kinds.mlp import LONGEST, train_router
 from twin_bench.twin.routers.registry import find_kind
 from twin_bench.twin.routers.rows import Divided, divided
 from twin_bench.twin.routers.store import kept_router
 from twin_bench.twin.routers.task_loss import (
     CHOOSING_ROWS,
-    EPOCHS,
     ROWS,
     answered,
     require_answers,
@@ -188,7 +187,7 @@ def _chosen_router(training: RouterTraining, twin: TwinModel, parted: Divided) -
     if "auto" in (settings.layer, settings.pooling):
         accuracy = {read: fits.probe((read,)) for read in progress.track(reads, description="router: layers")}
         wanted = (cheapest(accuracy, int(parted.choosing.sum()), depth),)
-    examples = fits.examples(wanted, _bar(progress, f"router: {kind.name}", settings.epochs))
+    examples = fits.examples(wanted, _bar(progress, f"router: {kind.name}"))
     router = kind.fit(fits.config(wanted), examples, settings.options)
     if settings.temperature == "auto":
         calibrate(router, examples.held_out, examples.held_out_owners)
@@ -206,11 +205,11 @@ def _chosen_router(training: RouterTraining, twin: TwinModel, parted: Divided) -
     return router, told
 
 
-def _bar(progress: Progress, description: str, epochs: int) -> Callable[[], None]:
+def _bar(progress: Progress, description: str) -> Callable[[int], None]:
     """Return what is called after each epoch. The bar appears with the first one: not every fit has epochs."""
     bar: list[TaskID] = []
 
-    def advance() -> None:
+    def advance(epochs: int) -> None:
         if not bar:
             bar.append(progress.add_task(description, total=epochs))
         progress.advance(bar[0])
@@ -242,14 +241,14 @@ class _Fits:
             pooling=reads[0].pooling,
         )
 
-    def examples(self, reads: tuple[Read, ...], advance: Callable[[], None] = lambda: None) -> Examples:
+    def examples(self, reads: tuple[Read, ...], advance: Callable[[int], None] = lambda epochs: None) -> Examples:
         """Return what a router on these reads is made from."""
         training, parted = self.training, self.parted
         hidden, owner = self._read(reads)
         fitting = ~parted.held_out
         rows = (hidden[fitting], owner[fitting], hidden[parted.choosing], owner[parted.choosing])
         directions = functools.partial(reading_directions, self.twin, training.parts.exclusive, reads[0].layer)
-        return Examples(*rows, training.settings.epochs, training.recipe.seed, directions, advance, training.trains_on)
+        return Examples(*rows, training.settings.passes, training.recipe.seed, directions, advance, training.trains_on)
 
     def reporting(self, reads: tuple[Read, ...]) -> tuple[Tensor, Tensor]:
         """Return the features (rows, width) and the owners (rows,) of the rows that the router is reported on."""
@@ -279,7 +278,7 @@ def _on_task_loss(fits: _Fits, reads: tuple[Read, ...], router: Router) -> Route
         answered(twin, training.rows, hidden, mask, training.answers, limit)
         for mask, limit in ((~fits.parted.held_out, ROWS), (fits.parted.choosing, CHOOSING_ROWS))
     ]
-    advance = _bar(training.progress, "router: task loss", EPOCHS)
+    advance = _bar(training.progress, "router: task loss")
     return trained_on_task_loss(router, twin, *parts, seed=training.recipe.seed, advance=advance)
 
 
@@ -298,7 +297,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> t
 
     It reads the last layer of the shared expert with the pretrained biases, and its epoch is chosen on the test rows.
     """
-    epochs = training.settings.epochs
+    epochs = training.settings.passes or LONGEST
     settings = RouterSettings(data="", epochs=epochs, max_rows=training.settings.max_rows)
     training = replace(training, settings=settings, answers={})
     twin = training.twin("paper")
@@ -314,7 +313,7 @@ def _paper_router(training: RouterTraining, test_rows: Sequence[TaskInput]) -> t
             *(hidden[~tested], owner[~tested], hidden[tested], owner[tested]),
             epochs=epochs,
             seed=training.recipe.seed,
-            advance=_bar(training.progress, "router (paper)", epochs),
+            advance=_bar(training.progress, "router (paper)"),
             device=training.trains_on,
         )
         trained.router.notes = {"epoch": trained.epoch}

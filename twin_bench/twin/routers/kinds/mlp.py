@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from twin_bench.errors import InputError
 from twin_bench.twin.routers.base import Examples, Router, RouterConfig
@@ -25,6 +26,17 @@ The paper's 5,500 rows for each of eight tasks make 43 batches of 1,024. With fe
 of at least 32 rows, so that an epoch has about as many steps.
 """
 LEARNING_RATE = 5e-4
+"""Adam's rate in every step of a training of so many epochs, as in the authors' code."""
+
+SHORT_EPOCHS, SHORT_STEPS = 5, 200
+"""The least epochs and steps of a training whose number of epochs nobody gave."""
+LONGEST = 50
+"""The most epochs of it, and the authors' number."""
+SHORT_RATE = 2e-3
+"""The largest rate of its steps. The rate rises to it in the first RISE of the steps, and then falls to almost 0."""
+RISE = 0.2
+FLAT = 1e-3
+"""A feature's smallest deviation, in units of the mean deviation: what varies less is not made large."""
 DROPOUT = 0.5
 CPU = torch.device("cpu")
 
@@ -33,7 +45,8 @@ CPU = torch.device("cpu")
 class MlpRouter(Router):
     """softmax(MLP(h(x))): layers of width d, 2d, 2d and T with BatchNorm, LeakyReLU and dropout, on task ids.
 
-    The epoch with the best accuracy on the held-out rows is taken.
+    The epoch with the best accuracy on the held-out rows is taken. A recipe's `epochs` are trained at the authors'
+    constant rate. Without them the training is a short one: on standardised features, at a rate that rises and falls.
     """
 
     trains = True
@@ -49,7 +62,7 @@ class MlpRouter(Router):
 
     @classmethod
     def fit(cls, config: RouterConfig, examples: Examples) -> MlpRouter:
-        """Train the MLP for `examples.epochs`."""
+        """Train the MLP for `examples.epochs`, or for a short time."""
         rows = (examples.features, examples.owners, examples.held_out, examples.held_out_owners)
         given: Any = {"epochs": examples.epochs, "seed": examples.seed, "advance": examples.advance}
         trained = train_router(config, *rows, **given, device=examples.device)
@@ -82,9 +95,9 @@ def train_router(
     selection_features: Tensor,
     selection_tasks: Tensor,
     *,
-    epochs: int = 50,
+    epochs: int | None = None,
     seed: int = 0,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda epochs: None,
     device: torch.device = CPU,
 ) -> Trained:
     """Return a trained router as it was after the epoch with the best accuracy, then lowest loss, on selection rows.
@@ -95,9 +108,10 @@ def train_router(
         tasks: (N,) indices of the rows' experts.
         selection_features: (M, width) features of held-out training rows or, as in the authors' code, of the test rows.
         selection_tasks: (M,) indices of the rows' experts.
-        epochs: The number of passes over the training rows.
+        epochs: The number of passes over the training rows, at the authors' constant rate. None is a short training
+            of `short_epochs` passes, on features that are standardised once, at a rate that rises and falls.
         seed: The seed of initialisation, order and dropout. The global random state is not changed.
-        advance: Called after each epoch.
+        advance: Called after each epoch with the number of all epochs.
         device: Where it is trained. The router that is returned is on the CPU.
 
     Raises:
@@ -105,21 +119,24 @@ def train_router(
     """
     if len(features) < 2:
         raise InputError(f"router: {len(features)} training rows are too few to train on")
-    given = (features, tasks, selection_features, selection_tasks)
+    mean, deviation = _standard(features) if epochs is None else (torch.zeros(()), torch.ones(()))
+    given = ((features - mean) / deviation, tasks, (selection_features - mean) / deviation, selection_tasks)
     features, tasks, selection_features, selection_tasks = (tensor.to(device) for tensor in given)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         router = MlpRouter(config).to(device)  # first on the CPU: every device begins with the same numbers
-        optimizer = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
+        passes = epochs or short_epochs(len(features))
+        optimizer, rates = _steps(router, passes * len(_batches(torch.arange(len(features)))), short=epochs is None)
         best: tuple[float, float] | None = None
         chosen, state = 0, router.state_dict()
-        for epoch in range(1, epochs + 1):
+        for epoch in range(1, passes + 1):
             router.train()
             for rows in _batches(torch.randperm(len(features))):
                 loss = F.cross_entropy(router(features[rows]), tasks[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                rates.step()
             router.eval()
             with torch.no_grad():
                 logits = router(selection_features)
@@ -128,12 +145,44 @@ def train_router(
             if best is None or quality > best:
                 best, chosen = quality, epoch
                 state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
-            advance()
+            advance(passes)
         router.load_state_dict(state)
     router.cpu().requires_grad_(False)
+    if epochs is None:
+        _read_unscaled(router, mean, deviation)
     if best is None or not math.isfinite(best[1]):
         raise InputError("router: the loss on the selection rows is not finite; check the training rows and the model")
     return Trained(router, chosen, best[0], len(features))
+
+
+def short_epochs(rows: int) -> int:
+    """Return the number of epochs of a short training on so many rows: few rows make few steps an epoch."""
+    return min(LONGEST, max(SHORT_EPOCHS, math.ceil(SHORT_STEPS / len(_batches(torch.arange(rows))))))
+
+
+def _steps(router: MlpRouter, steps: int, *, short: bool) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Return Adam and the rates of all its steps: constant ones, or in a short training those of one cycle."""
+    if not short:
+        adam = torch.optim.Adam(router.parameters(), lr=LEARNING_RATE)
+        return adam, ConstantLR(adam, factor=1.0)
+    adam = torch.optim.Adam(router.parameters(), lr=SHORT_RATE, fused=True)
+    return adam, OneCycleLR(adam, SHORT_RATE, total_steps=max(2, steps), pct_start=RISE, cycle_momentum=False)
+
+
+def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each feature, which is FLAT at least, or 1 if no feature varies."""
+    mean, deviation = features.double().mean(dim=0), features.double().std(dim=0)
+    deviation = deviation.clamp(min=FLAT * deviation.mean())
+    return mean.float(), deviation.where(deviation > 0, 1).float()
+
+
+def _read_unscaled(router: MlpRouter, mean: Tensor, deviation: Tensor) -> None:
+    """Fold the standardisation of the features into the first layer, which then reads the features as they are."""
+    first = router.mlp[0]
+    assert isinstance(first, nn.Linear)
+    folded = first.weight.double() / deviation.double()
+    first.bias.copy_(first.bias.double() - folded @ mean.double())
+    first.weight.copy_(folded)
 
 
 def _batches(order: Tensor) -> Sequence[Tensor]:
