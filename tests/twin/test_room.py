@@ -199,8 +199,8 @@ def test_a_batch_is_generated_fused_only_where_that_fits(monkeypatch: pytest.Mon
     use = Use(3)
     twin = random_twin("llama")
     twin.costs = replace(twin.costs, rebuild=0.0, fuse=(0.0,) * 4, columns=(1.0,) * 4, joint=4.0)
-    needed = [float(Budget(twin.sizes, 0, use).needed(3, 20, 1, fused=way)) for way in (True, False)]
-    assert needed[1] < needed[0]
+    needed = [float(Budget(twin.sizes, 0, use).needed(3, 500, 1, fused=way)) for way in (True, False)]
+    assert Budget(twin.sizes, 0, use).needed(1, 500, 1, fused=True) < needed[1] < needed[0]
     twin.limit_memory(int(twin.sizes.held + needed[1]) + 1)
     made: list[Group] = []
 
@@ -210,7 +210,7 @@ def test_a_batch_is_generated_fused_only_where_that_fits(monkeypatch: pytest.Mon
 
     run = twin.generate_batch
     monkeypatch.setattr(twin, "generate_batch", noted)
-    twin.generate(torch.arange(5, 65).view(3, 20), fusion_weights=DIFFUSE[:1].expand(3, -1), max_new_tokens=3)
+    twin.generate(torch.arange(5, 505).expand(3, -1), fusion_weights=DIFFUSE[:1].expand(3, -1), max_new_tokens=3)
     assert [group.weights for group in made] == [None]
 
 

@@ -174,7 +174,8 @@ class TwinCausalLM(TwinLanguageModel):
             raise InputError("prompts to generate from are padded on the left")
         options = {name: value for name, value in options.items() if value is not None}
         steps = self._new_tokens(input_ids.shape[1], options)
-        self.require_batch(*input_ids.shape, use=Use(steps, sequences=self.sequences(options)))
+        use = Use(steps, sequences=self.sequences(options))
+        self.require_batch(len(input_ids), input_ids.shape[1], use=use)
         weights = self._weights_of(inputs, fusion_weights, task)
         compiled = self.compiles(steps)
         try:

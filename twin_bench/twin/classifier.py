@@ -103,7 +103,7 @@ class TwinClassifier(TwinModel):
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         inputs = checked_batch(given, self.model)
-        self.require_batch(*input_ids.shape)
+        self.require_batch(len(input_ids), input_ids.shape[1])
         size, states = len(input_ids), None
         tasks = tasks_of(task, size)
         if fusion_weights is not None:

@@ -206,7 +206,7 @@ class TwinModel(PlannedModel, abc.ABC):
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         checked = checked_batch(given, self.model)
-        self.require_batch(*input_ids.shape, 0, Use(shared=True))
+        self.require_batch(len(input_ids), input_ids.shape[1], 0, Use(shared=True))
         return self._routed_batch(checked)
 
     def _routed_batch(self, inputs: Mapping[str, Tensor]) -> Tensor:

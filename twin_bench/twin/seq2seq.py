@@ -143,7 +143,8 @@ class TwinSeq2Seq(TwinLanguageModel):
         if steps < 1:
             raise InputError(f"max_length {total}: the decoder begins with {length} tokens; give max_new_tokens")
         self.check_text(steps, length)
-        self.require_batch(*input_ids.shape, use=Use(steps, sequences=self.sequences(options)))
+        use = Use(steps, sequences=self.sequences(options))
+        self.require_batch(len(input_ids), input_ids.shape[1], use=use)
         weights = self._weights_of(inputs, fusion_weights, task)
         return self._generated(inputs, weights, steps, options)
 
