@@ -276,6 +276,25 @@ def test_a_large_board_stays_below_the_limit_with_fewer_rows_a_cell(tmp_path: Pa
     assert f"Each score holds the first {most} of them here" in large
 
 
+def test_a_board_that_is_too_large_without_any_row_leaves_out_more_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First what scores open, then the charts. 12 methods under 2 protocols take half a megabyte without rows."""
+    board = drawn_board(tmp_path, texts=False)
+    sizes = []
+    for limit, charts in ((480_000, True), (300_000, False)):
+        monkeypatch.setattr("twin_bench.report.page.LIMIT", limit)
+        text = page(board)
+        sizes.append(len(text.encode()))
+        assert sizes[-1] < limit
+        assert "No score opens its settings and rows here, so that this page stays below 3 MB." in text
+        assert "data-cell=" not in text
+        assert json.loads(script(text, "details")) == json.loads(script(text, "rows")) == {}
+        assert ("Ranking with 95% intervals" in text) == charts
+        assert ("Left out, so that this page stays below 3 MB." in text) != charts
+    assert sizes[0] > 300_000
+
+
 def test_published_figures_and_speed_stand_beside_ours(board: Drawn, text: str) -> None:
     ours = board.cells[(board.cells["protocol"] == "standard") & (board.cells["method"] == "ties")]
     scores = ours.set_index("task")["normalized"]

@@ -31,7 +31,8 @@ def page(board: Leaderboard) -> str:
     """Return the page of a leaderboard.
 
     It holds the rows that each cell got wrong, at most ROWS a cell, and as many fewer for every cell as it takes to
-    stay below LIMIT. Texts of rows, labels and predictions are shown as they are and never read as markup.
+    stay below LIMIT. Where that is not enough, scores open nothing, and then there are no charts:
+    the page says so. Texts of rows, labels and predictions are shown as they are and never read as markup.
 
     Raises:
         InputError: samples that the leaderboard names are damaged.
@@ -48,17 +49,21 @@ def page(board: Leaderboard) -> str:
         "details": _json({"cells": found.details, "shared": found.shared}),
     }
 
-    def rendered(rows: int) -> str:
-        text = templates.get_template("page.html").render(
-            **context, rows=_json(wrong.compact(rows)), rows_shown=rows, rows_most=ROWS, letters=LETTERS
-        )
+    def rendered(shown: int, **left_out: Any) -> str:
+        held = {"opens": True, "drawn": True, **context, "rows": _json(wrong.compact(shown)), **left_out}
+        text = templates.get_template("page.html").render(**held, rows_shown=shown, rows_most=ROWS, letters=LETTERS)
         return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a row's text
 
     low, high = 0, ROWS
     text = rendered(high)
     if _bytes(text) < LIMIT:
         return text
-    base = _bytes(rendered(0)) - _bytes(_json(wrong.compact(0)))
+    none = rendered(0)
+    if _bytes(none) >= LIMIT:
+        bare = {"opens": False, "details": _json({}), "rows": _json({})}
+        none = rendered(0, **bare)
+        return none if _bytes(none) < LIMIT else rendered(0, **bare, drawn=False)
+    base = _bytes(none) - _bytes(_json(wrong.compact(0)))
     while low < high - 1:
         middle = (low + high) // 2
         fits = base + _bytes(_json(wrong.compact(middle))) < LIMIT - 1000
