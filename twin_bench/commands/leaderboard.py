@@ -168,9 +168,9 @@ def run(options: argparse.Namespace) -> None:
         return
     with executor, progress_bars(options) as progress:
         board = run_suite(suite, options.out, wanted, progress=progress, executor=executor)
-    if options.with_speed:
-        _measure_speed(board, options.out)
     write_board(board._replace(identity={**board.identity, "command": options.command_line}), options.out)
+    if options.with_speed:  # it takes minutes: whoever interrupts it has the table by twin-bench report
+        _measure_speed(board, options.out)
     report(options.out, compare_to=options.compare_to, wide=options.wide)
 
 
