@@ -24,6 +24,7 @@ __all__ = [
     "Conv1D",
     "cache_argument",
     "continues_caches",
+    "first_position",
     "import_peft",
     "own_names",
     "pattern_of",
@@ -39,6 +40,8 @@ LOADS_UNTIED = SINCE_5
 """Whether transformers leaves tied parameters untied that a checkpoint stores with different values."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """transformers 5.24 renamed the second to the first: its signatures show the first, and it warns of the second."""
+ROPE_OF_LENGTHS = {"longrope", "dynamic"}
+"""Rotary embeddings whose frequencies depend on the length of the longest row of a forward."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,17 +55,40 @@ def cache_argument(forward: Callable[..., Any]) -> str | None:
 def prefix_argument(model: Any) -> str | None:
     """Return the name under which a language model and its backbone take the keys and values of a shared prefix.
 
-    None where those can't be kept and given to several rows, as a state-space model's: it is said once.
+    None where those can't be kept and given to several rows, as a state-space model's, or where a token's keys depend
+    on more than the tokens before it: it is said once.
     """
     name = cache_argument(model.base_model.forward)
     layers: Sequence[Any] = DynamicCache(config=model.config).layers
     repeated = all(hasattr(x, "batch_repeat_interleave") and not hasattr(x, "conv_states") for x in layers)
-    stateful = getattr(model, "_is_stateful", False) or not repeated
-    if name is not None and name == cache_argument(model.forward) and not stateful:
+    if getattr(model, "_is_stateful", False) or not repeated:
+        why = "keeps a state that is no keys and values"
+    elif first_position(model):
+        why = "counts positions from its padding's, and generate counts them from 0"
+    elif _rope_types(model.config) & ROPE_OF_LENGTHS:
+        why = "has rotary embeddings that depend on the length of the whole input"
+    elif name is not None and name == cache_argument(model.forward):
         return name
-    why = "keeps a state that is no keys and values" if stateful else f"takes none of {', '.join(CACHE_ARGUMENTS)}"
+    else:
+        why = f"takes none of {', '.join(CACHE_ARGUMENTS)}"
     say_once(f"{_named(model)} {why}: what rows begin with alike is run for each of them")
     return None
+
+
+def first_position(model: Any) -> int:
+    """Return the position of a row's first token: 0, or in RoBERTa's kind the one after the padding's.
+
+    Such a model computes positions from its tokens where none are given. Its table of positions has a padding index.
+    """
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return next((table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), 0)
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Return the kinds of a config's rotary embeddings. Some models have several, by the kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    several = [rope, *(one for one in rope.values() if isinstance(one, Mapping))]
+    return {one.get("rope_type", one.get("type", "default")) for one in several}
 
 
 def continues_caches(model: Any) -> bool:

@@ -26,7 +26,7 @@ TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_toke
 
 
 def random_model(kind: str) -> Any:
-    """Return a random model: llama, its attention `eager` or with `grouped` queries, or the family named `kind`."""
+    """Return a random llama, `eager` or with `grouped` queries or `longrope`, or a model of another family."""
     torch.manual_seed(0)
     if kind == "gpt2":
         shape = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
@@ -49,13 +49,22 @@ def random_model(kind: str) -> Any:
     if kind == "bloom":
         shape = {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
         return transformers.BloomForCausalLM(transformers.BloomConfig(**shape, **TOKENS))
+    if kind == "roberta":  # whose positions begin after the padding's
+        shape = {**SHAPE, "max_position_embeddings": 1025, "is_decoder": True, "bos_token_id": 2}
+        shape |= {"pad_token_id": 0, "vocab_size": VOCABULARY}
+        return transformers.RobertaForCausalLM(transformers.RobertaConfig(**shape))
+    if kind == "longrope":
+        rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "factor": 4.0}
+        rope |= {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+        name = "rope_parameters" if "rope_parameters" in transformers.LlamaConfig().to_dict() else "rope_scaling"
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{name: rope}, **SHAPE, **TOKENS))
     groups, attention = (1 if kind == "grouped" else HEADS), ("eager" if kind == "eager" else None)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(num_key_value_heads=groups, attn_implementation=attention, **SHAPE, **TOKENS)
     )
 
 
-BLOCKS = (".layers.", ".h.", ".block.")
+BLOCKS = (".layers.", ".layer.", ".h.", ".block.")
 BART = {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": 512}
 
 

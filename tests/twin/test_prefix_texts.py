@@ -126,6 +126,12 @@ def test_other_ways_of_generating_share_nothing(setting: dict[str, Any], monkeyp
     generate(twin, texts, batch_size=3, fusion_weights=SAME.expand(3, -1), log_probs=False)
 
 
+def test_settings_that_do_nothing_leave_prefixes_shared() -> None:
+    twin = random_twin("llama")
+    twin.model.generation_config.no_repeat_ngram_size = 0
+    assert twin.generates_after_prefixes({"min_new_tokens": 0})
+
+
 def test_a_set_of_few_rows_keeps_its_place_in_a_full_batch() -> None:
     """Two rows that share 100 tokens save 100. A batch of their own, with room for 6 more, costs 3/4 of a batch."""
     few, many, alone = Sharing((0, 1), 100), Sharing(tuple(range(2, 18)), 40), Sharing((18,), 0)

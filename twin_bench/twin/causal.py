@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutput
 
 from twin_bench.checkpoints.skeleton import context_window
-from twin_bench.compat import continues_caches, prefix_argument, selects_logits
+from twin_bench.compat import continues_caches, first_position, prefix_argument, selects_logits
 from twin_bench.data.task import TaskType
 from twin_bench.errors import InputError
 from twin_bench.twin.arguments import checked_batch
@@ -50,7 +50,7 @@ class TwinCausalLM(TwinLanguageModel):
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Tensor], layers: Sequence[int | Read]) -> list[Tensor]:
         """Return the features that a router on each of `layers` reads: (batch, width), of each row's own tokens."""
-        positions = _positions(inputs["input_ids"], inputs.get("attention_mask"))
+        positions = self._positions(inputs["input_ids"], inputs.get("attention_mask"))
         return super().features({**inputs, "position_ids": positions}, layers)
 
     def _feature_batches(
@@ -135,7 +135,7 @@ class TwinCausalLM(TwinLanguageModel):
         length = input_ids.shape[1]
         self.require_batch(len(input_ids), length, length)
         weights = self._weights_of(inputs, fusion_weights, task)
-        inputs["position_ids"] = _positions(input_ids, attention_mask)
+        inputs["position_ids"] = self._positions(input_ids, attention_mask)
         return CausalLMOutput(logits=self._grouped_logits(inputs, weights, length, length, attention_mask))
 
     @torch.no_grad()
@@ -371,8 +371,7 @@ class TwinCausalLM(TwinLanguageModel):
             )
         return steps
 
-
-def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return each token's position in its own row, (batch, length). Padding on the left does not count."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return each token's position in its own row, (batch, length). Padding on the left does not count."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + first_position(self.model)

@@ -119,7 +119,7 @@ def runs_step_by_step(options: Mapping[str, Any], generation_config: Any) -> boo
     """Return whether `generate` runs the model once for each token of a row, with these options and this config."""
     asked = {**generation_config.to_diff_dict(), **options}
     once = all(asked.get(name) in (None, 1) for name in ("num_beams", "num_return_sequences"))
-    given = {name for name, value in asked.items() if value is not None and value is not False}
+    given = {name for name, value in asked.items() if value not in (None, False, 0)}
     return once and asked.get("use_cache") is not False and given <= STEP_BY_STEP
 
 

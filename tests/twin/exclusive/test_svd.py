@@ -44,6 +44,16 @@ def test_a_lora_experts_difference_needs_no_full_svd(monkeypatch: pytest.MonkeyP
         assert np.linalg.norm((B @ A).numpy() - expected) <= 1e-4 * np.linalg.norm(expected)
 
 
+def test_a_lora_experts_difference_from_a_merge_is_exact_above_1024_columns() -> None:
+    """Of eight experts of rank 16, whose difference from their merge has rank 128."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(1280, 128)).Q for _ in range(2))
+    matrix = U * torch.arange(1, 129).float().rsqrt() @ V.T
+    B, A = truncated_svd(matrix, 32)
+    least = torch.arange(33, 129).float().reciprocal().sum().sqrt()
+    assert torch.linalg.norm(matrix - B @ A).item() == pytest.approx(least.item(), rel=1e-4)
+
+
 def test_large_matrices_are_close_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_algebra, "FULL_SVD_COLUMNS", 0)
     torch.manual_seed(0)

@@ -78,6 +78,16 @@ def test_the_gradient_is_that_of_the_fused_models_loss(setting: Any) -> None:
         assert gradient[expert].item() == pytest.approx(expected, rel=0.02, abs=1e-3)
 
 
+def test_rows_that_can_t_share_a_batch_run_one_by_one(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin, router, rows = setting
+    batch = [0, 1, 2, 3]
+    together, per_row, counts = losses(twin, router, rows, batch), twin.fusion.per_row, []
+    monkeypatch.setattr(twin.fusion, "mixes", False)
+    monkeypatch.setattr(twin.fusion, "per_row", lambda weights: counts.append(len(weights)) or per_row(weights))
+    torch.testing.assert_close(losses(twin, router, rows, batch), together)
+    assert counts == [1, 1, 1, 1]
+
+
 def test_a_text_with_several_labels_has_the_mean_of_their_losses(setting: Any, tmp_path: Path) -> None:
     twin, router, rows = setting
     first = {"cola": [0], "stsb": [1.5], "mnli": [2]}

@@ -123,7 +123,7 @@ def test_epochs_that_are_given_are_those_of_the_authors() -> None:
 def test_a_short_training_is_of_standardised_features() -> None:
     """Features in other units make the same router, which reads them as they are."""
     config, (features, tasks), (chosen, owners) = RouterConfig(("a", "b", "c"), 8), clusters(600, 0), clusters(300, 1)
-    scale, shift = torch.logspace(-1, 1, 8), torch.linspace(-30, 30, 8)
+    scale, shift = torch.logspace(-1, 1, 8), torch.linspace(-3, 3, 8)
     plain = train_router(config, features, tasks, chosen, owners, seed=4)
     scaled = train_router(config, features * scale + shift, tasks, chosen * scale + shift, owners, seed=4)
     assert plain.accuracy > 0.85
@@ -138,6 +138,30 @@ def test_a_feature_that_hardly_varies_is_not_made_large() -> None:
     trained = train_router(RouterConfig(("a", "b", "c"), 10), flat, tasks, flat, tasks)
     noise = torch.tensor([0.0] * 8 + [1e-6, 0.0])
     torch.testing.assert_close(trained.router(flat + noise), trained.router(flat), rtol=1e-2, atol=1e-2)
+
+
+def test_a_large_feature_that_bfloat16_rounds_is_not_made_large() -> None:
+    features, tasks = clusters(600, 0)
+    large = 101.2 + 1e-3 * torch.randn(600, 1, generator=torch.Generator().manual_seed(1))
+    both = torch.cat([features, large], dim=1)
+    router = train_router(RouterConfig(("a", "b", "c"), 9), both, tasks, both, tasks).router
+    served = [(router(given).argmax(dim=1) == tasks).float().mean().item() for given in (both, both.bfloat16().float())]
+    assert min(served) > 0.85
+    assert served[1] == pytest.approx(served[0], abs=0.02)
+
+
+def test_the_rate_of_a_short_training_rises_and_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *args: found.append(self.param_groups[0]["lr"]) or step(self, *args)
+    )
+    features, tasks = clusters(600, 0)
+    train_router(RouterConfig(("a", "b", "c"), 8), features, tasks, features, tasks)
+    assert max(found) == pytest.approx(2e-3, rel=0.01)
+    assert found.index(max(found)) == pytest.approx(0.2 * len(found), abs=2)
+    assert found[0] < 1e-4
+    assert found[-1] < 1e-5
 
 
 def test_few_rows_have_more_short_epochs() -> None:

@@ -75,8 +75,11 @@ def answered(
 def losses(twin: TwinClassifier, router: Router, rows: Answered, batch: Sequence[int]) -> Tensor:
     """Return the loss of each row of a batch under the router's own weights, (batch,), with gradients.
 
-    It is the cross-entropy, or for a head of one output the squared error.
+    It is the cross-entropy, or for a head of one output the squared error. The rows run one by one where rows with
+    weights of their own can't share a batch.
     """
+    if not twin.fusion.mixes and len(batch) > 1:
+        return torch.cat([losses(twin, router, rows, [row]) for row in batch])
     softmax = dataclasses.replace(router.config, top_k=0)
     weights = fusion_weights(router(rows.features[list(batch)].to(twin.device)), softmax)
     tasks = [rows.tasks[row] for row in batch]

@@ -37,6 +37,7 @@ SHORT_RATE = 2e-3
 RISE = 0.2
 FLAT = 1e-3
 """A feature's smallest deviation, in units of the mean deviation: what varies less is not made large."""
+RESOLVED = 2**-7
 DROPOUT = 0.5
 CPU = torch.device("cpu")
 
@@ -130,18 +131,8 @@ def train_router(
         best: tuple[float, float] | None = None
         chosen, state = 0, router.state_dict()
         for epoch in range(1, passes + 1):
-            router.train()
-            for rows in _batches(torch.randperm(len(features))):
-                loss = F.cross_entropy(router(features[rows]), tasks[rows])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                rates.step()
-            router.eval()
-            with torch.no_grad():
-                logits = router(selection_features)
-                accuracy = (logits.argmax(dim=1) == selection_tasks).float().mean().item()
-                quality = (accuracy, -F.cross_entropy(logits, selection_tasks).item())
+            _pass(router, optimizer, rates, features, tasks)
+            quality = _quality(router, selection_features, selection_tasks)
             if best is None or quality > best:
                 best, chosen = quality, epoch
                 state = {name: tensor.clone() for name, tensor in router.state_dict().items()}
@@ -153,6 +144,28 @@ def train_router(
     if best is None or not math.isfinite(best[1]):
         raise InputError("router: the loss on the selection rows is not finite; check the training rows and the model")
     return Trained(router, chosen, best[0], len(features))
+
+
+def _pass(
+    router: MlpRouter, optimizer: torch.optim.Optimizer, rates: LRScheduler, features: Tensor, tasks: Tensor
+) -> None:
+    """Train a router on each row once, in an order that is drawn."""
+    router.train()
+    for rows in _batches(torch.randperm(len(features))):
+        loss = F.cross_entropy(router(features[rows]), tasks[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
+
+
+@torch.no_grad()
+def _quality(router: MlpRouter, features: Tensor, tasks: Tensor) -> tuple[float, float]:
+    """Return the accuracy and the mean log-likelihood of the rows' experts."""
+    router.eval()
+    logits = router(features)
+    accuracy = (logits.argmax(dim=1) == tasks).float().mean().item()
+    return accuracy, -F.cross_entropy(logits, tasks).item()
 
 
 def short_epochs(rows: int) -> int:
@@ -170,9 +183,12 @@ def _steps(router: MlpRouter, steps: int, *, short: bool) -> tuple[torch.optim.O
 
 
 def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of each feature, which is FLAT at least, or 1 if no feature varies."""
+    """Return the mean and the standard deviation of each feature, which is FLAT at least, or 1 if no feature varies.
+
+    bfloat16 resolves a feature to RESOLVED of its size, so a smaller deviation is not made large either.
+    """
     mean, deviation = features.double().mean(dim=0), features.double().std(dim=0)
-    deviation = deviation.clamp(min=FLAT * deviation.mean())
+    deviation = deviation.clamp(min=FLAT * deviation.mean()).maximum(RESOLVED * mean.abs())
     return mean.float(), deviation.where(deviation > 0, 1).float()
 
 
