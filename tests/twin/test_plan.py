@@ -60,6 +60,15 @@ def test_the_plan_depends_on_the_rows_and_not_on_their_order() -> None:
     assert [weights is None for _, weights in straight] == [False, False, False, True]
 
 
+def test_rows_that_can_t_share_a_batch_pay_for_one_each() -> None:
+    """Five equal rows that generate two tokens: a fusion (187) costs more than one batch (102), and less than five."""
+    weights, lengths = torch.tensor([[1.0, 0, 0]]).repeat(5, 1), [5] * 5
+    (together,) = plan(weights, lengths, COSTS, steps=2, batch_size=5)
+    (apart,) = plan(weights, lengths, replace(COSTS, mixes=False), steps=2, batch_size=5)
+    assert together.weights is None
+    assert apart.weights is not None
+
+
 def test_nothing_to_fuse() -> None:
     assert plan(torch.zeros(0, 3), [], COSTS) == []
     (group,) = plan(torch.zeros(4, 0), [9] * 4, Costs((), 20.0, (), 0.0))

@@ -28,10 +28,12 @@ CONFIGS = {
     "v2 with shared keys": transformers.DebertaV2Config(**SHAPE, share_att_key=True, position_buckets=8),
 }
 ATTENTION = "deberta.encoder.layer.0.attention.self"
-PLACES = {
-    "v1": [f"{ATTENTION}.pos_proj.weight", f"{ATTENTION}.pos_q_proj.bias"],
-    "v2": ["deberta.encoder.LayerNorm.weight", f"{ATTENTION}.pos_key_proj.weight"],
-    "v2 with shared keys": [f"{ATTENTION}.query_proj.weight", f"{ATTENTION}.key_proj.bias"],
+CASES = {
+    "v1's products of positions": ("v1", [f"{ATTENTION}.pos_proj.weight", f"{ATTENTION}.pos_q_proj.bias"]),
+    "v2's norm of positions": ("v2", ["deberta.encoder.LayerNorm.weight", "deberta.encoder.LayerNorm.bias"]),
+    "v2's keys of positions": ("v2", [f"{ATTENTION}.pos_key_proj.weight"]),
+    "v2's queries of positions": ("v2", [f"{ATTENTION}.pos_query_proj.weight"]),
+    "v2's shared keys": ("v2 with shared keys", [f"{ATTENTION}.query_proj.weight", f"{ATTENTION}.key_proj.bias"]),
 }
 TEXTS = [("w1 w2 w3", None), ("w4 w5", None), ("w6 w7 w8 w9", None), ("w2 w2", None)]
 
@@ -58,11 +60,11 @@ def made(kind: str, places: list[str]) -> tuple[TwinClassifier, Any, list[dict[s
 
 
 @pytest.mark.parametrize("copies", [True, False], ids=["fused", "one by one"])
-@pytest.mark.parametrize("kind", list(CONFIGS))
+@pytest.mark.parametrize("case", list(CASES))
 @torch.no_grad()
-def test_rows_of_any_weights_are_answered_as_dense_merges_are(kind: str, copies: bool) -> None:
+def test_rows_of_any_weights_are_answered_as_dense_merges_are(case: str, copies: bool) -> None:
     """A norm of the positions was given as many rows' weights as the table could be cut for, without a word."""
-    twin, model, added = made(kind, PLACES[kind])
+    twin, model, added = made(*CASES[case])
     twin.fusion.keeps_copies = copies
     weights = torch.tensor([[0.25, 0.75], [0.6, 0.4], [0.0, 0.0], [0.6, 0.4]]).double()
     encoded = twin.encode(TEXTS)
@@ -83,4 +85,5 @@ def test_rows_of_any_weights_are_answered_as_dense_merges_are(kind: str, copies:
 def test_other_layers_of_deberta_are_mixed() -> None:
     twin, _, _ = made("v1", [f"{ATTENTION}.in_proj.weight", "deberta.encoder.layer.0.output.dense.weight"])
     assert twin.costs.mixes
-    assert not made("v1", PLACES["v1"])[0].costs.mixes
+    for kind, places in CASES.values():
+        assert not any(made(kind, [place])[0].costs.mixes for place in places)
