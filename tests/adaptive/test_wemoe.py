@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from tests.support.dense import batch
 from tests.support.models import tiny_tokenizer
@@ -153,6 +155,37 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_padding(kind: str) -> No
         kept = int(inputs["attention_mask"][row].sum())
         alone = twin(**{name: tensor[row : row + 1, :kept] for name, tensor in inputs.items()}, task="cola").logits[0]
         torch.testing.assert_close(alone, together[row], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("shared_keys", [True, False])
+@torch.no_grad()
+def test_debertas_gates_change_nothing_that_reads_positions(shared_keys: bool) -> None:
+    """Its rows share one table of relative positions: a layer that read it would get the weights of several rows."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    positions: dict[str, Any] = {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+    }
+    config = DebertaV2Config(**shape, **positions, vocab_size=60, share_att_key=shared_keys)
+    model = AutoModelForSequenceClassification.from_config(config).double().eval()
+    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    vectors = {}
+    for task in ("cola", "sst2"):
+        factors = {n: Factors(torch.randn_like(p), torch.eye(p.shape[1]).double()) for n, p in matrices.items()}
+        vectors[task] = Exclusive(factors, {})
+    for gate in install_gates(model, vectors, scaling=SCALING, seed=0):
+        gate.output.weight.normal_()
+    ids = torch.randint(4, 60, (4, 6))
+    alone = torch.cat([model(input_ids=ids[row : row + 1]).logits for row in range(4)])
+    torch.testing.assert_close(model(input_ids=ids).logits, alone, rtol=1e-9, atol=1e-11)
+    assert alone.std(dim=0).min() > 1e-6
 
 
 def test_the_gate_written_out_and_the_seed() -> None:
