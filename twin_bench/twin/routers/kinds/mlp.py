@@ -38,6 +38,7 @@ RISE = 0.2
 FLAT = 1e-3
 """A feature's smallest deviation, in units of the mean deviation: what varies less is not made large."""
 RESOLVED = 2**-7
+"""A feature's smallest deviation, in units of its mean: bfloat16 rounds a feature by up to half of that."""
 DROPOUT = 0.5
 CPU = torch.device("cpu")
 
@@ -183,10 +184,7 @@ def _steps(router: MlpRouter, steps: int, *, short: bool) -> tuple[torch.optim.O
 
 
 def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the standard deviation of each feature, which is FLAT at least, or 1 if no feature varies.
-
-    bfloat16 resolves a feature to RESOLVED of its size, so a smaller deviation is not made large either.
-    """
+    """Return each feature's mean and standard deviation, at least by FLAT and RESOLVED, or 1 if that is still 0."""
     mean, deviation = features.double().mean(dim=0), features.double().std(dim=0)
     deviation = deviation.clamp(min=FLAT * deviation.mean()).maximum(RESOLVED * mean.abs())
     return mean.float(), deviation.where(deviation > 0, 1).float()
