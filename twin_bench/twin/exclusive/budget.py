@@ -40,9 +40,8 @@ def check_budget(settings: ExclusiveSettings, sources: Sources) -> None:
     """Raise an InputError for a budget that is too small for an expert, as far as is known before the merge.
 
     Vectors are counted that the expert changes itself, and one direction of the smallest matrix that some expert
-    changes. Vectors that are equal
-    in all experts may be the shared expert's as well, and one expert alone may be the shared expert: they are not
-    counted. With `from_layer` no vectors are counted, because some of them may be left out.
+    changes. Vectors that are equal in all experts may be the shared expert's as well, and one expert alone may be the
+    shared expert: they are not counted. With `from_layer` no vectors are counted, because some of them may be left out.
     """
     if settings.budget is None or len(sources.experts) == 1:
         return

@@ -110,8 +110,8 @@ def train_routers(training: RouterTraining) -> tuple[Parts, dict[str, Any]]:
     """Return the twin's parts with its routers and the twin's sensitivity, and a summary of the choices.
 
     All that is chosen about the router is chosen on held-out training rows, and what is told about it is measured on
-    others. If the twin can run under the protocol
-    paper and the data holds test rows, a second router is trained as the authors do.
+    others. If the twin can run under the protocol paper and the data holds test rows, a second router is trained as the
+    authors do.
     """
     settings, seed = training.settings, training.recipe.seed
     parted = divided(
