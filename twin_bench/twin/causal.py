@@ -354,6 +354,11 @@ class TwinCausalLM(TwinLanguageModel):
         return prefix_argument(self.model) or ""
 
     @functools.cached_property
+    def _first_position(self) -> int:
+        """The position of a row's first token, where a row's positions are given."""
+        return first_position(self.model)
+
+    @functools.cached_property
     def _selects_logits(self) -> bool:
         """Whether the model can compute logits at given positions only. All of them would take most of its memory."""
         return selects_logits(self.model)
@@ -374,4 +379,4 @@ class TwinCausalLM(TwinLanguageModel):
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return each token's position in its own row, (batch, length). Padding on the left does not count."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + first_position(self.model)
+        return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + self._first_position
